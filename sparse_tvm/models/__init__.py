@@ -1,0 +1,1 @@
+"""Builders of example models, without any deep-learning framework."""
