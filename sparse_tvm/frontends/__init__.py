@@ -1,0 +1,1 @@
+"""Doors through which models come in: one module per kind of model."""

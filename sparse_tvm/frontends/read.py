@@ -1,0 +1,337 @@
+"""Read an ONNX file and refuse, in one clear line, what cannot be compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.inliner
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import TensorProto
+from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor
+
+from sparse_tvm.errors import ModelError
+from sparse_tvm.frontends.detach import as_array, detach_weights, size_of, stored_tensors
+
+OLDEST_OPSET = 11
+NEWEST_OPSET = onnx.defs.onnx_opset_version()
+
+CONTRIB_DOMAIN = "com.microsoft"
+"""ONNX Runtime's own operators; the onnx package does not know them, but models have them."""
+
+_SIGNATURES = (
+    (b"\x7fELF", "a shared library, perhaps an already compiled artifact"),
+    (b"\x80\x02", "a Python pickle, perhaps an old PyTorch checkpoint"),
+    (b"\x80\x03", "a Python pickle"),
+    (b"\x80\x04", "a Python pickle"),
+    (b"\x80\x05", "a Python pickle"),
+    (b"\x89HDF", "an HDF5 file, perhaps a Keras model"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"GGUF", "a GGUF model"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"version https://git-lfs", "a Git LFS pointer: the model itself was not downloaded"),
+)
+
+_HALF_TYPES = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
+_QUANTISED_OPS = {
+    "ConvInteger",
+    "DequantizeLinear",
+    "DynamicQuantizeLinear",
+    "MatMulInteger",
+    "QLinearConv",
+    "QLinearMatMul",
+    "QuantizeLinear",
+}
+_WEIGHT_OPS = {
+    "BatchNormalization",
+    "Conv",
+    "ConvTranspose",
+    "Gather",
+    "Gemm",
+    "LayerNormalization",
+    "MatMul",
+}
+
+
+def read_onnx(model: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
+    """Read and check a model: float32, opset 11 or newer, all weights there and finite.
+
+    Parameters
+    ----------
+    model : path or onnx.ModelProto
+        A ``.onnx`` file, with its external data files beside it, or a model in memory.
+
+    Returns
+    -------
+    onnx.ModelProto
+        The model with all weights in memory and local functions inlined. A model given in
+        memory is never changed; it is returned as it is where nothing had to be.
+
+    Raises
+    ------
+    ModelError
+        When the model cannot be read or compiled; the message is one line and names the file.
+    """
+    if isinstance(model, onnx.ModelProto):
+        where = model.graph.name or "the model"
+        _check_versions(model, where)
+        _check_data_is_present(model, where)
+    else:
+        path = Path(model)
+        where = str(path)
+        model = _parse(path)
+        _check_versions(model, where)
+        _load_external_data(model, path)
+    model = _inline_functions(model)
+    _check_types(model, where)
+    _check_structure(model, where)
+    _check_values(model, where)
+    return model
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    """Read the file's protobuf, without its external data."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ModelError(
+            f"{path}: is a directory, not an ONNX file", hint="give the .onnx file itself"
+        ) from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    if not data:
+        raise ModelError(f"{path}: the file is empty")
+    looks_like = _recognise(path, data[:512])
+    if looks_like:
+        raise ModelError(f"{path}: not an ONNX file; it looks like {looks_like}")
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except DecodeError:
+        # The first field of every ONNX file is ir_version: tag 0x08.
+        state = "truncated or damaged" if data[0] == 0x08 else "not an ONNX file"
+        raise ModelError(f"{path}: {state}") from None
+    return model
+
+
+def _recognise(path: Path, head: bytes) -> str | None:
+    """Name the format of a file that cannot be ONNX, by its first bytes."""
+    if head.startswith(b"PK\x03\x04"):
+        return _recognise_zip(path)
+    for signature, description in _SIGNATURES:
+        if head.startswith(signature):
+            return description
+    if head[4:8] == b"TFL3":
+        return "a TensorFlow Lite model"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
+        return "a safetensors file: weights without a graph"
+    if _is_text(head):
+        return "a text file"
+    return None
+
+
+def _recognise_zip(path: Path) -> str:
+    with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if any(name.endswith("data.pkl") for name in names):
+            return "a PyTorch checkpoint (.pt): export it with torch.onnx.export"
+        if any(name.endswith(".npy") for name in names):
+            return "a NumPy .npz archive"
+        if any(name.endswith("model.weights.h5") for name in names):
+            return "a Keras model: convert it with tf2onnx"
+    return "a zip archive"
+
+
+def _is_text(head: bytes) -> bool:
+    # The last bytes may cut a character in two.
+    text = head.decode("utf-8", errors="ignore")
+    return len(text) >= len(head) - 3 and all(c.isprintable() or c in "\r\n\t" for c in text)
+
+
+def _check_versions(model: onnx.ModelProto, where: str) -> None:
+    """Refuse models without a graph and versions or domains that cannot be known here."""
+    if not model.graph.node:
+        raise ModelError(f"{where}: holds no graph", hint="the file is truncated or not a model")
+    versions = {entry.domain: entry.version for entry in model.opset_import}
+    opset = versions.get("", versions.get("ai.onnx"))
+    if opset is None:
+        raise ModelError(f"{where}: names no operator set version (opset)")
+    supported = f"opsets {OLDEST_OPSET} to {NEWEST_OPSET} are supported"
+    if opset < OLDEST_OPSET:
+        raise ModelError(
+            f"{where}: opset {opset} is too old: {supported}",
+            hint="export it again, or convert it with onnx.version_converter",
+        )
+    if opset > NEWEST_OPSET:
+        raise ModelError(
+            f"{where}: opset {opset} is unknown: {supported} by onnx {onnx.__version__}",
+            hint="upgrade the onnx package or export to an older opset",
+        )
+    if model.ir_version > onnx.IR_VERSION:
+        raise ModelError(
+            f"{where}: IR version {model.ir_version} is unknown: onnx {onnx.__version__} "
+            f"supports up to {onnx.IR_VERSION}",
+            hint="upgrade the onnx package",
+        )
+    _check_domains(model, where)
+
+
+def _check_domains(model: onnx.ModelProto, where: str) -> None:
+    known = {schema.domain for schema in onnx.defs.get_all_schemas()}
+    local = {function.domain for function in model.functions}
+    foreign = sorted(
+        {n.domain for n in model.graph.node} - known - local - {"ai.onnx", CONTRIB_DOMAIN}
+    )
+    if foreign:
+        nodes = [
+            f"{n.name or n.output[0]} ({n.domain}.{n.op_type})"
+            for n in model.graph.node
+            if n.domain in foreign
+        ]
+        raise ModelError(
+            f"{where}: unknown operator domain {', '.join(foreign)}, used by {first_few(nodes)}",
+            hint=f"onnx {onnx.__version__} knows ai.onnx {OLDEST_OPSET} to {NEWEST_OPSET}",
+        )
+
+
+def _load_external_data(model: onnx.ModelProto, path: Path) -> None:
+    """Bring the weights that lie in other files into memory."""
+    for name, tensor in stored_tensors(model.graph):
+        if tensor.data_location != TensorProto.EXTERNAL:
+            continue
+        try:
+            location = ExternalDataInfo(tensor).location
+            if not (path.parent / location).is_file():
+                raise ModelError(
+                    f"{path}: its external data file {location} is missing "
+                    f"(it holds the initializer {name})",
+                    hint="copy the model together with its data files",
+                )
+            load_external_data_for_tensor(tensor, str(path.parent))
+        except (onnx.checker.ValidationError, ValueError, OSError) as error:
+            raise ModelError(f"{path}: external data of {name}: {one_line(error)}") from error
+        tensor.data_location = TensorProto.DEFAULT
+        del tensor.external_data[:]
+
+
+def _check_data_is_present(model: onnx.ModelProto, where: str) -> None:
+    for name, tensor in stored_tensors(model.graph):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            raise ModelError(
+                f"{where}: the data of initializer {name} is in another file and not loaded",
+                hint="give the model's path, or load it with onnx.load",
+            )
+
+
+def _inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Replace calls of the model's own functions by their bodies."""
+    if not model.functions:
+        return model
+    skeleton, weights = detach_weights(model)
+    inlined = onnx.inliner.inline_local_functions(skeleton)
+    remaining = [i for i in inlined.graph.input if i.name not in weights]
+    del inlined.graph.input[:]
+    inlined.graph.input.extend(remaining)
+    for name, tensor in weights.items():
+        initializer = inlined.graph.initializer.add()
+        initializer.CopyFrom(tensor)
+        initializer.name = name
+    return inlined
+
+
+def _check_types(model: onnx.ModelProto, where: str) -> None:
+    """Refuse half precision, double precision and quantised models."""
+    tensors = list(stored_tensors(model.graph))
+    halves = [
+        f"{name} ({TensorProto.DataType.Name(t.data_type).lower()})"
+        for name, t in tensors
+        if t.data_type in _HALF_TYPES or (t.data_type == TensorProto.DOUBLE and len(t.dims) > 1)
+    ]
+    if halves:
+        raise ModelError(
+            f"{where}: only float32 weights are supported, but {len(halves)} are not: "
+            f"{first_few(halves)}",
+            hint="export the model in float32",
+        )
+    quantised = [
+        f"{n.name or n.output[0]} ({n.op_type})"
+        for n in model.graph.node
+        if n.op_type in _QUANTISED_OPS
+    ]
+    if quantised:
+        raise ModelError(
+            f"{where}: quantised models are not supported: {first_few(quantised)}",
+            hint="give the float32 model",
+        )
+
+
+def _check_structure(model: onnx.ModelProto, where: str) -> None:
+    """Run ONNX's own checker, and compare each weight's data with its shape."""
+    if model.graph.sparse_initializer:
+        name = model.graph.sparse_initializer[0].values.name
+        raise ModelError(
+            f"{where}: sparse initializers are not supported: {name}",
+            hint="store the weights dense; zeros are found here",
+        )
+    skeleton, weights = detach_weights(model)
+    for name, tensor in weights.items():
+        stored = len(tensor.raw_data) // 4 or len(tensor.float_data)
+        if stored != size_of(tensor):
+            raise ModelError(
+                f"{where}: initializer {name} holds {stored} values, "
+                f"but its shape {list(tensor.dims)} needs {size_of(tensor)}"
+            )
+    try:
+        onnx.checker.check_model(skeleton)
+    except onnx.checker.ValidationError as error:
+        raise ModelError(f"{where}: invalid ONNX model: {one_line(error)}") from error
+
+
+def _check_values(model: onnx.ModelProto, where: str) -> None:
+    """Refuse NaN everywhere and infinities in weights (masks may hold them)."""
+    weight_names = {name for n in model.graph.node if n.op_type in _WEIGHT_OPS for name in n.input}
+    bad = []
+    for name, tensor in stored_tensors(model.graph):
+        if tensor.data_type != TensorProto.FLOAT:
+            continue
+        nans, infinities = _count_non_finite(as_array(tensor))
+        if nans or (infinities and name in weight_names):
+            bad.append((name, nans, infinities, size_of(tensor)))
+    if bad:
+        from sparse_tvm.frontends.weights import find_weights
+
+        layers = {ref.initializer: ref.layer for ref in find_weights(model)}
+        found = [
+            f"{layers.get(name, name)} (initializer {name}: {nans} NaN, {infinities} Inf "
+            f"of {size} values)"
+            for name, nans, infinities, size in bad
+        ]
+        raise ModelError(f"{where}: NaN or Inf in weights of {first_few(found)}")
+
+
+def _count_non_finite(values: np.ndarray) -> tuple[int, int]:
+    """Count NaN and infinite values; a sum is finite only when all its terms are."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(values.sum()):
+            return 0, 0
+    return int(np.isnan(values).sum()), int(np.isinf(values).sum())
+
+
+def first_few(items: Iterable[str], limit: int = 5) -> str:
+    """Join the first items by commas and say how many more there are."""
+    listed = list(items)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """Condense an error's text to one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
