@@ -1,0 +1,1 @@
+"""Kernels shared by every CPU target; widths and register counts come from the target."""

@@ -1,0 +1,175 @@
+"""Branch-free float32 approximations of exp, erf and tanh, for scalars and SIMD vectors alike.
+
+LLVM lowers ``llvm.exp.v16f32`` to sixteen calls of libm's ``expf``; these are a dozen FMAs.
+Each function takes and returns a TIR expression of any lane count. Arguments are used several
+times, so pass something cheap to repeat (a register load, not a whole formula).
+
+Sources: ``exp`` after Cephes ``expf`` (S. Moshier); ``erf`` and ``tanh`` are the rational
+approximations of Eigen's ``generic_fast_erf``/``generic_fast_tanh``. Errors against float64 are
+checked in ``tests/test_vector_math.py``: exp 2e-7 relative, erf and tanh 4e-7 absolute.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+Expr = Any
+
+_EXP_POLY = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
+_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+
+_ERF_P = (
+    -2.72614225801306e-10,
+    2.77068142495902e-08,
+    -2.10102402082508e-06,
+    -5.69250639462346e-05,
+    -7.34990630326855e-04,
+    -2.95459980854025e-03,
+    -1.60960333262415e-02,
+)
+_ERF_Q = (
+    -1.45660718464996e-05,
+    -2.13374055278905e-04,
+    -1.68282697438203e-03,
+    -7.37332916720468e-03,
+    -1.42647390514189e-02,
+)
+
+_TANH_P = (
+    -2.76076847742355e-16,
+    2.00018790482477e-13,
+    -8.60467152213735e-11,
+    5.12229709037114e-08,
+    1.48572235717979e-05,
+    6.37261928875436e-04,
+    4.89352455891786e-03,
+)
+_TANH_Q = (
+    1.19825839466702e-06,
+    1.18534705686654e-04,
+    2.26843463243900e-03,
+    4.89352518554385e-03,
+)
+
+
+def lanes_of(x: Expr) -> int:
+    """Number of SIMD lanes of an expression (1 for a scalar)."""
+    return int(x.ty.dtype.lanes)
+
+
+def constant(value: float, like: Expr, dtype: str = "float32") -> Expr:
+    """``value`` in every lane of a vector shaped like ``like``."""
+    scalar = tirx.const(value, dtype)
+    lanes = lanes_of(like)
+    return scalar if lanes == 1 else T.broadcast(scalar, lanes)
+
+
+def _let(value: Expr, body: Any) -> Expr:
+    """``body(v)`` with ``v`` computed once."""
+    var = tirx.Var("v", value.ty)
+    return tirx.Let(var, value, body(var))
+
+
+def _horner(x: Expr, coefficients: tuple[float, ...]) -> Expr:
+    result = constant(coefficients[0], x)
+    for coefficient in coefficients[1:]:
+        result = result * x + constant(coefficient, x)
+    return result
+
+
+def _clamp(x: Expr, low: float, high: float) -> Expr:
+    return tirx.max(tirx.min(x, constant(high, x)), constant(low, x))
+
+
+def exp(x: Expr) -> Expr:
+    """e**x, flushed to 0 below -87.3 and capped at 88.3 (float32's largest finite result)."""
+
+    def with_clamped(v: Expr) -> Expr:
+        n = T.nearbyint(v * constant(math.log2(math.e), v))
+
+        def with_power(n: Expr) -> Expr:
+            def with_rest(r: Expr) -> Expr:
+                poly = _horner(r, _EXP_POLY) * (r * r) + r + constant(1.0, r)
+                lanes = lanes_of(r)
+                suffix = "" if lanes == 1 else f"x{lanes}"
+                biased = T.Cast(f"int32{suffix}", n) + constant(127, r, "int32")
+                exponent = T.shift_left(biased, constant(23, r, "int32"))
+                return poly * T.reinterpret(f"float32{suffix}", exponent)
+
+            return _let(v - n * constant(_LN2_HIGH, v) - n * constant(_LN2_LOW, v), with_rest)
+
+        return _let(n, with_power)
+
+    return _let(_clamp(x, -87.336544, 88.376262), with_clamped)
+
+
+def erf(x: Expr) -> Expr:
+    """The error function; saturates beyond |x| = 4."""
+
+    def with_clamped(v: Expr) -> Expr:
+        return _let(v * v, lambda v2: v * _horner(v2, _ERF_P) / _horner(v2, _ERF_Q))
+
+    return _let(_clamp(x, -4.0, 4.0), with_clamped)
+
+
+def tanh(x: Expr) -> Expr:
+    """The hyperbolic tangent; saturates beyond |x| = 7.9."""
+
+    def with_clamped(v: Expr) -> Expr:
+        return _let(v * v, lambda v2: v * _horner(v2, _TANH_P) / _horner(v2, _TANH_Q))
+
+    return _let(_clamp(x, -7.90531110763549805, 7.90531110763549805), with_clamped)
+
+
+def sigmoid(x: Expr) -> Expr:
+    """1 / (1 + exp(-x))."""
+    return constant(1.0, x) / (constant(1.0, x) + exp(constant(0.0, x) - x))
+
+
+def silu(x: Expr) -> Expr:
+    """x * sigmoid(x)."""
+    return _let(x, lambda v: v * sigmoid(v))
+
+
+def relu(x: Expr) -> Expr:
+    """max(x, 0)."""
+    return tirx.max(x, constant(0.0, x))
+
+
+def gelu(x: Expr) -> Expr:
+    """The exact Gaussian error linear unit, 0.5 x (1 + erf(x / sqrt 2))."""
+    half, one = constant(0.5, x), constant(1.0, x)
+    return _let(x, lambda v: half * v * (one + erf(v * constant(math.sqrt(0.5), v))))
+
+
+def gelu_tanh(x: Expr) -> Expr:
+    """GELU by its tanh formula, 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x**3)))."""
+    half, one = constant(0.5, x), constant(1.0, x)
+
+    def formula(v: Expr) -> Expr:
+        inner = v * (one + constant(0.044715, v) * v * v) * constant(math.sqrt(2 / math.pi), v)
+        return half * v * (one + tanh(inner))
+
+    return _let(x, formula)
+
+
+ACTIVATIONS = {
+    "relu": relu,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "tanh": tanh,
+    "sigmoid": sigmoid,
+    "silu": silu,
+}
+"""Activation functions an epilogue may name."""
