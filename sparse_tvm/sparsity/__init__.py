@@ -1,0 +1,1 @@
+"""Sparse weights: their formats, the structure found in them, and pruning."""
