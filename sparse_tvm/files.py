@@ -1,0 +1,36 @@
+"""Writing files so that a failure leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from sparse_tvm.errors import OutputError
+
+
+@contextmanager
+def replacing(output: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `output` that takes its place when the block succeeds.
+
+    When the block raises, the temporary file is removed and what was at `output` stays.
+
+    Raises
+    ------
+    OutputError
+        When the directory is missing or not writable, or the disk is full.
+    """
+    output = Path(output)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(output)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {output}: {error.strerror or error}",
+            hint="write to an existing directory with enough space that you may write to",
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()

@@ -1,0 +1,134 @@
+"""What a report says, as plain strings: shared by the terminal, Markdown and HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+LAYER_HEADER = (
+    "layer",
+    "shape",
+    "sparsity",
+    "structure",
+    "format",
+    "kernel",
+    "epilogue",
+    "reason",
+)
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer's cells, and its sparsity also as a number from 0 to 1."""
+
+    name: str
+    shape: str
+    sparsity: str
+    structure: str
+    format: str
+    kernel: str
+    epilogue: str
+    reason: str
+    fraction: float
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The strings under :data:`LAYER_HEADER`."""
+        return tuple(getattr(self, column) for column in ("name", *LAYER_HEADER[1:]))
+
+
+def layer_rows(manifest: Mapping[str, Any]) -> list[LayerRow]:
+    """Return one row per layer of the manifest, in its order."""
+    return [
+        LayerRow(
+            name=layer["name"],
+            shape="x".join(str(size) for size in layer["shape"]),
+            sparsity=human_percent(layer["sparsity"]),
+            structure=layer["structure"],
+            format=format_name(layer),
+            kernel=layer["kernel"],
+            epilogue=" + ".join(layer["epilogue"]),
+            reason=layer["reason"],
+            fraction=layer["sparsity"],
+        )
+        for layer in manifest["layers"]
+    ]
+
+
+def format_name(layer: Mapping[str, Any]) -> str:
+    """Return a layer's weight format: ``dense``, ``csr`` or ``bsr 4x1``."""
+    if not layer["block"]:
+        return str(layer["format"])
+    rows, columns = layer["block"]
+    return f"{layer['format']} {rows}x{columns}"
+
+
+def summary_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the totals of a compile as (label, value) pairs."""
+    totals, run = manifest["totals"], manifest["compile"]
+    layers = manifest["layers"]
+    sparse = sum(layer["format"] != "dense" for layer in layers)
+    parameters, nonzeros = totals["parameters"], totals["nonzeros"]
+    share = human_percent(nonzeros / parameters) if parameters else "none"
+    return [
+        ("Target", target_name(manifest["target"])),
+        ("Sparse layers", f"{sparse} of {len(layers)}"),
+        ("Parameters", human_count(parameters)),
+        ("Non-zeros", f"{human_count(nonzeros)} ({share})"),
+        ("Weights", human_bytes(totals["weight_bytes"])),
+        ("File", human_bytes(totals["file_bytes"])),
+        ("Compile time", f"{run['seconds']:.1f} s"),
+        ("Peak memory", human_bytes(run["peak_memory_bytes"])),
+    ]
+
+
+def verification_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (output name, largest difference and tolerance) pairs; empty when not verified."""
+    verification = manifest["verification"]
+    if verification is None:
+        return []
+    tolerance = verification["tolerance"]
+    return [
+        (name, f"max |difference| {difference:.1e} (tolerance {tolerance:.0e})")
+        for name, difference in verification["max_abs_diff"].items()
+    ]
+
+
+def verification_title(manifest: Mapping[str, Any]) -> str:
+    """Return the line that says against what the artifact was verified, or that it was not."""
+    verification = manifest["verification"]
+    if verification is None:
+        return "Not verified (compiled with --no-verify)"
+    return f"Verified against {verification['reference']}"
+
+
+def target_name(target: Mapping[str, Any]) -> str:
+    """Return a target as in ``native (znver3, 256-bit vectors)``."""
+    return f"{target['name']} ({target['cpu']}, {target['vector_bits']}-bit vectors)"
+
+
+def human_bytes(size: float) -> str:
+    """Return a size in bytes with a decimal unit: ``12.3 MB``."""
+    return _scaled(size, ("B", "kB", "MB", "GB", "TB"))
+
+
+def human_count(count: float) -> str:
+    """Return a count with a decimal suffix: ``109.5 M``."""
+    return _scaled(count, ("", "k", "M", "G", "T")).rstrip()
+
+
+def human_percent(fraction: float) -> str:
+    """Return a fraction as a percentage with one decimal, never rounded up to 100."""
+    percent = 100 * fraction
+    if 99.95 <= percent < 100:
+        return ">99.9 %"
+    return f"{percent:.1f} %"
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    power = 0
+    while value >= 999.95 and power < len(units) - 1:
+        value /= 1000
+        power += 1
+    return f"{value:.{1 if power else 0}f} {units[power]}"
