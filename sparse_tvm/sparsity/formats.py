@@ -187,9 +187,9 @@ def _row_of_each(indptr: np.ndarray) -> np.ndarray:
 
 def _padded(w: np.ndarray, block: tuple[int, int]) -> np.ndarray:
     """Return `w` in C order as float32, with zeros up to the next multiple of the block."""
-    padding = [(0, -size % step) for size, step in zip(w.shape, block, strict=True)]
     w = np.ascontiguousarray(w, np.float32)
-    return np.pad(w, padding) if any(after for _, after in padding) else w
+    rows, columns = (-size % step for size, step in zip(w.shape, block, strict=True))
+    return np.pad(w, ((0, rows), (0, columns))) if rows or columns else w
 
 
 def _as_blocks(w: np.ndarray, block: tuple[int, int]) -> np.ndarray:
