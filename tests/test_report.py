@@ -159,7 +159,7 @@ def test_failed_report_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
 
 
-@pytest.mark.parametrize("width", [100, 120, 200])
+@pytest.mark.parametrize("width", [80, 100, 120, 200])
 def test_tables_fit_the_console_and_keep_every_word(width: int) -> None:
     console = Console(width=width, file=StringIO())
     with console.capture() as capture:

@@ -32,22 +32,27 @@ __all__ = [
     "print_summary",
 ]
 
+WIDE = 100
 NAME_WIDTH = 24
 STRUCTURE_WIDTH = 12
 KERNEL_WIDTH = 21
 
 
-def layer_table(manifest: Mapping[str, Any]) -> Table:
-    """Return the table of a manifest's layers: what each became, and why."""
+def layer_table(manifest: Mapping[str, Any], width: int = WIDE) -> Table:
+    """Return the table of a manifest's layers: what each became, and why.
+
+    With fewer than :data:`WIDE` columns of `width`, names may break inside words.
+    """
+    wide = width >= WIDE
     rows = layer_rows(manifest)
     names = [fold_name(row.name) for row in rows]
     widest = max((len(line) for name in names for line in name.splitlines()), default=0)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("layer", overflow="fold", min_width=min(widest, NAME_WIDTH))
+    table.add_column("layer", overflow="fold", min_width=min(widest, NAME_WIDTH) if wide else None)
     table.add_column("shape", no_wrap=True)
     table.add_column("sparsity", justify="right", no_wrap=True)
-    table.add_column("structure", min_width=STRUCTURE_WIDTH, max_width=STRUCTURE_WIDTH)
-    table.add_column("format, kernel", overflow="fold", min_width=KERNEL_WIDTH)
+    table.add_column("structure", max_width=STRUCTURE_WIDTH)
+    table.add_column("format, kernel", overflow="fold", min_width=KERNEL_WIDTH if wide else None)
     table.add_column("reason", overflow="fold")
     for name, row in zip(names, rows, strict=True):
         table.add_row(
@@ -73,7 +78,7 @@ def fact_table(facts: list[tuple[str, str]]) -> Table:
 
 def print_summary(console: Console, manifest: Mapping[str, Any], output: Path) -> None:
     """Print what a compile made of each layer, its totals, and how it was verified."""
-    console.print(layer_table(manifest))
+    console.print(layer_table(manifest, console.width))
     console.print(fact_table(summary_facts(manifest)))
     console.print()
     console.print(Text(verification_title(manifest)))
