@@ -1,0 +1,51 @@
+"""sparse-tvm: a compiler that makes pruned neural networks run faster.
+
+>>> import sparse_tvm
+>>> sparse_tvm.compile("pruned.onnx", "model.so")  # doctest: +SKIP
+>>> model = sparse_tvm.load("model.so", threads=2)  # doctest: +SKIP
+>>> outputs = model.run({"input_ids": ids})  # doctest: +SKIP
+
+The names below are imported on first use, so that loading a compiled model never imports the
+compiler, nor even the ``onnx`` package.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+from sparse_tvm import errors
+
+if TYPE_CHECKING:
+    from sparse_tvm.benchmark import bench
+    from sparse_tvm.compiler import compile
+    from sparse_tvm.runtime import load
+    from sparse_tvm.sparsity.inspection import inspect
+    from sparse_tvm.sparsity.pruning import prune
+
+__all__ = ["__version__", "bench", "compile", "errors", "inspect", "load", "prune"]
+
+try:
+    __version__ = metadata.version("sparse-tvm")
+except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+_HOMES = {
+    "bench": "sparse_tvm.benchmark",
+    "compile": "sparse_tvm.compiler",
+    "inspect": "sparse_tvm.sparsity.inspection",
+    "load": "sparse_tvm.runtime",
+    "prune": "sparse_tvm.sparsity.pruning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,102 @@
+"""``sparse-tvm compile``: an ONNX model in, one ``.so`` out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compile(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The model to compile.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The artifact to write.")
+    ],
+    target: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="native, or a CPU level such as x86-64-v3 (AVX2)."),
+    ] = "native",
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            metavar="0..1",
+            help="Least sparsity that makes a layer sparse; by default predicted cost decides.",
+        ),
+    ] = None,
+    format: Annotated[
+        str, typer.Option(metavar="FORMAT", help="auto, dense, csr or bsr, for all layers.")
+    ] = "auto",
+    block: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RxC", help="BSR block: R consecutive outputs by C consecutive inputs."
+        ),
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX=FORMAT",
+            help="Format of the layers whose name matches: csr, bsr:4x1 or dense. Repeatable.",
+        ),
+    ] = None,
+    input_shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:DIMS", help="Fix an input's shape, as in input_ids:1,128. Repeatable."
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads to schedule for; by default every core."),
+    ] = None,
+    dump_ir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the module here after each phase."),
+    ] = None,
+    report: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Write a .html, .md or .json report. Repeatable."),
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(help="Compare with ONNX Runtime on random inputs and fail if they differ."),
+    ] = True,
+    tolerance: Annotated[
+        float,
+        typer.Option(min=0.0, metavar="X", help="Largest absolute difference --verify accepts."),
+    ] = 1e-4,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Compile MODEL.onnx into one .so that skips the zeros of its weights."""
+    from sparse_tvm.cli.console import stderr_console, stdout_console
+    from sparse_tvm.cli.options import parse_input_shapes
+    from sparse_tvm.cli.progress import PhaseProgress
+    from sparse_tvm.report import check_report_path
+    from sparse_tvm.report.tables import print_summary
+
+    for path in report or ():
+        check_report_path(path)
+    shapes = parse_input_shapes(input_shape or ())
+    with PhaseProgress(stderr_console(), quiet=quiet) as progress:
+        progress("load the compiler")
+        from sparse_tvm.compiler import compile
+
+        result = compile(
+            model,
+            output,
+            target=target,
+            threshold=threshold,
+            format=format,
+            block=block,
+            layer_rules=layer or (),
+            input_shapes=shapes,
+            threads=threads,
+            dump_ir=dump_ir,
+            report=report or None,
+            verify=verify,
+            tolerance=tolerance,
+            progress=progress,
+        )
+    if not quiet:
+        print_summary(stdout_console(), result.manifest, result.path)

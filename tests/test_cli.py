@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sample_manifest import sample_manifest
+
+import sparse_tvm
+from sparse_tvm.cli import main
+from sparse_tvm.errors import ModelError, OptionError, SparseTvmError, VerificationError
+
+VERBS = ("compile", "run", "bench", "inspect", "prune")
+
+
+@pytest.fixture
+def fake_compile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
+    """Put a function in the compiler's place, so that a test needs neither model nor TVM."""
+
+    def install(function: Callable[..., Any]) -> None:
+        module = types.ModuleType("sparse_tvm.compiler")
+        module.compile = function  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "sparse_tvm.compiler", module)
+
+    return install
+
+
+def failing_with(error: BaseException) -> Callable[..., Any]:
+    def compile(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    return compile
+
+
+def run_python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert all(verb in text for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    assert f"sparse-tvm {verb}" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"sparse-tvm {sparse_tvm.__version__}\n"
+
+
+def test_usage_error_is_one_line_and_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compile", "model.onnx", "-o", "model.so", "--treads", "2"]) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ")
+    assert "--treads" in error
+    assert hint == "hint: see `sparse-tvm compile --help`"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (SparseTvmError("it failed", hint="try less"), 1),
+        (ModelError("it failed", hint="try less"), 1),
+        (OptionError("it failed", hint="try less"), 2),
+        (VerificationError("it failed", hint="try less"), 3),
+    ],
+)
+def test_expected_error(
+    error: SparseTvmError,
+    code: int,
+    fake_compile: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fake_compile(failing_with(error))
+    assert main(["compile", "model.onnx", "-o", "model.so", "--quiet"]) == code
+    assert capsys.readouterr().err == "error: it failed\nhint: try less\n"
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_debug_shows_the_traceback(
+    place: str, fake_compile: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_compile(failing_with(ModelError("it failed")))
+    arguments = ["compile", "model.onnx", "-o", "model.so"]
+    assert main(["--debug", *arguments] if place == "before" else [*arguments, "--debug"]) == 1
+    text = capsys.readouterr().err
+    assert "Traceback" in text
+    assert text.endswith("error: it failed\n")
+
+
+def test_bug_is_reported_without_traceback(
+    fake_compile: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_compile(failing_with(ValueError("[bold]odd\nand long")))
+    assert main(["compile", "model.onnx", "-o", "model.so", "--quiet"]) == 70
+    assert capsys.readouterr().err == (
+        "internal error: ValueError: [bold]odd\nhint: run again with --debug and report it\n"
+    )
+
+
+def test_full_disk_is_no_bug(
+    fake_compile: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_compile(failing_with(OSError(errno.ENOSPC, "No space left on device", "model.so")))
+    assert main(["compile", "model.onnx", "-o", "model.so", "--quiet"]) == 1
+    assert capsys.readouterr().err == "error: cannot access model.so: No space left on device\n"
+
+
+def test_interrupt(fake_compile: Callable[..., None]) -> None:
+    fake_compile(failing_with(KeyboardInterrupt()))
+    assert main(["compile", "model.onnx", "-o", "model.so", "--quiet"]) == 130
+
+
+def test_compile_passes_its_options_on_and_shows_the_result(
+    tmp_path: Path, fake_compile: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def compile(model: Path, output: Path, **options: Any) -> Any:
+        seen.update(options)
+        options["progress"]("build")
+        return types.SimpleNamespace(path=output, manifest=sample_manifest())
+
+    fake_compile(compile)
+    report = tmp_path / "report.md"
+    options = "--layer query=dense --layer x=csr --input-shape input:0:1,128 --no-verify".split()
+    assert main(["compile", "model.onnx", "-o", "model.so", *options, "--report", str(report)]) == 0
+    assert seen["layer_rules"] == ["query=dense", "x=csr"]
+    assert seen["input_shapes"] == {"input:0": (1, 128)}
+    assert seen["report"] == [report]
+    assert seen["verify"] is False
+    captured = capsys.readouterr()
+    assert "build" in captured.err
+    assert "bsr 4x1" in captured.out
+    assert "wrote model.so" in captured.out
+
+
+@pytest.mark.parametrize("value", ["ids", "ids:", ":1,2", "ids:1,x", "ids:1,0", "ids:1,,2"])
+def test_bad_input_shape_is_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compile", "model.onnx", "-o", "model.so", "--input-shape", value]) == 2
+    assert repr(value) in capsys.readouterr().err
+
+
+def test_closed_pipe_is_quiet() -> None:
+    command = f"{sys.executable} -c 'import sys; from sparse_tvm.cli import main; sys.exit(main())'"
+    result = subprocess.run(
+        f"{command} compile --help | true", shell=True, capture_output=True, text=True
+    )
+    assert result.stderr == ""
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from sparse_tvm.cli import main; main(['--help']);"
+        "heavy = {'tvm', 'tvm_ffi', 'onnx', 'onnxruntime', 'numpy'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    run_python(code)
+
+
+def test_package_imports_the_compiler_on_use_only() -> None:
+    code = (
+        "import sys, sparse_tvm;"
+        "print(sorted({'tvm', 'tvm_ffi', 'onnx', 'onnxruntime', 'numpy'} & set(sys.modules)));"
+        "assert set(sparse_tvm.__all__) <= set(dir(sparse_tvm));"
+        "assert not hasattr(sparse_tvm, 'nonsense')"
+    )
+    assert run_python(code) == "[]\n"
+
+
+@pytest.mark.parametrize("name", sparse_tvm.__all__)
+def test_public_names_exist(name: str) -> None:
+    assert getattr(sparse_tvm, name)
