@@ -171,7 +171,8 @@ def _matrix_shape(w: np.ndarray) -> tuple[int, int]:
 
 def _columns(mask: np.ndarray) -> np.ndarray:
     """Return the int32 column of every True, row by row."""
-    return (np.flatnonzero(mask) % max(mask.shape[1], 1)).astype(np.int32)
+    columns: np.ndarray = np.flatnonzero(mask) % max(mask.shape[1], 1)
+    return columns.astype(np.int32)
 
 
 def _row_starts(mask: np.ndarray) -> np.ndarray:
@@ -195,5 +196,4 @@ def _padded(w: np.ndarray, block: tuple[int, int]) -> np.ndarray:
 def _as_blocks(w: np.ndarray, block: tuple[int, int]) -> np.ndarray:
     """View ``[N, K]`` as ``[N/r, r, K/c, c]``; the block size divides the shape."""
     (n, k), (r, c) = w.shape, block
-    blocks: np.ndarray = w.reshape(n // r, r, k // c, c)
-    return blocks
+    return w.reshape(n // r, r, k // c, c)
