@@ -135,8 +135,9 @@ def test_compile_passes_its_options_on_and_shows_the_result(
 
     fake_compile(compile)
     report = tmp_path / "report.md"
-    options = "--layer query=dense --layer x=csr --input-shape input:0:1,128 --no-verify".split()
-    assert main(["compile", "model.onnx", "-o", "model.so", *options, "--report", str(report)]) == 0
+    arguments = ["compile", "model.onnx", "-o", "model.so", "--report", str(report), "--no-verify"]
+    rules = ["--layer", "query=dense", "--layer", "x=csr"]
+    assert main([*arguments, *rules, "--input-shape", "input:0:1,128"]) == 0
     assert seen["layer_rules"] == ["query=dense", "x=csr"]
     assert seen["input_shapes"] == {"input:0": (1, 128)}
     assert seen["report"] == [report]

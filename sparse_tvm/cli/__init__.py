@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
-from sparse_tvm.cli.app import main
+from collections.abc import Sequence
 
-__all__ = ["main"]
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code; see :func:`sparse_tvm.cli.app.main`."""
+    from sparse_tvm.cli import app
+
+    return app.main(argv)
