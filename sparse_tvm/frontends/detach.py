@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 import onnx
+from google.protobuf.message import Message  # type: ignore[import-untyped]
 from onnx import numpy_helper
 
 MIN_WEIGHT_SIZE = 64
@@ -39,7 +40,7 @@ def size_of(tensor: onnx.TensorProto) -> int:
 
 
 def is_weight(tensor: onnx.TensorProto) -> bool:
-    """Whether the tensor stays outside of the program: float32, at least 64 elements."""
+    """Whether the tensor is large enough to stay outside of the program, and float32."""
     return tensor.data_type == onnx.TensorProto.FLOAT and size_of(tensor) >= MIN_WEIGHT_SIZE
 
 
@@ -49,7 +50,7 @@ def as_array(tensor: onnx.TensorProto) -> np.ndarray:
 
 
 def detach_weights(
-    model: onnx.ModelProto, keep: Collection[str] = ()
+    model: onnx.ModelProto, names: Collection[str] | None = None
 ) -> tuple[onnx.ModelProto, dict[str, onnx.TensorProto]]:
     """Return a copy of the model whose weights are inputs, and the weights.
 
@@ -57,8 +58,8 @@ def detach_weights(
     ----------
     model : onnx.ModelProto
         Left as it is.
-    keep : Collection[str]
-        Names of weights that stay initializers of the copy.
+    names : Collection[str] | None
+        The initializers and Constant outputs to detach; all for which `is_weight` by default.
 
     Returns
     -------
@@ -69,24 +70,17 @@ def detach_weights(
     weights = {
         name: tensor
         for name, tensor in stored_tensors(model.graph)
-        if is_weight(tensor) and name not in keep
+        if (is_weight(tensor) if names is None else name in names)
     }
     skeleton = onnx.ModelProto()
-    for field, value in model.ListFields():
-        if field.name != "graph":
-            _assign(skeleton, field.name, value)
+    _copy_fields(model, skeleton, except_for=("graph",))
     graph = skeleton.graph
-    for field, value in model.graph.ListFields():
-        if field.name not in ("node", "initializer", "input"):
-            _assign(graph, field.name, value)
-    for node in model.graph.node:
-        if constant_tensor(node) is None or node.output[0] not in weights:
-            graph.node.add().CopyFrom(node)
-    for tensor in model.graph.initializer:
-        if tensor.name not in weights:
-            graph.initializer.add().CopyFrom(tensor)
-    initializers = {tensor.name for tensor in model.graph.initializer}
-    graph.input.extend(i for i in model.graph.input if i.name not in initializers)
+    _copy_fields(model.graph, graph, except_for=("node", "initializer", "input"))
+    graph.node.extend(
+        n for n in model.graph.node if n.op_type != "Constant" or n.output[0] not in weights
+    )
+    graph.initializer.extend(t for t in model.graph.initializer if t.name not in weights)
+    graph.input.extend(model_inputs(model))
     graph.input.extend(
         onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims)
         for name, tensor in weights.items()
@@ -94,12 +88,19 @@ def detach_weights(
     return skeleton, weights
 
 
-def _assign(message: onnx.ModelProto | onnx.GraphProto, name: str, value: object) -> None:
-    """Copy one protobuf field, whatever its kind."""
-    target = getattr(message, name)
-    if hasattr(target, "extend"):
-        target.extend(value)
-    elif hasattr(target, "CopyFrom"):
-        target.CopyFrom(value)
-    else:
-        setattr(message, name, value)
+def model_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """Return the inputs that a caller gives: old models list their initializers as inputs too."""
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in initializers]
+
+
+def _copy_fields(source: Message, target: Message, except_for: Collection[str]) -> None:
+    for field, value in source.ListFields():
+        if field.name in except_for:
+            continue
+        if isinstance(value, Message):
+            getattr(target, field.name).CopyFrom(value)
+        elif hasattr(value, "extend"):
+            getattr(target, field.name).extend(value)
+        else:
+            setattr(target, field.name, value)

@@ -17,6 +17,7 @@ from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_t
 
 from sparse_tvm.errors import ModelError
 from sparse_tvm.frontends.detach import as_array, detach_weights, size_of, stored_tensors
+from sparse_tvm.frontends.weights import find_weights
 
 OLDEST_OPSET = 11
 NEWEST_OPSET = onnx.defs.onnx_opset_version()
@@ -77,13 +78,12 @@ def read_onnx(model: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProt
     ModelError
         When the model cannot be read or compiled; the message is one line and names the file.
     """
+    where = describe(model)
     if isinstance(model, onnx.ModelProto):
-        where = model.graph.name or "the model"
         _check_versions(model, where)
         _check_data_is_present(model, where)
     else:
         path = Path(model)
-        where = str(path)
         model = _parse(path)
         _check_versions(model, where)
         _load_external_data(model, path)
@@ -92,6 +92,13 @@ def read_onnx(model: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProt
     _check_structure(model, where)
     _check_values(model, where)
     return model
+
+
+def describe(model: str | os.PathLike[str] | onnx.ModelProto) -> str:
+    """Return the name that error messages give a model: its path, or its graph's name."""
+    if isinstance(model, onnx.ModelProto):
+        return model.graph.name or "the model"
+    return str(Path(model))
 
 
 def _parse(path: Path) -> onnx.ModelProto:
@@ -248,15 +255,19 @@ def _inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _check_types(model: onnx.ModelProto, where: str) -> None:
     """Refuse half precision, double precision and quantised models."""
-    tensors = list(stored_tensors(model.graph))
     halves = [
         f"{name} ({TensorProto.DataType.Name(t.data_type).lower()})"
-        for name, t in tensors
+        for name, t in stored_tensors(model.graph)
         if t.data_type in _HALF_TYPES or (t.data_type == TensorProto.DOUBLE and len(t.dims) > 1)
+    ]
+    halves += [
+        f"{i.name} (input, {TensorProto.DataType.Name(i.type.tensor_type.elem_type).lower()})"
+        for i in model.graph.input
+        if i.type.tensor_type.elem_type in _HALF_TYPES
     ]
     if halves:
         raise ModelError(
-            f"{where}: only float32 weights are supported, but {len(halves)} are not: "
+            f"{where}: only float32 is supported, but {len(halves)} tensors are not: "
             f"{first_few(halves)}",
             hint="export the model in float32",
         )
@@ -305,8 +316,6 @@ def _check_values(model: onnx.ModelProto, where: str) -> None:
         if nans or (infinities and name in weight_names):
             bad.append((name, nans, infinities, size_of(tensor)))
     if bad:
-        from sparse_tvm.frontends.weights import find_weights
-
         layers = {ref.initializer: ref.layer for ref in find_weights(model)}
         found = [
             f"{layers.get(name, name)} (initializer {name}: {nans} NaN, {infinities} Inf "

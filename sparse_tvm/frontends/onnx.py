@@ -1,0 +1,227 @@
+"""Import an ONNX model into TVM's Relax, with its weights kept beside the program."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import onnx
+import tvm
+from tvm import relax
+from tvm.relax.expr_functor import PyExprMutator, mutator
+from tvm.relax.frontend.onnx import from_onnx, onnx_frontend
+
+from sparse_tvm.errors import ModelError
+from sparse_tvm.frontends.detach import as_array
+from sparse_tvm.frontends.read import CONTRIB_DOMAIN, describe, first_few, one_line, read_onnx
+from sparse_tvm.frontends.simplify import input_specs, simplify
+from sparse_tvm.frontends.weights import find_weights
+from sparse_tvm.spec import TensorSpec
+
+_SUPPORTED_OPS = set(onnx_frontend._get_convert_map()) - {"Attention"}
+_SUPPORTED_CONTRIB_OPS = {
+    "BiasGelu",
+    "EmbedLayerNormalization",
+    "FastGelu",
+    "SkipLayerNormalization",
+}
+
+# The ONNX standard defines these by other operators, and TVM does not know them (its Attention
+# is ONNX Runtime's, another operator).
+_EXPANDED_OPS = {"Attention", "Celu", "RotaryEmbedding", "SwiGLU", "Swish"}
+
+# TVM imports these, but what comes of it cannot be compiled here.
+_UNSUPPORTED_OPS = {
+    "control flow": {"If", "Loop", "Scan"},
+    "a sequence or an optional": {
+        "ConcatFromSequence",
+        "Optional",
+        "OptionalGetElement",
+        "OptionalHasElement",
+        "SequenceAt",
+        "SequenceConstruct",
+        "SequenceEmpty",
+        "SequenceErase",
+        "SequenceInsert",
+        "SequenceLength",
+        "SplitToSequence",
+    },
+    "an output whose shape depends on data": {
+        "AllClassNMS",
+        "Compress",
+        "NonMaxSuppression",
+        "NonZero",
+        "Unique",
+    },
+}
+_REASONS = {op: reason for reason, ops in _UNSUPPORTED_OPS.items() for op in ops}
+
+
+@dataclass
+class ImportedModel:
+    """A model as a Relax program and its weights.
+
+    Parameters
+    ----------
+    module : tvm.IRModule
+        ``main(inputs..., weights...)`` with static shapes; its attribute ``num_input`` counts
+        the inputs. It returns a bare tensor when the model has one output, else a tuple.
+    weights : dict[str, np.ndarray]
+        Read-only arrays by parameter name, in the order of the parameters.
+    inputs, outputs : list[TensorSpec]
+        With the model's names, in the model's order.
+    layers : dict[str, str]
+        Names of layers by the parameter that is their weight.
+    source : path or onnx.ModelProto
+        What the model was imported from.
+    """
+
+    module: tvm.IRModule
+    weights: dict[str, np.ndarray]
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    layers: dict[str, str]
+    source: str | os.PathLike[str] | onnx.ModelProto
+
+
+def import_onnx(
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+) -> ImportedModel:
+    """Read, simplify and import a model.
+
+    Parameters
+    ----------
+    model : path or onnx.ModelProto
+        A float32 model.
+    input_shapes : Mapping[str, Sequence[int]] | None
+        Shapes of inputs by name; needed for inputs with symbolic dimensions.
+
+    Raises
+    ------
+    ModelError
+        When the model cannot be read or holds operators that cannot be compiled (all are
+        named).
+    OptionError
+        When `input_shapes` does not fit the model or leaves a dimension open.
+    """
+    proto = read_onnx(model)
+    try:
+        return _import(proto, input_shapes, source=model)
+    except ModelError as error:
+        message = f"{describe(model)}: {error.message}"
+        raise ModelError(message, hint=error.hint) from error.__cause__
+
+
+def _import(
+    proto: onnx.ModelProto,
+    input_shapes: Mapping[str, Sequence[int]] | None,
+    source: str | os.PathLike[str] | onnx.ModelProto,
+) -> ImportedModel:
+    program, tensors = simplify(proto, input_shapes, expand=_EXPANDED_OPS)
+    _check_operators(program)
+    module = _import_program(program, tensors)
+    return ImportedModel(
+        module=module,
+        weights={name: as_array(tensor) for name, tensor in tensors.items()},
+        inputs=[spec for spec in input_specs(program) if spec.name not in tensors],
+        outputs=_output_specs(module, program),
+        layers=_layers(proto, program, tensors),
+        source=source,
+    )
+
+
+def _check_operators(program: onnx.ModelProto) -> None:
+    """Refuse a model that holds operators that cannot be compiled, and name them all."""
+    refused: dict[str, list[str]] = {}
+    for node in program.graph.node:
+        known = _SUPPORTED_CONTRIB_OPS if node.domain == CONTRIB_DOMAIN else _SUPPORTED_OPS
+        if node.op_type not in known or node.op_type in _REASONS:
+            op = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+            refused.setdefault(op, []).append(node.name or node.output[0])
+    if refused:
+        found = [
+            f"{op} ({_REASONS[op] + '; ' if op in _REASONS else ''}node {first_few(nodes)})"
+            for op, nodes in refused.items()
+        ]
+        raise ModelError(f"operators that cannot be compiled: {', '.join(found)}")
+
+
+def _import_program(program: onnx.ModelProto, weights: Collection[str]) -> tvm.IRModule:
+    """Translate the graph; its last inputs are the weights."""
+    printed = io.StringIO()
+    try:
+        # It prints the operator that failed, and warns of what was checked before.
+        with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = from_onnx(program, sanitize_input_names=False)
+    except Exception as error:
+        node = _failing_node(error.__traceback__)
+        what = f"node {node.name or node.output[0]} ({node.op_type})" if node else "the graph"
+        raise ModelError(f"TVM cannot import {what}: {one_line(error)}") from error
+    inputs = len(program.graph.input) - len(weights)
+    module["main"] = _ClampIndices().visit_expr(module["main"]).with_attr("num_input", inputs)
+    return relax.transform.FoldConstant()(module)
+
+
+@mutator
+class _ClampIndices(PyExprMutator):  # type: ignore[misc]
+    """Let Gather clamp its indices: TVM's importer makes it read whatever memory they name."""
+
+    def visit_call_(self, call: relax.Call) -> relax.Expr:
+        call = self.visit_expr_post_order(call)
+        if call.op == tvm.ir.Op.get("relax.take") and call.attrs.mode == "fast":
+            return relax.op.take(*call.args, axis=call.attrs.axis, mode="clip")
+        return call
+
+
+def _failing_node(traceback: TracebackType | None) -> onnx.NodeProto | None:
+    """Find the node that the importer was at when it raised."""
+    frames = []
+    while traceback is not None:
+        frames.append(traceback.tb_frame)
+        traceback = traceback.tb_next
+    nodes = [f.f_locals.get("node") for f in frames if f.f_code.co_name == "_construct_nodes"]
+    return next((node for node in nodes if isinstance(node, onnx.NodeProto)), None)
+
+
+def _output_specs(module: tvm.IRModule, program: onnx.ModelProto) -> list[TensorSpec]:
+    """Return the outputs with the shapes that the program gives them."""
+    result = module["main"].ret_ty
+    types = result.fields if isinstance(result, relax.TupleType) else [result]
+    return [
+        TensorSpec(value.name, str(type_.dtype), _static_shape(value.name, type_))
+        for value, type_ in zip(program.graph.output, types, strict=True)
+    ]
+
+
+def _static_shape(name: str, type_: Any) -> tuple[int, ...]:
+    dims = type_.shape.values if isinstance(type_.shape, relax.ShapeExpr) else None
+    if dims is None or not all(isinstance(dim, tvm.tirx.IntImm) for dim in dims):
+        raise ModelError(f"the shape of output {name} depends on data")
+    return tuple(int(dim) for dim in dims)
+
+
+def _layers(
+    model: onnx.ModelProto, program: onnx.ModelProto, weights: Mapping[str, onnx.TensorProto]
+) -> dict[str, str]:
+    """Name the layers as in the model that was read, whatever became of their weights."""
+    by_tensor: dict[str, str] = {}
+    by_node: dict[str, str] = {}
+    for ref in find_weights(model):
+        by_tensor[ref.initializer] = ref.layer
+        by_node |= dict.fromkeys(ref.nodes, ref.layer)
+    layers = {name: by_tensor[name] for name in weights if name in by_tensor}
+    for node in program.graph.node:
+        layer = by_node.get(node.name or node.output[0])
+        for name in node.input[1:2]:
+            if layer and name in weights:
+                layers.setdefault(name, layer)
+    return layers
