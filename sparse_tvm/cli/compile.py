@@ -70,17 +70,16 @@ def compile(
 ) -> None:
     """Compile MODEL.onnx into one .so that skips the zeros of its weights."""
     from sparse_tvm.cli.console import stderr_console, stdout_console
-    from sparse_tvm.cli.options import parse_input_shapes
     from sparse_tvm.cli.progress import PhaseProgress
     from sparse_tvm.report import check_report_path
     from sparse_tvm.report.tables import print_summary
 
     for path in report or ():
         check_report_path(path)
-    shapes = parse_input_shapes(input_shape or ())
     with PhaseProgress(stderr_console(), quiet=quiet) as progress:
         progress("load the compiler")
         from sparse_tvm.compiler import compile
+        from sparse_tvm.frontends.simplify import parse_input_shapes
 
         result = compile(
             model,
@@ -90,7 +89,7 @@ def compile(
             format=format,
             block=block,
             layer_rules=layer or (),
-            input_shapes=shapes,
+            input_shapes=parse_input_shapes(input_shape or ()),
             threads=threads,
             dump_ir=dump_ir,
             report=report or None,
