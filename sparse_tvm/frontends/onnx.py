@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -15,17 +14,15 @@ import numpy as np
 import onnx
 import tvm
 from tvm import relax
-from tvm.relax.expr_functor import PyExprMutator, mutator
-from tvm.relax.frontend.onnx import from_onnx, onnx_frontend
 
 from sparse_tvm.errors import ModelError
 from sparse_tvm.frontends.detach import as_array
+from sparse_tvm.frontends.importer import SUPPORTED_OPS, Importer
 from sparse_tvm.frontends.read import CONTRIB_DOMAIN, describe, first_few, one_line, read_onnx
 from sparse_tvm.frontends.simplify import input_specs, simplify
 from sparse_tvm.frontends.weights import find_weights
 from sparse_tvm.spec import TensorSpec
 
-_SUPPORTED_OPS = set(onnx_frontend._get_convert_map()) - {"Attention"}
 _SUPPORTED_CONTRIB_OPS = {
     "BiasGelu",
     "EmbedLayerNormalization",
@@ -142,7 +139,7 @@ def _check_operators(program: onnx.ModelProto) -> None:
     """Refuse a model that holds operators that cannot be compiled, and name them all."""
     refused: dict[str, list[str]] = {}
     for node in program.graph.node:
-        known = _SUPPORTED_CONTRIB_OPS if node.domain == CONTRIB_DOMAIN else _SUPPORTED_OPS
+        known = _SUPPORTED_CONTRIB_OPS if node.domain == CONTRIB_DOMAIN else SUPPORTED_OPS
         if node.op_type not in known or node.op_type in _REASONS:
             op = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
             refused.setdefault(op, []).append(node.name or node.output[0])
@@ -156,30 +153,31 @@ def _check_operators(program: onnx.ModelProto) -> None:
 
 def _import_program(program: onnx.ModelProto, weights: Collection[str]) -> tvm.IRModule:
     """Translate the graph; its last inputs are the weights."""
-    printed = io.StringIO()
+    importer = Importer({}, "float32", keep_params_in_input=False, sanitize=False)
+    opset = next(entry.version for entry in program.opset_import if entry.domain in ("", "ai.onnx"))
     try:
-        # It prints the operator that failed, and warns of what was checked before.
-        with contextlib.redirect_stdout(printed), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            module = from_onnx(program, sanitize_input_names=False)
+        # It prints the operator that failed.
+        with contextlib.redirect_stdout(io.StringIO()):
+            module = importer.from_onnx(program.graph, opset)
     except Exception as error:
         node = _failing_node(error.__traceback__)
         what = f"node {node.name or node.output[0]} ({node.op_type})" if node else "the graph"
         raise ModelError(f"TVM cannot import {what}: {one_line(error)}") from error
     inputs = len(program.graph.input) - len(weights)
-    module["main"] = _ClampIndices().visit_expr(module["main"]).with_attr("num_input", inputs)
-    return relax.transform.FoldConstant()(module)
+    module["main"] = module["main"].with_attr("num_input", inputs)
+    return relax.transform.FoldConstant()(module) if _has_constant_calls(module) else module
 
 
-@mutator
-class _ClampIndices(PyExprMutator):  # type: ignore[misc]
-    """Let Gather clamp its indices: TVM's importer makes it read whatever memory they name."""
+def _has_constant_calls(module: tvm.IRModule) -> bool:
+    found = False
 
-    def visit_call_(self, call: relax.Call) -> relax.Expr:
-        call = self.visit_expr_post_order(call)
-        if call.op == tvm.ir.Op.get("relax.take") and call.attrs.mode == "fast":
-            return relax.op.take(*call.args, axis=call.attrs.axis, mode="clip")
-        return call
+    def visit(expr: relax.Expr) -> None:
+        nonlocal found
+        if isinstance(expr, relax.Call) and expr.args:
+            found |= all(isinstance(arg, tvm.ir.GenericConst) for arg in expr.args)
+
+    relax.analysis.post_order_visit(module["main"].body, visit)
+    return found
 
 
 def _failing_node(traceback: TracebackType | None) -> onnx.NodeProto | None:
@@ -220,7 +218,8 @@ def _layers(
         by_node |= dict.fromkeys(ref.nodes, ref.layer)
     layers = {name: by_tensor[name] for name in weights if name in by_tensor}
     for node in program.graph.node:
-        layer = by_node.get(node.name or node.output[0])
+        # A node without a name went by its output, and simplification may have named it.
+        layer = by_node.get(node.name) or by_node.get(node.output[0])
         for name in node.input[1:2]:
             if layer and name in weights:
                 layers.setdefault(name, layer)

@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import onnx
 import onnx.inliner
+import onnx.shape_inference
+import onnx.version_converter
 import onnxsim
 
 from sparse_tvm.errors import ModelError, OptionError
@@ -99,7 +101,7 @@ def simplify(
     skeleton, weights = detach_weights(model, _weight_names(model) - _foldable(model))
     _set_shapes(skeleton, specs)
     try:
-        skeleton = _expand(onnx.shape_inference.infer_shapes(skeleton), expand)
+        skeleton = _expand(_modernise(skeleton), expand)
         # It prints to stdout when it falls back to a slower way.
         with contextlib.redirect_stdout(io.StringIO()):
             simplified, valid = onnxsim.simplify(skeleton)
@@ -223,6 +225,17 @@ def _set_shapes(skeleton: onnx.ModelProto, specs: Sequence[TensorSpec]) -> None:
     for value in skeleton.graph.output:
         for dim in value.type.tensor_type.shape.dim:
             dim.ClearField("dim_param")
+
+
+def _modernise(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Infer shapes, and spell old Softmax and its like as opset 13 does, where that is possible."""
+    model = onnx.shape_inference.infer_shapes(model)
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if opset < 13:
+        # Not all operators can be converted; TVM imports the old ones too.
+        with contextlib.suppress(RuntimeError):
+            model = onnx.version_converter.convert_version(model, 13)
+    return onnx.shape_inference.infer_shapes(model)
 
 
 def _expand(model: onnx.ModelProto, ops: Collection[str]) -> onnx.ModelProto:
