@@ -7,6 +7,7 @@ in one canonical form: a matrix of ``N`` output features by ``K`` input features
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
 
@@ -25,6 +26,8 @@ _GENERATED = re.compile(
     )$""",
     re.VERBOSE | re.IGNORECASE,
 )
+
+_PASS_THROUGH = ("Identity", "Transpose")  # operators between a weight and the layer it is of
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def find_weights(model: onnx.ModelProto) -> list[WeightRef]:
         use = _weight_of(node, tensors, producers)
         if use is None:
             continue
-        user = node.name or node.output[0]
+        user = _node_name(node)
         if use.name in refs:
             known = refs[use.name]
             refs[use.name] = replace(known, nodes=(*known.nodes, user))
@@ -118,6 +121,33 @@ def replace_data(tensor: onnx.TensorProto, array: np.ndarray) -> None:
     del tensor.float_data[:]
     tensor.data_location = onnx.TensorProto.DEFAULT
     tensor.raw_data = array.astype("<f4", copy=False).tobytes()
+
+
+def other_users(model: onnx.ModelProto, refs: Iterable[WeightRef]) -> dict[str, list[str]]:
+    """Name what else uses the weights, by layer: the Gather of a tied embedding, for example."""
+    consumers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            consumers.setdefault(name, []).append(node)
+    return {
+        ref.layer: [
+            f"{node.op_type} {_node_name(node)}"
+            for node in _users(ref.initializer, consumers)
+            if _node_name(node) not in ref.nodes
+        ]
+        for ref in refs
+    }
+
+
+def _users(
+    name: str, consumers: Mapping[str, Sequence[onnx.NodeProto]]
+) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes that use a tensor, also through Identity and Transpose."""
+    for node in consumers.get(name, ()):
+        if node.op_type in _PASS_THROUGH:
+            yield from _users(node.output[0], consumers)
+        else:
+            yield node
 
 
 def _weight_of(
@@ -148,7 +178,7 @@ def _trace(
     transposes = 0
     while name not in tensors:
         node = producers.get(name)
-        if node is None or node.op_type not in ("Identity", "Transpose"):
+        if node is None or node.op_type not in _PASS_THROUGH:
             return None
         transposes += node.op_type == "Transpose" and _attribute(node, "perm") != [0, 1]
         name = node.input[0]
@@ -159,6 +189,10 @@ def _trace(
 
 def _is_weight(use: _Use, ranks: tuple[int, ...]) -> bool:
     return use.tensor.data_type == onnx.TensorProto.FLOAT and len(use.tensor.dims) in ranks
+
+
+def _node_name(node: onnx.NodeProto) -> str:
+    return node.name or node.output[0]
 
 
 def _attribute(node: onnx.NodeProto, name: str) -> object:

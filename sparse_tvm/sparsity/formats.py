@@ -31,26 +31,30 @@ def parse_block(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def occupied_blocks(mask: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    """Tell which blocks of a boolean ``[N, K]`` mask hold any True.
+def reduce_blocks(values: np.ndarray, block: tuple[int, int], operation: np.ufunc) -> np.ndarray:
+    """Reduce each block of an ``[N, K]`` array by a ufunc such as ``np.add``.
 
     Returns
     -------
     np.ndarray
-        bool ``[ceil(N/r), ceil(K/c)]``; blocks at the edges may be smaller than ``(r, c)``.
+        ``[ceil(N/r), ceil(K/c)]``; blocks at the edges hold fewer values.
     """
-    rows, columns = block
     # Few passes over whole rows are far faster than a reduction over short axes.
-    for axis, size in ((0, rows), (1, columns)):
+    for axis, size in enumerate(block):
         if size == 1:
             continue
-        lines = np.moveaxis(mask, axis, 0)
+        lines = np.moveaxis(values, axis, 0)
         merged = lines[::size].copy()
         for offset in range(1, min(size, len(lines))):
             part = lines[offset::size]
-            merged[: len(part)] |= part
-        mask = np.moveaxis(merged, 0, axis)
-    return np.ascontiguousarray(mask)
+            operation(merged[: len(part)], part, out=merged[: len(part)])
+        values = np.moveaxis(merged, 0, axis)
+    return np.ascontiguousarray(values)
+
+
+def occupied_blocks(mask: np.ndarray, block: tuple[int, int]) -> np.ndarray:
+    """Tell which blocks of a boolean ``[N, K]`` mask hold any True, as `reduce_blocks` does."""
+    return reduce_blocks(mask, block, np.logical_or)
 
 
 @dataclass(frozen=True)

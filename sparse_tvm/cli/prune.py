@@ -1,0 +1,113 @@
+"""``sparse-tvm prune``: set the least important weights of an ONNX model to zero."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sparse_tvm.sparsity.pruning import PruneReport
+
+NAME_WIDTH = 48
+
+
+def prune(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The model to prune.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The model to write.")
+    ],
+    sparsity: Annotated[
+        float | None,
+        typer.Option(metavar="0..1", help="Share of weights to set to zero; N:M implies it."),
+    ] = None,
+    structure: Annotated[
+        str,
+        typer.Option(
+            metavar="STRUCTURE",
+            help="unstructured, blocks of outputs x inputs such as 4x1, or N:M such as 2:4.",
+        ),
+    ] = "unstructured",
+    scope: Annotated[
+        str,
+        typer.Option(
+            metavar="SCOPE",
+            help="uniform: this sparsity in every layer; global: over all layers together.",
+        ),
+    ] = "uniform",
+    layers: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Prune only the layers whose name matches.")
+    ] = None,
+    exclude: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Leave the layers whose name matches.")
+    ] = None,
+    random_weights: Annotated[
+        bool,
+        typer.Option(
+            "--random-weights", help="Replace the weights by random ones first: a what-if on speed."
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of --random-weights.")] = 0,
+) -> None:
+    """Prune the weights of MODEL.onnx by magnitude. Embeddings are never touched."""
+    from sparse_tvm.cli.console import stdout_console
+    from sparse_tvm.report.tables import fact_table
+    from sparse_tvm.sparsity.pruning import prune
+
+    report = prune(
+        model,
+        output,
+        sparsity=sparsity,
+        structure=structure,
+        scope=scope,
+        layers=layers,
+        exclude=exclude,
+        random_weights=random_weights,
+        seed=seed,
+    )
+    console = stdout_console()
+    console.print(_layer_table(report))
+    console.print(fact_table(_facts(report)))
+
+
+def _layer_table(report: PruneReport) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from sparse_tvm.report.tables import fold_name, human_percent
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    table.add_column("op")
+    table.add_column("shape", no_wrap=True)
+    table.add_column("before", justify="right", no_wrap=True)
+    table.add_column("after", justify="right", no_wrap=True)
+    table.add_column("structure", overflow="fold")
+    for layer in report.layers:
+        table.add_row(
+            Text(fold_name(layer.name, NAME_WIDTH)),
+            layer.op,
+            "x".join(map(str, layer.shape)),
+            human_percent(layer.before),
+            human_percent(layer.after),
+            layer.structure,
+        )
+    for name, reason in report.skipped.items():
+        table.add_row(Text(fold_name(name, NAME_WIDTH)), "", "", "", "", Text(f"skipped: {reason}"))
+    return table
+
+
+def _facts(report: PruneReport) -> list[tuple[str, str]]:
+    from sparse_tvm.report.tables import human_count, human_percent
+
+    share = report.nonzeros / report.parameters if report.parameters else 1.0
+    return [
+        ("Pruned layers", str(len(report.layers))),
+        ("Parameters", human_count(report.parameters)),
+        ("Non-zeros", f"{human_count(report.nonzeros)} ({human_percent(share)})"),
+        ("Wrote", str(report.output)),
+    ]
