@@ -122,7 +122,7 @@ def _import(
     input_shapes: Mapping[str, Sequence[int]] | None,
     source: str | os.PathLike[str] | onnx.ModelProto,
 ) -> ImportedModel:
-    program, tensors = simplify(proto, input_shapes, expand=_EXPANDED_OPS)
+    program, tensors = simplify(proto, input_shapes, definitions=_EXPANDED_OPS)
     _check_operators(program)
     module = _import_program(program, tensors)
     return ImportedModel(
@@ -160,6 +160,8 @@ def _import_program(program: onnx.ModelProto, weights: Collection[str]) -> tvm.I
         with contextlib.redirect_stdout(io.StringIO()):
             module = importer.from_onnx(program.graph, opset)
     except Exception as error:
+        with contextlib.suppress(Exception):
+            importer.bb._end_block()  # or TVM prints that it is open
         node = _failing_node(error.__traceback__)
         what = f"node {node.name or node.output[0]} ({node.op_type})" if node else "the graph"
         raise ModelError(f"TVM cannot import {what}: {one_line(error)}") from error

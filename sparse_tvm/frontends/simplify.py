@@ -7,9 +7,6 @@ import io
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import onnx
-import onnx.inliner
-import onnx.shape_inference
-import onnx.version_converter
 import onnxsim
 
 from sparse_tvm.errors import ModelError, OptionError
@@ -19,6 +16,7 @@ from sparse_tvm.frontends.detach import (
     model_inputs,
     stored_tensors,
 )
+from sparse_tvm.frontends.respell import constants_to_initializers, expand, modernise
 from sparse_tvm.frontends.weights import find_weights
 from sparse_tvm.spec import TensorSpec
 
@@ -69,7 +67,7 @@ def simplify(
     model: onnx.ModelProto,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     *,
-    expand: Collection[str] = (),
+    definitions: Collection[str] = (),
 ) -> tuple[onnx.ModelProto, dict[str, onnx.TensorProto]]:
     """Fix all shapes, fold what is constant and take the weights out.
 
@@ -80,7 +78,7 @@ def simplify(
     input_shapes : Mapping[str, Sequence[int]] | None
         Shapes of inputs by name; needed for those with symbolic dimensions. A symbol fixed in
         one input is fixed in all.
-    expand : Collection[str]
+    definitions : Collection[str]
         Operators to replace by their definition in the ONNX standard.
 
     Returns
@@ -101,7 +99,7 @@ def simplify(
     skeleton, weights = detach_weights(model, _weight_names(model) - _foldable(model))
     _set_shapes(skeleton, specs)
     try:
-        skeleton = _expand(_modernise(skeleton), expand)
+        skeleton = expand(modernise(skeleton), definitions)
         # It prints to stdout when it falls back to a slower way.
         with contextlib.redirect_stdout(io.StringIO()):
             simplified, valid = onnxsim.simplify(skeleton)
@@ -111,6 +109,7 @@ def simplify(
         )
     if not valid:
         raise ModelError("the graph cannot be simplified: onnxsim's own check failed")
+    constants_to_initializers(simplified)
     program, folded = detach_weights(simplified, _weight_names(simplified))
     return _drop_unused(program, {**weights, **folded}, len(specs))
 
@@ -225,27 +224,6 @@ def _set_shapes(skeleton: onnx.ModelProto, specs: Sequence[TensorSpec]) -> None:
     for value in skeleton.graph.output:
         for dim in value.type.tensor_type.shape.dim:
             dim.ClearField("dim_param")
-
-
-def _modernise(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Infer shapes, and spell old Softmax and its like as opset 13 does, where that is possible."""
-    model = onnx.shape_inference.infer_shapes(model)
-    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if opset < 13:
-        # Not all operators can be converted; TVM imports the old ones too.
-        with contextlib.suppress(RuntimeError):
-            model = onnx.version_converter.convert_version(model, 13)
-    return onnx.shape_inference.infer_shapes(model)
-
-
-def _expand(model: onnx.ModelProto, ops: Collection[str]) -> onnx.ModelProto:
-    """Replace operators by their definitions, which may hold such operators again."""
-    found = {node.op_type for node in model.graph.node if node.domain == ""} & set(ops)
-    if not found:
-        return model
-    return onnx.inliner.inline_selected_functions(
-        model, [("", op) for op in sorted(found)], inline_schema_functions=True
-    )
 
 
 def _drop_unused(
