@@ -1,0 +1,115 @@
+"""What this machine's CPU can do, and how much of it this process may use."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+_CPUINFO = Path("/proc/cpuinfo")
+_TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # version 2: "<quota|max> <period>"
+_CGROUP1 = Path("/sys/fs/cgroup/cpu")
+
+_LLVM_NAMES = {  # Linux's name -> LLVM's, where they differ
+    "3dnowprefetch": "prfchw",
+    "abm": "lzcnt",
+    "amx_bf16": "amx-bf16",
+    "amx_int8": "amx-int8",
+    "amx_tile": "amx-tile",
+    "avx512_bf16": "avx512bf16",
+    "avx512_bitalg": "avx512bitalg",
+    "avx512_fp16": "avx512fp16",
+    "avx512_vbmi2": "avx512vbmi2",
+    "avx512_vnni": "avx512vnni",
+    "avx512_vp2intersect": "avx512vp2intersect",
+    "avx512_vpopcntdq": "avx512vpopcntdq",
+    "avx_vnni": "avxvnni",
+    "bmi1": "bmi",
+    "lahf_lm": "sahf",
+    "pclmulqdq": "pclmul",
+    "pni": "sse3",
+    "rdrand": "rdrnd",
+    "sha_ni": "sha",
+    "sse4_1": "sse4.1",
+    "sse4_2": "sse4.2",
+    # aarch64
+    "asimd": "neon",
+    "asimddp": "dotprod",
+    "asimdhp": "fullfp16",
+    "crc32": "crc",
+}
+_BASELINE = {"x86_64": {"sse", "sse2"}, "aarch64": {"neon"}}
+_ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+def architecture() -> str:
+    """Return the machine's architecture as LLVM triples begin: ``x86_64``, ``aarch64``."""
+    machine = platform.machine().lower()
+    return _ARCHITECTURES.get(machine, machine)
+
+
+def host_features() -> frozenset[str]:
+    """Return the CPU's features by LLVM's names, such as ``avx2``, ``fma``, ``avx512f``.
+
+    Where ``/proc/cpuinfo`` does not exist, only what every CPU of the architecture has.
+    """
+    flags = _cpuinfo("flags") or _cpuinfo("Features")
+    baseline = _BASELINE.get(architecture(), set())
+    return frozenset(_LLVM_NAMES.get(flag, flag) for flag in flags.split()) | baseline
+
+
+def cpu_model() -> str:
+    """Return the CPU's model name, such as ``AMD EPYC 7763``, or its architecture."""
+    return _cpuinfo("model name") or platform.processor() or architecture()
+
+
+def usable_cores() -> int:
+    """Return how many physical cores this process may use, at least 1.
+
+    Affinity counts, and so does a container's CPU quota, rounded down: a thread beyond the quota
+    is stopped in the middle of a parallel region and makes the others wait.
+    """
+    cores = len({_siblings(cpu) for cpu in _allowed_cpus()})
+    quota = _cgroup_quota()
+    return max(1, cores if quota is None else min(cores, int(quota)))
+
+
+def _cpuinfo(field: str) -> str:
+    """Return the first value of `field` in /proc/cpuinfo, or an empty string."""
+    try:
+        lines = _CPUINFO.read_text().splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == field:
+            return value.strip()
+    return ""
+
+
+def _allowed_cpus() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return set(os.sched_getaffinity(0))
+    return set(range(os.cpu_count() or 1))
+
+
+def _siblings(cpu: int) -> str:
+    """Return what identifies the physical core of a logical CPU."""
+    try:
+        return Path(_TOPOLOGY.format(cpu)).read_text().strip()
+    except OSError:
+        return str(cpu)
+
+
+def _cgroup_quota() -> float | None:
+    """Return the CPUs' worth of time that the container may use, None without a limit."""
+    try:
+        if _CGROUP_QUOTA.exists():
+            quota, period = _CGROUP_QUOTA.read_text().split()
+        else:
+            quota = (_CGROUP1 / "cpu.cfs_quota_us").read_text()
+            period = (_CGROUP1 / "cpu.cfs_period_us").read_text()
+        return float(quota) / float(period) if float(quota) > 0 else None
+    except (OSError, ValueError):  # no such files, or "max"
+        return None

@@ -1,0 +1,88 @@
+"""Link object files into a shared library, with whatever linker the machine has."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from sparse_tvm.errors import BuildError
+
+DEFAULT_TRIPLE = "x86_64-linux-gnu"
+
+_COMPILERS = ("gcc", "clang", "cc")
+_HINT = "install gcc or clang, or run `pip install ziglang`, which brings a linker"
+
+
+def link(
+    objects: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    triple: str = DEFAULT_TRIPLE,
+) -> None:
+    """Link `objects` into the shared library `output`, without debug information.
+
+    The linker is ``$CC`` when set; otherwise the first that works of gcc, clang, cc and the
+    ``ziglang`` package.
+
+    Raises
+    ------
+    BuildError
+        When no linker works; the message says what became of each.
+    """
+    arguments = ["-shared", "-fPIC", "-s", "-o", os.fspath(output)]
+    arguments += [os.fspath(path) for path in objects]
+    arguments += ["-lm"]
+    failures = []
+    for name, command in _linkers(triple):
+        failure = _run([*command, *arguments]) if command else "not found"
+        if failure is None:
+            return
+        failures.append(f"{name}: {failure}")
+    raise BuildError(f"cannot link the model; tried {'; '.join(failures)}", hint=_HINT)
+
+
+def fcompile(output: str, objects: Sequence[str], options: Sequence[str] | None = None) -> None:
+    """Link the way ``tvm.runtime.Module.export_library(output, fcompile=...)`` asks for it.
+
+    `options` are include paths for C sources, which our modules do not hold.
+    """
+    link(objects, output)
+
+
+def _linkers(triple: str) -> list[tuple[str, list[str]]]:
+    """Return (name, command) in order of preference; the command is empty where missing."""
+    if chosen := os.environ.get("CC"):
+        return [(f"$CC ({chosen})", _found(shlex.split(chosen)))]
+    linkers = [(name, _found([name])) for name in _COMPILERS]
+    zig = [sys.executable, "-m", "ziglang", "cc", "-target", _zig_target(triple)]
+    linkers.append(("ziglang", zig if find_spec("ziglang") else []))
+    return linkers
+
+
+def _found(command: list[str]) -> list[str]:
+    return command if command and shutil.which(command[0]) else []
+
+
+def _zig_target(triple: str) -> str:
+    """Drop the vendor, which zig does not take: x86_64-unknown-linux-gnu -> x86_64-linux-gnu."""
+    parts = triple.split("-")
+    return "-".join([parts[0], *parts[-2:]])
+
+
+def _run(command: list[str]) -> str | None:
+    """Run `command`; return the last line it printed when it fails."""
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+    except OSError as error:
+        return error.strerror or str(error)
+    if done.returncode == 0:
+        return None
+    lines = done.stdout.strip().splitlines()
+    return lines[-1] if lines else f"exit status {done.returncode} ({Path(command[0]).name})"

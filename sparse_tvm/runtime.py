@@ -1,0 +1,299 @@
+"""Load compiled models and run them on NumPy arrays; needs neither ``tvm`` nor its compiler."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from sparse_tvm.artifact import WEIGHT_ALIGNMENT, manifest_of, open_artifact
+from sparse_tvm.cpu import architecture, cpu_model, host_features, usable_cores
+from sparse_tvm.errors import ArtifactError, InputError, OptionError
+from sparse_tvm.spec import TensorSpec
+from sparse_tvm.vm import Library, VirtualMachine, installed_version, runtime
+
+_COPIED_BYTES = 64 * 1024
+"""Outputs up to this size are copied, which costs nothing and covers outputs that are constants
+of the program; larger ones are handed over as the program allocated them."""
+
+
+def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Model:
+    """Load a compiled model.
+
+    Parameters
+    ----------
+    path : path
+        What ``sparse-tvm compile`` wrote.
+    threads : int | None
+        Threads of this model; by default those it was compiled for, else all physical cores that
+        this process may use.
+
+    Raises
+    ------
+    ArtifactError
+        When the file is missing, not ours, truncated, of a newer format, or needs CPU features
+        that this machine lacks. No code of the artifact has run then.
+    OptionError
+        When `threads` is not positive.
+    """
+    with open_artifact(path) as file:
+        manifest = manifest_of(file)
+        _check_machine(path, manifest["target"])
+        count = threads if threads is not None else manifest.get("threads") or usable_cores()
+        if count < 1:
+            raise OptionError(f"threads must be at least 1, not {count}")
+        try:
+            machine = VirtualMachine(Library.of(file.fileno()), count)
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"cannot load the code of {path}: {str(error).splitlines()[0]}",
+                hint=f"it was compiled with TVM {manifest['versions']['tvm']}, installed is "
+                f"{installed_version()}; compile the model again",
+            ) from error
+        # A private mapping: pages stay shared with other processes as long as nobody writes, and
+        # DLPack of older NumPy exports no read-only memory.
+        mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+    return Model(Path(path), manifest, machine, mapped, count)
+
+
+class Model:
+    """A compiled model, ready to run. Make one with :func:`load`.
+
+    Safe to share between threads: runs of one model take turns.
+
+    Attributes
+    ----------
+    inputs, outputs : list[TensorSpec]
+        Names, dtypes and shapes, in the model's order.
+    manifest : dict[str, Any]
+        Everything the compiler noted: target, layers, formats, reasons, versions.
+    threads : int
+        How many threads a run uses.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        machine: VirtualMachine,
+        mapped: np.ndarray,
+        threads: int,
+    ) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.threads = threads
+        self.inputs = [_spec(entry) for entry in manifest["inputs"]]
+        self.outputs = [_spec(entry) for entry in manifest["outputs"]]
+        self._machine = machine
+        self._staged = [_Staged(spec) for spec in self.inputs]
+        self._mapped = mapped
+        self._weights = _weights_tuple(mapped, manifest["weights"])
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(map(str, self.inputs))
+        outputs = ", ".join(map(str, self.outputs))
+        return (
+            f"<sparse_tvm.Model {self.path.name}: ({inputs}) -> ({outputs}), "
+            f"{self.manifest['target']['name']}, {self.threads} threads>"
+        )
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Run the model once.
+
+        Parameters
+        ----------
+        inputs : Mapping[str, np.ndarray]
+            One array per input, by name, of exactly the dtype and shape in :attr:`inputs`; any
+            alignment, strides and byte order. Lists of Python numbers take the input's dtype.
+
+        Returns
+        -------
+        dict[str, np.ndarray]
+            Outputs by name, in the model's order. They belong to the caller.
+
+        Raises
+        ------
+        InputError
+            When an input is missing, unknown, or of another dtype or shape.
+        """
+        arrays = self._checked(inputs)
+        results = self._machine.submit(self._execute, self._machine.main, arrays)
+        return {spec.name: result for spec, result in zip(self.outputs, results, strict=True)}
+
+    def trace(self, inputs: Mapping[str, Any], runs: int = 1) -> list[list[tuple[str, float]]]:
+        """Run the model and time every function that the program calls.
+
+        Returns
+        -------
+        list[list[tuple[str, float]]]
+            Per run, (function name, seconds) in the order of the calls. Observing a call adds a
+            few microseconds to it.
+        """
+        arrays = self._checked(inputs)
+        calls: list[tuple[str, float]] = []
+        started = 0.0
+
+        def observe(_function: Any, name: str, is_before: bool, *_: Any) -> None:
+            nonlocal started
+            now = perf_counter()
+            if not is_before:
+                calls.append((name, now - started))
+            started = perf_counter()
+
+        main = self._machine.instrumented(observe)
+        traces = []
+        for _ in range(runs):
+            calls.clear()
+            self._machine.submit(self._execute, main, arrays)
+            traces.append(calls.copy())
+        return traces
+
+    def _checked(self, inputs: Mapping[str, Any]) -> list[np.ndarray]:
+        """Return the inputs as arrays in the model's order."""
+        if len(inputs) != len(self._staged) or any(
+            staged.spec.name not in inputs for staged in self._staged
+        ):
+            raise self._wrong_names(inputs)
+        sizes: dict[str, int] = {}
+        return [staged.checked(inputs[staged.spec.name], sizes) for staged in self._staged]
+
+    def _wrong_names(self, inputs: Mapping[str, Any]) -> InputError:
+        names = [spec.name for spec in self.inputs]
+        missing = [repr(name) for name in names if name not in inputs]
+        unknown = [repr(name) for name in inputs if name not in names]
+        parts = [
+            f"{what} input {', '.join(found)}"
+            for what, found in (("missing", missing), ("unknown", unknown))
+            if found
+        ]
+        return InputError(
+            f"{self.path.name}: {' and '.join(parts)}",
+            hint=f"the model takes {', '.join(map(str, self.inputs))}",
+        )
+
+    def _execute(self, main: Any, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Run `main` in the machine's thread, where nothing else touches the staged inputs."""
+        tensors = [staged.fill(array) for staged, array in zip(self._staged, arrays, strict=True)]
+        result = main(*tensors, self._weights)
+        return self._owned([result] if hasattr(result, "__dlpack__") else result)
+
+    def _owned(self, tensors: Sequence[Any]) -> list[np.ndarray]:
+        """Return tensors as arrays that share memory with nothing that lives on."""
+        shared = [self._mapped, *(staged.array for staged in self._staged)]
+        owned = []
+        for tensor in tensors:
+            array = np.from_dlpack(tensor)
+            if (
+                array.nbytes <= _COPIED_BYTES
+                or not array.flags.writeable
+                or any(np.may_share_memory(array, other) for other in shared)
+            ):
+                array = array.copy()
+            shared.append(array)
+            owned.append(array)
+        return owned
+
+
+class _Staged:
+    """An aligned buffer for one input, which takes arrays of any layout.
+
+    TVM's kernels read inputs with aligned vector loads and crash on others; most NumPy arrays
+    are aligned to 16 bytes only.
+    """
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self.spec = spec
+        self._dtype = np.dtype(spec.dtype)
+        self._symbolic = any(isinstance(dim, str) for dim in spec.shape)
+        self._allocate(tuple(0 if isinstance(dim, str) else dim for dim in spec.shape))
+
+    def checked(self, value: Any, sizes: dict[str, int]) -> np.ndarray:
+        """Return `value` as an array of this input's dtype and shape.
+
+        `sizes` holds what the symbolic dimensions stand for, and learns from this shape.
+        """
+        array = value if isinstance(value, np.ndarray) else self._as_array(value)
+        if array.dtype != self._dtype and array.dtype.newbyteorder("=") != self._dtype:
+            raise self._mismatch(
+                f"has dtype {array.dtype}, expected {self._dtype}",
+                hint=f"convert it with .astype({self._dtype.name!r})",
+            )
+        if self._symbolic:
+            self._check_symbolic(array.shape, sizes)
+        elif array.shape != self.spec.shape:
+            raise self._mismatch(f"has shape {array.shape}, expected {self.spec.shape}")
+        return array
+
+    def fill(self, array: np.ndarray) -> Any:
+        """Copy `array` into the buffer and return the buffer as a tensor."""
+        if array.shape != self.array.shape:
+            self._allocate(array.shape)
+        np.copyto(self.array, array)
+        return self._tensor
+
+    def _allocate(self, shape: tuple[int, ...]) -> None:
+        nbytes = int(np.prod(shape, dtype=np.int64)) * self._dtype.itemsize
+        memory = np.empty(nbytes + WEIGHT_ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % WEIGHT_ALIGNMENT
+        self.array = memory[start : start + nbytes].view(self._dtype).reshape(shape)
+        self._tensor = runtime().from_dlpack(self.array)
+
+    def _as_array(self, value: Any) -> np.ndarray:
+        try:
+            array = np.asarray(value)
+        except ValueError as error:  # ragged lists
+            raise self._mismatch(f"is not an array: {error}") from error
+        is_plain = isinstance(value, (list, tuple, bool, int, float))
+        if is_plain and np.can_cast(array.dtype, self._dtype, "same_kind"):
+            return array.astype(self._dtype)
+        return array
+
+    def _check_symbolic(self, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
+        if len(shape) != len(self.spec.shape):
+            raise self._mismatch(f"has shape {shape}, expected {self.spec.shape}")
+        for size, dim in zip(shape, self.spec.shape, strict=True):
+            expected = sizes.setdefault(dim, size) if isinstance(dim, str) else dim
+            if size != expected:
+                raise self._mismatch(
+                    f"has shape {shape}, expected {self.spec.shape}"
+                    + (f" where {dim} is {expected} by another dimension" if dim in sizes else "")
+                )
+
+    def _mismatch(self, problem: str, hint: str | None = None) -> InputError:
+        return InputError(f"input {self.spec.name!r} {problem}", hint=hint)
+
+
+def _check_machine(path: str | os.PathLike[str], target: Mapping[str, Any]) -> None:
+    compiled_for = target["triple"].split("-")[0]
+    if compiled_for != architecture():
+        raise ArtifactError(
+            f"{path} was compiled for {compiled_for}; this machine is {architecture()}",
+            hint="compile the model again on this machine",
+        )
+    missing = sorted(set(target["features"]) - host_features())
+    if missing:
+        raise ArtifactError(
+            f"{path} was compiled for {target['name']} and needs CPU features that {cpu_model()} "
+            f"lacks: {', '.join(missing)}",
+            hint="compile it with --target native on this machine, or --target x86-64-v3",
+        )
+
+
+def _weights_tuple(mapped: np.ndarray, entries: Sequence[Mapping[str, Any]]) -> Any:
+    """Return the weights as the program's last argument: tensors over the mapped file."""
+    tvm_ffi = runtime()
+    tensors = []
+    for entry in entries:
+        raw = mapped[entry["offset"] : entry["offset"] + entry["nbytes"]]
+        weight = raw.view(np.dtype(entry["dtype"])).reshape(entry["shape"])
+        tensors.append(tvm_ffi.from_dlpack(weight))
+    return tvm_ffi.convert(tensors)
+
+
+def _spec(entry: Mapping[str, Any]) -> TensorSpec:
+    return TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]))

@@ -1,0 +1,207 @@
+"""TVM's side of the runtime: its libraries, the virtual machine and its threads.
+
+Only ``libtvm_ffi`` and ``libtvm_runtime`` are loaded, never ``tvm`` or its compiler.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sparse_tvm.errors import ArtifactError
+
+_CPU, _DEVICE_ID, _POOLED_ALLOCATOR = 1, 0, 2
+_SHARE_ALL_CORES = -3
+
+_SPIN_COUNT = 5000
+"""Yields of an idle worker before it sleeps: about 2 ms, where TVM's default takes 170 ms of
+CPU time from everybody else after each run. Waking a sleeping worker costs 50 us."""
+
+
+@cache
+def runtime() -> Any:
+    """Load TVM's runtime and return the module ``tvm_ffi``.
+
+    If ``tvm`` is loaded already, its libraries are the same files and are not loaded twice.
+
+    Raises
+    ------
+    ArtifactError
+        When apache-tvm is not installed.
+    """
+    # Pinned workers of two models, or of two processes, would all sit on the first cores.
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", str(_SPIN_COUNT))
+    with _torch_hidden():
+        import tvm_ffi
+        from tvm_ffi.libinfo import load_lib_ctypes
+    spec = find_spec("tvm")
+    if spec is None:
+        raise ArtifactError(
+            "TVM's runtime is not installed", hint="pip install apache-tvm==0.27.0.post1"
+        )
+    places = [Path(place) / "lib" for place in spec.submodule_search_locations or ()]
+    load_lib_ctypes("apache-tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=places)
+    return tvm_ffi
+
+
+@contextmanager
+def _torch_hidden() -> Iterator[None]:
+    """Keep tvm_ffi from importing torch, seconds of load time, when nobody has imported it."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
+class Library:
+    """The code of one artifact, loaded once per file however many models use it.
+
+    The dynamic linker recognises a library by its name first: loading a file that was compiled
+    again under the same name would give the old code. So it is loaded through its descriptor,
+    which stays open, and thereby unique, for as long as the library is in use.
+    """
+
+    @classmethod
+    def of(cls, descriptor: int) -> Library:
+        """Return the library in the open file `descriptor`, which the caller may close."""
+        status = os.fstat(descriptor)
+        identity = (status.st_dev, status.st_ino)
+        with _loading:
+            library = _loaded.get(identity)
+            if library is None:
+                library = _loaded[identity] = cls(os.dup(descriptor))
+            return library
+
+    def __init__(self, descriptor: int) -> None:
+        load = runtime().get_global_func("ffi.Module.load_from_file.so")
+        self.descriptor = descriptor
+        try:
+            self.module = load(f"/proc/self/fd/{descriptor}", "so")
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def __del__(self) -> None:
+        if hasattr(self, "module"):
+            del self.module
+            os.close(self.descriptor)
+
+
+_loaded: weakref.WeakValueDictionary[tuple[int, int], Library] = weakref.WeakValueDictionary()
+_loading = threading.Lock()
+
+
+class VirtualMachine:
+    """One program ready to run, with a thread of its own.
+
+    TVM keeps one pool of workers per *calling* thread, and fixes its size when that thread first
+    uses it. Were programs run in the threads of their callers, a server with forty request
+    threads would own forty pools, and whichever model came first on a thread would decide for
+    the others. So each machine has one thread in which all its calls run, one after the other:
+    that makes it safe to share, and gives it exactly the number of threads asked for. Handing a
+    call over and back costs 15 to 60 us.
+
+    Parameters
+    ----------
+    library : Library
+        The code; kept alive.
+    threads : int
+        How many threads parallel regions use, this machine's own included.
+    """
+
+    def __init__(self, library: Library, threads: int) -> None:
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        thread = threading.Thread(target=_serve, args=(self._jobs,), name="sparse-tvm", daemon=True)
+        thread.start()
+        weakref.finalize(self, _stop, self._jobs, thread)
+        self.main = self.submit(_start, library, threads)
+        self._library = library  # set, and so released, after `main`, which runs its code
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call `function` in the machine's thread and return what it returns."""
+        job = _Job(function, args)
+        self._jobs.put(job)
+        return job.result()
+
+    def instrumented(self, callback: Callable[..., None]) -> Any:
+        """Return another instance of ``main`` that reports each call that it makes.
+
+        `callback` gets the called function, its name, whether the call is about to happen (else
+        it has just happened), its result and its arguments.
+        """
+        machine = _instance(self._library)
+        machine["set_instrument"](runtime().convert_func(callback))
+        return machine["main"]
+
+
+def _start(library: Library, threads: int) -> Any:
+    # The list's length sets the size of this thread's pool; its cores matter only to those who
+    # ask for pinning with TVM_BIND_THREADS=1.
+    cores = [str(core) for core in range(threads)]
+    runtime().get_global_func("runtime.config_threadpool")(_SHARE_ALL_CORES, threads, cores)
+    return _instance(library)["main"]
+
+
+def _instance(library: Library) -> Any:
+    machine = library.module["vm_load_executable"]()
+    machine["vm_initialization"](_CPU, _DEVICE_ID, _POOLED_ALLOCATOR)
+    return machine
+
+
+class _Job:
+    """One call on its way through a machine's thread."""
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self._function = function
+        self._args = args
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._done = threading.Lock()
+        self._done.acquire()
+
+    def run(self) -> None:
+        try:
+            self._value = self._function(*self._args)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._done.release()
+
+    def result(self) -> Any:
+        self._done.acquire()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+def _serve(jobs: queue.SimpleQueue[_Job | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job.run()
+        del job  # what the call referred to must not live until the next one
+
+
+def _stop(jobs: queue.SimpleQueue[_Job | None], thread: threading.Thread) -> None:
+    """End a machine's thread, and with it the workers, before the interpreter goes away."""
+    jobs.put(None)
+    if thread is not threading.current_thread():
+        thread.join()
+
+
+def installed_version() -> str:
+    """Return the version of the installed apache-tvm."""
+    return metadata.version("apache-tvm")

@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import gc
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import artifacts
+import numpy as np
+import pytest
+
+from sparse_tvm import runtime
+from sparse_tvm.errors import ArtifactError, InputError, OptionError
+from sparse_tvm.runtime import Model, load
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return artifacts.write(tmp_path_factory.mktemp("artifact") / "small.so")
+
+
+@pytest.fixture(scope="module")
+def model(path: Path) -> Model:
+    return load(path, threads=2)
+
+
+def fresh_process(code: str, *arguments: object) -> str:
+    """Run `code` in a new interpreter, which has not imported TVM's compiler as this one has."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_outputs_by_name_in_order(model: Model) -> None:
+    inputs = artifacts.inputs()
+    outputs = model.run(inputs)
+    assert list(outputs) == ["y", "same_ids", "weight"]
+    np.testing.assert_allclose(outputs["y"], artifacts.expected(inputs), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(outputs["same_ids"], inputs["ids"])
+
+
+def test_describes_itself(model: Model) -> None:
+    assert [str(spec) for spec in model.inputs] == ["x float32[8, 64]", "ids int64[8]"]
+    assert model.outputs[0].name == "y"
+    assert model.manifest["target"]["name"] == "x86-64-v3"
+    assert "small.so" in repr(model)
+    assert "2 threads" in repr(model)
+
+
+def test_a_fresh_process_maps_no_compiler(path: Path) -> None:
+    code = """
+import sys, numpy as np, sparse_tvm
+model = sparse_tvm.load(sys.argv[1], threads=2)
+model.run({"x": np.zeros((8, 64), "float32"), "ids": np.zeros(8, "int64")})
+assert not {"tvm", "torch", "onnx", "onnxruntime"} & set(sys.modules)
+print(open("/proc/self/maps").read())
+"""
+    maps = fresh_process(code, path)
+    assert "libtvm_runtime.so" in maps
+    assert "libtvm_compiler" not in maps
+
+
+@pytest.mark.parametrize("order", ["import tvm\nmodel = load()", "model = load()\nimport tvm"])
+def test_shares_the_libraries_of_tvm(path: Path, order: str) -> None:
+    code = f"""
+import sys, numpy as np, sparse_tvm
+load = lambda: sparse_tvm.load(sys.argv[1])
+{order}
+model.run({{"x": np.zeros((8, 64), "float32"), "ids": np.zeros(8, "int64")}})
+maps = {{line.split()[-1] for line in open("/proc/self/maps") if "/libtvm_runtime.so" in line}}
+assert len(maps) == 1, maps
+from tvm.script import tirx as T
+assert tvm.runtime.tensor(np.ones(3)).numpy().sum() == 3
+"""
+    fresh_process(code, path)
+
+
+@pytest.mark.parametrize("layout", ["misaligned", "strided", "fortran", "big_endian", "read_only"])
+def test_arrays_of_any_layout(model: Model, layout: str) -> None:
+    inputs = artifacts.inputs()
+    x = inputs["x"]
+    if layout == "misaligned":
+        buffer = np.zeros(x.nbytes + 4 + 1, np.uint8)[1 : x.nbytes + 1]
+        inputs["x"] = buffer.view(np.float32).reshape(x.shape)
+        inputs["x"][:] = x
+    elif layout == "strided":
+        inputs["x"] = np.repeat(x, 3, axis=1)[:, ::3]
+    elif layout == "fortran":
+        inputs["x"] = np.asfortranarray(x)
+    elif layout == "big_endian":
+        inputs["x"] = x.astype(">f4")
+    else:
+        inputs["x"].flags.writeable = False
+    np.testing.assert_allclose(
+        model.run(inputs)["y"], artifacts.expected({"x": x}), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_lists_take_the_dtype_of_the_input(model: Model) -> None:
+    inputs = artifacts.inputs()
+    outputs = model.run({"x": inputs["x"].tolist(), "ids": [True] * 8})
+    np.testing.assert_array_equal(outputs["y"], model.run(inputs)["y"])
+    np.testing.assert_array_equal(outputs["same_ids"], np.ones(8))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": None}, r"missing input 'ids' \(the model takes x float32\[8, 64\], ids int64"),
+        ({"mask": [1]}, "unknown input 'mask'"),
+        ({"ids": None, "idz": [1]}, "missing input 'ids' and unknown input 'idz'"),
+        ({"x": np.zeros((8, 64))}, r"'x' has dtype float64, expected float32 .*astype\('float32'"),
+        ({"ids": np.zeros(8, np.int32)}, "'ids' has dtype int32, expected int64"),
+        ({"ids": [0.5] * 8}, "'ids' has dtype float64"),
+        ({"ids": ["a"] * 8}, "'ids' has dtype <U1"),
+        ({"x": np.zeros((8, 63), np.float32)}, r"'x' has shape \(8, 63\), expected \(8, 64\)"),
+        ({"x": np.zeros(512, np.float32)}, r"'x' has shape \(512,\), expected"),
+        ({"x": [[1.0], [1.0, 2.0]]}, "'x' is not an array"),
+    ],
+)
+def test_wrong_inputs(model: Model, change: dict, message: str) -> None:
+    inputs = {**artifacts.inputs(), **change}
+    with pytest.raises(InputError, match=message):
+        model.run({name: value for name, value in inputs.items() if value is not None})
+
+
+def test_symbolic_dimensions_must_agree(path: Path, tmp_path: Path) -> None:
+    specs = artifacts.manifest()["inputs"]
+    specs[0]["shape"][0] = specs[1]["shape"][0] = "batch"
+    model = load(artifacts.write(tmp_path / "symbolic.so", inputs=specs))
+    inputs = artifacts.inputs()
+    np.testing.assert_array_equal(model.run(inputs)["same_ids"], inputs["ids"])
+    with pytest.raises(InputError, match=r"'ids' has shape \(7,\), .*where batch is 8"):
+        model.run({**inputs, "ids": inputs["ids"][:7]})
+    with pytest.raises(InputError, match=r"expected \('batch', 64\)"):
+        model.run({**inputs, "x": inputs["x"][None]})
+
+
+@pytest.mark.parametrize("copied_bytes", [0, 1 << 20])
+def test_outputs_belong_to_the_caller(
+    path: Path, monkeypatch: pytest.MonkeyPatch, copied_bytes: int
+) -> None:
+    monkeypatch.setattr(runtime, "_COPIED_BYTES", copied_bytes)
+    model = load(path)
+    runs = [(inputs := artifacts.inputs(seed), model.run(inputs)) for seed in range(20)]
+    for inputs, outputs in runs:
+        np.testing.assert_allclose(outputs["y"], artifacts.expected(inputs), rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(outputs["same_ids"], inputs["ids"])
+    weight = runs[0][1]["weight"].copy()
+    for array in runs[0][1].values():
+        array[:] = 77  # must reach neither the weights nor the next run
+    again = model.run(runs[1][0])
+    np.testing.assert_array_equal(again["weight"], weight)
+    np.testing.assert_array_equal(again["y"], runs[1][1]["y"])
+    kept = again["y"]
+    del model, again, outputs, runs
+    gc.collect()
+    assert np.isfinite(kept.sum())
+
+
+def test_many_threads_get_their_own_results(model: Model) -> None:
+    def work(seed: int) -> bool:
+        inputs = artifacts.inputs(seed)
+        results = [model.run(inputs)["y"] for _ in range(20)]
+        return all(np.allclose(y, artifacts.expected(inputs), atol=1e-4) for y in results)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(16)))
+
+
+def threads_of_process() -> int:
+    gc.collect()
+    time.sleep(0.05)  # a thread that was joined may take a moment to be gone
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def test_each_model_has_exactly_its_threads(path: Path) -> None:
+    before = threads_of_process()
+    get_pool_size = runtime.runtime().get_global_func("runtime.NumThreads")
+    models = [load(path, threads=count) for count in (1, 2, 5)]
+    assert [model.threads for model in models] == [1, 2, 5]
+    assert [model._machine.submit(get_pool_size) for model in models] == [1, 2, 5]
+    assert threads_of_process() == before + 1 + 2 + 5
+    inputs = artifacts.inputs()
+    results = [model.run(inputs)["y"] for model in models]
+    np.testing.assert_array_equal(results[0], results[2])
+    models.clear()
+    assert threads_of_process() == before
+
+
+def test_default_threads(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "usable_cores", lambda: 3)
+    assert load(path).threads == 3
+    assert load(artifacts.write(tmp_path / "four.so", threads=4)).threads == 4
+    with pytest.raises(OptionError, match="at least 1, not 0"):
+        load(path, threads=0)
+
+
+def test_workers_sleep_soon_and_are_not_pinned(path: Path) -> None:
+    code = """
+import os, sys, time, numpy as np, sparse_tvm
+model = sparse_tvm.load(sys.argv[1], threads=2)
+inputs = {"x": np.zeros((8, 64), "float32"), "ids": np.zeros(8, "int64")}
+model.run(inputs)
+start = time.process_time()
+model.run(inputs)
+time.sleep(0.3)
+assert time.process_time() - start < 0.05
+assert len({tuple(os.sched_getaffinity(int(task))) for task in os.listdir("/proc/self/task")}) == 1
+"""
+    fresh_process(code, path)
+
+
+def test_recompiled_file_of_the_same_name(tmp_path: Path) -> None:
+    path = tmp_path / "model.so"
+    inputs = artifacts.inputs()
+    first = load(artifacts.write(path, seed=1))
+    second = load(artifacts.write(path, seed=2))
+    assert first._machine._library is not second._machine._library
+    assert load(path)._machine._library is second._machine._library
+    for model, seed in ((first, 1), (second, 2)):
+        expected = artifacts.expected(inputs, seed)
+        np.testing.assert_allclose(model.run(inputs)["y"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_models_go_away(tmp_path: Path) -> None:
+    path = artifacts.write(tmp_path / "goes_away.so")
+    model = load(path)
+    model.run(artifacts.inputs())
+    assert "goes_away.so" in Path("/proc/self/maps").read_text()
+    del model
+    gc.collect()
+    assert "goes_away.so" not in Path("/proc/self/maps").read_text()
+
+
+def test_interrupted_run_does_not_harm_the_next(model: Model) -> None:
+    release = threading.Event()
+    blocker = threading.Thread(target=model._machine.submit, args=(release.wait,))
+    blocker.start()
+    inputs = artifacts.inputs()
+    main_thread = threading.get_ident()
+    threading.Timer(0.1, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        model.run(artifacts.inputs(seed=2))
+    release.set()
+    blocker.join()
+    np.testing.assert_allclose(
+        model.run(inputs)["y"], artifacts.expected(inputs), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_error_in_the_machine_reaches_the_caller(model: Model) -> None:
+    with pytest.raises(ZeroDivisionError):
+        model._machine.submit(divmod, 1, 0)
+    model.run(artifacts.inputs())
+
+
+def test_trace_names_every_kernel(model: Model) -> None:
+    traces = model.trace(artifacts.inputs(), runs=3)
+    assert len(traces) == 3
+    for calls in traces:
+        names = [name for name, _ in calls]
+        assert names.index("matmul") < names.index("epilogue")
+        assert all(seconds > 0 for _, seconds in calls)
+
+
+def target(**changes: object) -> dict:
+    return {**artifacts.manifest()["target"], **changes}
+
+
+def test_missing_cpu_features_are_named(tmp_path: Path) -> None:
+    path = artifacts.write(
+        tmp_path / "new.so", target=target(name="future", features=["avx2", "avx9000", "amx-x"])
+    )
+    with pytest.raises(ArtifactError, match=r"future and needs .* amx-x, avx9000 .*--target"):
+        load(path)
+
+
+def test_other_architecture(tmp_path: Path) -> None:
+    path = artifacts.write(tmp_path / "arm.so", target=target(triple="sparc-linux-gnu"))
+    with pytest.raises(ArtifactError, match="compiled for sparc; this machine is"):
+        load(path)
+
+
+def test_truncated_file(path: Path, tmp_path: Path) -> None:
+    truncated = tmp_path / "truncated.so"
+    truncated.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ArtifactError, match=r"truncated\.so has no sparse-tvm footer"):
+        load(truncated)
+
+
+def test_code_that_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "library", lambda: b"\x7fELF nonsense")
+    path = artifacts.write(tmp_path / "broken.so")
+    with pytest.raises(ArtifactError, match=r"cannot load the code of .*compiled with TVM 0\.27"):
+        load(path)
