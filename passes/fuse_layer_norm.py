@@ -1,0 +1,107 @@
+"""Recognise layer normalisation that an exporter spelled out.
+
+Matches ``(x - mean(x)) / sqrt(mean((x - mean(x))**2) + epsilon) * gamma + beta`` over the last
+axis, in the spellings of the torch exporters (``power`` or ``multiply``, divide by the root or
+multiply by its inverse, operands in either order), and turns it into ``relax.nn.layer_norm``:
+one kernel instead of eight passes over the activation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import relax
+
+from sparse_tvm.passes.graph import Rewrite, op_name, same, scalar_value, shape_of
+from sparse_tvm.passes.program import Program
+
+
+def fuse_layer_norm(program: Program) -> Program:
+    """Apply the pass."""
+    return _FuseLayerNorm(program).run()
+
+
+class _FuseLayerNorm(Rewrite):
+    def rewrite(self, var: relax.Var, value: Any) -> Any:
+        if op_name(value) != "relax.add":
+            return None
+        for scaled, beta in self.graph.operands(value, self._is_vector):
+            product = self.graph.op(scaled, "multiply")
+            if product is None:
+                continue
+            for normalised, gamma in self.graph.operands(product, self._is_vector):
+                found = self._normalised(normalised)
+                if found is not None and shape_of(found[0])[-1:] == shape_of(gamma):
+                    x, epsilon = found
+                    return relax.op.nn.layer_norm(
+                        self.new(x), self.new(gamma), self.new(beta), axes=[-1], epsilon=epsilon
+                    )
+        return None
+
+    def _is_vector(self, expr: Any) -> bool:
+        return self.array(expr) is not None and len(shape_of(expr)) == 1
+
+    def _normalised(self, expr: Any) -> tuple[Any, float] | None:
+        """``x`` and epsilon of ``(x - mean(x)) / sqrt(variance(x) + epsilon)``."""
+        quotient = self.graph.op(expr, "divide")
+        if quotient is not None:
+            pairs = [tuple(quotient.args)]
+        elif (product := self.graph.op(expr, "multiply")) is not None:
+            pairs = [(c, self._inverse(i)) for c, i in self.graph.operands(product, self._inverse)]
+        else:
+            return None
+        for centred, root in pairs:
+            x = self._centred(centred)
+            epsilon = self._epsilon(root, x) if x is not None else None
+            if epsilon is not None:
+                return x, epsilon
+        return None
+
+    def _inverse(self, expr: Any) -> Any:
+        """What ``expr`` is one over, or the root whose reciprocal it is."""
+        quotient = self.graph.op(expr, "divide")
+        if quotient is not None and scalar_value(quotient.args[0]) == 1.0:
+            return quotient.args[1]
+        return expr if self.graph.op(expr, "rsqrt") is not None else None
+
+    def _centred(self, expr: Any) -> Any:
+        """``x`` of ``x - mean(x)``."""
+        difference = self.graph.op(expr, "subtract")
+        if difference is None:
+            return None
+        x, mean = difference.args
+        return x if same(self._is_mean(mean), x) else None
+
+    def _is_mean(self, expr: Any) -> Any:
+        """``x`` of ``mean(x)`` over the last axis, which it keeps."""
+        mean = self.graph.op(expr, "mean")
+        if mean is None or not mean.attrs.keepdims or mean.attrs.axis is None:
+            return None
+        axes = [int(axis) for axis in mean.attrs.axis]
+        return mean.args[0] if axes in ([-1], [len(shape_of(mean.args[0])) - 1]) else None
+
+    def _epsilon(self, root: Any, x: Any) -> float | None:
+        """Epsilon of ``sqrt(variance(x) + epsilon)`` (or rsqrt, or power one half)."""
+        call = self.graph.op(root, "sqrt", "rsqrt", "power")
+        if call is None:
+            return None
+        if op_name(call) == "relax.power" and scalar_value(call.args[1]) != 0.5:
+            return None
+        total = self.graph.op(call.args[0], "add")
+        if total is None:
+            return None
+        for variance, epsilon in self.graph.operands(total, lambda e: scalar_value(e) is not None):
+            square = self._is_mean(variance)
+            if square is not None and same(self._square_of_centred(square), x):
+                return scalar_value(epsilon)
+        return None
+
+    def _square_of_centred(self, expr: Any) -> Any:
+        call = self.graph.op(expr, "power", "multiply", "square")
+        if call is None:
+            return None
+        if op_name(call) == "relax.power" and scalar_value(call.args[1]) != 2.0:
+            return None
+        if op_name(call) == "relax.multiply" and not same(*call.args):
+            return None
+        return self._centred(call.args[0])

@@ -1,0 +1,88 @@
+"""What the passes work on: a Relax program, its weights beside it, and a report per layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tvm
+
+
+@dataclass
+class LayerReport:
+    """What became of one layer, and why.
+
+    Attributes
+    ----------
+    name : str
+        As ``--layer`` matches it.
+    op : str
+        The layer's operator, such as ``dense``.
+    shape : tuple[int, int]
+        ``(N, K)``: output features, input features.
+    sparsity, nnz, structure
+        What analysis found in the weight.
+    format : str
+        ``dense``, ``csr`` or ``bsr``.
+    block : tuple[int, int] | None
+        Rows x columns of a stored block.
+    kernel : str
+        Kernel and parameters chosen.
+    epilogue : tuple[str, ...]
+        Steps fused behind the matmul.
+    reason : str
+        Why this format.
+    bytes : int
+        Size of the stored weight.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, int]
+    sparsity: float
+    nnz: int
+    structure: str
+    format: str
+    block: tuple[int, int] | None
+    kernel: str
+    epilogue: tuple[str, ...]
+    reason: str
+    bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as the manifest stores it."""
+        record = dict(vars(self))
+        for key in ("shape", "block", "epilogue"):
+            record[key] = None if record[key] is None else list(record[key])
+        return record
+
+
+@dataclass
+class Program:
+    """A model on its way through the compiler.
+
+    Attributes
+    ----------
+    module : tvm.IRModule
+        ``main(inputs..., weights...)``, with attribute ``num_input``.
+    weights : dict[str, np.ndarray]
+        Arrays by parameter name, one per parameter of ``main`` after the inputs, in order.
+    layers : dict[str, str]
+        Layer names by weight parameter.
+    reports : dict[str, LayerReport]
+        By layer name, filled by the conversion of weights.
+    notes : list[str]
+        Patterns a pass saw and left alone, and why.
+    """
+
+    module: tvm.IRModule
+    weights: dict[str, np.ndarray]
+    layers: dict[str, str]
+    reports: dict[str, LayerReport] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def num_input(self) -> int:
+        """How many of ``main``'s parameters are the model's inputs."""
+        return int(self.module["main"].attrs["num_input"])
