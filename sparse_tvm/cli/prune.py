@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from sparse_tvm.sparsity.pruning import PruneReport
 
-NAME_WIDTH = 48
-
 
 def prune(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The model to prune.")],
@@ -74,30 +72,24 @@ def prune(
 
 
 def _layer_table(report: PruneReport) -> Table:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    from sparse_tvm.report.tables import fold_name, human_percent
+    from sparse_tvm.cli.tables import name_cell, plain_table, shape_cell
+    from sparse_tvm.report.tables import human_percent
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("layer", overflow="fold")
-    table.add_column("op")
-    table.add_column("shape", no_wrap=True)
-    table.add_column("before", justify="right", no_wrap=True)
-    table.add_column("after", justify="right", no_wrap=True)
-    table.add_column("structure", overflow="fold")
+    numbers = ("before", "after")
+    table = plain_table("layer", "op", "shape", *numbers, "structure", numbers=numbers)
     for layer in report.layers:
         table.add_row(
-            Text(fold_name(layer.name, NAME_WIDTH)),
+            name_cell(layer.name),
             layer.op,
-            "x".join(map(str, layer.shape)),
+            shape_cell(layer.shape),
             human_percent(layer.before),
             human_percent(layer.after),
             layer.structure,
         )
     for name, reason in report.skipped.items():
-        table.add_row(Text(fold_name(name, NAME_WIDTH)), "", "", "", "", Text(f"skipped: {reason}"))
+        table.add_row(name_cell(name), "", "", "", "", Text(f"skipped: {reason}"))
     return table
 
 
