@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import zipfile
@@ -157,9 +158,12 @@ def _recognise_zip(path: Path) -> str:
 
 
 def _is_text(head: bytes) -> bool:
-    # The last bytes may cut a character in two.
-    text = head.decode("utf-8", errors="ignore")
-    return len(text) >= len(head) - 3 and all(c.isprintable() or c in "\r\n\t" for c in text)
+    try:
+        # Incremental: the last bytes may be half a character.
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return all(c.isprintable() or c in "\r\n\t" for c in text)
 
 
 def _check_versions(model: onnx.ModelProto, where: str) -> None:
