@@ -172,7 +172,8 @@ def prune(
     layers, exclude : str | None
         Regular expressions, searched in layer names: prune only these, all but these.
     random_weights : bool
-        Replace the weights by random ones first: how fast would such a model be?
+        Replace the weights by random ones of the same scale first: how fast would such a model
+        be?
     seed : int
         Of the random weights.
 
@@ -218,13 +219,8 @@ class _Weights:
         self._seeds = {ref.layer: (seed, i) for i, ref in enumerate(refs)} if random else {}
 
     def __getitem__(self, ref: WeightRef) -> np.ndarray:
-        if ref.layer in self._seeds:
-            # Of variance 1/K, so that activations neither vanish nor explode.
-            generator = np.random.default_rng(self._seeds[ref.layer])
-            values = generator.standard_normal(ref.shape, dtype=np.float32)
-            values /= np.float32(np.sqrt(ref.shape[1]))
-            return values
-        return canonical(ref, as_array(self._tensors[ref.initializer]))
+        w = canonical(ref, as_array(self._tensors[ref.initializer]))
+        return _random_like(w, self._seeds[ref.layer]) if ref.layer in self._seeds else w
 
     def replace(self, ref: WeightRef, w: np.ndarray) -> PrunedLayer:
         tensor = self._tensors[ref.initializer]
@@ -233,6 +229,14 @@ class _Weights:
         found = analyse(w)
         before = zeros / max(w.size, 1)
         return PrunedLayer(ref.layer, ref.op, ref.shape, before, found.sparsity, found.label)
+
+
+def _random_like(w: np.ndarray, seed: tuple[int, int]) -> np.ndarray:
+    """Return normally distributed values of the same mean square, so that layers compare."""
+    values = np.random.default_rng(seed).standard_normal(w.shape, dtype=np.float32)
+    scale = np.sqrt(np.mean(np.square(w))) or np.float32(w.shape[1] ** -0.5)
+    values *= scale
+    return values
 
 
 @dataclass
