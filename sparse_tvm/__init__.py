@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sparse_tvm.benchmark import bench
     from sparse_tvm.compiler import compile
     from sparse_tvm.runtime import load
-    from sparse_tvm.sparsity.inspection import inspect
+    from sparse_tvm.inspection import inspect
     from sparse_tvm.sparsity.pruning import prune
 
 __all__ = ["__version__", "bench", "compile", "errors", "inspect", "load", "prune"]
@@ -33,7 +33,7 @@ except metadata.PackageNotFoundError:  # run from a source tree that is not inst
 _HOMES = {
     "bench": "sparse_tvm.benchmark",
     "compile": "sparse_tvm.compiler",
-    "inspect": "sparse_tvm.sparsity.inspection",
+    "inspect": "sparse_tvm.inspection",
     "load": "sparse_tvm.runtime",
     "prune": "sparse_tvm.sparsity.pruning",
 }
