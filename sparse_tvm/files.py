@@ -22,6 +22,8 @@ def replacing(output: str | os.PathLike[str]) -> Iterator[Path]:
         When the directory is missing or not writable, or the disk is full.
     """
     output = Path(output)
+    if output.is_dir():
+        raise OutputError(f"cannot write {output}: it is a directory", hint="give a file name")
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         yield temporary
