@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -10,16 +9,21 @@ from typing import Annotated
 
 import numpy as np
 import onnx
-import onnxruntime
 import typer
-from interleaved import interleave, onnx_runtime_session
 from rich.console import Console
 from rich.table import Table
 
 import sparse_tvm
 from sparse_tvm.cli.console import stderr_console, stdout_console
 from sparse_tvm.cli.progress import PhaseProgress
+from sparse_tvm.cli.tables import plain_table
+from sparse_tvm.cpu import usable_cores
+from sparse_tvm.errors import SparseTvmError
+from sparse_tvm.interleave import interleave
 from sparse_tvm.models import minilm
+from sparse_tvm.reference import Reference
+from sparse_tvm.report.tables import human_bytes
+from sparse_tvm.runtime import Model
 
 SENTENCES = (
     "A man is eating food.",
@@ -31,13 +35,12 @@ SENTENCES = (
 )
 SPARSITY, STRUCTURE = 0.9, "4x1"
 LOWEST_COSINE = 0.9999
+SECONDS = 3.0  # of timed runs per engine
 WORKDIR = Path(__file__).resolve().parent.parent / "build" / "minilm"
 
 
 def main(
-    threads: Annotated[int, typer.Option(min=1, help="Of both engines.")] = len(
-        os.sched_getaffinity(0)
-    ),
+    threads: Annotated[int, typer.Option(min=1, help="Of both engines.")] = usable_cores(),
     sequence: Annotated[int, typer.Option(min=8, max=512, help="Tokens per sentence.")] = 128,
     workdir: Annotated[Path, typer.Option(help="Where the models and model.so go.")] = WORKDIR,
 ) -> None:
@@ -56,25 +59,24 @@ def main(
         )
         progress("embed sentences")
         model = sparse_tvm.load(artifact, threads=threads)
-        session = onnx_runtime_session(pruned, threads)
-        ours = minilm.embed(
-            lambda feed: model.run(feed)["last_hidden_state"], SENTENCES, sequence=sequence
-        )
-        theirs = embed_with(session, sequence)
-        unpruned = embed_with(onnx_runtime_session(dense, threads), sequence)
+        reference = Reference(pruned, threads=threads)
+        ours = embed_with(model, sequence)
+        theirs = embed_with(reference, sequence)
+        unpruned = embed_with(Reference(dense, threads=threads), sequence)
 
         progress("measure")
         feed = minilm.tokenize(SENTENCES[:1], sequence=sequence)
         times = interleave(
-            {
-                "ONNX Runtime": lambda: session.run(None, feed),
-                "sparse-tvm": lambda: model.run(feed),
-            },
-            rounds=20,
+            {"ONNX Runtime": lambda: reference.run(feed), "sparse-tvm": lambda: model.run(feed)},
+            duration=SECONDS,
         )
 
     console = stdout_console()
-    console.print(speed_table(times, pruned, artifact, threads, sequence))
+    console.print(
+        f"all-MiniLM-L6-v2, {SPARSITY:.0%} pruned in {STRUCTURE} blocks, "
+        f"1 x {sequence} tokens, {threads} threads"
+    )
+    console.print(speed_table(times, pruned, artifact))
     cosine = (ours * theirs).sum(axis=1)
     print_embeddings(console, cosine, (ours * unpruned).sum(axis=1))
     console.print(f"Compiled model: {artifact}", soft_wrap=True)
@@ -82,36 +84,33 @@ def main(
         sys.exit(f"error: embeddings differ from ONNX Runtime's: cosine {cosine.min():.6f}")
 
 
-def embed_with(session: onnxruntime.InferenceSession, sequence: int) -> np.ndarray:
-    return minilm.embed(lambda feed: session.run(None, feed)[0], SENTENCES, sequence=sequence)
-
-
-def speed_table(
-    times: dict[str, list[float]], pruned: Path, artifact: Path, threads: int, sequence: int
-) -> Table:
-    theirs, ours = (1e3 * statistics.median(times[name]) for name in ("ONNX Runtime", "sparse-tvm"))
-    sizes = [path.stat().st_size / 1e6 for path in (pruned, artifact)]
-    table = Table(
-        title=f"all-MiniLM-L6-v2, {SPARSITY:.0%} pruned in {STRUCTURE} blocks, "
-        f"1 x {sequence} tokens, {threads} threads"
+def embed_with(model: Model | Reference, sequence: int) -> np.ndarray:
+    return minilm.embed(
+        lambda feed: model.run(feed)["last_hidden_state"], SENTENCES, sequence=sequence
     )
-    table.add_column("same pruned model")
-    for column in ("ONNX Runtime", "sparse-tvm", "gain"):
-        table.add_column(column, justify="right")
-    table.add_row("latency p50", f"{theirs:.2f} ms", f"{ours:.2f} ms", f"{theirs / ours:.1f}x")
+
+
+def speed_table(times: dict[str, list[float]], pruned: Path, artifact: Path) -> Table:
+    theirs, ours = (1e3 * statistics.median(times[name]) for name in ("ONNX Runtime", "sparse-tvm"))
+    sizes = [path.stat().st_size for path in (pruned, artifact)]
+    table = plain_table(
+        "same pruned model", *times, "gain", numbers=("ONNX Runtime", "sparse-tvm", "gain")
+    )
     table.add_row(
-        "file", f"{sizes[0]:.1f} MB", f"{sizes[1]:.1f} MB", f"{sizes[0] / sizes[1]:.1f}x smaller"
+        "latency p50", f"{theirs:.2f} ms", f"{ours:.2f} ms", f"{theirs / ours:.1f}x faster"
+    )
+    table.add_row(
+        "file", *(human_bytes(size) for size in sizes), f"{sizes[0] / sizes[1]:.1f}x smaller"
     )
     return table
 
 
 def print_embeddings(console: Console, same: np.ndarray, unpruned: np.ndarray) -> None:
-    table = Table(title="cosine similarity of our embeddings with ONNX Runtime's")
-    table.add_column("sentence")
-    table.add_column("same pruned model", justify="right")
-    table.add_column("unpruned model", justify="right")
+    columns = ("same pruned model", "unpruned model")
+    table = plain_table("sentence", *columns, numbers=columns)
     for sentence, *cosines in zip(SENTENCES, same, unpruned, strict=True):
         table.add_row(sentence, *(f"{cosine:.6f}" for cosine in cosines))
+    console.print("Cosine similarity of our embeddings with ONNX Runtime's")
     console.print(table)
     console.print(
         "Pruning by magnitude without retraining costs accuracy (right column): "
@@ -120,4 +119,7 @@ def print_embeddings(console: Console, same: np.ndarray, unpruned: np.ndarray) -
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except SparseTvmError as error:
+        sys.exit(f"error: {error}")
