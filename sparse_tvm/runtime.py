@@ -226,7 +226,7 @@ class _Staged:
         if self._symbolic:
             self._check_symbolic(array.shape, sizes)
         elif array.shape != self.spec.shape:
-            raise self._mismatch(f"has shape {array.shape}, expected {self.spec.shape}")
+            raise self._wrong_shape(array.shape)
         return array
 
     def fill(self, array: np.ndarray) -> Any:
@@ -255,14 +255,16 @@ class _Staged:
 
     def _check_symbolic(self, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
         if len(shape) != len(self.spec.shape):
-            raise self._mismatch(f"has shape {shape}, expected {self.spec.shape}")
+            raise self._wrong_shape(shape)
         for size, dim in zip(shape, self.spec.shape, strict=True):
-            expected = sizes.setdefault(dim, size) if isinstance(dim, str) else dim
-            if size != expected:
-                raise self._mismatch(
-                    f"has shape {shape}, expected {self.spec.shape}"
-                    + (f" where {dim} is {expected} by another dimension" if dim in sizes else "")
-                )
+            if isinstance(dim, str) and sizes.setdefault(dim, size) != size:
+                raise self._wrong_shape(shape, f" where {dim} is {sizes[dim]} in another place")
+            if not isinstance(dim, str) and size != dim:
+                raise self._wrong_shape(shape)
+
+    def _wrong_shape(self, shape: tuple[int, ...], why: str = "") -> InputError:
+        found, expected = (", ".join(map(str, dims)) for dims in (shape, self.spec.shape))
+        return self._mismatch(f"has shape [{found}], expected [{expected}]{why}")
 
     def _mismatch(self, problem: str, hint: str | None = None) -> InputError:
         return InputError(f"input {self.spec.name!r} {problem}", hint=hint)

@@ -1,0 +1,247 @@
+"""Measure a compiled model: latency, throughput, memory, load time, time per kernel.
+
+With ``against``, ONNX Runtime is measured in the same run, and outputs are compared.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+
+from sparse_tvm.cpu import cpu_model
+from sparse_tvm.errors import ModelError, OptionError
+from sparse_tvm.interleave import interleave, time_runs
+from sparse_tvm.random_inputs import random_inputs
+from sparse_tvm.runtime import Model, load
+
+if TYPE_CHECKING:
+    from sparse_tvm.reference import Reference
+
+PROFILE_RUNS = 10
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"
+_Loaded = TypeVar("_Loaded")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one engine needs for one model.
+
+    Times are in seconds. `load_seconds` includes the engine's libraries unless they were loaded
+    before. `peak_memory_bytes` is what the process's resident memory grew by while the engine
+    loaded and ran the model.
+    """
+
+    engine: str
+    runs: int
+    p50: float
+    p90: float
+    p99: float
+    mean: float
+    throughput: float
+    load_seconds: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """Mean time per run of one function of the program, for one layer where that is known."""
+
+    function: str
+    kind: str
+    layer: str | None
+    calls: int
+    seconds: float
+    share: float
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What :func:`bench` measured; `to_dict` gives it as JSON types."""
+
+    path: str
+    cpu: str
+    threads: int
+    model: Timing
+    reference: Timing | None
+    speedup: float | None
+    max_abs_diff: dict[str, float] | None
+    profile: list[KernelTime] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as nested dictionaries and lists."""
+        return asdict(self)
+
+
+def bench(
+    path: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    *,
+    threads: int | None = None,
+    warmup: float = 1.0,
+    duration: float = 5.0,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    profile: bool = False,
+) -> BenchResult:
+    """Measure a compiled model, and ONNX Runtime beside it.
+
+    Parameters
+    ----------
+    path : path
+        The compiled model.
+    against : path | None
+        The ONNX model to run in ONNX Runtime on as many threads, interleaved with ours.
+    threads : int | None
+        As for :func:`sparse_tvm.load`.
+    warmup, duration : float
+        Seconds of uncounted and of counted runs, per engine.
+    inputs : Mapping[str, np.ndarray] | None
+        Inputs by name; random ones by default.
+    profile : bool
+        Also time every kernel.
+
+    Raises
+    ------
+    ArtifactError, InputError, OptionError
+        As :func:`sparse_tvm.load` and :meth:`sparse_tvm.runtime.Model.run`.
+    ModelError
+        When ONNX Runtime cannot load `against`, or it has other inputs or outputs.
+    """
+    for name, value in (("warmup", warmup), ("duration", duration)):
+        if value < 0:
+            raise OptionError(f"{name} must not be negative, is {value:g} s")
+    ours = _Engine("sparse-tvm", lambda: load(path, threads=threads))
+    model = ours.loaded
+    feed = random_inputs(model.inputs) if inputs is None else inputs
+    ours.warm_up(lambda: model.run(feed), warmup)
+    engines: list[_Engine[Any]] = [ours]
+    differences = None
+    if against is not None:
+        reference, differences = _reference_engine(against, model, feed, warmup)
+        engines.append(reference)
+    times = interleave({engine.name: engine.run for engine in engines}, duration=duration)
+    timings = [engine.timing(times[engine.name]) for engine in engines]
+    return BenchResult(
+        path=os.fspath(path),
+        cpu=cpu_model(),
+        threads=model.threads,
+        model=timings[0],
+        reference=timings[1] if against is not None else None,
+        speedup=timings[1].p50 / timings[0].p50 if against is not None else None,
+        max_abs_diff=differences,
+        profile=kernel_times(model, feed) if profile else None,
+    )
+
+
+def kernel_times(
+    model: Model, inputs: Mapping[str, np.ndarray], runs: int = PROFILE_RUNS
+) -> list[KernelTime]:
+    """Return the mean time per run of every kernel, the slowest first.
+
+    A kernel that serves several layers has one entry for each, as the manifest names them.
+    """
+    kernels = model.manifest.get("kernels", {})
+    seconds: defaultdict[tuple[str, str | None], float] = defaultdict(float)
+    calls: Counter[tuple[str, str | None]] = Counter()
+    for trace in model.trace(inputs, runs):
+        seen: Counter[str] = Counter()
+        for function, elapsed in trace:
+            layers = kernels.get(function, {}).get("layers", [])
+            layer = layers[seen[function]] if seen[function] < len(layers) else None
+            seen[function] += 1
+            name = "vm.builtin" if function.startswith("vm.builtin.") else function
+            seconds[name, layer] += elapsed
+            calls[name, layer] += 1
+    total = sum(seconds.values())
+    times = [
+        KernelTime(
+            function=function,
+            kind=kernels.get(function, {}).get("kind", ""),
+            layer=layer,
+            calls=calls[function, layer] // runs,
+            seconds=elapsed / runs,
+            share=elapsed / total,
+        )
+        for (function, layer), elapsed in seconds.items()
+    ]
+    return sorted(times, key=lambda kernel: kernel.seconds, reverse=True)
+
+
+class _Engine(Generic[_Loaded]):
+    """A model in an engine, with the time and memory that loading and running it takes."""
+
+    def __init__(self, name: str, load: Callable[[], _Loaded]) -> None:
+        self.name = name
+        self._memory_before = _reset_peak_memory()
+        start = time.perf_counter()
+        self.loaded = load()
+        self._load_seconds = time.perf_counter() - start
+
+    def warm_up(self, run: Callable[[], Any], duration: float) -> None:
+        self.run = run
+        time_runs(run, duration)
+        self._peak_memory = max(0, _memory("VmHWM") - self._memory_before)
+
+    def timing(self, times: Sequence[float]) -> Timing:
+        p50, p90, p99 = np.percentile(times, [50, 90, 99])
+        return Timing(
+            engine=self.name,
+            runs=len(times),
+            p50=float(p50),
+            p90=float(p90),
+            p99=float(p99),
+            mean=float(np.mean(times)),
+            throughput=len(times) / sum(times),
+            load_seconds=self._load_seconds,
+            peak_memory_bytes=self._peak_memory,
+        )
+
+
+def _reference_engine(
+    path: str | os.PathLike[str], model: Model, feed: Mapping[str, np.ndarray], warmup: float
+) -> tuple[_Engine[Any], dict[str, float]]:
+    """Return ONNX Runtime with the model at `path`, and how its outputs differ from ours."""
+
+    def open_reference() -> Reference:
+        from sparse_tvm.reference import Reference
+
+        return Reference(path, threads=model.threads)
+
+    engine = _Engine("ONNX Runtime", open_reference)
+    reference = engine.loaded
+    outputs = [spec.name for spec in model.outputs]
+    for what, theirs, mine in (
+        ("inputs", reference.inputs, [spec.name for spec in model.inputs]),
+        ("outputs", reference.outputs, outputs),
+    ):
+        if set(theirs) != set(mine):
+            raise ModelError(
+                f"{path} is another model than {model.path}: its {what} are {', '.join(theirs)}, "
+                f"not {', '.join(mine)}",
+                hint="give --against the model that was compiled",
+            )
+    engine.warm_up(lambda: reference.run(feed, outputs), warmup)
+    return engine, reference.max_abs_differences(feed, model.run(feed))
+
+
+def _reset_peak_memory() -> int:
+    """Start a new record of the process's peak resident memory; return what it uses now."""
+    with suppress(OSError):  # where that is forbidden, an earlier peak may stand
+        _CLEAR_REFS.write_text(_RESET_PEAK)
+    return _memory("VmRSS")
+
+
+def _memory(field: str) -> int:
+    """Return a size in bytes from /proc/self/status."""
+    lines = _STATUS.read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

@@ -1,0 +1,110 @@
+"""``sparse-tvm bench``: time a compiled model, beside ONNX Runtime if wanted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from sparse_tvm.benchmark import BenchResult, KernelTime
+
+
+def bench(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.so", help="The compiled model.")],
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL.onnx", help="Time this model in ONNX Runtime, interleaved."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="By default as compiled, else every core.")
+    ] = None,
+    warmup: Annotated[
+        float, typer.Option(metavar="S", help="Seconds of uncounted runs, per engine.")
+    ] = 1.0,
+    duration: Annotated[
+        float, typer.Option(metavar="S", help="Seconds of counted runs, per engine.")
+    ] = 5.0,
+    profile: Annotated[bool, typer.Option("--profile", help="Time every layer.")] = False,
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all figures here.")
+    ] = None,
+) -> None:
+    """Time MODEL.so on random inputs: latency, throughput, memory, load time."""
+    from sparse_tvm.benchmark import bench
+    from sparse_tvm.cli.console import stdout_console
+    from sparse_tvm.files import replacing
+
+    def measure() -> BenchResult:
+        return bench(
+            model, against, threads=threads, warmup=warmup, duration=duration, profile=profile
+        )
+
+    if json is None:
+        result = measure()
+    else:
+        with replacing(json) as temporary:
+            temporary.touch()  # a path that cannot be written fails before the measurement
+            result = measure()
+            temporary.write_text(_to_json(result), encoding="utf-8")
+    _print(stdout_console(), result)
+
+
+def _to_json(result: BenchResult) -> str:
+    import json
+
+    return json.dumps(result.to_dict(), indent=2) + "\n"
+
+
+def _print(console: Console, result: BenchResult) -> None:
+    console.print(f"{result.path}, {result.threads} threads, {result.cpu}")
+    console.print(_timings(result))
+    if result.speedup is not None:
+        console.print(f"{result.speedup:.2f}x the speed of ONNX Runtime (ratio of medians)")
+    for name, difference in (result.max_abs_diff or {}).items():
+        console.print(f"largest difference of {name}: {difference:.2e}", markup=False)
+    if result.profile is not None:
+        console.print(_profile(result.profile))
+
+
+def _timings(result: BenchResult) -> Table:
+    from sparse_tvm.cli.tables import plain_table
+    from sparse_tvm.report.tables import human_bytes
+
+    figures = ("p50", "p90", "p99", "mean", "runs/s", "runs", "load", "memory")
+    table = plain_table("engine", *figures, numbers=figures)
+    for timing in filter(None, (result.model, result.reference)):
+        latencies = (timing.p50, timing.p90, timing.p99, timing.mean)
+        table.add_row(
+            timing.engine,
+            *[f"{1e3 * seconds:.3f} ms" for seconds in latencies],
+            f"{timing.throughput:.1f}",
+            str(timing.runs),
+            f"{timing.load_seconds:.2f} s",
+            human_bytes(timing.peak_memory_bytes),
+        )
+    return table
+
+
+def _profile(kernels: Sequence[KernelTime]) -> Table:
+    from sparse_tvm.cli.tables import name_cell, plain_table
+    from sparse_tvm.report.tables import human_percent
+
+    figures = ("calls", "per run", "share")
+    table = plain_table("layer", "kernel", "kind", *figures, numbers=figures)
+    for kernel in kernels:
+        table.add_row(
+            name_cell(kernel.layer or ""),
+            name_cell(kernel.function),
+            kernel.kind,
+            str(kernel.calls),
+            f"{1e3 * kernel.seconds:.3f} ms",
+            human_percent(kernel.share),
+        )
+    return table

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import artifacts
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from sparse_tvm import bench, interleave
+from sparse_tvm.benchmark import kernel_times
+from sparse_tvm.cli import main
+from sparse_tvm.errors import ModelError, OptionError
+from sparse_tvm.npz import read_npz, write_npz
+from sparse_tvm.random_inputs import random_inputs
+from sparse_tvm.reference import Reference
+from sparse_tvm.runtime import load
+from sparse_tvm.spec import TensorSpec
+
+QUICK = {"warmup": 0.0, "duration": 0.02}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return artifacts.write(tmp_path_factory.mktemp("artifact") / "small.so")
+
+
+def onnx_model(seed: int = 0, output: str = "y") -> onnx.ModelProto:
+    """Return the ONNX model that computes what the small artifact computes."""
+    shape = [artifacts.TOKENS, artifacts.FEATURES]
+    float32, int64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+    info = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["product"]),
+        helper.make_node("Add", ["product", "b"], ["sum"]),
+        helper.make_node("Relu", ["sum"], [output]),
+        helper.make_node("Identity", ["ids"], ["same_ids"]),
+        helper.make_node("Identity", ["w"], ["weight"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [info("x", float32, shape), info("ids", int64, shape[:1])],
+        [
+            info(output, float32, shape),
+            info("same_ids", int64, shape[:1]),
+            info("weight", float32, [artifacts.FEATURES] * 2),
+        ],
+        [numpy_helper.from_array(w, name) for name, w in artifacts.weights(seed).items()],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=9)
+
+
+def save(path: Path, model: onnx.ModelProto) -> Path:
+    onnx.save(model, path)
+    return path
+
+
+def test_bench_measures(path: Path) -> None:
+    result = bench(path, threads=2, **QUICK)
+    timing = result.model
+    assert result.threads == 2
+    assert timing.runs >= 1
+    assert 0 < timing.p50 <= timing.p90 <= timing.p99
+    assert timing.throughput == pytest.approx(1 / timing.mean)
+    assert result.reference is None
+    assert result.speedup is None
+
+
+def test_bench_against_onnx_runtime(path: Path, tmp_path: Path) -> None:
+    model = save(tmp_path / "small.onnx", onnx_model())
+    result = bench(path, model, threads=1, **QUICK)
+    assert result.reference is not None
+    assert result.speedup == pytest.approx(result.reference.p50 / result.model.p50)
+    assert result.max_abs_diff is not None
+    assert list(result.max_abs_diff) == ["y", "same_ids", "weight"]
+    assert max(result.max_abs_diff.values()) < 1e-4
+
+
+def test_bench_shows_that_the_weights_differ(path: Path, tmp_path: Path) -> None:
+    result = bench(path, save(tmp_path / "other.onnx", onnx_model(seed=1)), **QUICK)
+    assert result.max_abs_diff is not None
+    assert result.max_abs_diff["weight"] > 1
+    assert result.max_abs_diff["same_ids"] == 0
+
+
+def test_bench_refuses_another_model(path: Path, tmp_path: Path) -> None:
+    other = save(tmp_path / "other.onnx", onnx_model(output="logits"))
+    with pytest.raises(ModelError, match=r"outputs are logits, same_ids, weight, not y, "):
+        bench(path, other, **QUICK)
+    with pytest.raises(ModelError, match=r"ONNX Runtime cannot load .*small\.so"):
+        bench(path, path, **QUICK)
+    with pytest.raises(OptionError, match="warmup must not be negative, is -1 s"):
+        bench(path, warmup=-1)
+
+
+def test_profile_names_layers(path: Path) -> None:
+    kernels = kernel_times(load(path), artifacts.inputs(), runs=4)
+    assert sum(kernel.share for kernel in kernels) == pytest.approx(1)
+    by_name = {kernel.function: kernel for kernel in kernels}
+    assert set(by_name) == {"matmul", "epilogue", "vm.builtin"}
+    assert by_name["epilogue"].layer == "encoder.bias"
+    assert by_name["epilogue"].calls == 1
+    assert by_name["matmul"].layer is None
+    assert kernels == sorted(kernels, key=lambda kernel: -kernel.seconds)
+
+
+def test_engines_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interleave, "BLOCK_S", 1e-9)
+    order = []
+    engines = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = interleave.interleave(engines, duration=3e-9)
+    assert "".join(order) == "aabb" * 3  # of each pair, the first run is not counted
+    assert [len(seconds) for seconds in times.values()] == [3, 3]
+
+
+def test_differences_of_special_values() -> None:
+    with_identity = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])],
+        "identity",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n"])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n"])],
+    )
+    model = helper.make_model(
+        with_identity, opset_imports=[helper.make_opsetid("", 17)], ir_version=9
+    )
+    reference = Reference(model.SerializeToString(), threads=1)
+
+    def difference(output: list[float], expected: list[float]) -> float:
+        inputs = {"x": np.array(expected, np.float32)}
+        outputs = {"y": np.array(output, np.float32)}
+        return reference.max_abs_differences(inputs, outputs)["y"]
+
+    nan, inf = float("nan"), float("inf")
+    assert difference([1, nan, inf], [1.5, nan, inf]) == 0.5
+    assert np.isnan(difference([nan], [1]))
+    assert difference([inf], [1]) == inf
+    assert difference([1, 2], [1]) == inf
+    assert difference([], []) == 0
+
+
+def test_random_inputs_fit_any_model() -> None:
+    specs = [
+        TensorSpec("pixels", "float32", ("batch", 3)),
+        TensorSpec("input_ids", "int64", (1, 200)),
+        TensorSpec("attention_mask", "int64", (1, 4)),
+        TensorSpec("token_type_ids", "int32", (1, 4)),
+        TensorSpec("flag", "bool", (50,)),
+    ]
+    first, again = random_inputs(specs), random_inputs(specs)
+    for spec in specs:
+        assert first[spec.name].dtype == spec.dtype
+        np.testing.assert_array_equal(first[spec.name], again[spec.name])
+    assert first["pixels"].shape == (1, 3)
+    assert set(first["input_ids"].ravel()) == {0, 1}
+    assert first["attention_mask"].all()
+    assert not first["token_type_ids"].any()
+    assert not np.array_equal(random_inputs(specs, seed=1)["pixels"], first["pixels"])
+
+
+def test_npz_takes_any_name(tmp_path: Path) -> None:
+    arrays = {"file": np.arange(3), "/encoder/out:0": np.ones((2, 0)), "self": np.array(1.5)}
+    write_npz(tmp_path / "out.npz", arrays)
+    loaded = read_npz(tmp_path / "out.npz")
+    assert list(loaded) == list(arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(loaded[name], array)
+
+
+def test_run_verb(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = artifacts.inputs()
+    np.savez(tmp_path / "in.npz", **inputs)
+    output = tmp_path / "out.npz"
+    assert main(["run", str(path), "-i", str(tmp_path / "in.npz"), "-o", str(output)]) == 0
+    assert "same_ids" in capsys.readouterr().out
+    expected = artifacts.expected(inputs)
+    np.testing.assert_allclose(np.load(output)["y"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_run_verb_needs_inputs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(path)]) == 2
+    assert "--random" in capsys.readouterr().err
+    assert main(["run", str(path), "--random", "-i", "in.npz"]) == 2
+
+
+def test_bench_verb(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save(tmp_path / "small.onnx", onnx_model())
+    figures = tmp_path / "figures.json"
+    quick = ["--warmup", "0", "--duration", "0.02"]
+    arguments = ["--against", str(model), "--profile", "--json", str(figures)]
+    assert main(["bench", str(path), *arguments, *quick]) == 0
+    printed = capsys.readouterr().out
+    for words in ("ONNX Runtime", "p99", "x the speed of", "difference of y", "encoder.bias"):
+        assert words in printed
+    result = json.loads(figures.read_text())
+    assert result["max_abs_diff"]["y"] < 1e-4
+    assert result["profile"][0]["seconds"] > 0
