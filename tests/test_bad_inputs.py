@@ -154,7 +154,7 @@ def test_compile_refuses_model(case: str, refused: Refused) -> None:
         ("--format coo", ("format", "coo", "csr")),
         ("--format bsr --block 4", ("block", "'4'", "4x1")),
         ("--format bsr --block 0x4", ("block", "0x4")),
-        ("--layer fc", ("--layer", "fc")),
+        ("--layer fc", ("layer rule", "'fc'")),
         ("--layer fc=coo", ("fc=coo", "csr")),
         ("--layer '(fc=csr'", ("(fc",)),
         ("--layer fcc=csr", ("fcc", "fc")),

@@ -15,7 +15,9 @@ def compile(
     ],
     target: Annotated[
         str,
-        typer.Option(metavar="NAME", help="native, or a CPU level such as x86-64-v3 (AVX2)."),
+        typer.Option(
+            metavar="NAME", help="native, x86-64-v4 (AVX-512), x86-64-v3 (AVX2) or x86-64-v2."
+        ),
     ] = "native",
     threshold: Annotated[
         float | None,
