@@ -8,7 +8,7 @@ kernel; none reaches the artifact.
 | operator | arguments | attributes |
 |---|---|---|
 | ``dense`` | x, w ``[N, K]``, epilogue tensors | layer, epilogue, tiles |
-| ``sparse_dense`` | x, data, indices, indptr, partition, epilogue tensors | + format, block, shape |
+| ``sparse_dense`` | x, data, indices, indptr, partition, epilogue tensors | + format, block, weight (N, K) |
 | ``attention`` | q, k, v, mask? | heads, scale, mask, tiles |
 | ``layer_norm`` | x, gamma, beta | epsilon, tiles |
 | ``pack``, ``unpack`` | x | tiles |

@@ -125,6 +125,10 @@ class Rewrite:
         """Return the replacement of one binding's value, or None to keep it."""
         raise NotImplementedError
 
+    def bind(self, var: relax.Var, value: Expr) -> None:
+        """Let ``value`` stand for ``var`` from here on."""
+        self._new[var] = value if isinstance(value, relax.Var) else self.emit(value, var.name)
+
     def new(self, expr: Expr) -> Expr:
         """Translate an expression of the original graph into the new one."""
         if isinstance(expr, relax.Var):
@@ -166,22 +170,22 @@ class Rewrite:
             with self.builder.dataflow():
                 for binding in self.graph.bindings:
                     replacement = self.rewrite(binding.var, binding.value)
-                    value = self.new(binding.value) if replacement is None else replacement
-                    self._new[binding.var] = (
-                        value if isinstance(value, relax.Var) else self.emit(value, binding.var.name)
-                    )
+                    if replacement is None:
+                        replacement = self.new(binding.value)
+                    self.bind(binding.var, replacement)
                 result = self.builder.emit_output(self.new(self.result_expr()))
             self.builder.emit_func_output(result)
-        rebuilt = self.builder.finalize()["rebuilt"]
-        self.program.module = self._with_main(rebuilt)
+        self.program.module = self._with_main()
         return self.program
 
     def result_expr(self) -> Expr:
         """What ``main`` returns, in terms of the original graph."""
         return self.graph.result
 
-    def _with_main(self, function: relax.Function) -> tvm.IRModule:
+    def _with_main(self) -> tvm.IRModule:
         """Install the new ``main`` with exactly the weights that it uses as parameters."""
+        module = self.builder.finalize()
+        function = module["rebuilt"]
         function = relax.Function(
             [*function.params, *self._new_weights.values()],
             function.body,
@@ -189,10 +193,7 @@ class Rewrite:
             function.is_pure,
             tvm.ir.make_node("ir.DictAttrs", num_input=self.program.num_input),
         )
-        module = self.builder.finalize()
-        module = tvm.IRModule(
-            {gv.name_hint: f for gv, f in module.functions.items() if gv.name_hint != "rebuilt"}
-        )
+        del module["rebuilt"]
         module["main"] = function.with_attr("global_symbol", "main")
         return drop_unused(self.program, module)
 

@@ -72,6 +72,8 @@ class Program:
         Layer names by weight parameter.
     reports : dict[str, LayerReport]
         By layer name, filled by the conversion of weights.
+    kernels : dict[str, dict[str, Any]]
+        By function name: the kind of kernel and the layers it serves, in order of execution.
     notes : list[str]
         Patterns a pass saw and left alone, and why.
     """
@@ -80,6 +82,7 @@ class Program:
     weights: dict[str, np.ndarray]
     layers: dict[str, str]
     reports: dict[str, LayerReport] = field(default_factory=dict)
+    kernels: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -1,0 +1,49 @@
+"""Schedule the rest: every operator without a kernel of ours gets a parallel, vectorised loop.
+
+Matches the PrimFuncs that TVM's legalisation and fusion made, and applies
+``schedules.common.generic``. A function that cannot be scheduled keeps TVM's loops, and a note
+names it.
+"""
+
+from __future__ import annotations
+
+import tvm
+from tvm import relax, s_tir, tirx
+
+from sparse_tvm.passes.lower_kernels import KERNEL_ATTRIBUTE
+from sparse_tvm.passes.program import Program
+from sparse_tvm.schedules.common.generic import schedule_generic
+from sparse_tvm.schedules.common.lane_tiles import Simd
+from sparse_tvm.targets import Target
+
+
+def legalize(program: Program, target: Target) -> Program:
+    """Turn the remaining Relax operators into TIR, and fuse what is elementwise."""
+    with tvm.target.Target(target.tvm_target()):
+        program.module = tvm.transform.Sequential(
+            [
+                relax.transform.LegalizeOps(),
+                relax.transform.AnnotateTIROpPattern(),
+                relax.transform.FoldConstant(),
+                relax.transform.FuseOps(),
+                relax.transform.FuseTIR(),
+                relax.transform.DeadCodeElimination(["main"]),
+            ]
+        )(program.module)
+    return program
+
+
+def schedule_rest(program: Program, target: Target) -> Program:
+    """Apply the pass."""
+    simd = Simd(target.lanes, target.registers)
+    for var, function in program.module.functions.items():
+        if not isinstance(function, tirx.PrimFunc) or KERNEL_ATTRIBUTE in function.attrs:
+            continue
+        try:
+            scheduled = schedule_generic(function, simd)
+        except s_tir.ScheduleError as error:
+            reason = str(error).strip().splitlines()[0]
+            program.notes.append(f"{var.name_hint} keeps TVM's loops: {reason}")
+            continue
+        program.module[var] = scheduled.with_attrs(dict(function.attrs.items()))
+    return program
