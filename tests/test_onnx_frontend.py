@@ -345,6 +345,7 @@ def test_external_data(tmp_path):
     imported = import_onnx(path)
     assert imported.source == path
     np.testing.assert_array_equal(imported.weights["w"], normal(64, 7))
+    assert isinstance(imported.weights["w"], np.memmap)
 
 
 def test_inputs_that_are_not_tensors():

@@ -117,7 +117,7 @@ def test_external_data(tmp_path):
     np.testing.assert_array_equal(numpy_helper.to_array(model.graph.initializer[0]), weight)
 
     (tmp_path / "w.bin").write_bytes(b"short")
-    assert "external data of w" in refusal(path)
+    assert "external data of initializer w: w.bin is too short" in refusal(path)
     (tmp_path / "w.bin").unlink()
     message = refusal(path)
     assert "external data file w.bin is missing" in message
@@ -134,7 +134,7 @@ def test_external_data_outside_of_the_folder(tmp_path):
     model = onnx.load(path, load_external_data=False)
     model.graph.initializer[0].external_data[0].value = "../w.bin"
     path.write_bytes(model.SerializeToString())
-    assert "external data of w" in refusal(path)
+    assert "lies outside of the model's folder" in refusal(path)
 
 
 @pytest.mark.parametrize(("opset", "word"), [(9, "too old"), (NEWEST_OPSET + 1, "unknown")])

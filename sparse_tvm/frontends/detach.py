@@ -45,7 +45,11 @@ def is_weight(tensor: onnx.TensorProto) -> bool:
 
 
 def as_array(tensor: onnx.TensorProto) -> np.ndarray:
-    """Return the tensor's values, with at most one copy (read-only then)."""
+    """Return the tensor's values: read-only, copied once from the model or mapped from a file."""
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).newbyteorder("<")
+        return np.memmap(where["location"], dtype, "r", int(where["offset"]), tuple(tensor.dims))
     return numpy_helper.to_array(tensor)
 
 
@@ -79,13 +83,21 @@ def detach_weights(
     graph.node.extend(
         n for n in model.graph.node if n.op_type != "Constant" or n.output[0] not in weights
     )
-    graph.initializer.extend(t for t in model.graph.initializer if t.name not in weights)
+    graph.initializer.extend(
+        _in_memory(t) for t in model.graph.initializer if t.name not in weights
+    )
     graph.input.extend(model_inputs(model))
     graph.input.extend(
         onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims)
         for name, tensor in weights.items()
     )
     return skeleton, weights
+
+
+def _in_memory(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return tensor
+    return numpy_helper.from_array(as_array(tensor), tensor.name)
 
 
 def model_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:

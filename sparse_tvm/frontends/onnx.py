@@ -109,7 +109,7 @@ def import_onnx(
     OptionError
         When `input_shapes` does not fit the model or leaves a dimension open.
     """
-    proto = read_onnx(model)
+    proto = read_onnx(model, mapped=True)
     try:
         return _import(proto, input_shapes, source=model)
     except ModelError as error:

@@ -14,10 +14,10 @@ import onnx
 import onnx.inliner
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto
-from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor
 
 from sparse_tvm.errors import ModelError
 from sparse_tvm.frontends.detach import as_array, detach_weights, size_of, stored_tensors
+from sparse_tvm.frontends.external import load_external_data
 from sparse_tvm.frontends.weights import find_weights
 
 OLDEST_OPSET = 11
@@ -60,18 +60,22 @@ _WEIGHT_OPS = {
 }
 
 
-def read_onnx(model: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
+def read_onnx(
+    model: str | os.PathLike[str] | onnx.ModelProto, *, mapped: bool = False
+) -> onnx.ModelProto:
     """Read and check a model: float32, opset 11 or newer, all weights there and finite.
 
     Parameters
     ----------
     model : path or onnx.ModelProto
         A ``.onnx`` file, with its external data files beside it, or a model in memory.
+    mapped : bool
+        Leave weights in external data files where they are, for `as_array` to map.
 
     Returns
     -------
     onnx.ModelProto
-        The model with all weights in memory and local functions inlined. A model given in
+        The model with its weights and with local functions inlined. A model given in
         memory is never changed; it is returned as it is where nothing had to be.
 
     Raises
@@ -87,7 +91,7 @@ def read_onnx(model: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProt
         path = Path(model)
         model = _parse(path)
         _check_versions(model, where)
-        _load_external_data(model, path)
+        load_external_data(model, path, mapped=mapped)
     model = _inline_functions(model)
     _check_types(model, where)
     _check_structure(model, where)
@@ -212,26 +216,6 @@ def _check_domains(model: onnx.ModelProto, where: str) -> None:
         )
 
 
-def _load_external_data(model: onnx.ModelProto, path: Path) -> None:
-    """Bring the weights that lie in other files into memory."""
-    for name, tensor in stored_tensors(model.graph):
-        if tensor.data_location != TensorProto.EXTERNAL:
-            continue
-        try:
-            location = ExternalDataInfo(tensor).location
-            if not (path.parent / location).is_file():
-                raise ModelError(
-                    f"{path}: its external data file {location} is missing "
-                    f"(it holds the initializer {name})",
-                    hint="copy the model together with its data files",
-                )
-            load_external_data_for_tensor(tensor, str(path.parent))
-        except (onnx.checker.ValidationError, ValueError, OSError) as error:
-            raise ModelError(f"{path}: external data of {name}: {one_line(error)}") from error
-        tensor.data_location = TensorProto.DEFAULT
-        del tensor.external_data[:]
-
-
 def _check_data_is_present(model: onnx.ModelProto, where: str) -> None:
     for name, tensor in stored_tensors(model.graph):
         if tensor.data_location == TensorProto.EXTERNAL:
@@ -288,21 +272,14 @@ def _check_types(model: onnx.ModelProto, where: str) -> None:
 
 
 def _check_structure(model: onnx.ModelProto, where: str) -> None:
-    """Run ONNX's own checker, and compare each weight's data with its shape."""
+    """Run ONNX's own checker on all but the weights."""
     if model.graph.sparse_initializer:
         name = model.graph.sparse_initializer[0].values.name
         raise ModelError(
             f"{where}: sparse initializers are not supported: {name}",
             hint="store the weights dense; zeros are found here",
         )
-    skeleton, weights = detach_weights(model)
-    for name, tensor in weights.items():
-        stored = len(tensor.raw_data) // 4 or len(tensor.float_data)
-        if stored != size_of(tensor):
-            raise ModelError(
-                f"{where}: initializer {name} holds {stored} values, "
-                f"but its shape {list(tensor.dims)} needs {size_of(tensor)}"
-            )
+    skeleton, _ = detach_weights(model)
     try:
         onnx.checker.check_model(skeleton)
     except onnx.checker.ValidationError as error:
@@ -316,7 +293,14 @@ def _check_values(model: onnx.ModelProto, where: str) -> None:
     for name, tensor in stored_tensors(model.graph):
         if tensor.data_type != TensorProto.FLOAT:
             continue
-        nans, infinities = _count_non_finite(as_array(tensor))
+        try:
+            nans, infinities = _count_non_finite(as_array(tensor))
+        except ValueError:
+            stored = len(tensor.raw_data) // 4 or len(tensor.float_data)
+            raise ModelError(
+                f"{where}: initializer {name} holds {stored} values, "
+                f"but its shape {list(tensor.dims)} needs {size_of(tensor)}"
+            ) from None
         if nans or (infinities and name in weight_names):
             bad.append((name, nans, infinities, size_of(tensor)))
     if bad:
