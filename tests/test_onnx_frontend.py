@@ -352,5 +352,5 @@ def test_inputs_that_are_not_tensors():
     model = build("(float[2] x) => (float[2] y) { y = Relu(x) }")
     sequence = onnx.helper.make_tensor_sequence_value_info("s", onnx.TensorProto.FLOAT, None)
     model.graph.input.append(sequence)
-    with pytest.raises(ModelError, match="input s is a sequence_type, not a tensor"):
+    with pytest.raises(ModelError, match="s is a sequence_type, not a tensor"):
         import_onnx(model)

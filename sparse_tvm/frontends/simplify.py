@@ -17,6 +17,7 @@ from sparse_tvm.frontends.detach import (
     stored_tensors,
 )
 from sparse_tvm.frontends.respell import constants_to_initializers, expand, modernise
+from sparse_tvm.frontends.specs import tensor_spec
 from sparse_tvm.frontends.weights import find_weights
 from sparse_tvm.spec import TensorSpec
 
@@ -60,7 +61,7 @@ def input_specs(model: onnx.ModelProto) -> list[TensorSpec]:
     ModelError
         When an input is not a tensor.
     """
-    return [_spec(value) for value in model_inputs(model)]
+    return [tensor_spec(value) for value in model_inputs(model)]
 
 
 def simplify(
@@ -184,20 +185,6 @@ def _suggestion(spec: TensorSpec) -> str:
     """Return an option that fixes an input: batch 1 and 128 of anything else."""
     sizes = [d if isinstance(d, int) else (128 if i else 1) for i, d in enumerate(spec.shape)]
     return f"--input-shape {spec.name}:{','.join(map(str, sizes))}"
-
-
-def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
-    tensor = value.type.tensor_type
-    if not value.type.HasField("tensor_type"):
-        raise ModelError(f"input {value.name} is a {value.type.WhichOneof('value')}, not a tensor")
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-    if not tensor.HasField("shape"):
-        return TensorSpec(value.name, dtype, ("...",))
-    return TensorSpec(
-        value.name,
-        dtype,
-        tuple(d.dim_value if d.dim_value > 0 else d.dim_param or "?" for d in tensor.shape.dim),
-    )
 
 
 def _weight_names(model: onnx.ModelProto) -> set[str]:
