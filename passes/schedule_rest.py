@@ -7,30 +7,13 @@ names it.
 
 from __future__ import annotations
 
-import tvm
-from tvm import relax, s_tir, tirx
+from tvm import s_tir, tirx
 
 from sparse_tvm.passes.lower_kernels import KERNEL_ATTRIBUTE
 from sparse_tvm.passes.program import Program
 from sparse_tvm.schedules.common.generic import schedule_generic
 from sparse_tvm.schedules.common.lane_tiles import Simd
 from sparse_tvm.targets import Target
-
-
-def legalize(program: Program, target: Target) -> Program:
-    """Turn the remaining Relax operators into TIR, and fuse what is elementwise."""
-    with tvm.target.Target(target.tvm_target()):
-        program.module = tvm.transform.Sequential(
-            [
-                relax.transform.LegalizeOps(),
-                relax.transform.AnnotateTIROpPattern(),
-                relax.transform.FoldConstant(),
-                relax.transform.FuseOps(),
-                relax.transform.FuseTIR(),
-                relax.transform.DeadCodeElimination(["main"]),
-            ]
-        )(program.module)
-    return program
 
 
 def schedule_rest(program: Program, target: Target) -> Program:

@@ -1,0 +1,316 @@
+"""The compiler: an ONNX model in, one artifact out. This file is the pipeline, top to bottom."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import tvm
+from tvm import relax
+from tvm.relax.backend.cpu_generic.pipeline import finalize_passes
+
+from sparse_tvm import __version__
+from sparse_tvm.artifact import read_manifest, rewrite_manifest, write_artifact
+from sparse_tvm.errors import BuildError, OptionError, OutputError, VerificationError
+from sparse_tvm.files import replacing
+from sparse_tvm.frontends.onnx import ImportedModel, import_onnx
+from sparse_tvm.linker import fcompile
+from sparse_tvm.passes.convert_weights import FormatOptions
+from sparse_tvm.passes.dense_to_sparse import dense_to_sparse
+from sparse_tvm.passes.fc_transpose import fc_transpose
+from sparse_tvm.passes.fuse_activations import fuse_activations
+from sparse_tvm.passes.fuse_attention import fuse_attention
+from sparse_tvm.passes.fuse_epilogue import fuse_epilogue
+from sparse_tvm.passes.fuse_layer_norm import fuse_layer_norm
+from sparse_tvm.passes.lane_layout import lane_layout
+from sparse_tvm.passes.legalize import legalize
+from sparse_tvm.passes.lower_kernels import lower_kernels
+from sparse_tvm.passes.program import Program
+from sparse_tvm.passes.schedule_rest import schedule_rest
+from sparse_tvm.random_inputs import random_inputs
+from sparse_tvm.report import check_report_path, write_report
+from sparse_tvm.schedules.common.intrinsics import FAST_MATH
+from sparse_tvm.targets import Target, get_target
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass
+class CompileResult:
+    """What :func:`compile` made.
+
+    Attributes
+    ----------
+    path : Path
+        The artifact.
+    manifest : dict[str, Any]
+        Everything there is to say about it: target, layers with formats and reasons, totals,
+        phases, verification (see ``docs/formats.md``).
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+
+
+def compile(
+    model: PathLike | onnx.ModelProto,
+    output: PathLike,
+    *,
+    target: str = "native",
+    threshold: float | None = None,
+    format: str = "auto",
+    block: str | None = None,
+    layer_rules: Sequence[str] = (),
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    threads: int | None = None,
+    dump_ir: PathLike | None = None,
+    report: PathLike | Sequence[PathLike] | None = None,
+    verify: bool = True,
+    tolerance: float = 1e-4,
+    progress: Callable[[str], None] | None = None,
+) -> CompileResult:
+    """Compile a model into one artifact.
+
+    Parameters
+    ----------
+    model : path or onnx.ModelProto
+        A float32 ONNX model, opset 11 or newer.
+    output : path
+        The artifact to write. It appears complete and verified, or not at all.
+    target : str
+        A name in ``sparse_tvm.targets.TARGETS``, or ``native``.
+    threshold : float | None
+        Layers with a smaller share of zeros stay dense; by default predicted cost decides.
+    format, block : str, str | None
+        ``auto``, ``dense``, ``csr`` or ``bsr``, and BSR's block as ``"RxC"``, for all layers.
+    layer_rules : Sequence[str]
+        Exceptions, ``"REGEX=csr|bsr:RxC|dense"``; the last that matches a layer's name counts.
+    input_shapes : Mapping[str, Sequence[int]] | None
+        Shapes of inputs with symbolic dimensions.
+    threads : int | None
+        Threads the artifact uses unless told otherwise when loaded; by default all cores there.
+    dump_ir : path | None
+        Directory for the module after each phase, as TVMScript.
+    report : path or paths | None
+        ``.html``, ``.md`` or ``.json`` files to write.
+    verify : bool
+        Compare with ONNX Runtime on random inputs.
+    tolerance : float
+        Largest absolute difference accepted, relative to the output's largest value if that is
+        above 1.
+    progress : Callable[[str], None] | None
+        Called with each phase's name as it starts.
+
+    Raises
+    ------
+    SparseTvmError
+        A subclass that says what is wrong with the model, an option, the output or the result.
+    """
+    started = time.perf_counter()
+    chosen_target = get_target(target)
+    options = FormatOptions.parse(format, block, threshold, layer_rules)
+    if threads is not None and threads < 1:
+        raise OptionError(f"threads must be at least 1, not {threads}")
+    reports = [report] if isinstance(report, str | os.PathLike) else list(report or ())
+    for path in reports:
+        check_report_path(path)
+    _check_writable(output)
+    phases = _Phases(progress, Path(dump_ir) if dump_ir is not None else None)
+
+    with phases("import"):
+        imported = import_onnx(model, input_shapes)
+        program = Program(imported.module, dict(imported.weights), dict(imported.layers))
+        totals = _model_totals(program)
+        phases.program = program
+    with phases("canonicalise"):
+        program = fc_transpose(program)
+        program = fuse_activations(program)
+        program = fuse_layer_norm(program)
+    with phases("fuse"):
+        program = fuse_epilogue(program)
+        program = fuse_attention(program)
+    with phases("lane layout"):
+        program = lane_layout(program, chosen_target)
+    with phases("dense to sparse"):
+        program = dense_to_sparse(program, options, chosen_target)
+        _check_rules(options, program)
+    with phases("legalise"):
+        program = legalize(program, chosen_target)
+    with phases("schedule"):
+        program = lower_kernels(program, chosen_target)
+        program = schedule_rest(program, chosen_target)
+    with phases("build"):
+        executable = _build(program, chosen_target)
+
+    manifest = {
+        "versions": {
+            "sparse_tvm": __version__,
+            "tvm": tvm.__version__,
+            "tvm_ffi": _distribution_version("apache-tvm-ffi"),
+        },
+        "model": _describe_model(model),
+        "target": chosen_target.as_json(),
+        "threads": threads,
+        "inputs": [_spec_json(spec) for spec in imported.inputs],
+        "outputs": [_spec_json(spec) for spec in imported.outputs],
+        "layers": [layer.as_json() for layer in program.reports.values()],
+        "notes": program.notes,
+        "totals": {**totals, "weight_bytes": sum(w.nbytes for w in program.weights.values())},
+        "verification": None,
+        "kernels": program.kernels,
+    }
+    with replacing(output) as unverified:
+        with phases("link"), tempfile.TemporaryDirectory() as directory:
+            library = Path(directory) / "library.so"
+            executable.export_library(str(library), fcompile=fcompile)
+            write_artifact(unverified, library, program.weights, manifest)
+        if verify:
+            with phases("verify"):
+                manifest["verification"] = _verify(unverified, imported, tolerance)
+        manifest["compile"] = {
+            "seconds": round(time.perf_counter() - started, 3),
+            "peak_memory_bytes": _peak_memory_bytes(),
+            "phases": phases.as_json(),
+        }
+        rewrite_manifest(unverified, manifest)
+        manifest = read_manifest(unverified)
+    for path in reports:
+        write_report(manifest, path)
+    return CompileResult(Path(output), manifest)
+
+
+@dataclass
+class _Phases:
+    """Names, times and dumps the pipeline's phases."""
+
+    progress: Callable[[str], None] | None
+    dump_directory: Path | None
+    program: Program | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        if self.progress is not None:
+            self.progress(name)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+        self._dump(name)
+
+    def _dump(self, name: str) -> None:
+        if self.dump_directory is None or self.program is None or name in ("link", "verify"):
+            return
+        path = self.dump_directory / f"{len(self.seconds):02}_{name.replace(' ', '_')}.py"
+        try:
+            self.dump_directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot create {self.dump_directory}: {error.strerror}") from error
+        with replacing(path) as temporary:
+            temporary.write_text(self.program.module.script(), encoding="utf-8")
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return [{"name": n, "seconds": round(s, 3)} for n, s in self.seconds.items()]
+
+
+def _build(program: Program, target: Target) -> Any:
+    """Generate code for ``main(inputs..., weights)``, weights being one tuple."""
+    with tvm.target.Target(target.tvm_target()) as tvm_target:
+        finish = tvm.transform.Sequential(
+            [
+                relax.transform.BundleModelParams(),
+                relax.transform.ToNonDataflow(),
+                relax.transform.RemovePurityChecking(),
+                relax.transform.CallTIRRewrite(),
+                *finalize_passes(tvm_target),
+            ]
+        )
+        try:
+            with tvm.transform.PassContext(opt_level=3, config=FAST_MATH):
+                return tvm.compile(program.module, target=tvm_target, relax_pipeline=finish)
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            raise BuildError(f"code generation failed: {text[-1] if text else error!r}") from error
+
+
+def _verify(artifact: Path, imported: ImportedModel, tolerance: float) -> dict[str, Any]:
+    """Compare every output with ONNX Runtime's on the same random inputs."""
+    from sparse_tvm.reference import Reference
+    from sparse_tvm.runtime import load
+
+    source = imported.source
+    proto = isinstance(source, onnx.ModelProto)
+    reference = Reference(source.SerializeToString() if proto else source, threads=1)
+    inputs = random_inputs(imported.inputs)
+    outputs = load(artifact).run(inputs)
+    expected = reference.run(inputs, list(outputs))
+    differences = reference.max_abs_differences(inputs, outputs)
+    for name, difference in differences.items():
+        scale = max(1.0, float(np.abs(expected[name]).max(initial=0.0)))
+        if not difference <= tolerance * scale:
+            raise VerificationError(
+                f"output {name} differs from ONNX Runtime's by up to {difference:.3g}, "
+                f"more than the tolerance {tolerance * scale:.3g}",
+                hint="nothing was written; --no-verify or a larger --tolerance accepts it",
+            )
+    return {
+        "reference": f"ONNX Runtime {_distribution_version('onnxruntime')}",
+        "tolerance": tolerance,
+        "max_abs_diff": differences,
+    }
+
+
+def _check_rules(options: FormatOptions, program: Program) -> None:
+    """Refuse a layer rule that matches nothing: most likely it is misspelt."""
+    for rule in options.rules:
+        if not any(rule.pattern.search(layer) for layer in program.reports):
+            names = ", ".join(list(program.reports)[:5])
+            raise OptionError(f"layer rule {rule.text!r} matches no layer", hint=f"such as {names}")
+
+
+def _check_writable(output: PathLike) -> None:
+    """Fail before the work rather than after it."""
+    with replacing(Path(output).with_name(f".{Path(output).name}.probe")) as probe:
+        probe.touch()
+    Path(output).with_name(f".{Path(output).name}.probe").unlink()
+
+
+def _model_totals(program: Program) -> dict[str, int]:
+    weights = program.weights.values()
+    return {
+        "parameters": sum(w.size for w in weights),
+        "nonzeros": sum(int(np.count_nonzero(w)) for w in weights),
+    }
+
+
+def _describe_model(model: PathLike | onnx.ModelProto) -> dict[str, Any]:
+    if isinstance(model, onnx.ModelProto):
+        return {"name": model.graph.name or "model", "source": None, "sha256": None}
+    path, digest = Path(model), hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return {"name": path.stem, "source": path.name, "sha256": digest.hexdigest()}
+
+
+def _spec_json(spec: Any) -> dict[str, Any]:
+    return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
+
+
+def _distribution_version(name: str) -> str:
+    from importlib import metadata
+
+    return metadata.version(name)
+
+
+def _peak_memory_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
