@@ -22,12 +22,31 @@ def replacing(output: str | os.PathLike[str]) -> Iterator[Path]:
         When the directory is missing or not writable, or the disk is full.
     """
     output = Path(output)
+    with _beside(output) as temporary:
+        yield temporary
+        temporary.replace(output)
+
+
+def check_writable(output: str | os.PathLike[str]) -> None:
+    """Refuse an `output` that :func:`replacing` could not write, before the work rather than after.
+
+    Raises
+    ------
+    OutputError
+        As :func:`replacing`.
+    """
+    with _beside(Path(output)) as temporary:
+        temporary.touch()
+
+
+@contextmanager
+def _beside(output: Path) -> Iterator[Path]:
+    """Yield a temporary path in the directory of `output`, and leave nothing there."""
     if output.is_dir():
         raise OutputError(f"cannot write {output}: it is a directory", hint="give a file name")
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        temporary.replace(output)
     except OSError as error:
         raise OutputError(
             f"cannot write {output}: {error.strerror or error}",

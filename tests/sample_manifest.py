@@ -45,7 +45,7 @@ def sample_manifest(depth: int = 2) -> dict[str, Any]:
         "versions": {"sparse_tvm": "0.1.0", "tvm": "0.27.0.post1", "tvm_ffi": "0.1.14.post1"},
         "model": {"name": "bert_base", "source": "bert_base.onnx", "sha256": "0" * 64},
         "target": {
-            "name": "native",
+            "name": "x86-64-v3",
             "triple": "x86_64-linux-gnu",
             "cpu": "znver3",
             "features": ["avx2", "fma"],
@@ -55,6 +55,7 @@ def sample_manifest(depth: int = 2) -> dict[str, Any]:
         "inputs": [{"name": "input_ids", "dtype": "int64", "shape": [1, 128]}],
         "outputs": [{"name": "last_hidden_state", "dtype": "float32", "shape": [1, 128, 768]}],
         "layers": layers,
+        "notes": ["attention at lv7 runs unfused: v is scaled"],
         "totals": {
             "parameters": 109_482_240,
             "nonzeros": 32_345_678,

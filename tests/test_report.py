@@ -73,6 +73,12 @@ def test_reports_say_when_nothing_was_verified(tmp_path: Path) -> None:
         assert "Not verified" in (tmp_path / name).read_text()
 
 
+@pytest.mark.parametrize("name", ["report.md", "report.html"])
+def test_reports_show_what_passes_noted(tmp_path: Path, name: str) -> None:
+    write_report(sample_manifest(), tmp_path / name)
+    assert "attention at lv7 runs unfused" in (tmp_path / name).read_text()
+
+
 @pytest.mark.parametrize("name", ["report.pdf", "report", "missing/report.md"])
 def test_impossible_report_path_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(OptionError, match="report"):

@@ -50,7 +50,7 @@ def compile(
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Threads to schedule for; by default every core."),
+        typer.Option(metavar="N", help="Threads it uses unless told otherwise when loaded."),
     ] = None,
     dump_ir: Annotated[
         Path | None,

@@ -104,8 +104,9 @@ def verification_title(manifest: Mapping[str, Any]) -> str:
 
 
 def target_name(target: Mapping[str, Any]) -> str:
-    """Return a target as in ``native (znver3, 256-bit vectors)``."""
-    return f"{target['name']} ({target['cpu']}, {target['vector_bits']}-bit vectors)"
+    """Return a target as in ``x86-64-v3 (256-bit vectors)``."""
+    cpu = "" if target["cpu"] == target["name"] else f"{target['cpu']}, "
+    return f"{target['name']} ({cpu}{target['vector_bits']}-bit vectors)"
 
 
 def human_bytes(size: float) -> str:

@@ -24,13 +24,14 @@ def render_html(manifest: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     return template.substitute(
         title=escape(manifest["model"]["name"]),
-        source=escape(f"compiled from {manifest['model']['source']}"),
+        source=escape(f"compiled from {manifest['model']['source'] or 'a model in memory'}"),
         versions=escape(versions),
         cards="\n".join(_card(label, value) for label, value in summary_facts(manifest)),
         verification_title=escape(verification_title(manifest)),
         verification="\n".join(_row(map(escape, fact)) for fact in verification_facts(manifest)),
         layer_header="".join(f"<th>{escape(column)}</th>" for column in LAYER_HEADER),
         layers="\n".join(_layer(row) for row in layer_rows(manifest)),
+        notes="\n".join(_row([escape(note)]) for note in manifest["notes"] or ["none"]),
         signature="\n".join(_signature(manifest)),
         phases="\n".join(_phases(manifest["compile"]["phases"])),
     )

@@ -25,6 +25,8 @@ def render_markdown(manifest: Mapping[str, Any]) -> str:
         _table(("output", "difference"), verification_facts(manifest)),
         "## Layers",
         _table(LAYER_HEADER, (row.cells for row in layer_rows(manifest))),
+        "## Notes",
+        "\n".join(f"- {_escape(note)}" for note in manifest["notes"] or ["none"]),
         "## Phases",
         _table(("phase", "seconds"), phases),
     ]

@@ -79,6 +79,8 @@ def fact_table(facts: list[tuple[str, str]]) -> Table:
 def print_summary(console: Console, manifest: Mapping[str, Any], output: Path) -> None:
     """Print what a compile made of each layer, its totals, and how it was verified."""
     console.print(layer_table(manifest, console.width))
+    for note in manifest["notes"]:
+        console.print(Text.assemble(("note: ", "dim"), note))
     console.print(fact_table(summary_facts(manifest)))
     console.print()
     console.print(Text(verification_title(manifest)))
