@@ -13,9 +13,9 @@ def sample_layer(name: str, sparsity: float, **changes: Any) -> dict[str, Any]:
         "structure": "4x1 blocks (fill 1.00)",
         "format": "bsr",
         "block": [4, 1],
-        "kernel": "sparse_dense_bsr_4x1",
+        "kernel": "bsr_4x1_3072x768_bias_gelu_residual",
         "epilogue": ["bias", "gelu"],
-        "reason": "predicted 0.31 ms, dense 2.05 ms",
+        "reason": "rule value=csr; predicted 7.6x dense",
         "bytes": 1_200_000,
     }
     return {**layer, **changes}

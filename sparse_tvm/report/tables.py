@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +43,32 @@ def layer_table(manifest: Mapping[str, Any], width: int = WIDE) -> Table:
 
     With fewer than :data:`WIDE` columns of `width`, names may break inside words.
     """
-    wide = width >= WIDE
     rows = layer_rows(manifest)
+    name_header, kernel_header = "layer", "format, kernel"
+    kernel_width = KERNEL_WIDTH + max(0, width - WIDE) // 2
     names = [fold_name(row.name) for row in rows]
-    widest = max((len(line) for name in names for line in name.splitlines()), default=0)
+    kernels = [_format_and_kernel(row, kernel_width) for row in rows]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("layer", overflow="fold", min_width=min(widest, NAME_WIDTH) if wide else None)
+    fixed: dict[str, int] = {}
+    if width >= WIDE:  # only the reason gives way
+        fixed = {
+            "name": min(_widest([name_header, *names]), NAME_WIDTH),
+            "structure": STRUCTURE_WIDTH,
+            "kernel": min(_widest([kernel_header, *map(str, kernels)]), kernel_width),
+        }
+    table.add_column(name_header, overflow="fold", width=fixed.get("name"))
     table.add_column("shape", no_wrap=True)
     table.add_column("sparsity", justify="right", no_wrap=True)
-    table.add_column("structure", max_width=STRUCTURE_WIDTH)
-    table.add_column("format, kernel", overflow="fold", min_width=KERNEL_WIDTH if wide else None)
+    table.add_column("structure", width=fixed.get("structure"), max_width=STRUCTURE_WIDTH)
+    table.add_column(kernel_header, overflow="fold", width=fixed.get("kernel"))
     table.add_column("reason", overflow="fold")
-    for name, row in zip(names, rows, strict=True):
+    for name, kernel, row in zip(names, kernels, rows, strict=True):
         table.add_row(
             Text(name),
             row.shape,
             row.sparsity,
             Text(row.structure),
-            _format_and_kernel(row),
+            kernel,
             Text(row.reason),
         )
     return table
@@ -88,11 +96,11 @@ def print_summary(console: Console, manifest: Mapping[str, Any], output: Path) -
     console.print(Text.assemble("wrote ", (str(output), "bold")), soft_wrap=True)
 
 
-def fold_name(name: str, width: int = NAME_WIDTH) -> str:
-    """Break a long dotted or slashed name into lines of at most `width` where it has parts."""
+def fold_name(name: str, width: int = NAME_WIDTH, separators: str = "./") -> str:
+    """Break a long name into lines of at most `width`, behind `separators` where it has any."""
     lines = []
     while len(name) > width:
-        cut = max(name.rfind(".", 0, width), name.rfind("/", 1, width)) + 1
+        cut = max(name.rfind(separator, 1, width) for separator in separators) + 1
         if cut == 0:
             break
         lines.append(name[:cut])
@@ -100,8 +108,13 @@ def fold_name(name: str, width: int = NAME_WIDTH) -> str:
     return "\n".join([*lines, name])
 
 
-def _format_and_kernel(row: LayerRow) -> Text:
-    """Return ``bsr 4x1 + bias + gelu`` over the kernel's name."""
+def _widest(cells: Iterable[str]) -> int:
+    return max((len(line) for cell in cells for line in cell.splitlines()), default=0)
+
+
+def _format_and_kernel(row: LayerRow, width: int) -> Text:
+    """Return ``bsr 4x1 + bias + gelu`` over the kernel's name, folded to `width`."""
+    kernel = fold_name(row.kernel, width, separators="_")
     style = "dim" if row.format == "dense" else "green"
     epilogue = f" + {row.epilogue}" if row.epilogue else ""
-    return Text.assemble((row.format, style), epilogue, "\n", (row.kernel, "dim"))
+    return Text.assemble((row.format, style), epilogue, "\n", (kernel, "dim"))
