@@ -158,12 +158,11 @@ def compile_model(variant: Variant, model: Path, artifact: Path, threads: int) -
 
 
 def needed_bytes(model: Path, layers: list[dict]) -> int:
-    """8 bytes per non-zero of the sparse layers, and everything else of the model as it is."""
-    initializers = onnx.load(model).graph.initializer
-    total = sum(len(initializer.raw_data) for initializer in initializers)
-    sparse = [layer for layer in layers if layer["format"] != "dense"]
-    for layer in sparse:
-        total += 8 * layer["nnz"] - 4 * layer["shape"][0] * layer["shape"][1]
+    """Every layer at 8 bytes per non-zero or dense, what is less, and all else as it is."""
+    total = sum(len(initializer.raw_data) for initializer in onnx.load(model).graph.initializer)
+    for layer in layers:
+        dense = 4 * layer["shape"][0] * layer["shape"][1]
+        total += min(8 * layer["nnz"], dense) - dense
     return total
 
 
