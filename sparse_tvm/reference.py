@@ -39,9 +39,8 @@ class Reference:
                 source, options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # its exceptions have no base of their own
-            raise ModelError(
-                f"ONNX Runtime cannot load {self.name}: {_first_line(error)}"
-            ) from error
+            reason = str(error).partition("\n")[0]
+            raise ModelError(f"ONNX Runtime cannot load {self.name}: {reason}") from error
         self.inputs = [node.name for node in self._session.get_inputs()]
         self.outputs = [node.name for node in self._session.get_outputs()]
 
@@ -73,7 +72,3 @@ def _max_abs_difference(output: np.ndarray, expected: np.ndarray) -> float:
         difference = np.abs(output.astype(np.float64) - expected.astype(np.float64))
     same = (output == expected) | ((output != output) & (expected != expected))
     return float(np.where(same, 0.0, difference).max(initial=0.0))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -49,9 +49,10 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Model:
             raise OptionError(f"threads must be at least 1, not {count}")
         try:
             machine = VirtualMachine(Library.of(file.fileno()), count)
-        except RuntimeError as error:
+        except Exception as error:  # TVM raises whatever fits: a wrong version, a missing symbol
+            reason = str(error).partition("\n")[0]
             raise ArtifactError(
-                f"cannot load the code of {path}: {str(error).splitlines()[0]}",
+                f"cannot load the code of {path}: {reason}",
                 hint=f"it was compiled with TVM {manifest['versions']['tvm']}, installed is "
                 f"{installed_version()}; compile the model again",
             ) from error
@@ -122,7 +123,7 @@ class Model:
             When an input is missing, unknown, or of another dtype or shape.
         """
         arrays = self._checked(inputs)
-        results = self._machine.submit(self._execute, self._machine.main, arrays)
+        results = self._machine.call(self._execute, self._machine.main, arrays)
         return {spec.name: result for spec, result in zip(self.outputs, results, strict=True)}
 
     def trace(self, inputs: Mapping[str, Any], runs: int = 1) -> list[list[tuple[str, float]]]:
@@ -149,7 +150,7 @@ class Model:
         traces = []
         for _ in range(runs):
             calls.clear()
-            self._machine.submit(self._execute, main, arrays)
+            self._machine.call(self._execute, main, arrays)
             traces.append(calls.copy())
         return traces
 
@@ -177,7 +178,7 @@ class Model:
         )
 
     def _execute(self, main: Any, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Run `main` in the machine's thread, where nothing else touches the staged inputs."""
+        """Run `main`; the machine sees to it that nothing else touches the staged inputs."""
         tensors = [staged.fill(array) for staged, array in zip(self._staged, arrays, strict=True)]
         result = main(*tensors, self._weights)
         return self._owned([result] if hasattr(result, "__dlpack__") else result)

@@ -107,36 +107,39 @@ _loading = threading.Lock()
 
 
 class VirtualMachine:
-    """One program ready to run, with a thread of its own.
+    """One program ready to run, on an exact number of threads, one call at a time.
 
-    TVM keeps one pool of workers per *calling* thread, and fixes its size when that thread first
-    uses it. Were programs run in the threads of their callers, a server with forty request
-    threads would own forty pools, and whichever model came first on a thread would decide for
-    the others. So each machine has one thread in which all its calls run, one after the other:
-    that makes it safe to share, and gives it exactly the number of threads asked for. Handing a
-    call over and back costs 15 to 60 us.
+    TVM keeps a pool of workers for every *calling* thread and fixes its size when that thread
+    first uses it. The main thread's pool serves the calls made there as long as it is large
+    enough. All other calls are handed over to a thread that belongs to this machine: otherwise a
+    server with forty request threads would own forty pools, and whichever model came first on a
+    thread would decide how many workers the others get. Handing over costs 20 us; on a machine
+    whose cores are all busy, a turn of the scheduler.
 
     Parameters
     ----------
     library : Library
         The code; kept alive.
     threads : int
-        How many threads parallel regions use, this machine's own included.
+        How many threads parallel regions use, the calling one included.
     """
 
     def __init__(self, library: Library, threads: int) -> None:
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        thread = threading.Thread(target=_serve, args=(self._jobs,), name="sparse-tvm", daemon=True)
-        thread.start()
-        weakref.finalize(self, _stop, self._jobs, thread)
-        self.main = self.submit(_start, library, threads)
+        self._threads = threads
+        self._running = threading.Lock()
+        self._creating = threading.Lock()
+        self._own_thread: _OwnThread | None = None
+        self.main = _instance(library)["main"]
         self._library = library  # set, and so released, after `main`, which runs its code
 
-    def submit(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call `function` in the machine's thread and return what it returns."""
-        job = _Job(function, args)
-        self._jobs.put(job)
-        return job.result()
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return ``function(*args)``, called on a thread with the right pool, and alone."""
+        if threading.get_ident() == threading.main_thread().ident and _set_pool(self._threads):
+            return self._alone(function, *args)
+        with self._creating:
+            if self._own_thread is None:
+                self._own_thread = _OwnThread(self._threads)
+        return self._own_thread.call(self._alone, function, *args)
 
     def instrumented(self, callback: Callable[..., None]) -> Any:
         """Return another instance of ``main`` that reports each call that it makes.
@@ -148,13 +151,10 @@ class VirtualMachine:
         machine["set_instrument"](runtime().convert_func(callback))
         return machine["main"]
 
-
-def _start(library: Library, threads: int) -> Any:
-    # The list's length sets the size of this thread's pool; its cores matter only to those who
-    # ask for pinning with TVM_BIND_THREADS=1.
-    cores = [str(core) for core in range(threads)]
-    runtime().get_global_func("runtime.config_threadpool")(_SHARE_ALL_CORES, threads, cores)
-    return _instance(library)["main"]
+    def _alone(self, function: Callable[..., Any], *args: Any) -> Any:
+        # Held by the thread that runs, not by the one that waits: that one may be interrupted.
+        with self._running:
+            return function(*args)
 
 
 def _instance(library: Library) -> Any:
@@ -163,8 +163,44 @@ def _instance(library: Library) -> Any:
     return machine
 
 
+def _set_pool(threads: int) -> bool:
+    """Make the calling thread's pool use `threads` threads; return False if it is too small."""
+    configure, size = _pool_functions()
+    # The list's length sets the size of a new pool; its cores matter only to those who ask for
+    # pinning with TVM_BIND_THREADS=1.
+    if getattr(_pool, "threads", None) != threads or size() != threads:
+        configure(_SHARE_ALL_CORES, threads, [str(core) for core in range(threads)])
+        _pool.threads = threads
+    return bool(size() == threads)
+
+
+@cache
+def _pool_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    get = runtime().get_global_func
+    return get("runtime.config_threadpool"), get("runtime.NumThreads")
+
+
+_pool = threading.local()
+
+
+class _OwnThread:
+    """A thread with a pool of its own that makes calls for others, one after the other."""
+
+    def __init__(self, threads: int) -> None:
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        thread = threading.Thread(target=_serve, args=(self._jobs,), name="sparse-tvm", daemon=True)
+        thread.start()
+        weakref.finalize(self, _stop, self._jobs, thread)
+        self.call(_set_pool, threads)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        job = _Job(function, args)
+        self._jobs.put(job)
+        return job.result()
+
+
 class _Job:
-    """One call on its way through a machine's thread."""
+    """One call on its way through another thread."""
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         self._function = function
@@ -196,7 +232,7 @@ def _serve(jobs: queue.SimpleQueue[_Job | None]) -> None:
 
 
 def _stop(jobs: queue.SimpleQueue[_Job | None], thread: threading.Thread) -> None:
-    """End a machine's thread, and with it the workers, before the interpreter goes away."""
+    """End the thread, and with it its workers, before the interpreter goes away."""
     jobs.put(None)
     if thread is not threading.current_thread():
         thread.join()

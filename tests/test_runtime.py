@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,12 +52,20 @@ def test_describes_itself(model: Model) -> None:
     assert "2 threads" in repr(model)
 
 
-def test_a_fresh_process_maps_no_compiler(path: Path) -> None:
-    code = """
+@pytest.mark.parametrize(
+    "run",
+    [
+        "sparse_tvm.load(path).run({'x': np.zeros((8, 64), 'f'), 'ids': np.zeros(8, 'int64')})",
+        "assert main(['run', path, '--random']) == 0",
+    ],
+)
+def test_a_fresh_process_maps_no_compiler(path: Path, run: str) -> None:
+    code = f"""
 import sys, numpy as np, sparse_tvm
-model = sparse_tvm.load(sys.argv[1], threads=2)
-model.run({"x": np.zeros((8, 64), "float32"), "ids": np.zeros(8, "int64")})
-assert not {"tvm", "torch", "onnx", "onnxruntime"} & set(sys.modules)
+from sparse_tvm.cli import main
+path = sys.argv[1]
+{run}
+assert not {{"tvm", "torch", "onnx", "onnxruntime"}} & set(sys.modules)
 print(open("/proc/self/maps").read())
 """
     maps = fresh_process(code, path)
@@ -174,33 +181,34 @@ def test_many_threads_get_their_own_results(model: Model) -> None:
         assert all(pool.map(work, range(16)))
 
 
-def threads_of_process() -> int:
-    return len(list(Path("/proc/self/task").iterdir()))
+def test_each_model_has_exactly_its_threads(path: Path) -> None:
+    code = """
+import gc, os, sys, time, numpy as np, sparse_tvm
+from concurrent.futures import ThreadPoolExecutor
+from sparse_tvm.vm import runtime
 
-
-def wait_for_threads(count: int) -> None:
-    """Wait until as many threads are there: one that was joined takes a moment to be gone."""
+def wait_for_threads(count):
     gc.collect()
     deadline = time.monotonic() + 5
-    while threads_of_process() != count and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threads_of_process() == count
+    while len(os.listdir("/proc/self/task")) != count:  # a joined thread is not gone at once
+        assert time.monotonic() < deadline, (os.listdir("/proc/self/task"), count)
 
-
-def test_each_model_has_exactly_its_threads(path: Path) -> None:
-    gc.collect()
-    time.sleep(0.1)
-    before = threads_of_process()
-    get_pool_size = runtime.runtime().get_global_func("runtime.NumThreads")
-    models = [load(path, threads=count) for count in (1, 2, 5)]
-    assert [model.threads for model in models] == [1, 2, 5]
-    assert [model._machine.submit(get_pool_size) for model in models] == [1, 2, 5]
-    wait_for_threads(before + 1 + 2 + 5)
-    inputs = artifacts.inputs()
-    results = [model.run(inputs)["y"] for model in models]
-    np.testing.assert_array_equal(results[0], results[2])
-    models.clear()
-    wait_for_threads(before)
+before = len(os.listdir("/proc/self/task"))
+models = [sparse_tvm.load(sys.argv[1], threads=count) for count in (2, 1, 5, 2)]
+pool_size = runtime().get_global_func("runtime.NumThreads")
+sizes = lambda: [model._machine.call(pool_size) for model in models]
+assert sizes() == [2, 1, 5, 2]
+wait_for_threads(before + 1 + 5)  # the main thread's pool has 2 threads; the 5 are apart
+with ThreadPoolExecutor(1) as executor:
+    assert executor.submit(sizes).result() == [2, 1, 5, 2]
+wait_for_threads(before + 1 + 5 + 2 + 1 + 2)
+inputs = {"x": np.ones((8, 64), "float32"), "ids": np.zeros(8, "int64")}
+results = [model.run(inputs)["y"] for model in models]
+assert all(np.array_equal(result, results[0]) for result in results)
+models.clear()
+wait_for_threads(before + 1)
+"""
+    fresh_process(code, path)
 
 
 def test_default_threads(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +258,7 @@ def test_models_go_away(tmp_path: Path) -> None:
 
 def test_interrupted_run_does_not_harm_the_next(model: Model) -> None:
     release = threading.Event()
-    blocker = threading.Thread(target=model._machine.submit, args=(release.wait,))
+    blocker = threading.Thread(target=model._machine.call, args=(release.wait,))
     blocker.start()
     inputs = artifacts.inputs()
     main_thread = threading.get_ident()
@@ -266,7 +274,7 @@ def test_interrupted_run_does_not_harm_the_next(model: Model) -> None:
 
 def test_error_in_the_machine_reaches_the_caller(model: Model) -> None:
     with pytest.raises(ZeroDivisionError):
-        model._machine.submit(divmod, 1, 0)
+        model._machine.call(divmod, 1, 0)
     model.run(artifacts.inputs())
 
 
