@@ -36,9 +36,7 @@ class DialectCall:
     attributes: dict[str, Any]
 
 
-def call(
-    name: str, args: Sequence[Any], shape: Sequence[int], **attributes: Any
-) -> relax.Call:
+def call(name: str, args: Sequence[Any], shape: Sequence[int], **attributes: Any) -> relax.Call:
     """Build a call that returns float32 of ``shape``."""
     text = tvm.ir.StringImm(json.dumps(attributes, sort_keys=True))
     return relax.call_dps_packed(

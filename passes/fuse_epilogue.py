@@ -57,9 +57,7 @@ class _FuseEpilogue(Rewrite):
         self._chains[var] = chain
         operands = [self.new(e) for e in (chain.x, chain.w, *chain.extras)]
         layer = self.program.layers[chain.w.name]
-        return dialect.call(
-            "dense", operands, shape_of(var), layer=layer, epilogue=chain.epilogue
-        )
+        return dialect.call("dense", operands, shape_of(var), layer=layer, epilogue=chain.epilogue)
 
     def _start(self, value: Any) -> _Chain | None:
         if op_name(value) != "relax.matmul":

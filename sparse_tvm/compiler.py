@@ -22,7 +22,7 @@ from tvm.relax.backend.cpu_generic.pipeline import finalize_passes
 from sparse_tvm import __version__
 from sparse_tvm.artifact import read_manifest, rewrite_manifest, write_artifact
 from sparse_tvm.errors import BuildError, OptionError, OutputError, VerificationError
-from sparse_tvm.files import replacing
+from sparse_tvm.files import check_writable, replacing
 from sparse_tvm.frontends.onnx import ImportedModel, import_onnx
 from sparse_tvm.linker import fcompile
 from sparse_tvm.passes.convert_weights import FormatOptions
@@ -124,7 +124,7 @@ def compile(
     reports = [report] if isinstance(report, str | os.PathLike) else list(report or ())
     for path in reports:
         check_report_path(path)
-    _check_writable(output)
+    check_writable(output)
     phases = _Phases(progress, Path(dump_ir) if dump_ir is not None else None)
 
     with phases("import"):
@@ -248,8 +248,9 @@ def _verify(artifact: Path, imported: ImportedModel, tolerance: float) -> dict[s
     from sparse_tvm.runtime import load
 
     source = imported.source
-    proto = isinstance(source, onnx.ModelProto)
-    reference = Reference(source.SerializeToString() if proto else source, threads=1)
+    if isinstance(source, onnx.ModelProto):
+        source = source.SerializeToString()
+    reference = Reference(source, threads=1)
     inputs = random_inputs(imported.inputs)
     outputs = load(artifact).run(inputs)
     expected = reference.run(inputs, list(outputs))
@@ -275,13 +276,6 @@ def _check_rules(options: FormatOptions, program: Program) -> None:
         if not any(rule.pattern.search(layer) for layer in program.reports):
             names = ", ".join(list(program.reports)[:5])
             raise OptionError(f"layer rule {rule.text!r} matches no layer", hint=f"such as {names}")
-
-
-def _check_writable(output: PathLike) -> None:
-    """Fail before the work rather than after it."""
-    with replacing(Path(output).with_name(f".{Path(output).name}.probe")) as probe:
-        probe.touch()
-    Path(output).with_name(f".{Path(output).name}.probe").unlink()
 
 
 def _model_totals(program: Program) -> dict[str, int]:

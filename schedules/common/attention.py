@@ -120,9 +120,7 @@ def attention(
                             acc.set(row, vector, masked(score, key, vector))
                             at = ramp(vector * simd.lanes, simd)
                             T.buffer_store(scores, acc.get(row, vector), [key, at])
-                            top.set(
-                                0, vector, tirx.max(top.get(0, vector), acc.get(row, vector))
-                            )
+                            top.set(0, vector, tirx.max(top.get(0, vector), acc.get(row, vector)))
 
                 _for_keys(keys, block, score_block)
 
@@ -132,9 +130,7 @@ def attention(
                     for vector in range(vectors):
                         at = ramp(vector * simd.lanes, simd)
                         weight = Registers(1, 1, simd)
-                        weight.set(
-                            0, 0, vector_math.exp(scores[key, at] - top.get(0, vector))
-                        )
+                        weight.set(0, 0, vector_math.exp(scores[key, at] - top.get(0, vector)))
                         total.set(0, vector, total.get(0, vector) + weight.get(0, 0))
                         T.buffer_store(scores, weight.get(0, 0), [key, at])
 

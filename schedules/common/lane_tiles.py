@@ -154,6 +154,10 @@ class Registers:
             for vector in range(self.vectors):
                 self.set(row, vector, value(row, vector))
 
+    def add(self, other: Registers) -> None:
+        """Add another block of the same shape."""
+        self.fill(lambda row, vector: self.get(row, vector) + other.get(row, vector))
+
     def multiply_add(self, weight: Callable[[int], Expr], x: Callable[[int], Expr]) -> None:
         """Add the outer product of ``weight(row)`` (scalars) and ``x(vector)`` (vectors)."""
         for vector in range(self.vectors):

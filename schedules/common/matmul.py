@@ -122,9 +122,7 @@ def matmul(
                         lambda vector, c=c: load(column + c, vector),
                     )
 
-        def finish(
-            acc: Registers, first_row: Expr, vector_at: Callable[[int], list[Expr]]
-        ) -> None:
+        def finish(acc: Registers, first_row: Expr, vector_at: Callable[[int], list[Expr]]) -> None:
             """Apply the epilogue in registers and store."""
             queue = list(extras)
             for step in epilogue:
