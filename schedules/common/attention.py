@@ -1,61 +1,67 @@
 """Scaled dot-product attention on lane tiles, scores never leaving the core's cache.
 
-One job is one (query tile, head). Keys are the rows of a small matmul whose vectors are query
-lanes: scores[key, lanes] = sum_d K[d, key] Q[d, lanes]. Soft-max then runs down the keys, lane by
-lane, and the same register-blocked product gives O[d, lanes] = sum_key V[d, key] P[key, lanes].
-Heads are slices of the feature axis, so nothing is ever transposed.
+One job is one (group of query tiles, head). Keys are the rows of a small matmul whose vectors are
+query lanes: scores[key, lanes] = sum_d K[d, key] Q[d, lanes]. Soft-max then runs down the keys,
+lane by lane, and the same register-blocked product gives O[d, lanes] = sum_key V[d, key]
+P[key, lanes]. Heads are slices of the feature axis, so nothing is ever transposed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.common import vector_math
 from sparse_tvm.schedules.common.lane_tiles import (
+    LANES,
     Buffer,
     Expr,
-    LaneTiles,
     Registers,
     Simd,
+    Tiles,
+    TileVectors,
     argument,
+    for_group_sizes,
+    groups_of,
     prim_func,
     ramp,
+    scalar,
     splat,
+    symbol,
+    zero,
 )
 
-LOWEST = -3.0e38
+_LOWEST = float(np.finfo(np.float32).min)
+_KEY_BLOCK = 8
+_MAX_GROUP = 2
+"""Query tiles per job: their scores, keys x 32 floats, stay within L1 for a few hundred keys."""
 
 
 @dataclass(frozen=True)
 class Mask:
-    """An additive attention mask.
+    """An additive attention mask ``[B, H, Sq, Sk]``, by the axes it really has.
 
     Attributes
     ----------
-    lead, heads, keys : int
-        Extents; 1 broadcasts over batch, heads or keys.
-    per_query : bool
-        The mask differs between queries; it is then lane-tiled over them.
+    lead, heads, queries, keys : bool
+        False where the mask has extent 1 and broadcasts. A mask with queries is given lane-tiled
+        over them, ``[B * H, tiles, Sk, LANES]``; any other as it is, ``[B, H, 1, Sk]``.
     """
 
-    lead: int
-    heads: int
-    keys: int
-    per_query: bool
-
-    def shape(self, queries: LaneTiles) -> tuple[int, ...]:
-        """Shape of the mask argument: ``[lead, heads, keys]`` or tiled over queries."""
-        if self.per_query:
-            return (self.lead * self.heads, queries.per_lead, self.keys, queries.lanes)
-        return (self.lead, self.heads, self.keys)
+    lead: bool
+    heads: bool
+    queries: bool
+    keys: bool
 
 
 def attention(
-    queries: LaneTiles,
-    keys: LaneTiles,
+    queries: Tiles,
+    keys: Tiles,
+    key_rows: Expr | None,
     heads: int,
     head_size: int,
     value_size: int,
@@ -65,126 +71,136 @@ def attention(
 ) -> tirx.PrimFunc:
     """Build the kernel: ``softmax(scale * Q K^T + mask) V`` for every head.
 
-    Arguments of the PrimFunc, in order: Q ``[lead, tiles, heads * head_size, lanes]``,
-    K likewise over the keys' tiles, V ``[lead, tiles, heads * value_size, lanes]``, the mask if
-    any, and the output ``[lead, tiles, heads * value_size, lanes]`` over the queries' tiles.
+    Arguments of the PrimFunc, in order: Q ``[lead, tiles, heads * head_size, LANES]``,
+    K likewise over the keys' tiles, V ``[lead, tiles, heads * value_size, LANES]``, the mask if
+    any, the output ``[lead, tiles, heads * value_size, LANES]`` over the queries' tiles, and the
+    number of keys as an int64 unless ``key_rows`` is a number.
     """
-    # Half a tile at a time keeps a strip's scores (keys x lanes) within L1.
-    per_tile = queries.lanes // simd.lanes
-    vectors = 2 if per_tile % 2 == 0 else 1
-    strips = per_tile // vectors
-    block = max(1, min(8, simd.accumulators // vectors))
-    while keys.lanes % block:
+    group = max(1, min(_MAX_GROUP, simd.accumulators // (4 * simd.per_tile)))
+    block = min(_KEY_BLOCK, simd.accumulators // (group * simd.per_tile))
+    while LANES % block:
         block -= 1
-    width = vectors * simd.lanes
+    width = group * LANES
 
-    with prim_func() as (_, result):
+    with prim_func() as result:
         q = argument("q", queries.shape(heads * head_size))
         k = argument("k", keys.shape(heads * head_size))
         v = argument("v", keys.shape(heads * value_size))
-        m = argument("mask", mask.shape(queries)) if mask else None
+        m = _mask_argument(mask, queries) if mask else None
         out = argument("out", queries.shape(heads * value_size))
+        count = key_rows if isinstance(key_rows, int) else T.arg("key_rows", symbol("key_rows"))
+        groups = groups_of(queries.per_lead, group)
 
-        with T.parallel(0, queries.count * heads) as job:
-            tile_index, head = job // heads, job % heads
-            lead, tile = tile_index // queries.per_lead, tile_index % queries.per_lead
-            scores = T.alloc_buffer((keys.per_lead * keys.lanes, width), "float32")
-            with T.serial(0, strips) as strip:
-                lane = strip * width
+        def job_kernel(lead: Expr, head: Expr, scores: Buffer, first: Expr, size: int) -> None:
+            vectors = TileVectors(first, size, simd)
 
-                def lane_at(vector: int, lane: Expr = lane) -> Expr:
-                    return ramp(lane + vector * simd.lanes, simd)
+            def score_at(key: Expr, vector: int) -> list[Expr]:
+                return [key, ramp(vector * simd.lanes, simd)]
 
-                top = Registers(1, vectors, simd)
-                top.fill(lambda _, vector: splat(T.float32(LOWEST), simd))
+            def score_block(key_tile: Expr, first_key: Expr) -> None:
+                acc = Registers(block, vectors.count, simd)
+                acc.fill(lambda row, vector: zero(simd))
+                with T.serial(0, head_size) as d:
+                    feature = head * head_size + d
 
-                def masked(score: Expr, key: Expr, vector: int) -> Expr:
-                    score = score * splat(T.float32(scale), simd)
-                    if mask is None or m is None:
-                        return score
-                    return score + _mask_at(m, mask, lead, head, heads, tile, key, lane_at(vector))
+                    def query(vector: int) -> Expr:
+                        tile, lanes = vectors.at(vector)
+                        return q[lead, tile, feature, lanes]
 
-                def score_block(key_tile: Expr, first: Expr, live: int) -> None:
-                    acc = Registers(live, vectors, simd)
-                    acc.fill(lambda row, vector: splat(T.float32(0), simd))
-                    with T.serial(0, head_size) as d:
-                        feature = head * head_size + d
+                    acc.multiply_add(lambda row: k[lead, key_tile, feature, first_key + row], query)
+                for row in range(block):
+                    for vector in range(vectors.count):
+                        key = key_tile * LANES + first_key + row
+                        T.buffer_store(scores, acc.get(row, vector), score_at(key, vector))
+
+            with T.serial(0, keys.per_lead) as key_tile:
+                with T.serial(0, LANES // block) as i:
+                    score_block(key_tile, i * block)
+
+            top = Registers(1, vectors.count, simd)
+            top.fill(lambda _, vector: splat(T.float32(_LOWEST), simd))
+            with T.serial(0, count) as key:
+                for vector in range(vectors.count):
+                    at = score_at(key, vector)
+                    score = scores[tuple(at)] * splat(T.float32(scale), simd)
+                    if mask is not None and m is not None:
+                        tile, lanes = vectors.at(vector)
+                        score += _mask_at(m, mask, lead, head, heads, tile, key, lanes)
+                    masked = Registers(1, 1, simd)
+                    masked.set(0, 0, score)
+                    T.buffer_store(scores, masked.get(0, 0), at)
+                    top.set(0, vector, tirx.max(top.get(0, vector), masked.get(0, 0)))
+
+            total = Registers(1, vectors.count, simd)
+            total.fill(lambda _, vector: zero(simd))
+            with T.serial(0, count) as key:
+                for vector in range(vectors.count):
+                    at = score_at(key, vector)
+                    weight = Registers(1, 1, simd)
+                    weight.set(0, 0, vector_math.exp(scores[tuple(at)] - top.get(0, vector)))
+                    total.set(0, vector, total.get(0, vector) + weight.get(0, 0))
+                    T.buffer_store(scores, weight.get(0, 0), at)
+            total.fill(lambda _, vector: splat(T.float32(1), simd) / total.get(0, vector))
+
+            def value_block(first_row: Expr, live: int) -> None:
+                acc = Registers(live, vectors.count, simd)
+                acc.fill(lambda row, vector: zero(simd))
+                with T.serial(0, keys.per_lead) as key_tile:
+                    with T.serial(0, tirx.min(LANES, count - key_tile * LANES)) as j:
                         acc.multiply_add(
-                            lambda row: k[lead, key_tile, feature, first + row],
-                            lambda vector: q[lead, tile, feature, lane_at(vector)],
+                            lambda row: v[lead, key_tile, head * value_size + first_row + row, j],
+                            lambda vector: scores[tuple(score_at(key_tile * LANES + j, vector))],
                         )
-                    for row in range(live):
-                        key = key_tile * keys.lanes + first + row
-                        for vector in range(vectors):
-                            score = acc.get(row, vector)
-                            acc.set(row, vector, masked(score, key, vector))
-                            at = ramp(vector * simd.lanes, simd)
-                            T.buffer_store(scores, acc.get(row, vector), [key, at])
-                            top.set(0, vector, tirx.max(top.get(0, vector), acc.get(row, vector)))
-
-                _for_keys(keys, block, score_block)
-
-                total = Registers(1, vectors, simd)
-                total.fill(lambda _, vector: splat(T.float32(0), simd))
-                with T.serial(0, keys.rows) as key:
-                    for vector in range(vectors):
-                        at = ramp(vector * simd.lanes, simd)
-                        weight = Registers(1, 1, simd)
-                        weight.set(0, 0, vector_math.exp(scores[key, at] - top.get(0, vector)))
-                        total.set(0, vector, total.get(0, vector) + weight.get(0, 0))
-                        T.buffer_store(scores, weight.get(0, 0), [key, at])
-
-                def value_block(first: Expr, live: int) -> None:
-                    acc = Registers(live, vectors, simd)
-                    acc.fill(lambda row, vector: splat(T.float32(0), simd))
-
-                    def one_key(key_tile: Expr, at: Expr) -> None:
-                        acc.multiply_add(
-                            lambda row: v[lead, key_tile, head * value_size + first + row, at],
-                            lambda vector: scores[
-                                key_tile * keys.lanes + at, ramp(vector * simd.lanes, simd)
-                            ],
+                for row in range(live):
+                    for vector in range(vectors.count):
+                        tile, lanes = vectors.at(vector)
+                        T.buffer_store(
+                            out,
+                            acc.get(row, vector) * total.get(0, vector),
+                            [lead, tile, head * value_size + first_row + row, lanes],
                         )
 
-                    _for_keys(keys, 1, lambda key_tile, at, live: one_key(key_tile, at))
-                    for row in range(live):
-                        for vector in range(vectors):
-                            T.buffer_store(
-                                out,
-                                acc.get(row, vector) / total.get(0, vector),
-                                [lead, tile, head * value_size + first + row, lane_at(vector)],
-                            )
+            _blocks(value_size, block, value_block)
 
-                _blocks(value_size, block, value_block)
+        with T.parallel(0, queries.lead * groups * heads) as job:
+            head = scalar(job % heads)
+            lead = scalar(job // heads // groups)
+            scores = T.alloc_buffer((keys.per_lead * LANES, width), "float32")
+
+            def body(first: Expr, size: int) -> None:
+                job_kernel(lead, head, scores, first, size)
+
+            for_group_sizes(queries.per_lead, group, job // heads % groups, body)
     return result["func"]
+
+
+def _mask_argument(mask: Mask, queries: Tiles) -> Buffer:
+    """Declare the mask; extents it broadcasts over are 1."""
+    lead = symbol("mask_lead") if mask.lead else 1
+    heads = symbol("mask_heads") if mask.heads else 1
+    keys = symbol("mask_keys") if mask.keys else 1
+    if mask.queries:
+        lead_and_heads = symbol("mask_lead") if mask.lead or mask.heads else 1
+        return argument("mask", (lead_and_heads, queries.per_lead, keys, LANES))
+    return argument("mask", (lead, heads, 1, keys))
 
 
 def _mask_at(
     m: Buffer, mask: Mask, lead: Expr, head: Expr, heads: int, tile: Expr, key: Expr, lanes: Expr
 ) -> Expr:
     """The mask of one key for one vector of queries."""
-    lead = lead if mask.lead > 1 else 0
-    head = head if mask.heads > 1 else 0
-    key = key if mask.keys > 1 else 0
-    if mask.per_query:
-        return m[lead * mask.heads + head, tile, key, lanes]
-    return T.broadcast(m[lead, head, key], int(lanes.ty.dtype.lanes))
+    lead = lead if mask.lead else 0
+    head = head if mask.heads else 0
+    key = key if mask.keys else 0
+    if mask.queries:
+        return m[lead * (heads if mask.heads else 1) + head, tile, key, lanes]
+    return T.broadcast(m[lead, head, 0, key], int(lanes.ty.dtype.lanes))
 
 
-def _blocks(extent: int, block: int, body) -> None:  # type: ignore[no-untyped-def]
+def _blocks(extent: int, block: int, body: Callable[[Expr, int], None]) -> None:
     """Call ``body(first, live)`` for each block of ``extent``, the last one possibly short."""
     if extent >= block:
         with T.serial(0, extent // block) as i:
             body(i * block, block)
     if extent % block:
         body(extent // block * block, extent % block)
-
-
-def _for_keys(keys: LaneTiles, block: int, body) -> None:  # type: ignore[no-untyped-def]
-    """Call ``body(key tile, first lane, live)`` over all keys, never across a tile's end."""
-    full, rest = divmod(keys.rows, keys.lanes)
-    if full:
-        with T.serial(0, full) as key_tile:
-            _blocks(keys.lanes, block, lambda first, live: body(key_tile, first, live))
-    if rest:
-        _blocks(rest, block, lambda first, live: body(full, first, live))

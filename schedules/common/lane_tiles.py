@@ -1,16 +1,18 @@
 """The activation layout every kernel shares: tokens in SIMD lanes, features across registers.
 
-A logical activation ``[..., rows, features]`` is stored as ``[lead, tiles, features, lanes]``:
-row ``m`` of a leading index sits in tile ``m // lanes``, lane ``m % lanes``. A weight then
+A logical activation ``[..., rows, features]`` is stored as ``[lead, tiles, features, LANES]``:
+row ``m`` of a leading index sits in tile ``m // LANES``, lane ``m % LANES``. A weight then
 multiplies a whole vector of tokens, a reduction over features is a plain sum of registers, and a
 head is a slice of the feature axis. Lanes past the last row are padding: kernels compute them and
 nobody reads them.
+
+A tile is one cache line wide on every CPU, so any number of tokens runs in steps of sixteen;
+kernels block their registers over several tiles. All extents but the features may be symbolic.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,12 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 Expr = Any
+"""A TIR expression or a Python number."""
+
 Buffer = Any
+
+LANES = 16
+"""Rows per tile: 16 float32 are one cache line."""
 
 
 @dataclass(frozen=True)
@@ -43,64 +50,65 @@ class Simd:
         """Registers an inner loop may keep sums in, leaving some for its operands."""
         return self.registers - max(4, self.registers // 4)
 
+    @property
+    def per_tile(self) -> int:
+        """Vectors in one tile."""
+        return LANES // self.lanes
+
+
+def tiles_of(rows: Expr) -> Expr:
+    """Tiles that hold this many rows."""
+    return (rows + (LANES - 1)) // LANES
+
 
 @dataclass(frozen=True)
-class LaneTiles:
-    """Shape of a lane-tiled activation, without its feature axis.
+class Tiles:
+    """Extents of a tiled activation, without features and lanes.
 
     Attributes
     ----------
-    lead : int
+    lead : int or expression
         Product of the leading dimensions (batch).
-    rows : int
-        Logical rows (tokens) per leading index.
-    lanes : int
-        Rows per tile, a multiple of the vector width.
+    per_lead : int or expression
+        Tiles per leading index; the last may be partly padding.
     """
 
-    lead: int
-    rows: int
-    lanes: int
+    lead: Expr
+    per_lead: Expr
+
+    @classmethod
+    def symbolic(cls, lead: Expr = None, per_lead: Expr = None) -> Tiles:
+        """Extents bound at run time, where they are not given."""
+        return cls(lead or symbol("lead"), per_lead or symbol("tiles"))
 
     @property
-    def per_lead(self) -> int:
-        """Tiles per leading index; the last may be partly padding."""
-        return math.ceil(self.rows / self.lanes)
-
-    @property
-    def count(self) -> int:
+    def count(self) -> Expr:
         """Tiles in all."""
         return self.lead * self.per_lead
 
-    def shape(self, features: int) -> tuple[int, int, int, int]:
+    def shape(self, features: Expr) -> tuple[Expr, ...]:
         """Shape of a tiled activation with this many features."""
-        return (self.lead, self.per_lead, features, self.lanes)
+        return (self.lead, self.per_lead, features, LANES)
 
-
-def tiles_for(lead: int, rows: int, simd: Simd) -> LaneTiles:
-    """Choose the lane tile: the widest of up to four vectors that pads the fewest rows.
-
-    Narrower tiles pad less but reuse each weight for fewer tokens, hence the small handicap.
-    """
-    handicap = {1: 1.5, 2: 1.15, 3: 1.05, 4: 1.0}
-    vectors = min(handicap, key=lambda v: math.ceil(rows / (v * simd.lanes)) * v * handicap[v])
-    return LaneTiles(lead, rows, vectors * simd.lanes)
+    def flat(self, buffer: Buffer, features: int) -> Buffer:
+        """The same memory seen as ``[count, features, LANES]``."""
+        return T.decl_buffer((self.count, features, LANES), "float32", data=buffer.data)
 
 
 @contextmanager
-def prim_func() -> Iterator[tuple[IRBuilder, dict[str, Any]]]:
+def prim_func() -> Iterator[dict[str, Any]]:
     """Open a PrimFunc; the finished function is ``result["func"]`` after the block."""
     result: dict[str, Any] = {}
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_attr({"tirx.noalias": True})
-            yield builder, result
+            yield result
     result["func"] = builder.get()
 
 
-def argument(name: str, shape: tuple[Any, ...], dtype: str = "float32") -> Buffer:
+def argument(name: str, shape: Sequence[Expr], dtype: str = "float32") -> Buffer:
     """Declare the next argument of the open PrimFunc."""
-    return T.arg(name, T.buffer(shape, dtype))
+    return T.arg(name, T.buffer(tuple(shape), dtype))
 
 
 def symbol(name: str) -> Expr:
@@ -114,9 +122,11 @@ def local(size: int, dtype: str = "float32") -> Buffer:
 
 
 def scalar(value: Expr, dtype: str = "int32") -> Expr:
-    """Evaluate ``value`` once, here, and return it for repeated use."""
+    """Evaluate ``value`` once, here, and return it for repeated use; numbers stay numbers."""
+    if isinstance(value, int):
+        return value
     cell = local(1, dtype)
-    T.buffer_store(cell, value, [0])
+    T.buffer_store(cell, T.Cast(dtype, value), [0])
     return cell[0]
 
 
@@ -128,6 +138,54 @@ def splat(value: Expr, simd: Simd) -> Expr:
 def ramp(base: Expr, simd: Simd) -> Expr:
     """Indices of one vector of consecutive elements."""
     return T.ramp(base, 1, simd.lanes)
+
+
+def zero(simd: Simd) -> Expr:
+    """A vector of zeros."""
+    return splat(T.float32(0), simd)
+
+
+class TileVectors:
+    """The vectors of ``count`` consecutive tiles, numbered across them.
+
+    ``at(v)`` gives tile and lanes of vector ``v``, to index a flat tiled buffer with.
+    """
+
+    def __init__(self, first: Expr, count: int, simd: Simd) -> None:
+        self.first, self.count, self.simd = first, count * simd.per_tile, simd
+
+    def at(self, vector: int) -> tuple[Expr, Expr]:
+        """Tile index and lane indices of one vector."""
+        tile, part = divmod(vector, self.simd.per_tile)
+        return self.first + tile, ramp(part * self.simd.lanes, self.simd)
+
+
+def for_group_sizes(count: Expr, limit: int, index: Expr, body: Callable[[Expr, int], None]) -> None:
+    """Call ``body(first, size)`` for group ``index`` of ``count`` tiles.
+
+    The tiles are shared out among ``groups_of(count, limit)`` groups as evenly as can be. ``body``
+    is generated once per possible size, since sizes decide registers.
+    """
+    groups = groups_of(count, limit)
+    first = scalar(index * count // groups)
+    size = scalar((index + 1) * count // groups - first)
+    if isinstance(count, int):
+        sizes = sorted({count // groups, -(-count // groups)})
+    else:
+        sizes = list(range(1, limit + 1))
+    for candidate in sizes[:-1]:
+        with T.If(size == candidate), T.Then():
+            body(first, candidate)
+    if len(sizes) == 1:
+        body(first, sizes[0])
+    else:
+        with T.If(size == sizes[-1]), T.Then():
+            body(first, sizes[-1])
+
+
+def groups_of(count: Expr, limit: int) -> Expr:
+    """How many groups of at most ``limit`` tiles there are."""
+    return (count + (limit - 1)) // limit
 
 
 class Registers:
@@ -153,10 +211,6 @@ class Registers:
         for row in range(self.rows):
             for vector in range(self.vectors):
                 self.set(row, vector, value(row, vector))
-
-    def add(self, other: Registers) -> None:
-        """Add another block of the same shape."""
-        self.fill(lambda row, vector: self.get(row, vector) + other.get(row, vector))
 
     def multiply_add(self, weight: Callable[[int], Expr], x: Callable[[int], Expr]) -> None:
         """Add the outer product of ``weight(row)`` (scalars) and ``x(vector)`` (vectors)."""

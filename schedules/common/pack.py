@@ -1,78 +1,70 @@
-"""Into and out of lane tiles: ``[lead, rows, features]`` <-> ``[lead, tiles, features, lanes]``.
+"""Into and out of lane tiles: ``[lead, rows, features]`` <-> ``[lead, tiles, features, LANES]``.
 
-Both move squares of ``lanes`` x one cache line of features, so that neither side is walked with a
-stride longer than a tile.
+Both move squares of one tile's rows by one cache line of features, so that neither side is walked
+with long strides.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.common.lane_tiles import (
+    LANES,
     Expr,
-    LaneTiles,
-    Simd,
     argument,
     prim_func,
+    scalar,
+    symbol,
+    tiles_of,
 )
 
-SQUARE = 16
+_SQUARE = 16
 """Features moved at a time: one 64-byte cache line."""
 
 
-def _over_squares(tiles: LaneTiles, features: int, move) -> None:  # type: ignore[no-untyped-def]
+def _over_squares(
+    lead: Expr, tiles: Expr, features: Expr, move: Callable[[Expr, Expr, Expr, Expr], None]
+) -> None:
     """Call ``move(lead, tile, lane, feature)`` for every element, in parallel over squares."""
-    full, rest = divmod(features, SQUARE)
-    squares = full + (rest > 0)
-    with T.parallel(0, tiles.count * squares) as job:
-        tile_index, square = job // squares, job % squares
-        lead, tile = tile_index // tiles.per_lead, tile_index % tiles.per_lead
-
-        def body(width: int) -> None:
-            with T.serial(0, tiles.lanes) as lane, T.serial(0, width) as f:
-                move(lead, tile, lane, square * SQUARE + f)
-
-        if rest and full:
-            with T.If(square < full):
-                with T.Then():
-                    body(SQUARE)
-                with T.Else():
-                    body(rest)
-        else:
-            body(SQUARE if full else rest)
+    squares = (features + (_SQUARE - 1)) // _SQUARE
+    with T.parallel(0, lead * tiles * squares) as job:
+        square, index = scalar(job % squares), scalar(job // squares)
+        at, tile = scalar(index // tiles), scalar(index % tiles)
+        width = tirx.min(_SQUARE, features - square * _SQUARE)
+        with T.serial(0, LANES) as lane, T.serial(0, width) as f:
+            move(at, tile, lane, square * _SQUARE + f)
 
 
-def pack(tiles: LaneTiles, features: int, simd: Simd) -> tirx.PrimFunc:
+def pack(lead: Expr, rows: Expr, features: Expr) -> tirx.PrimFunc:
     """Build the kernel x ``[lead, rows, features]`` -> y lane-tiled; padding lanes are zero."""
-    with prim_func() as (_, result):
-        x = argument("x", (tiles.lead, tiles.rows, features))
-        y = argument("y", tiles.shape(features))
+    tiles = tiles_of(rows)
+    with prim_func() as result:
+        x = argument("x", (lead, rows, features))
+        y = argument("y", (lead, tiles, features, LANES))
 
-        def move(lead: Expr, tile: Expr, lane: Expr, feature: Expr) -> None:
-            row = tile * tiles.lanes + lane
-            value = x[lead, row, feature]
-            if tiles.rows % tiles.lanes:
-                value = T.if_then_else(row < tiles.rows, value, T.float32(0))
-            T.buffer_store(y, value, [lead, tile, feature, lane])
+        def move(at: Expr, tile: Expr, lane: Expr, feature: Expr) -> None:
+            row = tile * LANES + lane
+            value = T.if_then_else(row < rows, x[at, row, feature], T.float32(0))
+            T.buffer_store(y, value, [at, tile, feature, lane])
 
-        _over_squares(tiles, features, move)
+        _over_squares(lead, tiles, features, move)
     return result["func"]
 
 
-def unpack(tiles: LaneTiles, features: int, simd: Simd) -> tirx.PrimFunc:
+def unpack(lead: Expr, rows: Expr, features: Expr) -> tirx.PrimFunc:
     """Build the kernel x lane-tiled -> y ``[lead, rows, features]``."""
-    with prim_func() as (_, result):
-        x = argument("x", tiles.shape(features))
-        y = argument("y", (tiles.lead, tiles.rows, features))
+    tiles = tiles_of(rows) if isinstance(rows, int) else symbol("tiles")
+    with prim_func() as result:
+        x = argument("x", (lead, tiles, features, LANES))
+        y = argument("y", (lead, rows, features))
 
-        def move(lead: Expr, tile: Expr, lane: Expr, feature: Expr) -> None:
-            row = tile * tiles.lanes + lane
-            if tiles.rows % tiles.lanes:
-                with T.If(row < tiles.rows), T.Then():
-                    T.buffer_store(y, x[lead, tile, feature, lane], [lead, row, feature])
-            else:
-                T.buffer_store(y, x[lead, tile, feature, lane], [lead, row, feature])
+        def move(at: Expr, tile: Expr, lane: Expr, feature: Expr) -> None:
+            row = tile * LANES + lane
+            with T.If(row < rows), T.Then():
+                T.buffer_store(y, x[at, tile, feature, lane], [at, row, feature])
 
-        _over_squares(tiles, features, move)
+        _over_squares(lead, tiles, features, move)
     return result["func"]
