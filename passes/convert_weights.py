@@ -15,8 +15,8 @@ import numpy as np
 
 from sparse_tvm.errors import OptionError
 from sparse_tvm.schedules.common.cost import dense_rows, matmul_cycles
-from sparse_tvm.schedules.common.lane_tiles import LaneTiles, Simd
-from sparse_tvm.schedules.common.matmul import JOBS_PER_TILE, WeightLayout
+from sparse_tvm.schedules.common.lane_tiles import Simd
+from sparse_tvm.schedules.common.matmul import JOBS_PER_GROUP, WeightLayout
 from sparse_tvm.sparsity.analysis import Structure
 from sparse_tvm.sparsity.formats import BSR, occupied_blocks, parse_block
 from sparse_tvm.targets import Target
@@ -112,17 +112,16 @@ def choose(
     layer: str,
     w: np.ndarray,
     structure: Structure,
-    tiles: LaneTiles,
     options: FormatOptions,
     target: Target,
 ) -> Choice:
     """Choose the stored form of the weight ``[N, K]`` of one layer."""
     simd = Simd(target.lanes, target.registers)
     n, k = w.shape
-    dense = WeightLayout("dense", (dense_rows(tiles, n, simd), 1))
+    dense = WeightLayout("dense", (dense_rows(n, simd), 1))
 
     def cycles(layout: WeightLayout, stored: int) -> float:
-        return matmul_cycles(tiles, (n, k), layout, stored, target)
+        return matmul_cycles((n, k), layout, stored, target)
 
     mask = w != 0
     dense_cycles = cycles(dense, -(-n // dense.block[0]) * k)
@@ -205,7 +204,7 @@ def stored_arrays(w: np.ndarray, layout: WeightLayout) -> dict[str, np.ndarray]:
     }
 
 
-def balanced_partition(indptr: np.ndarray, jobs: int = JOBS_PER_TILE) -> np.ndarray:
+def balanced_partition(indptr: np.ndarray, jobs: int = JOBS_PER_GROUP) -> np.ndarray:
     """First block row of each job, so that all jobs have about equally much to do.
 
     Returns

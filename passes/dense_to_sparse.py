@@ -17,7 +17,6 @@ from sparse_tvm.passes import dialect
 from sparse_tvm.passes.convert_weights import Choice, FormatOptions, choose, stored_arrays
 from sparse_tvm.passes.graph import Rewrite, shape_of
 from sparse_tvm.passes.program import LayerReport, Program
-from sparse_tvm.schedules.common.lane_tiles import LaneTiles
 from sparse_tvm.sparsity.analysis import Structure, analyse
 from sparse_tvm.targets import Target
 
@@ -40,8 +39,7 @@ class _DenseToSparse(Rewrite):
             return None
         x, w, *extras = found.args
         attributes = found.attributes
-        tiles = LaneTiles(*attributes["tiles"])
-        choice, stored = self._stored(w, attributes, tiles)
+        choice, stored = self._stored(w, attributes)
         n, k = shape_of(w)
         return dialect.call(
             "sparse_dense" if choice.layout.sparse else "dense",
@@ -54,15 +52,13 @@ class _DenseToSparse(Rewrite):
         )
 
     def _stored(
-        self, w: relax.Var, attributes: dict[str, Any], tiles: LaneTiles
+        self, w: relax.Var, attributes: dict[str, Any]
     ) -> tuple[Choice, list[relax.Var]]:
         """The stored form of a weight, made once however many layers share it."""
         if w.name not in self._chosen:
             array = self.program.weights[w.name]
             structure = analyse(array)
-            choice = choose(
-                attributes["layer"], array, structure, tiles, self._options, self._target
-            )
+            choice = choose(attributes["layer"], array, structure, self._options, self._target)
             arrays = stored_arrays(array, choice.layout)
             params = [self.weight(f"{w.name}.{key}", value) for key, value in arrays.items()]
             self._chosen[w.name] = choice, params

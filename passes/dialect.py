@@ -7,11 +7,11 @@ kernel; none reaches the artifact.
 
 | operator | arguments | attributes |
 |---|---|---|
-| ``dense`` | x, w ``[N, K]``, epilogue tensors | layer, epilogue, tiles |
+| ``dense`` | x, w ``[N, K]``, epilogue tensors | layer, epilogue |
 | ``sparse_dense`` | x, data, indices, indptr, partition, epilogue tensors | + format, block, weight (N, K) |
-| ``attention`` | q, k, v, mask? | heads, scale, mask, tiles |
-| ``layer_norm`` | x, gamma, beta | epsilon, tiles |
-| ``pack``, ``unpack`` | x | tiles |
+| ``attention`` | q, k, v, mask?, shape of the keys | heads, scale, mask |
+| ``layer_norm`` | x, gamma, beta | epsilon |
+| ``pack``, ``unpack`` | x | |
 """
 
 from __future__ import annotations

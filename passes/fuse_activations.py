@@ -73,7 +73,9 @@ class _FuseActivations(Rewrite):
 
     def _tree(self, root: relax.Var) -> tuple[list[relax.Var], set[str]]:
         """Variables under ``root``, nearest first, and the elementwise operators between."""
-        queue, variables, operators = [root], [], set()
+        queue: list[relax.Var] = [root]
+        variables: list[relax.Var] = []
+        operators: set[str] = set()
         while queue and len(operators) + len(variables) < _MAX_SIZE:
             call = self.graph.value(queue.pop(0))
             name = (op_name(call) or "").removeprefix("relax.")

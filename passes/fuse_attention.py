@@ -14,13 +14,21 @@ match is left to separate kernels, and a note says which part was not recognised
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 from tvm import relax
 
 from sparse_tvm.passes import dialect
-from sparse_tvm.passes.graph import Rewrite, dtype_of, op_name, scalar_value, shape_of
+from sparse_tvm.passes.graph import (
+    Rewrite,
+    dtype_of,
+    op_name,
+    product,
+    same_dim,
+    same_shape,
+    scalar_value,
+    shape_of,
+)
 from sparse_tvm.passes.program import Program
 
 
@@ -38,9 +46,9 @@ class _Heads:
     """A tensor seen as ``[B, H, S, D]`` (or ``[B, H, D, S]``), and the tensor it was split from."""
 
     source: Any
-    batch: int
+    batch: Any
     heads: int
-    rows: int
+    rows: Any
     size: int
 
 
@@ -51,31 +59,31 @@ class _FuseAttention(Rewrite):
         merged = self.graph.op(value.args[0], "permute_dims")
         if merged is None or _axes(merged) != [0, 2, 1, 3]:
             return None
-        product = self.graph.op(merged.args[0], "matmul")
-        if product is None:
+        weighted = self.graph.op(merged.args[0], "matmul")
+        if weighted is None:
             return None
-        softmax = self.graph.op(product.args[0], "nn.softmax")
+        softmax = self.graph.op(weighted.args[0], "nn.softmax")
         if softmax is None or softmax.attrs.axis not in (-1, 3):
             return None
         try:
-            return self._attention(var, softmax, product)
+            return self._attention(var, softmax, weighted)
         except _NotAttention as reason:
             self.program.notes.append(f"attention at {var.name} runs unfused: {reason}")
             return None
 
-    def _attention(self, var: relax.Var, softmax: Any, product: Any) -> Any:
+    def _attention(self, var: relax.Var, softmax: Any, weighted: Any) -> Any:
         scores, scale, mask = self._scores(softmax.args[0])
         q, q_scale = self._split(scores.args[0], transposed=False, what="q")
         k, k_scale = self._split(scores.args[1], transposed=True, what="k")
-        v, v_scale = self._split(product.args[1], transposed=False, what="v")
+        v, v_scale = self._split(weighted.args[1], transposed=False, what="v")
         if v_scale != 1.0:
             raise _NotAttention("v is scaled")
-        if (k.heads, v.heads, k.rows) != (q.heads, q.heads, v.rows):
+        if (k.heads, v.heads) != (q.heads, q.heads) or not same_dim(k.rows, v.rows):
             raise _NotAttention("q, k and v have different heads or lengths")
-        if shape_of(var)[-1] != q.heads * v.size or prod(shape_of(var)[:-1]) != q.batch * q.rows:
+        rows = product(shape_of(var)[:-1])
+        if shape_of(var)[-1] != q.heads * v.size or not same_dim(rows, q.batch * q.rows):
             raise _NotAttention("heads are not merged back")
         args = [self._rows(t) for t in (q, k, v)]
-        mask_shape = None
         if mask is not None:
             mask_shape = (1,) * (4 - len(shape_of(mask))) + shape_of(mask)
             args.append(self.emit(relax.op.reshape(self.new(mask), mask_shape)))
@@ -93,7 +101,7 @@ class _FuseAttention(Rewrite):
         """The unsplit tensor as ``[B, S, H * D]``."""
         shape = (heads.batch, heads.rows, heads.heads * heads.size)
         new = self.new(heads.source)
-        return new if shape_of(heads.source) == shape else self.emit(relax.op.reshape(new, shape))
+        return new if same_shape(shape_of(heads.source), shape) else self.emit(relax.op.reshape(new, shape))
 
     def _scores(self, expr: Any) -> tuple[Any, float, Any]:
         """The matmul, scale and mask of ``scale * matmul + mask``."""
@@ -146,7 +154,8 @@ class _FuseAttention(Rewrite):
         reshape = self.graph.op(expr, "reshape")
         batch, rows, heads, size = shape_of(expr)
         source = reshape.args[0] if reshape is not None else None
-        if source is None or shape_of(source)[-1] != heads * size:
+        known = isinstance(heads, int) and isinstance(size, int)
+        if source is None or not known or shape_of(source)[-1] != heads * size:
             raise _NotAttention(f"{what} is not a split of its last axis")
         return _Heads(source, batch, heads, rows, size), scale
 

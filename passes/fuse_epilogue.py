@@ -14,7 +14,7 @@ from typing import Any
 from tvm import relax
 
 from sparse_tvm.passes import dialect
-from sparse_tvm.passes.graph import Rewrite, dtype_of, is_tensor, op_name, same, shape_of
+from sparse_tvm.passes.graph import Rewrite, dtype_of, is_tensor, op_name, same, same_dim, same_shape, shape_of
 from sparse_tvm.passes.program import Program
 
 _ACTIVATIONS = {
@@ -76,7 +76,7 @@ class _FuseEpilogue(Rewrite):
         if name in _ACTIVATIONS:
             chain = self._ending(value.args[0])
             return chain.then(_ACTIVATIONS[name]) if chain else None
-        if name == "relax.reshape" and shape_of(value)[-1] == shape_of(value.args[0])[-1]:
+        if name == "relax.reshape" and same_dim(shape_of(value)[-1], shape_of(value.args[0])[-1]):
             return self._ending(value.args[0])  # the rows keep their order
         if name != "relax.add":
             return None
@@ -84,9 +84,9 @@ class _FuseEpilogue(Rewrite):
             chain = self._ending(end)
             if chain is None or not is_tensor(other):
                 continue
-            if shape_of(other) == (shape_of(end)[-1],) and self.array(other) is not None:
+            if same_shape(shape_of(other), shape_of(end)[-1:]) and self.array(other) is not None:
                 return chain.then("bias", other)
-            if shape_of(other) == shape_of(end) == shape_of(value) and not same(other, end):
+            if same_shape(shape_of(other), shape_of(value)) and not same(other, end):
                 return chain.then("residual", other)
         return None
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm import relax
 
-from sparse_tvm.passes.graph import Rewrite, op_name, same, scalar_value, shape_of
+from sparse_tvm.passes.graph import Rewrite, op_name, same, same_shape, scalar_value, shape_of
 from sparse_tvm.passes.program import Program
 
 
@@ -31,7 +31,9 @@ class _FuseLayerNorm(Rewrite):
                 continue
             for normalised, gamma in self.graph.operands(product, self._is_vector):
                 found = self._normalised(normalised)
-                if found is not None and shape_of(found[0])[-1:] == shape_of(gamma):
+                if found is not None and same_shape(
+                    shape_of(found[0])[-1:], shape_of(gamma)
+                ):
                     x, epsilon = found
                     return relax.op.nn.layer_norm(
                         self.new(x), self.new(gamma), self.new(beta), axes=[-1], epsilon=epsilon

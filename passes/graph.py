@@ -7,21 +7,46 @@ nobody uses any more disappear, so a pass replaces the last binding of a pattern
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import tvm
-from tvm import relax
+from tvm import relax, tirx
+from tvm.sym import Analyzer
 
 from sparse_tvm.passes.program import Program
 
 Expr = Any
 
+_ANALYZER = Analyzer()
 
-def shape_of(expr: Expr) -> tuple[int, ...]:
-    """Static shape of a tensor expression."""
-    return tuple(int(dim) for dim in expr.ty.shape.values)
+
+def shape_of(expr: Expr) -> tuple[Any, ...]:
+    """Shape of a tensor expression: numbers, and expressions of symbols where it depends on them."""
+    return tuple(
+        int(dim) if isinstance(dim, tirx.IntImm) else dim for dim in expr.ty.shape.values
+    )
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are equal whatever the values of their symbols."""
+    return len(a) == len(b) and all(map(same_dim, a, b))
+
+
+def same_dim(a: Any, b: Any) -> bool:
+    """Whether two extents are equal whatever the values of their symbols."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return bool(_ANALYZER.can_prove_equal(a, b))
+
+
+def product(dims: Iterable[Any]) -> Any:
+    """Product of extents, a number if all of them are."""
+    result: Any = 1
+    for dim in dims:
+        result = dim if isinstance(result, int) and result == 1 else result * dim
+    return result
 
 
 def dtype_of(expr: Expr) -> str:
@@ -30,7 +55,7 @@ def dtype_of(expr: Expr) -> str:
 
 
 def is_tensor(expr: Expr) -> bool:
-    """Whether the expression is a tensor of static shape."""
+    """Whether the expression is a tensor whose shape is known, if only by symbols."""
     type_ = getattr(expr, "ty", None)
     return isinstance(type_, relax.TensorType) and isinstance(type_.shape, relax.ShapeExpr)
 

@@ -2,7 +2,7 @@
 
 Matches ``sparse_tvm.dense`` and ``sparse_tvm.attention``, layer norms, and the elementwise
 operators between them, and turns them into the same operations on lane tiles
-``[lead, tiles, features, lanes]`` (see ``schedules.common.lane_tiles``), so that the layers need
+``[lead, tiles, features, LANES]`` (see ``schedules.common.lane_tiles``), so that the layers need
 neither gathers nor transposes. Every activation has two forms, logical and tiled; each is made
 from the other (``pack``, ``unpack``) only when somebody asks for it, which in a transformer is
 once at each end. A reshape that keeps the feature axis costs nothing in tiled form.
@@ -13,16 +13,24 @@ Everything else keeps its logical form.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 from tvm import relax
 
 from sparse_tvm.passes import dialect
-from sparse_tvm.passes.graph import Rewrite, dtype_of, is_tensor, op_name, scalar_value, shape_of
+from sparse_tvm.passes.graph import (
+    Rewrite,
+    dtype_of,
+    is_tensor,
+    op_name,
+    product,
+    same_dim,
+    same_shape,
+    scalar_value,
+    shape_of,
+)
 from sparse_tvm.passes.program import Program
-from sparse_tvm.schedules.common.lane_tiles import LaneTiles, Simd, tiles_for
-from sparse_tvm.targets import Target
+from sparse_tvm.schedules.common.lane_tiles import LANES, tiles_of
 
 _UNARY = {
     f"relax.{name}"
@@ -40,22 +48,26 @@ _RESHAPES = {"relax.reshape", "relax.expand_dims", "relax.squeeze"}
 
 @dataclass(frozen=True)
 class _Tiled:
-    """The tiled form of an activation."""
+    """The tiled form of an activation ``[lead, rows, features]``."""
 
     expr: Any
-    tiles: LaneTiles
-    features: int
+    lead: Any
+    rows: Any
+    features: Any
+
+    def has_rows(self, lead: Any, rows: Any) -> bool:
+        """Whether the tiles hold ``lead`` times ``rows`` rows, never two leads in one tile."""
+        return same_dim(self.lead, lead) and same_dim(self.rows, rows)
 
 
-def lane_layout(program: Program, target: Target) -> Program:
+def lane_layout(program: Program) -> Program:
     """Apply the pass."""
-    return _LaneLayout(program, Simd(target.lanes, target.registers)).run()
+    return _LaneLayout(program).run()
 
 
 class _LaneLayout(Rewrite):
-    def __init__(self, program: Program, simd: Simd) -> None:
+    def __init__(self, program: Program) -> None:
         super().__init__(program)
-        self._simd = simd
         self._tiled: dict[Any, _Tiled] = {}
 
     def rewrite(self, var: relax.Var, value: Any) -> Any:
@@ -73,7 +85,7 @@ class _LaneLayout(Rewrite):
             return self._binary(value, shape_of(var))
         if name in _RESHAPES and value.args[0] in self._tiled:
             source = self._tiled[value.args[0]]
-            return source if shape_of(var)[-1] == source.features else None
+            return source if same_dim(shape_of(var)[-1], source.features) else None
         return None
 
     def bind(self, var: relax.Var, value: Any) -> None:
@@ -86,74 +98,72 @@ class _LaneLayout(Rewrite):
         """The logical form of an expression, unpacked from its tiles if that is all there is."""
         if isinstance(expr, relax.Var) and expr in self._tiled and expr not in self._new:
             source = self._tiled[expr]
-            tiles = source.tiles
-            shape = (tiles.lead, tiles.rows, source.features)
-            rows = self.emit(
-                dialect.call("unpack", [source.expr], shape, tiles=_as_list(tiles)), "rows"
-            )
-            same = shape == shape_of(expr)
-            self._new[expr] = rows if same else self.emit(relax.op.reshape(rows, shape_of(expr)))
+            shape = (source.lead, source.rows, source.features)
+            rows = self.emit(dialect.call("unpack", [source.expr], shape), "rows")
+            self._new[expr] = self._reshaped(rows, shape, shape_of(expr))
         return super().new(expr)
 
-    def _tiles_of(self, expr: Any, tiles: LaneTiles | None = None) -> _Tiled:
-        """The tiled form of an expression, in these tiles if given, packed if need be."""
+    def _reshaped(self, expr: Any, shape: tuple[Any, ...], wanted: tuple[Any, ...]) -> Any:
+        return expr if same_shape(shape, wanted) else self.emit(relax.op.reshape(expr, wanted))
+
+    def _tiles_of(self, expr: Any, like: tuple[Any, Any] | None = None) -> _Tiled:
+        """The tiled form of an expression, packed if need be.
+
+        ``like`` asks for tiles of so many leading indices and rows; else any will do.
+        """
         known = self._tiled.get(expr)
-        if known is not None and (tiles is None or known.tiles == tiles):
+        if known is not None and (like is None or known.has_rows(*like)):
             return known
-        *lead, rows, features = shape_of(expr)
-        if tiles is None:
-            tiles = tiles_for(prod(lead), rows, self._simd)
-        flat = (tiles.lead, tiles.rows, features)
-        logical = self.new(expr)
-        if shape_of(expr) != flat:
-            logical = self.emit(relax.op.reshape(logical, flat))
-        packed = dialect.call("pack", [logical], tiles.shape(features), tiles=_as_list(tiles))
-        tiled = _Tiled(self.emit(packed, "tiled"), tiles, features)
+        *leading, rows, features = shape_of(expr)
+        lead, rows = like or (product(leading), rows)
+        flat = self._reshaped(self.new(expr), shape_of(expr), (lead, rows, features))
+        tiled = self._emit_tiled("pack", [flat], lead, rows, features)
         if known is None:
             self._tiled[expr] = tiled
         return tiled
 
+    def _emit_tiled(
+        self, name: str, args: list[Any], lead: Any, rows: Any, features: Any, **attributes: Any
+    ) -> _Tiled:
+        shape = (lead, tiles_of(rows), features, LANES)
+        call = dialect.call(name, args, shape, **attributes)
+        return _Tiled(self.emit(call, name), lead, rows, features)
+
     def _dense(self, found: dialect.DialectCall, var: relax.Var) -> _Tiled:
         x, w, *extras = found.args
         source = self._tiles_of(x)
+        like = (source.lead, source.rows)
         steps = [s for s in found.attributes["epilogue"] if s in ("bias", "residual")]
         operands = [
-            self.new(extra) if step == "bias" else self._tiles_of(extra, source.tiles).expr
+            self.new(extra) if step == "bias" else self._tiles_of(extra, like).expr
             for step, extra in zip(steps, extras, strict=True)
         ]
         features = shape_of(var)[-1]
-        return self._emit_tiled(
-            "dense", [source.expr, self.new(w), *operands], source.tiles, features, found.attributes
-        )
+        args = [source.expr, self.new(w), *operands]
+        return self._emit_tiled("dense", args, *like, features, **found.attributes)
 
     def _attention(self, found: dialect.DialectCall, var: relax.Var) -> _Tiled:
         q, k, v, *mask = found.args
         batch, rows, features = shape_of(var)
-        tiles = self._sequence_tiles(q, batch, rows)
-        key_tiles = self._sequence_tiles(k, batch, shape_of(k)[-2])
+        key_rows = shape_of(k)[1]
         operands = [
-            self._tiles_of(q, tiles).expr,
-            self._tiles_of(k, key_tiles).expr,
-            self._tiles_of(v, key_tiles).expr,
+            self._tiles_of(q, (batch, rows)).expr,
+            self._tiles_of(k, (batch, key_rows)).expr,
+            self._tiles_of(v, (batch, key_rows)).expr,
         ]
-        attributes = {**found.attributes, "key_tiles": _as_list(key_tiles), "mask": None}
+        axes = None
         if mask:
             lead, heads, queries, keys = shape_of(mask[0])
-            attributes["mask"] = [lead, heads, keys, queries > 1]
-            if queries > 1:
-                mask_tiles = LaneTiles(lead * heads, rows, tiles.lanes)
-                operands.append(self._tiles_of(mask[0], mask_tiles).expr)
-            else:
-                shape = (lead, heads, keys)
-                operands.append(self.emit(relax.op.reshape(self.new(mask[0]), shape)))
-        return self._emit_tiled("attention", operands, tiles, features, attributes)
-
-    def _sequence_tiles(self, expr: Any, batch: int, rows: int) -> LaneTiles:
-        """Tiles that never mix two sequences: those of ``expr`` if they do not."""
-        known = self._tiled.get(expr)
-        if known is not None and (known.tiles.lead, known.tiles.rows) == (batch, rows):
-            return known.tiles
-        return tiles_for(batch, rows, self._simd)
+            axes = [not (isinstance(n, int) and n == 1) for n in (lead, heads, queries, keys)]
+            tiled = axes[2]
+            operands.append(
+                self._tiles_of(mask[0], (product((lead, heads)), rows)).expr
+                if tiled
+                else self.new(mask[0])
+            )
+        operands.append(relax.ShapeExpr([key_rows]))
+        attributes = {**found.attributes, "mask": axes}
+        return self._emit_tiled("attention", operands, batch, rows, features, **attributes)
 
     def _layer_norm(self, value: Any) -> _Tiled | None:
         x, gamma, beta = value.args
@@ -164,47 +174,30 @@ class _LaneLayout(Rewrite):
         return self._emit_tiled(
             "layer_norm",
             [source.expr, self.new(gamma), self.new(beta)],
-            source.tiles,
+            source.lead,
+            source.rows,
             source.features,
-            {"epsilon": float(value.attrs.epsilon)},
+            epsilon=float(value.attrs.epsilon),
         )
-
-    def _emit_tiled(
-        self,
-        name: str,
-        args: list[Any],
-        tiles: LaneTiles,
-        features: int,
-        attributes: dict[str, Any],
-    ) -> _Tiled:
-        attributes = {**attributes, "tiles": _as_list(tiles)}
-        call = dialect.call(name, args, tiles.shape(features), **attributes)
-        return _Tiled(self.emit(call, name), tiles, features)
 
     def _unary(self, value: Any) -> _Tiled:
         source = self._tiled[value.args[0]]
         call = relax.Call(value.op, [source.expr], value.attrs, value.ty_args)
-        return _Tiled(self.emit(call), source.tiles, source.features)
+        return _Tiled(self.emit(call), source.lead, source.rows, source.features)
 
-    def _binary(self, value: Any, shape: tuple[int, ...]) -> _Tiled | None:
+    def _binary(self, value: Any, shape: tuple[Any, ...]) -> _Tiled | None:
         """Operands of the full shape are tiled; constants and feature vectors broadcast."""
         source = next(self._tiled[arg] for arg in value.args if arg in self._tiled)
         operands = []
         for arg in value.args:
             if scalar_value(arg) is not None:
                 operands.append(arg)
-            elif arg in self._tiled or shape_of(arg) == shape:
-                if shape_of(arg) != shape:
-                    return None
-                operands.append(self._tiles_of(arg, source.tiles).expr)
-            elif shape_of(arg) == shape[-1:]:
+            elif same_shape(shape_of(arg), shape):
+                operands.append(self._tiles_of(arg, (source.lead, source.rows)).expr)
+            elif same_shape(shape_of(arg), shape[-1:]):
                 column = (1, 1, shape[-1], 1)
                 operands.append(self.emit(relax.op.reshape(self.new(arg), column)))
             else:
                 return None
         call = relax.Call(value.op, operands, value.attrs, value.ty_args)
-        return _Tiled(self.emit(call), source.tiles, source.features)
-
-
-def _as_list(tiles: LaneTiles) -> list[int]:
-    return [tiles.lead, tiles.rows, tiles.lanes]
+        return _Tiled(self.emit(call), source.lead, source.rows, source.features)

@@ -17,7 +17,7 @@ from sparse_tvm.passes import dialect
 from sparse_tvm.passes.graph import Rewrite, shape_of
 from sparse_tvm.passes.program import Program
 from sparse_tvm.schedules.common.attention import Mask, attention
-from sparse_tvm.schedules.common.lane_tiles import LaneTiles, Simd
+from sparse_tvm.schedules.common.lane_tiles import Simd, Tiles, symbol
 from sparse_tvm.schedules.common.matmul import WeightLayout, matmul
 from sparse_tvm.schedules.common.normalize import layer_norm
 from sparse_tvm.schedules.common.pack import pack, unpack
@@ -25,6 +25,9 @@ from sparse_tvm.targets import Target
 
 KERNEL_ATTRIBUTE = "sparse_tvm.kernel"
 """Marks functions that are scheduled already."""
+
+_Kernel = tuple[str, Callable[[], tirx.PrimFunc]]
+"""A kernel's title and how to build it."""
 
 _OPAQUE = 8  # relax.op_pattern: nothing may be fused into it
 
@@ -44,65 +47,101 @@ class _LowerKernels(Rewrite):
         found = dialect.match(value)
         if found is None:
             return None
-        build, title = getattr(self, f"_{found.name}")(found, var)
         layer = found.attributes.pop("layer", None)
-        key = json.dumps([found.name, title, found.attributes, shape_of(found.args[0])])
-        if key not in self._kernels:
-            function = build().with_attrs({KERNEL_ATTRIBUTE: found.name, "op_pattern": _OPAQUE})
-            self._kernels[key] = self.builder.add_func(function, title)
-        kernel = self._kernels[key]
-        calls = self.program.kernels.setdefault(
-            kernel.name_hint, {"kind": found.name, "layers": []}
-        )
-        calls["layers"].append(layer or found.name)
-        if layer is not None:
-            report = self.program.reports.get(layer)
-            if report is not None:
-                report.kernel = title
-        return relax.call_tir(kernel, [self.new(arg) for arg in found.args], var.ty)
+        title, build = getattr(self, f"_{found.name}")(found, var)
+        kernel = self._kernel(found.name, title, found, var, build)
+        self._note(kernel.name_hint, found.name, layer, title)
+        args = []
+        for arg in found.args:
+            if isinstance(arg, relax.ShapeExpr):  # numbers are in the kernel already
+                args += [dim for dim in arg.values if not isinstance(dim, tirx.IntImm)]
+            else:
+                args.append(self.new(arg))
+        return relax.call_tir(kernel, args, var.ty)
 
-    def _dense(self, found: dialect.DialectCall, var: relax.Var) -> tuple[Callable[[], Any], str]:
+    def _kernel(
+        self,
+        name: str,
+        title: str,
+        found: dialect.DialectCall,
+        var: relax.Var,
+        build: Callable[[], tirx.PrimFunc],
+    ) -> Any:
+        """The kernel for these shapes and attributes, built once."""
+        shapes = [_static_dims(arg) for arg in (*found.args[:1], var)]
+        key = json.dumps([name, title, found.attributes, shapes], sort_keys=True)
+        if key not in self._kernels:
+            function = build().with_attrs({KERNEL_ATTRIBUTE: name, "op_pattern": _OPAQUE})
+            self._kernels[key] = self.builder.add_func(function, title)
+        return self._kernels[key]
+
+    def _note(self, function: str, kind: str, layer: str | None, title: str) -> None:
+        """Remember which layer this call serves."""
+        kernel = self.program.kernels.setdefault(function, {"kind": kind, "layers": []})
+        kernel["layers"].append(layer or kind)
+        if layer in self.program.reports:
+            self.program.reports[layer].kernel = title
+
+    def _dense(self, found: dialect.DialectCall, var: relax.Var) -> _Kernel:
         attributes = found.attributes
         n, k = attributes["weight"]
         layout = WeightLayout(attributes["format"], tuple(attributes["block"]))
-        tiles = LaneTiles(*attributes["tiles"])
+        tiles = _tiles(found.args[0])
         rows, columns = layout.block
         steps = attributes["epilogue"]
         size = f"_{rows}x{columns}" if layout.format != "csr" else ""
         title = "_".join([layout.format + size, f"{n}x{k}", *steps])
-
-        def build() -> tirx.PrimFunc:
-            return matmul(tiles, n, k, layout, steps, self._simd)
-
-        return build, title
+        return title, lambda: matmul(tiles, n, k, layout, steps, self._simd)
 
     _sparse_dense = _dense
 
-    def _attention(
-        self, found: dialect.DialectCall, var: relax.Var
-    ) -> tuple[Callable[[], Any], str]:
+    def _attention(self, found: dialect.DialectCall, var: relax.Var) -> _Kernel:
         attributes = found.attributes
         heads, scale = attributes["heads"], attributes["scale"]
-        queries, keys = LaneTiles(*attributes["tiles"]), LaneTiles(*attributes["key_tiles"])
         mask = Mask(*attributes["mask"]) if attributes["mask"] else None
         head_size, value_size = (shape_of(found.args[i])[2] // heads for i in (0, 2))
+        queries, keys = _tiles(found.args[0]), _tiles(found.args[1])
+        keys = Tiles(queries.lead, keys.per_lead)
+        (key_rows,) = found.args[-1].values
+        count = int(key_rows) if isinstance(key_rows, tirx.IntImm) else None
 
         def build() -> tirx.PrimFunc:
-            return attention(queries, keys, heads, head_size, value_size, scale, mask, self._simd)
+            return attention(
+                queries, keys, count, heads, head_size, value_size, scale, mask, self._simd
+            )
 
-        return build, f"attention_{heads}x{head_size}"
+        return f"attention_{heads}x{head_size}", build
 
-    def _layer_norm(
-        self, found: dialect.DialectCall, var: relax.Var
-    ) -> tuple[Callable[[], Any], str]:
-        tiles, features = LaneTiles(*found.attributes["tiles"]), shape_of(var)[2]
+    def _layer_norm(self, found: dialect.DialectCall, var: relax.Var) -> _Kernel:
+        tiles, features = _tiles(found.args[0]), shape_of(var)[2]
         epsilon = found.attributes["epsilon"]
-        return lambda: layer_norm(tiles, features, epsilon, self._simd), f"layer_norm_{features}"
+        return f"layer_norm_{features}", lambda: layer_norm(tiles, features, epsilon, self._simd)
 
-    def _pack(self, found: dialect.DialectCall, var: relax.Var) -> tuple[Callable[[], Any], str]:
-        tiles, features = LaneTiles(*found.attributes["tiles"]), shape_of(var)[2]
-        return lambda: pack(tiles, features, self._simd), f"pack_{features}"
+    def _pack(self, found: dialect.DialectCall, var: relax.Var) -> _Kernel:
+        return "pack", lambda: pack(*_extents(found.args[0]))
 
-    def _unpack(self, found: dialect.DialectCall, var: relax.Var) -> tuple[Callable[[], Any], str]:
-        tiles, features = LaneTiles(*found.attributes["tiles"]), shape_of(var)[2]
-        return lambda: unpack(tiles, features, self._simd), f"unpack_{features}"
+    def _unpack(self, found: dialect.DialectCall, var: relax.Var) -> _Kernel:
+        return "unpack", lambda: unpack(*_extents(var))
+
+
+def _static_dims(expr: Any) -> list[int | None]:
+    """Extents that are numbers; kernels take all others from their arguments."""
+    return [dim if isinstance(dim, int) else None for dim in shape_of(expr)]
+
+
+def _extents(expr: Any) -> list[Any]:
+    """Extents for a kernel: numbers, or a fresh symbol for each extent that is not one."""
+    names = ("lead", "rows", "features")
+    return [
+        dim if isinstance(dim, int) else symbol(name)
+        for dim, name in zip(shape_of(expr), names, strict=True)
+    ]
+
+
+def _tiles(expr: Any) -> Tiles:
+    """Extents of a tiled activation for a kernel, see :func:`_extents`."""
+    lead, per_lead, _, _ = shape_of(expr)
+    return Tiles(
+        lead if isinstance(lead, int) else symbol("lead"),
+        per_lead if isinstance(per_lead, int) else symbol("tiles"),
+    )

@@ -140,7 +140,7 @@ def compile(
         program = fuse_epilogue(program)
         program = fuse_attention(program)
     with phases("lane layout"):
-        program = lane_layout(program, chosen_target)
+        program = lane_layout(program)
     with phases("dense to sparse"):
         program = dense_to_sparse(program, options, chosen_target)
         _check_rules(options, program)

@@ -34,8 +34,8 @@ class Target:
         Architectural vector registers.
     l1_bytes : int
         First-level data cache of the smallest core meant.
-    bytes_per_cycle_l2 : float
-        Measured bandwidth from the second-level cache to registers.
+    l2_bytes : int
+        Second-level cache of one core.
     bytes_per_cycle_memory : float
         Measured bandwidth of one core from memory.
     """
@@ -48,7 +48,7 @@ class Target:
     vector_bits: int
     registers: int
     l1_bytes: int
-    bytes_per_cycle_l2: float
+    l2_bytes: int
     bytes_per_cycle_memory: float
 
     @property
@@ -88,7 +88,7 @@ TARGETS = {
             vector_bits=512,
             registers=32,
             l1_bytes=32 << 10,
-            bytes_per_cycle_l2=40.0,
+            l2_bytes=1 << 20,
             bytes_per_cycle_memory=6.0,
         ),
         Target(
@@ -100,7 +100,7 @@ TARGETS = {
             vector_bits=256,
             registers=16,
             l1_bytes=32 << 10,
-            bytes_per_cycle_l2=40.0,
+            l2_bytes=512 << 10,
             bytes_per_cycle_memory=6.0,
         ),
         Target(
@@ -112,7 +112,7 @@ TARGETS = {
             vector_bits=128,
             registers=16,
             l1_bytes=32 << 10,
-            bytes_per_cycle_l2=20.0,
+            l2_bytes=256 << 10,
             bytes_per_cycle_memory=6.0,
         ),
     )

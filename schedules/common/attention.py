@@ -73,8 +73,8 @@ def attention(
 
     Arguments of the PrimFunc, in order: Q ``[lead, tiles, heads * head_size, LANES]``,
     K likewise over the keys' tiles, V ``[lead, tiles, heads * value_size, LANES]``, the mask if
-    any, the output ``[lead, tiles, heads * value_size, LANES]`` over the queries' tiles, and the
-    number of keys as an int64 unless ``key_rows`` is a number.
+    any, the number of keys as an int64 unless ``key_rows`` is a number, and the output
+    ``[lead, tiles, heads * value_size, LANES]`` over the queries' tiles.
     """
     group = max(1, min(_MAX_GROUP, simd.accumulators // (4 * simd.per_tile)))
     block = min(_KEY_BLOCK, simd.accumulators // (group * simd.per_tile))
@@ -87,8 +87,8 @@ def attention(
         k = argument("k", keys.shape(heads * head_size))
         v = argument("v", keys.shape(heads * value_size))
         m = _mask_argument(mask, queries) if mask else None
-        out = argument("out", queries.shape(heads * value_size))
         count = key_rows if isinstance(key_rows, int) else T.arg("key_rows", symbol("key_rows"))
+        out = argument("out", queries.shape(heads * value_size))
         groups = groups_of(queries.per_lead, group)
 
         def job_kernel(lead: Expr, head: Expr, scores: Buffer, first: Expr, size: int) -> None:

@@ -1,52 +1,56 @@
 """Predicted cycles of a matmul kernel, to choose a weight's format before anything is built.
 
-Per stored block and strip of tokens the core issues its FMAs (two a cycle) and pulls X's vectors
-out of cache; measured kernels take about the sum of the two, since both compete for the load
-ports. Around that there is a fixed cost per block row, and weights stream from memory once.
+The prediction is for one full group of tiles on one core. Per stored block the core issues its
+FMAs (two a cycle), or loads its operands (two a cycle) if that takes longer. A sparse block pays
+for reading its index and for going to an unforeseen row of X besides, more so where X does not
+fit into the first or the second cache; a dense one only for loop control. Around that there is a
+fixed cost per block row, and weights stream from memory once.
+
+The constants were fitted to kernels measured on Zen 5 (AVX-512) and checked on Zen 3 (AVX2):
+``scripts/check_cost_model.py`` prints prediction against measurement.
 """
 
 from __future__ import annotations
 
-from sparse_tvm.schedules.common.lane_tiles import LaneTiles, Simd
-from sparse_tvm.schedules.common.matmul import WeightLayout, register_vectors
+from sparse_tvm.schedules.common.lane_tiles import LANES, Simd
+from sparse_tvm.schedules.common.matmul import WeightLayout, group_limit
 from sparse_tvm.targets import Target
 
-_FMAS_PER_CYCLE = 2
-_INDEX_CYCLES = 0.5
-_ROW_CYCLES = 8.0
+_PER_CYCLE = 2
+_DENSE_LOOP = 1.15
+_SPARSE_CYCLES = (1.5, 3.2, 5.5)
+"""Cycles beyond arithmetic per stored block, for X in the first cache, the second, or neither."""
+
+_ROW_CYCLES = 12.0
 
 
 def matmul_cycles(
-    tiles: LaneTiles,
-    shape: tuple[int, int],
-    layout: WeightLayout,
-    blocks: int,
-    target: Target,
+    shape: tuple[int, int], layout: WeightLayout, blocks: int, target: Target
 ) -> float:
-    """Cycles on one core for a weight ``shape`` with this many stored blocks."""
+    """Cycles per tile of tokens for a weight of ``shape`` with this many stored blocks."""
     simd = Simd(target.lanes, target.registers)
     rows, columns = layout.block
-    vectors = register_vectors(tiles, rows, simd)
-    strips = tiles.count * tiles.lanes // (vectors * simd.lanes)
-    vector_bytes = target.vector_bits // 8
-    strip_bytes = shape[1] * vectors * vector_bytes
-    reads = columns * vectors * vector_bytes
-    bandwidth = target.bytes_per_cycle_l2 * (2 if strip_bytes <= target.l1_bytes else 1)
-    block = rows * columns * vectors / _FMAS_PER_CYCLE + reads / bandwidth
+    tiles = group_limit(rows, simd)
+    vectors = tiles * simd.per_tile
+    fmas = rows * columns * vectors
+    loads = rows * columns + columns * vectors
+    block = max(fmas, loads) / _PER_CYCLE
     if layout.sparse:
-        block += _INDEX_CYCLES
+        x_bytes = shape[1] * tiles * LANES * 4
+        block += _SPARSE_CYCLES[(x_bytes > target.l1_bytes) + (x_bytes > target.l2_bytes // 2)]
+    else:
+        block *= _DENSE_LOOP
     block_rows = -(-shape[0] // rows)
-    row = _ROW_CYCLES + 2 * rows * vectors
-    compute = strips * (blocks * block + block_rows * row)
+    compute = blocks * block + block_rows * (_ROW_CYCLES + rows * vectors)
     stored_bytes = blocks * (4 * rows * columns + (4 if layout.sparse else 0))
-    return max(compute, stored_bytes / target.bytes_per_cycle_memory)
+    return max(compute, stored_bytes / target.bytes_per_cycle_memory) / tiles
 
 
-def dense_rows(tiles: LaneTiles, n_out: int, simd: Simd) -> int:
+def dense_rows(n_out: int, simd: Simd) -> int:
     """Rows of the register block of a dense kernel: the most FMAs per load that fit."""
 
     def fmas_per_load(rows: int) -> float:
-        vectors = register_vectors(tiles, rows, simd)
+        vectors = group_limit(rows, simd) * simd.per_tile
         if rows * vectors > simd.accumulators:
             return 0.0
         return rows * vectors / (rows + vectors)

@@ -76,11 +76,6 @@ class Tiles:
     lead: Expr
     per_lead: Expr
 
-    @classmethod
-    def symbolic(cls, lead: Expr = None, per_lead: Expr = None) -> Tiles:
-        """Extents bound at run time, where they are not given."""
-        return cls(lead or symbol("lead"), per_lead or symbol("tiles"))
-
     @property
     def count(self) -> Expr:
         """Tiles in all."""
