@@ -30,25 +30,37 @@ class _FcTranspose(Rewrite):
         if op_name(value) != "relax.matmul":
             return None
         x, w = value.args
-        right = self._weight(w)
+        right = self._canonical(w, transpose=True)
         if right is not None:
-            return relax.op.matmul(self.new(x), self._canonical(*right, transpose=True))
-        left = self._weight(x)
+            return relax.op.matmul(self.new(x), right)
+        left = self._canonical(x, transpose=False)
         if left is not None and is_tensor(w) and len(shape_of(w)) == 2:
             flipped = self.emit(relax.op.permute_dims(self.new(w)))
-            product = relax.op.matmul(flipped, self._canonical(*left, transpose=False))
-            return relax.op.permute_dims(self.emit(product))
+            return relax.op.permute_dims(self.emit(relax.op.matmul(flipped, left)))
         return None
 
-    def _weight(self, expr: Any) -> tuple[str, np.ndarray] | None:
-        """Name and values of a 2-D weight, seen through transposes."""
-        transposed = False
+    def _canonical(self, expr: Any, transpose: bool) -> Any:
+        """``permute_dims`` of the weight stored ``[out, in]``, or None if this is no weight."""
+        found = self._weight(expr)
+        if found is None:
+            return None
+        name, array, turned = found
+        turned ^= transpose
+        # One weight may be used both ways.
+        fresh = f"{name}_fc" if turned else f"{name}_fc_as_is"
+        self.program.layers[fresh] = self.program.layers.get(name, name)
+        weight = self.weight(fresh, array.T if turned else array)
+        return self.emit(relax.op.permute_dims(weight))
+
+    def _weight(self, expr: Any) -> tuple[str, np.ndarray, bool] | None:
+        """Name and values of a 2-D weight, and whether it is read through a transpose."""
+        turned = False
         while (call := self.graph.op(expr, "permute_dims")) is not None:
             axes = call.attrs.axes
             if axes is not None and [int(a) for a in axes] == [0, 1]:
                 pass
             elif len(shape_of(call.args[0])) == 2:
-                transposed = not transposed
+                turned = not turned
             else:
                 return None
             expr = call.args[0]
@@ -56,13 +68,6 @@ class _FcTranspose(Rewrite):
         array = self.array(param)
         if array is None or array.ndim != 2 or array.dtype != np.float32:
             return None
-        if not isinstance(param, relax.Var):
-            return f"constant_{len(self.program.weights)}", array.T if transposed else array
-        return str(param.name), array.T if transposed else array
-
-    def _canonical(self, name: str, array: np.ndarray, transpose: bool) -> Any:
-        """``permute_dims`` of the weight stored ``[out, in]``."""
-        stored = array.T if transpose else array
-        fresh = f"{name}_fc"
-        self.program.layers[fresh] = self.program.layers.get(name, name)
-        return self.emit(relax.op.permute_dims(self.weight(fresh, stored)))
+        is_param = isinstance(param, relax.Var)
+        name = param.name if is_param else f"constant_{len(self.program.weights)}"
+        return str(name), array, turned

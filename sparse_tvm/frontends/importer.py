@@ -11,7 +11,7 @@ from functools import reduce
 from typing import Any
 
 import numpy as np
-from tvm import relax
+from tvm import relax, tirx
 from tvm.ir import GenericConst
 from tvm.relax.frontend.onnx import onnx_frontend
 
@@ -37,16 +37,31 @@ def _gather(inputs: _Inputs, attributes: dict[str, Any]) -> relax.Expr | None:
     if isinstance(data, GenericConst) or not isinstance(data.ty, relax.TensorType):
         return None
     axis = attributes.get("axis", 0)
-    extent = int(data.ty.shape[axis])
+    indices = _wrap(indices, int(data.ty.shape[axis]))
+    return relax.op.take(data, indices, axis, mode="clip")
+
+
+def _wrap(indices: relax.Expr, extent: int) -> relax.Expr:
+    """Count negative indices from the end, as ONNX does."""
     if isinstance(indices, GenericConst):
         values = indices.value.numpy()
-        indices = relax.const(np.where(values < 0, values + extent, values), values.dtype)
-    else:
-        dtype = str(indices.ty.dtype)
-        wrapped = relax.op.add(indices, relax.const(extent, dtype))
-        negative = relax.op.less(indices, relax.const(0, dtype))
-        indices = relax.op.where(negative, wrapped, indices)
-    return relax.op.take(data, indices, axis, mode="clip")
+        return relax.const(np.where(values < 0, values + extent, values), values.dtype)
+    dtype = str(indices.ty.dtype)
+    wrapped = relax.op.add(indices, relax.const(extent, dtype))
+    negative = relax.op.less(indices, relax.const(0, dtype))
+    return relax.op.where(negative, wrapped, indices)
+
+
+def _one_hot(inputs: _Inputs, attributes: dict[str, Any]) -> relax.Expr | None:
+    """Keep the dtype of the two values: TVM makes them float64."""
+    indices, depth, values = inputs[0], _scalar(inputs[1]), inputs[2]
+    if depth is None or not isinstance(values, GenericConst):
+        return None
+    dtype = str(values.ty.dtype)
+    off, on = (tirx.const(value, dtype) for value in values.value.numpy().tolist())
+    return relax.op.one_hot(
+        _wrap(indices, int(depth)), on, off, int(depth), attributes.get("axis", -1)
+    )
 
 
 def _pow(inputs: _Inputs, _: dict[str, Any]) -> relax.Expr | None:
@@ -81,6 +96,7 @@ _CONVERTERS: dict[str, _Converter] = {
     "Gather": _gather,
     "Max": _pairwise(relax.op.maximum),
     "Min": _pairwise(relax.op.minimum),
+    "OneHot": _one_hot,
     "Pow": _pow,
     "Sum": _pairwise(relax.op.add),
 }
