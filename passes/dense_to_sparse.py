@@ -51,9 +51,7 @@ class _DenseToSparse(Rewrite):
             weight=[n, k],
         )
 
-    def _stored(
-        self, w: relax.Var, attributes: dict[str, Any]
-    ) -> tuple[Choice, list[relax.Var]]:
+    def _stored(self, w: relax.Var, attributes: dict[str, Any]) -> tuple[Choice, list[relax.Var]]:
         """The stored form of a weight, made once however many layers share it."""
         if w.name not in self._chosen:
             array = self.program.weights[w.name]

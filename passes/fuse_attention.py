@@ -4,11 +4,13 @@ Matches, around a soft-max over the last axis,
 
     merge(matmul(softmax(scale * matmul(split(q), split(k)^T) + mask), split(v)))
 
-where ``split`` is ``permute_dims(reshape(t, [B, S, H, D]), [0, 2, 1, 3])`` (for k also with the
-last two axes already swapped), ``merge`` its inverse, the scale a constant on the scores or on q
-and k, and the mask any float tensor that broadcasts to ``[B, H, Sq, Sk]``; and turns it into one
-``sparse_tvm.attention`` over the unsplit q, k, v, which keeps the scores in cache. What does not
-match is left to separate kernels, and a note says which part was not recognised.
+where ``split`` is ``permute_dims(reshape(t, [B, S, H, D]), [0, 2, 1, 3])`` (k transposed besides,
+in one step or several), ``merge`` its inverse, the scale a constant on the scores or on q and k,
+and the mask any sum of float tensors that broadcast to ``[B, H, Sq, Sk]``, or
+``where(condition, scores, very negative)``; a guard that replaces NaN after the soft-max is
+looked through, since the kernel makes none. It becomes one ``sparse_tvm.attention`` over the
+unsplit q, k, v, which keeps the scores in cache. What does not match is left to separate kernels,
+and a note says which part was not recognised.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from sparse_tvm.passes.graph import (
     dtype_of,
     op_name,
     product,
+    same,
     same_dim,
     same_shape,
     scalar_value,
@@ -41,6 +44,19 @@ class _NotAttention(Exception):
     """Raised with the part of the pattern that is missing."""
 
 
+_VERY_NEGATIVE = -1e4
+
+
+@dataclass(frozen=True)
+class _Addend:
+    """A term of the scores: ``expr``, or ``low`` wherever a condition drops a score."""
+
+    expr: Any
+    condition: Any = None
+    low: float = 0.0
+    keep_where: bool = True
+
+
 @dataclass
 class _Heads:
     """A tensor seen as ``[B, H, S, D]`` (or ``[B, H, D, S]``), and the tensor it was split from."""
@@ -53,6 +69,10 @@ class _Heads:
 
 
 class _FuseAttention(Rewrite):
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self._masks: dict[Any, Any] = {}
+
     def rewrite(self, var: relax.Var, value: Any) -> Any:
         if op_name(value) != "relax.reshape":
             return None
@@ -62,7 +82,7 @@ class _FuseAttention(Rewrite):
         weighted = self.graph.op(merged.args[0], "matmul")
         if weighted is None:
             return None
-        softmax = self.graph.op(weighted.args[0], "nn.softmax")
+        softmax = self.graph.op(self._unguarded(weighted.args[0]), "nn.softmax")
         if softmax is None or softmax.attrs.axis not in (-1, 3):
             return None
         try:
@@ -72,7 +92,7 @@ class _FuseAttention(Rewrite):
             return None
 
     def _attention(self, var: relax.Var, softmax: Any, weighted: Any) -> Any:
-        scores, scale, mask = self._scores(softmax.args[0])
+        scores, scale, masks = self._scores(softmax.args[0])
         q, q_scale = self._split(scores.args[0], transposed=False, what="q")
         k, k_scale = self._split(scores.args[1], transposed=True, what="k")
         v, v_scale = self._split(weighted.args[1], transposed=False, what="v")
@@ -84,16 +104,15 @@ class _FuseAttention(Rewrite):
         if shape_of(var)[-1] != q.heads * v.size or not same_dim(rows, q.batch * q.rows):
             raise _NotAttention("heads are not merged back")
         args = [self._rows(t) for t in (q, k, v)]
-        if mask is not None:
-            mask_shape = (1,) * (4 - len(shape_of(mask))) + shape_of(mask)
-            args.append(self.emit(relax.op.reshape(self.new(mask), mask_shape)))
+        if masks:
+            args.append(self._mask(masks))
         merged = dialect.call(
             "attention",
             args,
             (q.batch, q.rows, q.heads * v.size),
             heads=q.heads,
             scale=scale * q_scale * k_scale,
-            masked=mask is not None,
+            masked=bool(masks),
         )
         return relax.op.reshape(self.emit(merged, "attention"), shape_of(var))
 
@@ -101,25 +120,92 @@ class _FuseAttention(Rewrite):
         """The unsplit tensor as ``[B, S, H * D]``."""
         shape = (heads.batch, heads.rows, heads.heads * heads.size)
         new = self.new(heads.source)
-        return new if same_shape(shape_of(heads.source), shape) else self.emit(relax.op.reshape(new, shape))
+        return (
+            new
+            if same_shape(shape_of(heads.source), shape)
+            else self.emit(relax.op.reshape(new, shape))
+        )
 
-    def _scores(self, expr: Any) -> tuple[Any, float, Any]:
-        """The matmul, scale and mask of ``scale * matmul + mask``."""
-        mask = None
-        total = self.graph.op(expr, "add")
-        if total is not None:
-            for scores, other in (tuple(total.args), tuple(total.args)[::-1]):
-                if self._scaled_matmul(scores) is not None:
-                    expr, mask = scores, other
-                    break
-            else:
-                raise _NotAttention("the soft-max is over a sum without a matmul")
-        found = self._scaled_matmul(expr)
+    def _unguarded(self, expr: Any) -> Any:
+        """``p`` of ``where(isnan(p), 0, p)``."""
+        choice = self.graph.op(expr, "where")
+        if choice is not None:
+            condition, replacement, value = choice.args
+            guard = self.graph.op(condition, "isnan")
+            if guard is not None and scalar_value(replacement) == 0.0:
+                return value if same(guard.args[0], value) else expr
+        return expr
+
+    def _scores(self, expr: Any) -> tuple[Any, float, list[_Addend]]:
+        """The matmul, its scale, and what is added to it before the soft-max."""
+        found = None
+        masks: list[_Addend] = []
+        for addend in self._addends(expr):
+            if addend.condition is None and found is None:
+                found = self._scaled_matmul(addend.expr)
+                if found is not None:
+                    continue
+            masks.append(addend)
         if found is None:
             raise _NotAttention(f"the soft-max is over {op_name(self.graph.value(expr))}")
-        if mask is not None and (dtype_of(mask) != "float32" or len(shape_of(mask)) > 4):
-            raise _NotAttention(f"the mask is {dtype_of(mask)} {shape_of(mask)}")
-        return *found, mask
+        for mask in masks:
+            if mask.condition is None and dtype_of(mask.expr) != "float32":
+                raise _NotAttention(f"the mask is {dtype_of(mask.expr)}")
+        return *found, masks
+
+    def _addends(self, expr: Any) -> list[_Addend]:
+        """The terms of a sum; ``where(c, x, very negative)`` is x and a mask."""
+        total = self.graph.op(expr, "add")
+        if total is not None and not self._is_mask_sum(total):
+            return [a for arg in total.args for a in self._addends(arg)]
+        choice = self.graph.op(expr, "where")
+        if choice is not None:
+            condition, kept, dropped = choice.args
+            low = scalar_value(dropped)
+            if low is not None and low <= _VERY_NEGATIVE and len(shape_of(kept)) == 4:
+                return [*self._addends(kept), _Addend(None, condition, low, keep_where=True)]
+            low = scalar_value(kept)
+            if low is not None and low <= _VERY_NEGATIVE and len(shape_of(dropped)) == 4:
+                return [*self._addends(dropped), _Addend(None, condition, low, keep_where=False)]
+        return [_Addend(expr)]
+
+    def _is_mask_sum(self, total: Any) -> bool:
+        """Whether a sum has no matmul in it, and is one mask to be computed as it stands."""
+        return not any(self._has_matmul(arg) for arg in total.args)
+
+    def _has_matmul(self, expr: Any) -> bool:
+        base, _ = self._unscale(expr)
+        call = self.graph.op(base, "add", "where")
+        if call is not None:
+            return any(self._has_matmul(arg) for arg in call.args)
+        return self.graph.op(base, "matmul") is not None
+
+    def _mask(self, masks: list[_Addend]) -> Any:
+        """The sum of the masks as ``[B or 1, H or 1, Sq or 1, Sk]``, made once."""
+        key = tuple((m.expr, m.condition, m.low, m.keep_where) for m in masks)
+        if key not in self._masks:
+            total = None
+            for mask in masks:
+                term = self._mask_term(mask)
+                total = term if total is None else self.emit(relax.op.add(total, term))
+            shape = (1,) * (4 - len(shape_of(total))) + shape_of(total)
+            if len(shape_of(total)) != 4:
+                total = self.emit(relax.op.reshape(total, shape))
+            self._masks[key] = total
+        return self._masks[key]
+
+    def _mask_term(self, mask: _Addend) -> Any:
+        if mask.condition is None:
+            return self.new(self._unbroadcast(mask.expr))
+        condition = self.new(self._unbroadcast(mask.condition))
+        keep, drop = relax.const(0.0, "float32"), relax.const(mask.low, "float32")
+        values = (keep, drop) if mask.keep_where else (drop, keep)
+        return self.emit(relax.op.where(condition, *values))
+
+    def _unbroadcast(self, expr: Any) -> Any:
+        """What was broadcast; the kernel broadcasts it again."""
+        call = self.graph.op(expr, "broadcast_to")
+        return call.args[0] if call is not None else expr
 
     def _scaled_matmul(self, expr: Any) -> tuple[Any, float] | None:
         base, scale = self._unscale(expr)
@@ -144,10 +230,10 @@ class _FuseAttention(Rewrite):
         """Look through ``permute_dims(reshape(t))`` and constant factors."""
         expr, scale = self._unscale(expr)
         order = [0, 1, 2, 3]
-        while (call := self.graph.op(expr, "permute_dims")) is not None:
-            axes = _axes(call)
+        while (step := self._permutation(expr)) is not None:
+            source, axes = step
             order = [axes[i] for i in order]
-            expr, factor = self._unscale(call.args[0])
+            expr, factor = self._unscale(source)
             scale *= factor
         if order != ([0, 2, 3, 1] if transposed else [0, 2, 1, 3]):
             raise _NotAttention(f"{what} is not split into heads (axes {order})")
@@ -158,6 +244,23 @@ class _FuseAttention(Rewrite):
         if source is None or not known or shape_of(source)[-1] != heads * size:
             raise _NotAttention(f"{what} is not a split of its last axis")
         return _Heads(source, batch, heads, rows, size), scale
+
+    def _permutation(self, expr: Any) -> tuple[Any, list[int]] | None:
+        """Source and axes of a permutation of a 4-D tensor, also one that merges B and H."""
+        call = self.graph.op(expr, "permute_dims")
+        if call is not None:
+            return call.args[0], _axes(call)
+        outer = self.graph.op(expr, "reshape")
+        swap = self.graph.op(outer.args[0], "permute_dims") if outer is not None else None
+        inner = self.graph.op(swap.args[0], "reshape") if swap is not None else None
+        if inner is None or _axes(swap) != [0, 2, 1]:
+            return None
+        source = inner.args[0]
+        shape = shape_of(source)
+        if len(shape) != 4 or not same_shape(shape[2:], shape_of(inner)[1:]):
+            return None
+        swapped = (shape[0], shape[1], shape[3], shape[2])
+        return (source, [0, 1, 3, 2]) if same_shape(swapped, shape_of(expr)) else None
 
 
 def _axes(call: Any) -> list[int]:

@@ -14,7 +14,16 @@ from typing import Any
 from tvm import relax
 
 from sparse_tvm.passes import dialect
-from sparse_tvm.passes.graph import Rewrite, dtype_of, is_tensor, op_name, same, same_dim, same_shape, shape_of
+from sparse_tvm.passes.graph import (
+    Rewrite,
+    dtype_of,
+    is_tensor,
+    op_name,
+    same,
+    same_dim,
+    same_shape,
+    shape_of,
+)
 from sparse_tvm.passes.program import Program
 
 _ACTIVATIONS = {

@@ -31,9 +31,7 @@ class _FuseLayerNorm(Rewrite):
                 continue
             for normalised, gamma in self.graph.operands(product, self._is_vector):
                 found = self._normalised(normalised)
-                if found is not None and same_shape(
-                    shape_of(found[0])[-1:], shape_of(gamma)
-                ):
+                if found is not None and same_shape(shape_of(found[0])[-1:], shape_of(gamma)):
                     x, epsilon = found
                     return relax.op.nn.layer_norm(
                         self.new(x), self.new(gamma), self.new(beta), axes=[-1], epsilon=epsilon

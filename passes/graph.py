@@ -24,9 +24,7 @@ _ANALYZER = Analyzer()
 
 def shape_of(expr: Expr) -> tuple[Any, ...]:
     """Shape of a tensor expression: numbers, and expressions of symbols where it depends on them."""
-    return tuple(
-        int(dim) if isinstance(dim, tirx.IntImm) else dim for dim in expr.ty.shape.values
-    )
+    return tuple(int(dim) if isinstance(dim, tirx.IntImm) else dim for dim in expr.ty.shape.values)
 
 
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:

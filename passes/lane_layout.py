@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import relax
+from tvm import relax, tirx
 
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.graph import (
@@ -74,6 +74,8 @@ class _LaneLayout(Rewrite):
         found = dialect.match(value)
         if found is not None:
             return self._dense(found, var) if found.name == "dense" else self._attention(found, var)
+        if isinstance(value, relax.TupleGetItem):
+            return self._part(value)
         name = op_name(value)
         if not is_tensor(var) or dtype_of(var) != "float32" or len(shape_of(var)) < 2:
             return None
@@ -179,6 +181,24 @@ class _LaneLayout(Rewrite):
             source.features,
             epsilon=float(value.attrs.epsilon),
         )
+
+    def _part(self, value: relax.TupleGetItem) -> _Tiled | None:
+        """One part of a tiled activation split along its features."""
+        split = self.graph.op(value.tuple_value, "split")
+        source = self._tiled.get(split.args[0]) if split is not None else None
+        if split is None or source is None or not isinstance(source.features, int):
+            return None
+        if int(split.attrs.axis) % len(shape_of(split.args[0])) != len(shape_of(split.args[0])) - 1:
+            return None
+        sections = split.attrs.indices_or_sections
+        if isinstance(sections, tirx.IntImm | int):
+            step = -(-source.features // int(sections))
+            bounds = [*range(0, source.features, step), source.features]
+        else:
+            bounds = [0, *(int(i) for i in sections), source.features]
+        start, stop = bounds[value.index : value.index + 2]
+        part = relax.op.strided_slice(source.expr, [2], [start], [stop])
+        return _Tiled(self.emit(part), source.lead, source.rows, stop - start)
 
     def _unary(self, value: Any) -> _Tiled:
         source = self._tiled[value.args[0]]

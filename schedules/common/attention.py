@@ -140,7 +140,13 @@ def attention(
                     weight.set(0, 0, vector_math.exp(scores[tuple(at)] - top.get(0, vector)))
                     total.set(0, vector, total.get(0, vector) + weight.get(0, 0))
                     T.buffer_store(scores, weight.get(0, 0), at)
-            total.fill(lambda _, vector: splat(T.float32(1), simd) / total.get(0, vector))
+            # The largest score has weight 1, so only a query without any key has a sum of 0.
+            total.fill(
+                lambda _, vector: (
+                    splat(T.float32(1), simd)
+                    / tirx.max(total.get(0, vector), splat(T.float32(1e-30), simd))
+                )
+            )
 
             def value_block(first_row: Expr, live: int) -> None:
                 acc = Registers(live, vectors.count, simd)

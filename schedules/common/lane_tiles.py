@@ -155,7 +155,9 @@ class TileVectors:
         return self.first + tile, ramp(part * self.simd.lanes, self.simd)
 
 
-def for_group_sizes(count: Expr, limit: int, index: Expr, body: Callable[[Expr, int], None]) -> None:
+def for_group_sizes(
+    count: Expr, limit: int, index: Expr, body: Callable[[Expr, int], None]
+) -> None:
     """Call ``body(first, size)`` for group ``index`` of ``count`` tiles.
 
     The tiles are shared out among ``groups_of(count, limit)`` groups as evenly as can be. ``body``

@@ -27,6 +27,7 @@ _EXP_POLY = (
     1.6666665459e-1,
     5.0000001201e-1,
 )
+_EXP_LOWEST = -87.336544
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 
 _ERF_P = (
@@ -95,23 +96,29 @@ def _clamp(x: Expr, low: float, high: float) -> Expr:
 def exp(x: Expr) -> Expr:
     """e**x, flushed to 0 below -87.3 and capped at 88.3 (float32's largest finite result)."""
 
-    def with_clamped(v: Expr) -> Expr:
-        n = T.nearbyint(v * constant(math.log2(math.e), v))
+    def with_argument(x: Expr) -> Expr:
+        lowest = constant(_EXP_LOWEST, x)
+        result = _let(_clamp(x, _EXP_LOWEST, 88.376262), _exp_of_clamped)
+        return tirx.Select(x >= lowest, result, constant(0.0, x))
 
-        def with_power(n: Expr) -> Expr:
-            def with_rest(r: Expr) -> Expr:
-                poly = _horner(r, _EXP_POLY) * (r * r) + r + constant(1.0, r)
-                lanes = lanes_of(r)
-                suffix = "" if lanes == 1 else f"x{lanes}"
-                biased = T.Cast(f"int32{suffix}", n) + constant(127, r, "int32")
-                exponent = T.shift_left(biased, constant(23, r, "int32"))
-                return poly * T.reinterpret(f"float32{suffix}", exponent)
+    return _let(x, with_argument)
 
-            return _let(v - n * constant(_LN2_HIGH, v) - n * constant(_LN2_LOW, v), with_rest)
 
-        return _let(n, with_power)
+def _exp_of_clamped(v: Expr) -> Expr:
+    """2**n * e**r with x = n log 2 + r, the power made by shifting n into the exponent's bits."""
 
-    return _let(_clamp(x, -87.336544, 88.376262), with_clamped)
+    def with_power(n: Expr) -> Expr:
+        def with_rest(r: Expr) -> Expr:
+            poly = _horner(r, _EXP_POLY) * (r * r) + r + constant(1.0, r)
+            lanes = lanes_of(r)
+            suffix = "" if lanes == 1 else f"x{lanes}"
+            biased = T.Cast(f"int32{suffix}", n) + constant(127, r, "int32")
+            exponent = T.shift_left(biased, constant(23, r, "int32"))
+            return poly * T.reinterpret(f"float32{suffix}", exponent)
+
+        return _let(v - n * constant(_LN2_HIGH, v) - n * constant(_LN2_LOW, v), with_rest)
+
+    return _let(T.nearbyint(v * constant(math.log2(math.e), v)), with_power)
 
 
 def erf(x: Expr) -> Expr:
