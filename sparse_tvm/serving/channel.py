@@ -1,0 +1,76 @@
+"""How the server and a worker talk: small JSON messages over a socket, tensors in shared memory."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+LENGTH = struct.Struct(">I")
+"""Precedes every message: its length in bytes."""
+
+_ALIGNMENT = 64
+_PAGE = mmap.PAGESIZE
+
+
+def pack(message: dict[str, Any]) -> bytes:
+    """Return `message` as it goes over the socket."""
+    text = json.dumps(message).encode()
+    return LENGTH.pack(len(text)) + text
+
+
+class Arena:
+    """Tensors in memory that two processes share: one of them writes, the other reads.
+
+    Parameters
+    ----------
+    descriptor : int
+        Of an anonymous file, made with :func:`create_arena`.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._map: mmap.mmap | None = None
+
+    def place(self, layout: Sequence[tuple[str, Sequence[int]]]) -> list[np.ndarray]:
+        """Return writable arrays of these dtypes and shapes, in place of all earlier ones."""
+        offsets, size = _offsets(layout)
+        if size > os.fstat(self.descriptor).st_size:
+            os.ftruncate(self.descriptor, -(-size // _PAGE) * _PAGE)
+        return self._views(layout, offsets, size)
+
+    def read(self, layout: Sequence[tuple[str, Sequence[int]]]) -> list[np.ndarray]:
+        """Return the arrays that the other side placed; they last until it places others."""
+        offsets, size = _offsets(layout)
+        return self._views(layout, offsets, size)
+
+    def _views(
+        self, layout: Sequence[tuple[str, Sequence[int]]], offsets: Sequence[int], size: int
+    ) -> list[np.ndarray]:
+        if self._map is None or len(self._map) < size:
+            # The old map goes with the last array that refers to it.
+            self._map = mmap.mmap(self.descriptor, os.fstat(self.descriptor).st_size)
+        return [
+            np.ndarray(shape, dtype, buffer=self._map, offset=offset)
+            for (dtype, shape), offset in zip(layout, offsets, strict=True)
+        ]
+
+
+def create_arena() -> Arena:
+    """Make an empty arena; its descriptor is to be passed to the other process."""
+    return Arena(os.memfd_create("sparse-tvm-tensors"))
+
+
+def _offsets(layout: Sequence[tuple[str, Sequence[int]]]) -> tuple[list[int], int]:
+    offsets = []
+    size = 0
+    for dtype, shape in layout:
+        offsets.append(size)
+        nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        size += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    return offsets, max(size, _ALIGNMENT)

@@ -1,0 +1,72 @@
+"""What one server may do: sizes, times and limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparse_tvm.cpu import usable_cores
+from sparse_tvm.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a server; the command line's are the same, with times in other units.
+
+    Parameters
+    ----------
+    host, port, grpc_port : str, int, int | None
+        Where to listen; port 0 takes any free one, ``grpc_port=None`` none.
+    workers : int
+        Processes per model. They share the pages of its weights.
+    threads : int | None
+        Threads per worker; by default the cores are divided among the workers.
+    max_batch : int
+        Rows that one run may take; 1 turns dynamic batching off.
+    max_delay : float
+        Seconds that a request may wait for others to join its batch while a worker is idle.
+    max_queue : int
+        Requests of one model that may wait; those beyond are refused.
+    timeout : float
+        Seconds after which a request is given up, and a worker that is still running it is
+        killed. Clients may ask for less.
+    max_body : int
+        Bytes of one request.
+    max_pending : int
+        Bytes of all requests together that are being read or wait.
+    drain : float
+        Seconds between SIGTERM and closing the listening sockets; time for load balancers to
+        see that the server is not ready any more.
+    poll : float
+        Seconds between looks at the model files for new versions; 0 looks only when asked to
+        load.
+    access_log : bool
+        Log a line for every request.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    grpc_port: int | None = 8001
+    workers: int = 1
+    threads: int | None = None
+    max_batch: int = 8
+    max_delay: float = 0.0
+    max_queue: int = 256
+    timeout: float = 60.0
+    max_body: int = 64 << 20
+    max_pending: int = 256 << 20
+    drain: float = 1.0
+    poll: float = 2.0
+    access_log: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "max_batch", "max_queue", "timeout", "max_body", "max_pending"):
+            if getattr(self, name) <= 0:
+                raise OptionError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("max_delay", "drain", "poll"):
+            if getattr(self, name) < 0:
+                raise OptionError(f"{name} must not be negative, not {getattr(self, name)}")
+
+    @property
+    def threads_per_worker(self) -> int:
+        """Threads of each worker."""
+        return self.threads or max(1, usable_cores() // self.workers)

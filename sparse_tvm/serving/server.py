@@ -1,0 +1,141 @@
+"""The server process: sockets, signals, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+import uvloop
+
+from sparse_tvm.errors import OptionError
+from sparse_tvm.serving import logs
+from sparse_tvm.serving.core import Core
+from sparse_tvm.serving.http_guard import GuardedProtocol
+from sparse_tvm.serving.options import Options
+from sparse_tvm.serving.rest import build_app
+from sparse_tvm.serving.rpc import build_server
+
+_BACKLOG = 1024
+_KEEP_ALIVE_SECONDS = 75
+
+
+def serve(sources: Sequence[Path], options: Options) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Parameters
+    ----------
+    sources : sequence of Path
+        Artifacts, or directories of models.
+
+    Raises
+    ------
+    OptionError
+        When a port cannot be listened on, or two models have the same name.
+    ArtifactError
+        When a model given as a file cannot be loaded.
+    """
+    logs.configure()
+    uvloop.run(_serve(sources, options))
+
+
+async def _serve(sources: Sequence[Path], options: Options) -> None:
+    ending = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ending.set)
+    core = Core(sources, options)
+    listener = _listen(options.host, options.port)
+    http = _HttpServer(core)
+    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    rpc = build_server(core)
+    ports = {"http": listener.getsockname()[1]}
+    if options.grpc_port is not None:
+        ports["grpc"] = _add_port(rpc, options.host, options.grpc_port)
+        await rpc.start()
+    logs.info("listening", host=options.host, **ports)
+    try:
+        await _until(ending, core.start())
+        if not ending.is_set():
+            logs.info("ready", models=core.repository.names())
+        await ending.wait()
+        await _drain(core, http, serving, rpc)
+    finally:
+        http.should_exit = http.force_exit = True
+        await asyncio.gather(serving, rpc.stop(0), return_exceptions=True)
+        await core.stop()
+    logs.info("stopped")
+
+
+async def _until(ending: asyncio.Event, work: Any) -> None:
+    """Do `work`, unless the end comes first."""
+    task = asyncio.ensure_future(work)
+    end = asyncio.ensure_future(ending.wait())
+    await asyncio.wait({task, end}, return_when=asyncio.FIRST_COMPLETED)
+    end.cancel()
+    if task.done():
+        task.result()
+    else:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _drain(core: Core, http: _HttpServer, serving: asyncio.Task[None], rpc: Any) -> None:
+    """Answer everything that was accepted.
+
+    First the server says that it is not ready and asks clients to close their connections, while
+    it still answers them: so load balancers turn away, and no request meets a closing socket.
+    """
+    logs.info("draining", seconds=core.options.drain)
+    core.draining = True
+    await asyncio.sleep(core.options.drain)
+    http.should_exit = True
+    await asyncio.gather(serving, rpc.stop(core.options.timeout))
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: this process has its own order of ending."""
+
+    def __init__(self, core: Core) -> None:
+        super().__init__(
+            uvicorn.Config(
+                build_app(core),
+                http=GuardedProtocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=int(core.options.timeout) + 1,
+            )
+        )
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise OptionError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+
+
+def _add_port(rpc: Any, host: str, port: int) -> int:
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        bound: int = rpc.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OptionError(f"cannot listen on {address}: {error}") from error
+    if not bound:
+        raise OptionError(f"cannot listen on {address}")
+    return bound
