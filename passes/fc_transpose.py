@@ -34,9 +34,10 @@ class _FcTranspose(Rewrite):
         if right is not None:
             return relax.op.matmul(self.new(x), right)
         left = self._canonical(x, transpose=False)
-        if left is not None and is_tensor(w) and len(shape_of(w)) == 2:
-            flipped = self.emit(relax.op.permute_dims(self.new(w)))
-            return relax.op.permute_dims(self.emit(relax.op.matmul(flipped, left)))
+        if left is not None and is_tensor(w) and (rank := len(shape_of(w))) >= 2:
+            flip = [*range(rank - 2), rank - 1, rank - 2]
+            flipped = self.emit(relax.op.permute_dims(self.new(w), flip))
+            return relax.op.permute_dims(self.emit(relax.op.matmul(flipped, left)), flip)
         return None
 
     def _canonical(self, expr: Any, transpose: bool) -> Any:
