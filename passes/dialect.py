@@ -8,7 +8,8 @@ kernel; none reaches the artifact.
 | operator | arguments | attributes |
 |---|---|---|
 | ``dense`` | x, w ``[N, K]``, epilogue tensors | layer, epilogue |
-| ``sparse_dense`` | x, data, indices, indptr, partition, epilogue tensors | + format, block, weight (N, K) |
+| the same, converted | x, data, epilogue tensors | + format, block, weight (N, K) |
+| ``sparse_dense`` | x, data, indices, indptr, partition, epilogue tensors | as above |
 | ``attention`` | q, k, v, mask?, shape of the keys | heads, scale, mask |
 | ``layer_norm`` | x, gamma, beta | epsilon |
 | ``pack``, ``unpack`` | x | |

@@ -23,7 +23,7 @@ _ANALYZER = Analyzer()
 
 
 def shape_of(expr: Expr) -> tuple[Any, ...]:
-    """Shape of a tensor expression: numbers, and expressions of symbols where it depends on them."""
+    """Shape of a tensor expression: numbers, or expressions where it depends on symbols."""
     return tuple(int(dim) if isinstance(dim, tirx.IntImm) else dim for dim in expr.ty.shape.values)
 
 

@@ -19,8 +19,8 @@ from sparse_tvm import errors
 if TYPE_CHECKING:
     from sparse_tvm.benchmark import bench
     from sparse_tvm.compiler import compile
-    from sparse_tvm.runtime import load
     from sparse_tvm.inspection import inspect
+    from sparse_tvm.runtime import load
     from sparse_tvm.sparsity.pruning import prune
 
 __all__ = ["__version__", "bench", "compile", "errors", "inspect", "load", "prune"]

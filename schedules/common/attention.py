@@ -113,9 +113,8 @@ def attention(
                         key = key_tile * LANES + first_key + row
                         T.buffer_store(scores, acc.get(row, vector), score_at(key, vector))
 
-            with T.serial(0, keys.per_lead) as key_tile:
-                with T.serial(0, LANES // block) as i:
-                    score_block(key_tile, i * block)
+            with T.serial(0, keys.per_lead) as key_tile, T.serial(0, LANES // block) as i:
+                score_block(key_tile, i * block)
 
             top = Registers(1, vectors.count, simd)
             top.fill(lambda _, vector: splat(T.float32(_LOWEST), simd))
@@ -152,7 +151,8 @@ def attention(
                 acc = Registers(live, vectors.count, simd)
                 acc.fill(lambda row, vector: zero(simd))
                 with T.serial(0, keys.per_lead) as key_tile:
-                    with T.serial(0, tirx.min(LANES, count - key_tile * LANES)) as j:
+                    live_keys = tirx.min(LANES, count - key_tile * LANES)
+                    with T.serial(0, live_keys) as j:
                         acc.multiply_add(
                             lambda row: v[lead, key_tile, head * value_size + first_row + row, j],
                             lambda vector: scores[tuple(score_at(key_tile * LANES + j, vector))],
