@@ -215,7 +215,7 @@ def _pooling(config: Mapping[str, Any]) -> str:
 def _pooled(hidden: np.ndarray, pooling: str) -> np.ndarray:
     """Reduce ``[tokens, features]`` to ``[features]``."""
     if pooling == "cls_token":
-        return hidden[0]
+        return np.asarray(hidden[0])
     if pooling == "max_tokens":
         return np.asarray(hidden.max(axis=0))
     total = hidden.sum(axis=0)

@@ -16,6 +16,7 @@ class Engine(Protocol):
 
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
+    manifest: dict[str, Any]
 
     def run(self, inputs: Mapping[str, Any], /) -> dict[str, np.ndarray]:
         """Run the model once; outputs come in the order of :attr:`outputs`."""
@@ -48,6 +49,7 @@ class _OnnxRuntime:
         stored = {initializer.name for initializer in graph.initializer}
         self.inputs = [_spec(value) for value in graph.input if value.name not in stored]
         self.outputs = [_spec(value) for value in graph.output]
+        self.manifest: dict[str, Any] = {}
         self._reference = Reference(path, threads=threads)
 
     def run(self, inputs: Mapping[str, Any], /) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ _HEADER_BYTES = 64 << 10
 _MAX_HEADERS = 200
 
 
-class GuardedProtocol(HttpToolsProtocol):
+class GuardedProtocol(HttpToolsProtocol):  # type: ignore[misc]
     """Closes connections whose headers take too long or grow too large.
 
     Without it a client that sends one byte a minute, or headers without end, keeps a connection

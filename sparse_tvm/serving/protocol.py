@@ -62,11 +62,28 @@ class Call:
     timeout: float | None = None
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What values and sizes a model takes, beyond its specs; each from the first to the last.
+
+    Parameters
+    ----------
+    values : Mapping[str, tuple[int, int]]
+        By input: integers that index a table of the model.
+    sizes : Mapping[str, tuple[int, int]]
+        By symbolic dimension.
+    """
+
+    values: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
 class Shapes:
     """Checks that the inputs of one request fit the model, and each other."""
 
-    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+    def __init__(self, specs: Sequence[TensorSpec], limits: Limits) -> None:
         self.specs = {spec.name: spec for spec in specs}
+        self._limits = limits
         self.sizes: dict[str, int] = {}
         self.arrays: dict[str, np.ndarray] = {}
 
@@ -92,7 +109,16 @@ class Shapes:
         return spec, self._shape(spec, shape)
 
     def add(self, spec: TensorSpec, array: np.ndarray) -> None:
-        """Take the decoded input."""
+        """Take the decoded input.
+
+        Raises
+        ------
+        Refusal
+            When it holds an integer that the model has no entry for.
+        """
+        low, high = self._limits.values.get(spec.name, (None, None))
+        if low is not None and (array.min() < low or array.max() > high):
+            raise invalid(f"input {spec.name!r} has values outside {low} to {high}")
         self.arrays[spec.name] = array
 
     def complete(self) -> dict[str, np.ndarray]:
@@ -115,8 +141,13 @@ class Shapes:
         for size, dim in zip(shape, spec.shape, strict=True):
             if not 0 < size < _MAX_DIMENSION or (isinstance(dim, int) and size != dim):
                 raise self._wrong(spec, shape)
-            if isinstance(dim, str) and self.sizes.setdefault(dim, size) != size:
+            if isinstance(dim, int):
+                continue
+            if self.sizes.setdefault(dim, size) != size:
                 raise self._wrong(spec, shape, f"; {dim} is {self.sizes[dim]} in another input")
+            low, high = self._limits.sizes.get(dim, (1, _MAX_DIMENSION))
+            if not low <= size <= high:
+                raise self._wrong(spec, shape, f" with {dim} from {low} to {high}")
         return list(shape)
 
     def _wrong(self, spec: TensorSpec, shape: Any, why: str = "") -> Exception:

@@ -73,7 +73,7 @@ def build_app(core: Core) -> Starlette:
             route(f"{repository}/models/{{model}}/load", _load, "POST"),
             route(f"{repository}/models/{{model}}/unload", _unload, "POST"),
         ],
-        exception_handlers={HTTPException: _unknown_route},  # type: ignore[dict-item]
+        exception_handlers={HTTPException: _unknown_route},
     )
 
 
@@ -265,7 +265,7 @@ def _decode(body: bytes, header_length: str | None, version: Version) -> Call:
         if not header_length.isdecimal() or int(header_length[:18]) > len(body):
             raise invalid(f"{_HEADER_LENGTH}: {header_length[:40]!r} does not fit the body")
         document, tail = _json(view[: int(header_length)]), view[int(header_length) :]
-    shapes = Shapes(version.inputs)
+    shapes = Shapes(version.inputs, version.limits)
     for entry in _objects(document, "inputs"):
         spec, shape = shapes.expect(entry.get("name"), entry.get("datatype"), entry.get("shape"))
         nbytes = _parameters(entry).get("binary_data_size")

@@ -209,7 +209,7 @@ async def _infer(request: Any, core: Core, context: Any) -> Any:
 
 def _decode(request: Any, version: Version) -> Call:
     """Check and decode an inference request."""
-    shapes = Shapes(version.inputs)
+    shapes = Shapes(version.inputs, version.limits)
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise invalid(f"{len(request.inputs)} inputs, but {len(raw)} raw_input_contents")

@@ -98,7 +98,7 @@ async def _drain(core: Core, http: _HttpServer, serving: asyncio.Task[None], rpc
     await asyncio.gather(serving, rpc.stop(core.options.timeout))
 
 
-class _HttpServer(uvicorn.Server):
+class _HttpServer(uvicorn.Server):  # type: ignore[misc]
     """uvicorn without its signal handlers: this process has its own order of ending."""
 
     def __init__(self, core: Core) -> None:

@@ -17,6 +17,7 @@ from sparse_tvm.serving.batching import Layout, Tensors
 from sparse_tvm.serving.metrics import Metrics
 from sparse_tvm.serving.options import Options
 from sparse_tvm.serving.process import RunFailed, WorkerDied, WorkerProcess
+from sparse_tvm.serving.protocol import Limits
 from sparse_tvm.serving.queueing import Queue, Request
 from sparse_tvm.serving.refusal import Kind, Refusal
 from sparse_tvm.spec import TensorSpec
@@ -54,6 +55,7 @@ class Version:
         self.inputs: list[TensorSpec] = []
         self.outputs: list[TensorSpec] = []
         self.layout = Layout((), (), None, None, None)
+        self.limits = Limits()
         self._options = options
         self._metrics = metrics
         self._queue: Queue | None = None
@@ -149,6 +151,10 @@ class Version:
         ready = await worker.ready()
         self.inputs = [_spec(entry) for entry in ready["inputs"]]
         self.outputs = [_spec(entry) for entry in ready["outputs"]]
+        self.limits = Limits(
+            {name: tuple(limits) for name, limits in ready["values"].items()},
+            {name: tuple(limits) for name, limits in ready["sizes"].items()},
+        )
         layout = Layout.of(self.inputs, self.outputs)
         if self._options.max_batch == 1:
             layout = layout.without_batching()

@@ -45,6 +45,12 @@ def main(arguments: list[str]) -> None:
                 {
                     "inputs": [asdict(spec) for spec in engine.inputs],
                     "outputs": [asdict(spec) for spec in engine.outputs],
+                    "values": {
+                        entry["name"]: entry["values"]
+                        for entry in engine.manifest.get("inputs", ())
+                        if "values" in entry
+                    },
+                    "sizes": engine.manifest.get("sizes", {}),
                     "load_seconds": loaded - started,
                     "warm_up_seconds": ready - loaded,
                 }
