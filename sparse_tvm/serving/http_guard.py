@@ -9,7 +9,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _HEADER_SECONDS = 15.0
 _HEADER_BYTES = 64 << 10
-_MAX_HEADERS = 200
 
 
 class GuardedProtocol(HttpToolsProtocol):  # type: ignore[misc]
@@ -46,12 +45,6 @@ class GuardedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         super().on_message_begin()
         if self._timer is None:
             self._expect_headers()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header."""
-        super().on_header(name, value)
-        if len(self.headers) > _MAX_HEADERS:
-            self._header_bytes = _HEADER_BYTES + 1
 
     def on_headers_complete(self) -> None:
         """Start to answer."""
