@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
 
 from sparse_tvm.errors import ModelError, OptionError
+from sparse_tvm.models.graph import Graph, draw_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
@@ -37,7 +34,10 @@ _ACTIVATIONS: dict[str, Activation] = {  # Hugging Face's hidden_act
 
 @dataclass(frozen=True)
 class BertConfig:
-    """Sizes of a BERT encoder; the defaults are BERT-base's (uncased)."""
+    """Sizes of a BERT encoder; the defaults are BERT-base's (uncased).
+
+    Without token types the model does not take ``token_type_ids``.
+    """
 
     layers: int = 12
     hidden: int = 768
@@ -93,6 +93,10 @@ class BertConfig:
             raise ModelError(f"{path}: not a BERT configuration: {error}") from error
 
 
+DISTILBERT = BertConfig(layers=6, token_types=0)
+"""DistilBERT: half of BERT-base's layers, no token types."""
+
+
 @dataclass(frozen=True)
 class Style:
     """How an exporter spells the same arithmetic; the defaults are PyTorch's TorchScript exporter.
@@ -137,7 +141,8 @@ def weight_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
 
     shapes["embeddings.word_embeddings.weight"] = (config.vocabulary, config.hidden)
     shapes["embeddings.position_embeddings.weight"] = (config.max_positions, config.hidden)
-    shapes["embeddings.token_type_embeddings.weight"] = (config.token_types, config.hidden)
+    if config.token_types:
+        shapes["embeddings.token_type_embeddings.weight"] = (config.token_types, config.hidden)
     layer_norm("embeddings.LayerNorm")
     for index in range(config.layers):
         layer = f"encoder.layer.{index}"
@@ -154,13 +159,7 @@ def weight_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
 
 def random_weights(config: BertConfig, seed: int = 0) -> dict[str, NDArray[np.float32]]:
     """Draw every weight from a normal distribution of deviation 0.02, LayerNorm's gain around 1."""
-    generator = np.random.default_rng(seed)
-    weights = {}
-    for name, shape in weight_shapes(config).items():
-        weights[name] = generator.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
-        if name.endswith("LayerNorm.weight"):
-            weights[name] += 1
-    return weights
+    return draw_weights(weight_shapes(config), seed)
 
 
 def build_bert(
@@ -177,7 +176,7 @@ def build_bert(
     """Build the ONNX graph of a BERT encoder.
 
     Inputs, int64 ``[batch, sequence]``: ``input_ids``, ``attention_mask`` (1 for tokens, 0 for
-    padding) and ``token_type_ids``. Outputs, float32: ``last_hidden_state``
+    padding) and ``token_type_ids``, if the model has them. Outputs, float32: ``last_hidden_state``
     ``[batch, sequence, hidden]`` and, with a pooler, ``pooler_output`` ``[batch, hidden]``.
 
     Parameters
@@ -229,39 +228,6 @@ def _check_weights(
             )
 
 
-@dataclass
-class _Graph:
-    """Nodes and initializers under construction; nodes are named by the scope they are in."""
-
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    initializers: dict[str, onnx.TensorProto] = field(default_factory=dict)
-    path: list[str] = field(default_factory=list)
-    names: dict[str, int] = field(default_factory=dict)
-
-    @contextmanager
-    def scope(self, name: str) -> Iterator[None]:
-        self.path.append(name)
-        yield
-        self.path.pop()
-
-    def op(self, kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
-        stem = "/".join(["", *self.path, kind])
-        count = self.names[stem] = self.names.get(stem, -1) + 1
-        name = f"{stem}_{count}" if count else stem
-        result = output or f"{name}_output_0"
-        self.nodes.append(helper.make_node(kind, inputs, [result], name=name, **attributes))
-        return result
-
-    def constant(self, value: float | int | Sequence[int]) -> str:
-        dtype = np.float32 if isinstance(value, float) else np.int64
-        return self.op("Constant", value=numpy_helper.from_array(np.asarray(value, dtype)))
-
-    def initializer(self, name: str, array: NDArray[Any]) -> str:
-        if name not in self.initializers:
-            self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
-        return name
-
-
 class _BertBuilder:
     def __init__(
         self,
@@ -276,7 +242,7 @@ class _BertBuilder:
         self.style = style
         self.batch = batch
         self.sequence = sequence
-        self.graph = _Graph()
+        self.graph = Graph(style.opset)
 
     def build(self, *, pooler: bool, attention_mask: bool) -> onnx.ModelProto:
         mask = self.mask_bias() if attention_mask else None
@@ -296,10 +262,10 @@ class _BertBuilder:
     def embeddings(self) -> str:
         graph = self.graph
         words = graph.op("Gather", self.weight("embeddings.word_embeddings.weight"), "input_ids")
-        types = graph.op(
-            "Gather", self.weight("embeddings.token_type_embeddings.weight"), "token_type_ids"
-        )
-        total = graph.op("Add", words, types)
+        total = words
+        if self.config.token_types:
+            table = self.weight("embeddings.token_type_embeddings.weight")
+            total = graph.op("Add", words, graph.op("Gather", table, "token_type_ids"))
         positions = graph.op(
             "Gather", self.weight("embeddings.position_embeddings.weight"), self.position_ids()
         )
@@ -318,7 +284,7 @@ class _BertBuilder:
     def mask_bias(self) -> str:
         """Return 0 where the mask is 1 and the lowest float where it is 0: [batch, 1, 1, seq]."""
         graph = self.graph
-        mask = self.unsqueeze(self.unsqueeze("attention_mask", 1), 2)
+        mask = graph.unsqueeze(graph.unsqueeze("attention_mask", 1), 2)
         mask = graph.op("Cast", mask, to=onnx.TensorProto.FLOAT)
         padding = graph.op("Sub", graph.constant(1.0), mask)
         return graph.op("Mul", padding, graph.constant(float(np.finfo(np.float32).min)))
@@ -384,30 +350,15 @@ class _BertBuilder:
             if self.style.gelu == "op":
                 approximate = "tanh" if kind == "gelu_tanh" else "none"
                 return self.graph.op("Gelu", value, approximate=approximate)
-            return self.gelu_tanh(value) if kind == "gelu_tanh" else self.gelu_erf(value)
-
-    def gelu_erf(self, x: str) -> str:
-        graph = self.graph
-        erf = graph.op("Erf", graph.op("Div", x, graph.constant(math.sqrt(2))))
-        product = graph.op("Mul", x, graph.op("Add", erf, graph.constant(1.0)))
-        return graph.op("Mul", product, graph.constant(0.5))
-
-    def gelu_tanh(self, x: str) -> str:
-        graph = self.graph
-        half = graph.op("Mul", x, graph.constant(0.5))
-        cube = graph.op("Pow", x, graph.constant(3.0))
-        inner = graph.op("Add", x, graph.op("Mul", cube, graph.constant(0.044715)))
-        tanh = graph.op("Tanh", graph.op("Mul", inner, graph.constant(math.sqrt(2 / math.pi))))
-        return graph.op("Mul", half, graph.op("Add", tanh, graph.constant(1.0)))
+            graph = self.graph
+            return graph.gelu_tanh(value) if kind == "gelu_tanh" else graph.gelu_erf(value)
 
     def layer_norm(self, name: str, x: str, output: str | None = None) -> str:
         graph, epsilon = self.graph, self.config.epsilon
         with graph.scope("LayerNorm"):
             gain, shift = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
             if self.style.layer_norm == "op":
-                return graph.op(
-                    "LayerNormalization", x, gain, shift, output=output, axis=-1, epsilon=epsilon
-                )
+                return graph.layer_norm(x, gain, shift, epsilon, output)
             centred = graph.op("Sub", x, self.reduce_mean(x))
             variance = self.reduce_mean(graph.op("Pow", centred, graph.constant(2.0)))
             deviation = graph.op("Sqrt", graph.op("Add", variance, graph.constant(epsilon)))
@@ -429,50 +380,28 @@ class _BertBuilder:
             return self.graph.op("ReduceMean", x, axes=[-1])
         return self.graph.op("ReduceMean", x, self.graph.constant([-1]))
 
-    def unsqueeze(self, x: str, axis: int) -> str:
-        if self.style.opset < 13:
-            return self.graph.op("Unsqueeze", x, axes=[axis])
-        return self.graph.op("Unsqueeze", x, self.graph.constant([axis]))
-
     def dimension(self, axis: int) -> str:
         """One-element tensor that holds input_ids' size along an axis."""
         fixed = (self.batch, self.sequence)[axis]
         if isinstance(fixed, int):
             return self.graph.constant([fixed])
-        shape = self.graph.op("Shape", "input_ids")
-        size = self.graph.op("Gather", shape, self.graph.constant(axis), axis=0)
-        return self.unsqueeze(size, 0)
+        return self.graph.unsqueeze(self.graph.size("input_ids", axis), 0)
 
     def reshape(self, x: str, *features: int) -> str:
         """Reshape to ``[batch, sequence, *features]``."""
         if isinstance(self.batch, int) and isinstance(self.sequence, int):
-            shape = self.graph.constant([self.batch, self.sequence, *features])
-        else:
-            sizes = [self.dimension(0), self.dimension(1), self.graph.constant(list(features))]
-            shape = self.graph.op("Concat", *sizes, axis=0)
-        return self.graph.op("Reshape", x, shape)
+            return self.graph.reshape(x, self.batch, self.sequence, *features)
+        return self.graph.reshape(x, self.dimension(0), self.dimension(1), *features)
 
     def model(self, *, pooler: bool, attention_mask: bool) -> onnx.ModelProto:
-        names = ["input_ids", "attention_mask", "token_type_ids"]
-        if not attention_mask:
-            names.remove("attention_mask")
+        names = ["input_ids"]
+        if attention_mask:
+            names.append("attention_mask")
+        if self.config.token_types:
+            names.append("token_type_ids")
         tokens, hidden = [self.batch, self.sequence], self.config.hidden
         integer, real = onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
-        outputs = [helper.make_tensor_value_info("last_hidden_state", real, [*tokens, hidden])]
+        outputs = {"last_hidden_state": (real, [*tokens, hidden])}
         if pooler:
-            shape = [self.batch, hidden]
-            outputs.append(helper.make_tensor_value_info("pooler_output", real, shape))
-        graph = helper.make_graph(
-            self.graph.nodes,
-            "bert",
-            [helper.make_tensor_value_info(name, integer, tokens) for name in names],
-            outputs,
-            list(self.graph.initializers.values()),
-        )
-        opsets = [helper.make_opsetid("", self.style.opset)]
-        return helper.make_model(
-            graph,
-            opset_imports=opsets,
-            ir_version=helper.find_min_ir_version_for(opsets),
-            producer_name="sparse-tvm",
-        )
+            outputs["pooler_output"] = (real, [self.batch, hidden])
+        return self.graph.model("bert", dict.fromkeys(names, (integer, tokens)), outputs)
