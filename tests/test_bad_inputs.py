@@ -148,12 +148,6 @@ def test_compile_refuses_model(case: str, refused: Refused) -> None:
     refused("compile bad.onnx -o model.so --quiet", 1, write_bad_model(case))
 
 
-def test_compile_refuses_open_shape(refused: Refused) -> None:
-    onnx.save(tiny_model(rows="batch"), "open.onnx")
-    words = ("x float32[batch, 16]", "--input-shape x:1,16")
-    refused("compile open.onnx -o model.so --quiet", 2, words)
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [

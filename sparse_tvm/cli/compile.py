@@ -1,4 +1,4 @@
-"""``sparse-tvm compile``: an ONNX model in, one ``.so`` out."""
+"""``sparse-tvm compile``: a model in, one ``.so`` out."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from sparse_tvm.cli.options import AllowPickle, InputShapes
+
 
 def compile(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The model to compile.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The model to compile.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="The artifact to write.")
     ],
@@ -42,12 +44,7 @@ def compile(
             help="Format of the layers whose name matches: csr, bsr:4x1 or dense. Repeatable.",
         ),
     ] = None,
-    input_shape: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME:DIMS", help="Fix an input's shape, as in input_ids:1,128. Repeatable."
-        ),
-    ] = None,
+    input_shape: InputShapes = None,
     threads: Annotated[
         int | None,
         typer.Option(metavar="N", help="Threads it uses unless told otherwise when loaded."),
@@ -56,21 +53,28 @@ def compile(
         Path | None,
         typer.Option(metavar="DIR", help="Write the module here after each phase."),
     ] = None,
+    save_ir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json", help="Save the imported module; it can be compiled itself."
+        ),
+    ] = None,
     report: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="Write a .html, .md or .json report. Repeatable."),
     ] = None,
     verify: Annotated[
         bool,
-        typer.Option(help="Compare with ONNX Runtime on random inputs and fail if they differ."),
+        typer.Option(help="Compare with the model's own framework on random inputs."),
     ] = True,
     tolerance: Annotated[
         float,
         typer.Option(min=0.0, metavar="X", help="Largest absolute difference --verify accepts."),
     ] = 1e-4,
+    allow_pickle: AllowPickle = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
-    """Compile MODEL.onnx into one .so that skips the zeros of its weights."""
+    """Compile MODEL into one .so that skips the zeros of its weights."""
     from sparse_tvm.cli.console import stderr_console, stdout_console
     from sparse_tvm.cli.progress import PhaseProgress
     from sparse_tvm.report import check_report_path
@@ -81,7 +85,7 @@ def compile(
     with PhaseProgress(stderr_console(), quiet=quiet) as progress:
         progress("load the compiler")
         from sparse_tvm.compiler import compile
-        from sparse_tvm.frontends.simplify import parse_input_shapes
+        from sparse_tvm.frontends.input_shapes import parse_input_shapes
 
         result = compile(
             model,
@@ -94,7 +98,9 @@ def compile(
             input_shapes=parse_input_shapes(input_shape or ()),
             threads=threads,
             dump_ir=dump_ir,
+            save_ir=save_ir,
             report=report or None,
+            allow_pickle=allow_pickle,
             verify=verify,
             tolerance=tolerance,
             progress=progress,

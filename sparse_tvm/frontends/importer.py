@@ -1,115 +1,150 @@
-"""TVM's ONNX importer, with plainer Relax for some operators.
-
-For these TVM emits code that passes cannot see through (calls of TIR functions, stacking of
-broadcast operands), or that is unsafe (reads at any index).
-"""
+"""Build a Relax function from a simplified ONNX graph, whatever is symbolic in its shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import reduce
+from itertools import combinations
 from typing import Any
 
-import numpy as np
+import onnx
+from onnx import numpy_helper
 from tvm import relax, tirx
-from tvm.ir import GenericConst
 from tvm.relax.frontend.onnx import onnx_frontend
+
+from sparse_tvm.frontends.converters import CONVERTERS, Operation, materialise, shape_of
+from sparse_tvm.frontends.detach import size_of
+from sparse_tvm.frontends.shape_arithmetic import MAX_ELEMENTS, Known, evaluate
+from sparse_tvm.frontends.sizes import Size, Sizes
 
 SUPPORTED_OPS = frozenset(onnx_frontend._get_convert_map()) - {"Attention"}
 """What can be imported. TVM's Attention is ONNX Runtime's operator, not the standard's."""
 
 
-_Inputs = Any  # a list of expressions that gives None for an input left out
-_Converter = Callable[[Any, dict[str, Any]], relax.Expr | None]
+class SameSize(Exception):
+    """Raised where an operator demands that two symbolic dimensions are the same.
 
+    Attributes
+    ----------
+    names : tuple[str, str]
+        The two dimensions.
+    """
 
-def _clip(inputs: _Inputs, _: dict[str, Any]) -> relax.Expr | None:
-    value, low, high = inputs[0], inputs[1], inputs[2]
-    if any(_scalar(bound) is None for bound in (low, high) if bound is not None):
-        return None
-    value = value if low is None else relax.op.maximum(value, low)
-    return value if high is None else relax.op.minimum(value, high)
-
-
-def _gather(inputs: _Inputs, attributes: dict[str, Any]) -> relax.Expr | None:
-    """Wrap negative indices as ONNX demands, and clamp all: TVM reads whatever they point to."""
-    data, indices = inputs[0], inputs[1]
-    if isinstance(data, GenericConst) or not isinstance(data.ty, relax.TensorType):
-        return None
-    axis = attributes.get("axis", 0)
-    indices = _wrap(indices, int(data.ty.shape[axis]))
-    return relax.op.take(data, indices, axis, mode="clip")
-
-
-def _wrap(indices: relax.Expr, extent: int) -> relax.Expr:
-    """Count negative indices from the end, as ONNX does."""
-    if isinstance(indices, GenericConst):
-        values = indices.value.numpy()
-        return relax.const(np.where(values < 0, values + extent, values), values.dtype)
-    dtype = str(indices.ty.dtype)
-    wrapped = relax.op.add(indices, relax.const(extent, dtype))
-    negative = relax.op.less(indices, relax.const(0, dtype))
-    return relax.op.where(negative, wrapped, indices)
-
-
-def _one_hot(inputs: _Inputs, attributes: dict[str, Any]) -> relax.Expr | None:
-    """Keep the dtype of the two values: TVM makes them float64."""
-    indices, depth, values = inputs[0], _scalar(inputs[1]), inputs[2]
-    if depth is None or not isinstance(values, GenericConst):
-        return None
-    dtype = str(values.ty.dtype)
-    off, on = (tirx.const(value, dtype) for value in values.value.numpy().tolist())
-    return relax.op.one_hot(
-        _wrap(indices, int(depth)), on, off, int(depth), attributes.get("axis", -1)
-    )
-
-
-def _pow(inputs: _Inputs, _: dict[str, Any]) -> relax.Expr | None:
-    """Multiply for the powers that models use: pow is slow and not vectorised."""
-    base = inputs[0]
-    exponent = _scalar(inputs[1])
-    if exponent == 2:
-        return relax.op.multiply(base, base)
-    if exponent == 3:
-        return relax.op.multiply(relax.op.multiply(base, base), base)
-    if exponent == 0.5:
-        return relax.op.sqrt(base)
-    return None
-
-
-def _pairwise(operator: Callable[[relax.Expr, relax.Expr], relax.Expr]) -> _Converter:
-    def convert(inputs: Any, _: dict[str, Any]) -> relax.Expr | None:
-        return reduce(operator, inputs) if len(inputs) > 1 else None
-
-    return convert
-
-
-def _scalar(value: relax.Expr | None) -> float | None:
-    """Return the value of a scalar constant."""
-    if not isinstance(value, GenericConst) or value.value.shape not in ((), (1,)):
-        return None
-    return float(value.value.numpy().item())
-
-
-_CONVERTERS: dict[str, _Converter] = {
-    "Clip": _clip,
-    "Gather": _gather,
-    "Max": _pairwise(relax.op.maximum),
-    "Min": _pairwise(relax.op.minimum),
-    "OneHot": _one_hot,
-    "Pow": _pow,
-    "Sum": _pairwise(relax.op.add),
-}
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} and {second} must be the same")
+        self.names = (first, second)
 
 
 class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
-    """Build a Relax function from a simplified ONNX graph of opset 11 or newer."""
+    """TVM's importer, with shape arithmetic evaluated and some operators spelled plainer.
 
-    def _convert_operator(
-        self, op_name: str, inputs: Any, attrs: dict[str, Any], opset: int
-    ) -> relax.Expr:
-        convert = _CONVERTERS.get(op_name)
-        plain = convert(inputs, attrs) if convert else None
-        if plain is not None:
-            return self.bb.normalize(plain)
-        return super()._convert_operator(op_name, inputs, attrs, opset)
+    Parameters
+    ----------
+    bounds : dict[str, tuple[int, int]]
+        Smallest and largest values of symbolic dimensions; what the graph implies is added.
+    """
+
+    def __init__(self, bounds: dict[str, tuple[int, int]]) -> None:
+        super().__init__({}, "float32", keep_params_in_input=False, sanitize=False)
+        self.sizes = Sizes(bounds)
+        self.known: dict[str, Known] = {}
+
+    def tensor(self, name: str) -> relax.Expr:
+        """Return a value of the graph as a tensor."""
+        if name not in self._nodes:
+            self._nodes[name] = self.bb.normalize(materialise(self.known[name]))
+        return self._nodes[name]
+
+    def _parse_graph_initializers(self, graph: onnx.GraphProto) -> None:
+        super()._parse_graph_initializers(graph)
+        for tensor in graph.initializer:
+            if size_of(tensor) <= MAX_ELEMENTS and tensor.data_type != onnx.TensorProto.STRING:
+                self.known[tensor.name] = Known.of(numpy_helper.to_array(tensor))
+
+    def _parse_graph_input(self, graph: onnx.GraphProto) -> None:
+        super()._parse_graph_input(graph)
+        for value in self._inputs.values():
+            for size in shape_of(value):
+                if isinstance(size, tirx.Var):
+                    self.sizes.declare(size)
+
+    def _construct_nodes(self, graph: onnx.GraphProto) -> None:
+        for node in graph.node:
+            known = self._evaluate(node)
+            if known is None:
+                self._convert(node)
+            else:
+                self.known.update(zip(node.output, known, strict=False))
+        for output in graph.output:
+            self.tensor(output.name)
+
+    def _evaluate(self, node: onnx.NodeProto) -> list[Known] | None:
+        if node.op_type in ("Shape", "Size"):
+            data = node.input[0]
+            known = self.known.get(data)
+            shape: list[Size] = list(known.elements.shape) if known else shape_of(self.tensor(data))
+            if node.op_type == "Size":
+                size = self.sizes.product(shape)
+                return [Known(Known.shape([size]).elements.reshape(()), "int64")]
+            attributes = self._parse_attr(node.attribute)
+            return [Known.shape(shape[attributes.get("start", 0) : attributes.get("end")])]
+        return evaluate(node, [self.known.get(name) for name in node.input], self.sizes)
+
+    def _convert(self, node: onnx.NodeProto) -> None:
+        op = _Operation(self, node)
+        convert = CONVERTERS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        value = convert(op) if convert else None
+        if value is None:
+            custom = {"name": node.name, "num_outputs": len(node.output)}
+            attributes = {**op.attributes, "tvm_custom": custom}
+            inputs = onnx_frontend.onnx_input(op.tensors())
+            value = self._convert_operator(node.op_type, inputs, attributes, self.opset)
+        value = self.bb.normalize(value)
+        outputs = self._outputs(value)
+        for name, output in zip(node.output, outputs, strict=False):
+            _check_shape(output, op)
+            self._nodes[name] = output
+
+    def _outputs(self, value: relax.Expr) -> list[relax.Expr]:
+        if isinstance(value, relax.Tuple):
+            return [self.bb.normalize(field) for field in value.fields]
+        if isinstance(value.ty, relax.TupleType):
+            value = self.bb.emit(value)
+            indices = range(len(value.ty.fields))
+            return [self.bb.emit(relax.TupleGetItem(value, index)) for index in indices]
+        return [value]
+
+
+class _Operation(Operation):
+    def __init__(self, importer: Importer, node: onnx.NodeProto) -> None:
+        self._importer = importer
+        self._names = list(node.input)
+        self.attributes: dict[str, Any] = importer._parse_attr(node.attribute)
+        self.sizes = importer.sizes
+
+    def known(self, index: int) -> Known | None:
+        return self._importer.known.get(self._name(index))
+
+    def tensor(self, index: int) -> relax.Expr | None:
+        name = self._name(index)
+        return self._importer.tensor(name) if name else None
+
+    def tensors(self) -> list[relax.Expr | None]:
+        return [self.tensor(index) for index in range(len(self._names))]
+
+    def normalize(self, value: relax.Expr) -> relax.Expr:
+        return self._importer.bb.normalize(value)
+
+    def _name(self, index: int) -> str:
+        return self._names[index] if index < len(self._names) else ""
+
+
+def _check_shape(value: relax.Expr, op: Operation) -> None:
+    """Demand a known shape; where two symbolic sizes did not match, ask for them to be one."""
+    if isinstance(value.ty, relax.TensorType) and isinstance(value.ty.shape, relax.ShapeExpr):
+        return
+    shapes = [shape_of(tensor) for tensor in op.tensors() if tensor is not None]
+    for first, second in combinations(shapes, 2):
+        for one, other in zip(reversed(first), reversed(second), strict=False):
+            are_symbols = isinstance(one, tirx.Var) and isinstance(other, tirx.Var)
+            if are_symbols and one.name != other.name:
+                raise SameSize(one.name, other.name)
+    raise ValueError("the shape of its output depends on the values of tensors")

@@ -5,21 +5,22 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import onnx
 import tvm
 from tvm import relax
 
-from sparse_tvm.errors import ModelError
+from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.frontends.detach import as_array
-from sparse_tvm.frontends.importer import SUPPORTED_OPS, Importer
+from sparse_tvm.frontends.importer import SUPPORTED_OPS, Importer, SameSize
+from sparse_tvm.frontends.input_shapes import InputShapes, Shapes, choose_shapes
 from sparse_tvm.frontends.read import CONTRIB_DOMAIN, describe, first_few, one_line, read_onnx
-from sparse_tvm.frontends.simplify import input_specs, simplify
+from sparse_tvm.frontends.simplify import input_specs, set_input_shapes, simplify
+from sparse_tvm.frontends.sizes import as_text
 from sparse_tvm.frontends.weights import find_weights
 from sparse_tvm.spec import TensorSpec
 
@@ -68,16 +69,21 @@ class ImportedModel:
     Parameters
     ----------
     module : tvm.IRModule
-        ``main(inputs..., weights...)`` with static shapes; its attribute ``num_input`` counts
-        the inputs. It returns a bare tensor when the model has one output, else a tuple.
+        ``main(inputs..., weights...)``; its attribute ``num_input`` counts the inputs, and
+        ``tir_var_upper_bound`` holds the largest sizes of symbolic dimensions, where there are.
+        All shapes are known, as expressions of the inputs' symbolic dimensions. It returns a
+        bare tensor when the model has one output, else a tuple.
     weights : dict[str, np.ndarray]
         Read-only arrays by parameter name, in the order of the parameters.
     inputs, outputs : list[TensorSpec]
-        With the model's names, in the model's order.
+        With the model's names, in the model's order. Symbolic dimensions have names, sizes
+        computed from them are expressions: ``"sequence + 1"``.
     layers : dict[str, str]
         Names of layers by the parameter that is their weight.
     source : path or onnx.ModelProto
         What the model was imported from.
+    bounds : dict[str, tuple[int, int]]
+        Smallest and largest size of those symbolic dimensions that are bounded.
     """
 
     module: tvm.IRModule
@@ -86,11 +92,12 @@ class ImportedModel:
     outputs: list[TensorSpec]
     layers: dict[str, str]
     source: str | os.PathLike[str] | onnx.ModelProto
+    bounds: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def import_onnx(
     model: str | os.PathLike[str] | onnx.ModelProto,
-    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    input_shapes: InputShapes | None = None,
 ) -> ImportedModel:
     """Read, simplify and import a model.
 
@@ -98,8 +105,8 @@ def import_onnx(
     ----------
     model : path or onnx.ModelProto
         A float32 model.
-    input_shapes : Mapping[str, Sequence[int]] | None
-        Shapes of inputs by name; needed for inputs with symbolic dimensions.
+    input_shapes : InputShapes | None
+        Shapes of inputs by name, to fix symbolic dimensions, name or bound them.
 
     Raises
     ------
@@ -107,7 +114,7 @@ def import_onnx(
         When the model cannot be read or holds operators that cannot be compiled (all are
         named).
     OptionError
-        When `input_shapes` does not fit the model or leaves a dimension open.
+        When `input_shapes` does not fit the model.
     """
     proto = read_onnx(model, mapped=True)
     try:
@@ -119,19 +126,21 @@ def import_onnx(
 
 def _import(
     proto: onnx.ModelProto,
-    input_shapes: Mapping[str, Sequence[int]] | None,
+    input_shapes: InputShapes | None,
     source: str | os.PathLike[str] | onnx.ModelProto,
 ) -> ImportedModel:
-    program, tensors = simplify(proto, input_shapes, definitions=_EXPANDED_OPS)
+    shapes = choose_shapes(input_specs(proto), input_shapes or {})
+    program, tensors = simplify(proto, shapes.specs, definitions=_EXPANDED_OPS)
     _check_operators(program)
-    module = _import_program(program, tensors)
+    module = _import_program(program, shapes)
     return ImportedModel(
         module=module,
         weights={name: as_array(tensor) for name, tensor in tensors.items()},
-        inputs=[spec for spec in input_specs(program) if spec.name not in tensors],
+        inputs=shapes.specs,
         outputs=_output_specs(module, program),
         layers=_layers(proto, program, tensors),
         source=source,
+        bounds=shapes.bounds,
     )
 
 
@@ -151,23 +160,62 @@ def _check_operators(program: onnx.ModelProto) -> None:
         raise ModelError(f"operators that cannot be compiled: {', '.join(found)}")
 
 
-def _import_program(program: onnx.ModelProto, weights: Collection[str]) -> tvm.IRModule:
-    """Translate the graph; its last inputs are the weights."""
-    importer = Importer({}, "float32", keep_params_in_input=False, sanitize=False)
+def _import_program(program: onnx.ModelProto, shapes: Shapes) -> tvm.IRModule:
+    """Translate the graph; its last inputs are the weights.
+
+    Symbolic dimensions that an operator demands to be the same become one in `shapes`, and what
+    the graph demands of them is added to its bounds.
+    """
+    given = dict(shapes.bounds)
+    while True:
+        set_input_shapes(program, shapes.specs)
+        importer = Importer(shapes.bounds)
+        try:
+            module = _translate(program, importer)
+        except SameSize as same:
+            shapes.merge(*same.names)
+            continue
+        _check_bounds(given, shapes)
+        main = module["main"].with_attr("num_input", len(shapes.specs))
+        module["main"] = main.with_attrs(_bound_attributes(shapes))
+        module = relax.transform.DeadCodeElimination()(module)
+        return relax.transform.FoldConstant()(module) if _has_constant_calls(module) else module
+
+
+def _translate(program: onnx.ModelProto, importer: Importer) -> tvm.IRModule:
     opset = next(entry.version for entry in program.opset_import if entry.domain in ("", "ai.onnx"))
     try:
         # It prints the operator that failed.
         with contextlib.redirect_stdout(io.StringIO()):
-            module = importer.from_onnx(program.graph, opset)
+            return importer.from_onnx(program.graph, opset)
     except Exception as error:
         with contextlib.suppress(Exception):
             importer.bb._end_block()  # or TVM prints that it is open
+        if isinstance(error, SameSize):
+            raise
         node = _failing_node(error.__traceback__)
         what = f"node {node.name or node.output[0]} ({node.op_type})" if node else "the graph"
         raise ModelError(f"TVM cannot import {what}: {one_line(error)}") from error
-    inputs = len(program.graph.input) - len(weights)
-    module["main"] = module["main"].with_attr("num_input", inputs)
-    return relax.transform.FoldConstant()(module) if _has_constant_calls(module) else module
+
+
+def _check_bounds(given: Mapping[str, tuple[int, int]], shapes: Shapes) -> None:
+    """Refuse sizes that the user wants but the model does not allow."""
+    for name, (_, wanted) in given.items():
+        _, largest = shapes.bounds.get(name, (1, wanted))
+        if wanted > largest:
+            raise OptionError(
+                f"--input-shape has {name} up to {wanted}, but the model allows at most {largest}"
+            )
+
+
+def _bound_attributes(shapes: Shapes) -> dict[str, dict[str, int]]:
+    """Return the bounds of dimensions as TVM's memory planner reads them."""
+    if not shapes.bounds:
+        return {}
+    return {
+        "tir_var_lower_bound": {name: low for name, (low, _) in shapes.bounds.items()},
+        "tir_var_upper_bound": {name: high for name, (_, high) in shapes.bounds.items()},
+    }
 
 
 def _has_constant_calls(module: tvm.IRModule) -> bool:
@@ -197,16 +245,13 @@ def _output_specs(module: tvm.IRModule, program: onnx.ModelProto) -> list[Tensor
     result = module["main"].ret_ty
     types = result.fields if isinstance(result, relax.TupleType) else [result]
     return [
-        TensorSpec(value.name, str(type_.dtype), _static_shape(value.name, type_))
+        TensorSpec(
+            value.name,
+            str(type_.dtype),
+            tuple(as_text(size) for size in type_.shape.values),
+        )
         for value, type_ in zip(program.graph.output, types, strict=True)
     ]
-
-
-def _static_shape(name: str, type_: Any) -> tuple[int, ...]:
-    dims = type_.shape.values if isinstance(type_.shape, relax.ShapeExpr) else None
-    if dims is None or not all(isinstance(dim, tvm.tirx.IntImm) for dim in dims):
-        raise ModelError(f"the shape of output {name} depends on data")
-    return tuple(int(dim) for dim in dims)
 
 
 def _layers(

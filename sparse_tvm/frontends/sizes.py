@@ -1,0 +1,141 @@
+"""Sizes of tensors that are known only as expressions of the inputs' symbolic dimensions."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
+from typing import Any, TypeAlias
+
+import tvm
+from tvm import tirx
+
+from sparse_tvm.frontends.input_shapes import LARGEST
+
+Size: TypeAlias = int | Any
+"""An int, or a ``tirx.Expr``: an int64 expression of symbolic dimensions."""
+
+_COMPARISONS: dict[str, tuple[Callable[..., bool], type[tirx.Expr], type[tirx.Expr]]] = {
+    "Equal": (operator.eq, tirx.EQ, tirx.NE),
+    "Less": (operator.lt, tirx.LT, tirx.GE),
+    "LessOrEqual": (operator.le, tirx.LE, tirx.GT),
+    "Greater": (operator.gt, tirx.GT, tirx.LE),
+    "GreaterOrEqual": (operator.ge, tirx.GE, tirx.LT),
+}
+
+
+class Sizes:
+    """Arithmetic on sizes, by what is known about the symbolic dimensions: they are positive.
+
+    Attributes
+    ----------
+    bounds : dict[str, tuple[int, int]]
+        Smallest and largest value of the dimensions for which the user gives them, or the model
+        implies them: it reads from a table of so many rows.
+    """
+
+    def __init__(self, bounds: dict[str, tuple[int, int]]) -> None:
+        self.bounds = bounds
+        self._analyzer = tvm.sym.Analyzer()
+
+    def declare(self, dimension: tirx.Var) -> None:
+        """Introduce a symbolic dimension."""
+        low, high = self.bounds.get(dimension.name, (1, LARGEST))
+        extent = tvm.ir.Range.from_min_extent(_expr(low), _expr(high - low + 1))
+        self._analyzer.bind(dimension, extent, allow_override=True)
+
+    def bind_index(self, index: tirx.Var, extent: Size) -> None:
+        """Introduce a loop variable that counts from 0 to below `extent`."""
+        span = tvm.ir.Range.from_min_extent(_expr(0), _expr(extent))
+        self._analyzer.bind(index, span, allow_override=True)
+
+    def simplify(self, size: Size) -> Size:
+        """Return the simplest equal size, an int where it is one."""
+        if isinstance(size, int):
+            return size
+        simple = self._analyzer.simplify(size)
+        return int(simple) if isinstance(simple, tirx.IntImm) else simple
+
+    def compare(self, relation: str, left: Size, right: Size) -> bool | None:
+        """Return what an ONNX comparison always gives; None when it depends on the inputs."""
+        on_ints, holds, fails = _COMPARISONS[relation]
+        if isinstance(left, int) and isinstance(right, int):
+            return on_ints(left, right)
+        left, right = _expr(left), _expr(right)
+        if relation == "Equal" and self._analyzer.can_prove_equal(left, right):
+            return True
+        if self._analyzer.can_prove(holds(left, right)):
+            return True
+        return False if self._analyzer.can_prove(fails(left, right)) else None
+
+    def equal(self, left: Size, right: Size) -> bool:
+        """Whether two sizes are the same for all inputs."""
+        return self.compare("Equal", left, right) is True
+
+    def product(self, sizes: Iterable[Size]) -> Size:
+        """Multiply sizes."""
+        return self.simplify(reduce(operator.mul, sizes, 1))
+
+    def quotient(self, sizes: Sequence[Size], divisors: Sequence[Size]) -> Size:
+        """Divide the product of `sizes` by that of `divisors`, which divides it."""
+        remaining = list(sizes)
+        uncancelled = []
+        for divisor in divisors:
+            match = next((s for s in remaining if self.equal(s, divisor)), None)
+            if match is None:
+                uncancelled.append(divisor)
+            else:
+                remaining = _without(remaining, match)
+        return self.floordiv(self.product(remaining), self.product(uncancelled))
+
+    def floordiv(self, size: Size, divisor: Size) -> Size:
+        """Divide, rounding down."""
+        if isinstance(size, int) and isinstance(divisor, int):
+            return size // divisor
+        return self.simplify(tirx.floordiv(_expr(size), _expr(divisor)))
+
+    def floormod(self, size: Size, divisor: Size) -> Size:
+        """Return the remainder of `floordiv`."""
+        if isinstance(size, int) and isinstance(divisor, int):
+            return size % divisor
+        return self.simplify(tirx.floormod(_expr(size), _expr(divisor)))
+
+    def minimum(self, left: Size, right: Size) -> Size:
+        """Return the smaller size."""
+        return self.simplify(tirx.min(_expr(left), _expr(right)))
+
+    def maximum(self, left: Size, right: Size) -> Size:
+        """Return the larger size."""
+        return self.simplify(tirx.max(_expr(left), _expr(right)))
+
+    def limit(self, size: Size, largest: int) -> bool:
+        """Demand that ``size <= largest``, and return whether that bounds a dimension.
+
+        It can for ``dimension + constant``.
+        """
+        for dimension in tirx.analysis.undefined_vars(_expr(size)):
+            offset = self.simplify(size - dimension)
+            if isinstance(offset, int):
+                low, high = self.bounds.get(dimension.name, (1, LARGEST))
+                self.bounds[dimension.name] = low, min(high, largest - offset)
+                self.declare(dimension)
+                return True
+        return False
+
+
+def as_text(size: Size) -> int | str:
+    """Return a size as an int or a Python expression: ``"sequence * 2 + 1"``."""
+    simple = tvm.sym.Analyzer().canonical_simplify(_expr(size))
+    if isinstance(simple, tirx.IntImm):
+        return int(simple)
+    return re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(simple)).replace("T.", "")
+
+
+def _expr(size: Size) -> tirx.Expr:
+    return tirx.IntImm("int64", size) if isinstance(size, int) else size
+
+
+def _without(sizes: list[Size], removed: Size) -> list[Size]:
+    index = next(i for i, size in enumerate(sizes) if size is removed)
+    return sizes[:index] + sizes[index + 1 :]

@@ -1,0 +1,264 @@
+"""Dimensions that are symbolic in the model stay so; shape arithmetic leaves no operators."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx_models import assert_same_as_onnxruntime, build, calls, normal
+from tvm import relax
+
+from sparse_tvm.errors import ModelError, OptionError
+from sparse_tvm.frontends.input_shapes import choose_shapes, parse_input_shapes
+from sparse_tvm.frontends.onnx import import_onnx
+from sparse_tvm.spec import TensorSpec
+
+SIZES = ({"batch": 1, "sequence": 7}, {"batch": 3, "sequence": 16})
+
+
+def shapes_are_known(imported) -> bool:
+    bindings = [b for block in imported.module["main"].body.blocks for b in block.bindings]
+    types = [b.var.ty for b in bindings if isinstance(b.var.ty, relax.TensorType)]
+    return all(isinstance(type_.shape, relax.ShapeExpr) for type_ in types)
+
+
+def check(graph: str, expected: list[str], sizes=SIZES, opset: int = 17, **tensors):
+    imported = assert_same_as_onnxruntime(build(graph, opset=opset, **tensors), sizes=sizes)
+    assert shapes_are_known(imported)
+    assert calls(imported) == expected
+    return imported
+
+
+HEADS = {"zero": 0, "one": 1, "first": [0], "rest": [-1], "heads": [4], "width": [8]}
+HEADS = {name: np.array(value) for name, value in HEADS.items()}
+
+
+def test_heads_as_the_torchscript_exporter_splits_them():
+    graph = """(float[batch,sequence,32] x) => (float[batch,4,sequence,8] y) {
+        shape = Shape(x)
+        b = Gather<axis=0>(shape, zero)
+        s = Gather<axis=0>(shape, one)
+        b1 = Unsqueeze(b, first)
+        s1 = Unsqueeze(s, first)
+        target = Concat<axis=0>(b1, s1, heads, rest)
+        split = Reshape(x, target)
+        y = Transpose<perm=[0,2,1,3]>(split)
+    }"""
+    check(graph, ["reshape", "permute_dims"], **HEADS)
+
+
+def test_flat_rows_and_back():
+    graph = """(float[batch,sequence,32] x) => (float[batch,sequence,8] y) {
+        flat = Reshape(x, rows)
+        z = MatMul(flat, w)
+        shape = Shape<start=0, end=2>(x)
+        target = Concat<axis=0>(shape, rest)
+        y = Reshape(z, target)
+    }"""
+    tensors = {"rows": np.array([-1, 32]), "w": normal(32, 8), "rest": np.array([-1])}
+    check(graph, ["reshape", "matmul", "reshape"], **tensors)
+
+
+def test_reshape_keeps_sizes_at_zeros():
+    graph = """(float[batch,sequence,32] x) => (float[batch,sequence,4,8] y) {
+        y = Reshape(x, target)
+    }"""
+    check(graph, ["reshape"], target=np.array([0, 0, 4, -1]))
+
+
+def test_positions_are_a_slice_of_a_table_and_bound_the_sequence():
+    graph = """(float[batch,sequence,8] x) => (float[batch,sequence,8] y) {
+        shape = Shape(x)
+        length = Slice(shape, one, two)
+        part = Slice(table, zero, length, one)
+        y = Add(x, part)
+    }"""
+    tensors = {name: np.array([value]) for value, name in enumerate(["zero", "one", "two"])}
+    imported = check(graph, ["strided_slice", "add"], **tensors, table=normal(1, 20, 8))
+    assert imported.bounds == {"sequence": (1, 20)}
+    assert int(imported.module["main"].attrs["tir_var_upper_bound"]["sequence"]) == 20
+
+
+def test_class_token_is_expanded_by_the_batch():
+    graph = """(float[batch,16,8] x) => (float[batch,s,8] y) {
+        shape = Shape(x)
+        b = Gather<axis=0>(shape, zero)
+        b1 = Unsqueeze(b, first)
+        wanted = Concat<axis=0>(b1, rest, rest)
+        unset = Equal(wanted, minus)
+        target = Where(unset, ones, wanted)
+        token = Expand(class, target)
+        y = Concat<axis=1>(token, x)
+    }"""
+    tensors = {"zero": 0, "first": [0], "rest": [-1], "minus": [-1] * 3, "ones": [1] * 3}
+    arrays = {name: np.array(value) for name, value in tensors.items()}
+    sizes = [{"batch": 1}, {"batch": 3}]
+    imported = check(
+        graph, ["broadcast_to", "concat"], sizes, **arrays, **{"class": normal(1, 1, 8)}
+    )
+    assert imported.outputs[0].shape == ("batch", 17, 8)
+
+
+def test_causal_mask_from_ranges():
+    graph = """(float[batch,sequence] x) => (float[sequence,sequence] y) {
+        shape = Shape(x)
+        s = Gather<axis=0>(shape, one)
+        i = Range(zero, s, one)
+        row = Unsqueeze(i, last)
+        allowed = LessOrEqual(i, row)
+        y = Where(allowed, none, lowest)
+    }"""
+    check(
+        graph,
+        ["arange", "expand_dims", "less_equal", "where"],
+        zero=np.array(0),
+        one=np.array(1),
+        last=np.array([-1]),
+        none=np.float32(0),
+        lowest=np.float32(-1e9),
+    )
+
+
+def test_sizes_that_are_computed_from_symbols():
+    graph = """(float[batch,sequence] x) => (float[batch,longer] y, int64 count, int64[2] half) {
+        y = Concat<axis=1>(x, x)
+        count = Size(x)
+        shape = Shape(x)
+        twice = Mul(shape, two)
+        half = Add(twice, two)
+    }"""
+    imported = assert_same_as_onnxruntime(build(graph, two=np.array([2])), sizes=SIZES)
+    assert imported.outputs[0].shape == ("batch", "sequence * 2")
+
+
+def test_constant_of_shape_tile_and_last_element():
+    graph = """(float[batch,sequence] x)
+        => (float[batch,sequence] o, float[b2,s2] t, float[batch] l) {
+        shape = Shape(x)
+        o = ConstantOfShape<value=float[1]{1.5}>(shape)
+        b = Gather<axis=0>(shape, zeros)
+        repeats = Concat<axis=0>(b, twos)
+        t = Tile(x, repeats)
+        l = Gather<axis=1>(x, minus)
+    }"""
+    tensors = {"zeros": np.array([0]), "twos": np.array([2]), "minus": np.array(-1)}
+    imported = assert_same_as_onnxruntime(build(graph, **tensors), sizes=SIZES)
+    assert shapes_are_known(imported)
+
+
+def test_slices_of_symbolic_axes():
+    graph = """(float[batch,sequence] x) => (float[batch,a] y, float[batch,b] z) {
+        y = Slice(x, zero, end, one)
+        z = Slice(x, one, all, one)
+    }"""
+    bounds = {"zero": 0, "one": 1, "end": -1, "all": 2**63 - 1}
+    tensors = {name: np.array([value]) for name, value in bounds.items()}
+    imported = check(graph, ["strided_slice", "strided_slice"], **tensors)
+    assert [spec.shape[1] for spec in imported.outputs] == ["sequence - 1"] * 2
+
+
+def test_different_names_for_the_same_size_become_one():
+    graph = """(float[a,b] x, float[c,d] m, float[d,7] w) => (float[a,7] y) {
+        z = Mul(x, m)
+        y = MatMul(z, w)
+    }"""
+    imported = assert_same_as_onnxruntime(build(graph), sizes=[{"a": 2, "b": 3}])
+    assert [spec.shape for spec in imported.inputs] == [("a", "b"), ("a", "b"), ("b", 7)]
+
+
+def test_dimensions_without_a_name():
+    model = build("(float[batch,8] x) => (float[batch,8] y) { y = Relu(x) }")
+    model.graph.input[0].type.tensor_type.shape.dim[0].ClearField("dim_param")
+    imported = assert_same_as_onnxruntime(model, sizes=[{"x_0": 2}])
+    assert imported.inputs[0].shape == ("x_0", 8)
+
+
+def test_a_shape_that_depends_on_data_is_refused():
+    graph = """(float[batch,8] x, int64[2] shape) => (float[a,b] y) {
+        ["/view"] y = Reshape(x, shape)
+    }"""
+    with pytest.raises(ModelError, match=r"node /view \(Reshape\): a shape depends on the values"):
+        import_onnx(build(graph))
+
+
+SYMBOLIC = "(float[batch,16] x, float[batch,n] z) => (float[batch,16] y, float[batch,n] t) {" + (
+    "y = Relu(x)  t = Relu(z) }"
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "inputs", "bounds"),
+    [
+        ([], [("batch", 16), ("batch", "n")], {}),
+        (["x:1,16"], [(1, 16), (1, "n")], {}),
+        (["x:rows,16"], [("rows", 16), ("rows", "n")], {}),
+        (["z:?,128"], [("batch", 16), ("batch", 128)], {}),
+        (["z:1..64,2..512"], [("batch", 16), ("batch", "n")], {"batch": (1, 64), "n": (2, 512)}),
+    ],
+)
+def test_input_shapes(options, inputs, bounds):
+    imported = import_onnx(build(SYMBOLIC), parse_input_shapes(options))
+    assert [spec.shape for spec in imported.inputs] == inputs
+    assert imported.bounds == bounds
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["w:1,16"], "no input 'w' (its inputs are x float32[batch, 16], z float32[batch, n]"),
+        (["x:1,2,16"], "has 3 dimensions, but the model has 2: x float32[batch, 16]"),
+        (["x:1,17"], "--input-shape x:1,17 contradicts the model: x float32[batch, 16]"),
+        (["x:1,1..8"], "--input-shape x:1,1..8 contradicts the model"),
+        (["x:1,16", "z:2,3"], "--input-shape z:2,3 makes batch 2, but it is 1 already"),
+        (["x:1..4,16", "z:1..8,3"], "z:1..8,3 makes batch 1..8, but it is 1..4 already"),
+    ],
+)
+def test_input_shapes_that_do_not_fit(options, expected):
+    with pytest.raises(OptionError) as caught:
+        import_onnx(build(SYMBOLIC), parse_input_shapes(options))
+    assert expected in str(caught.value)
+
+
+def test_more_than_the_model_allows_is_refused():
+    graph = """(float[batch,sequence,8] x) => (float[batch,sequence,8] y) {
+        shape = Shape<start=1, end=2>(x)
+        part = Slice(table, zero, shape, one)
+        y = Add(x, part)
+    }"""
+    model = build(graph, table=normal(1, 20, 8), zero=np.array([0]), one=np.array([1]))
+    with pytest.raises(OptionError, match=r"sequence up to 64, but the model allows at most 20"):
+        import_onnx(model, {"x": ("batch", range(1, 65), 8)})
+
+
+def test_expressions_of_symbols():
+    specs = [TensorSpec("x", "float32", ("past", "new")), TensorSpec("m", "int64", ("past + new",))]
+    shapes = choose_shapes(specs, {"x": (128, "?")})
+    assert [spec.shape for spec in shapes.specs] == [(128, "new"), ("128 + new",)]
+    model = build("(float[a,8] x, float[b,8] z) => (float[c,8] y) { y = Concat<axis=0>(x, z) }")
+    model.graph.input[1].type.tensor_type.shape.dim[0].dim_param = "a + 2"
+    assert import_onnx(model).outputs[0].shape == ("a * 2 + 2", 8)
+
+
+def test_odd_names():
+    model = build("(float[a,8] x) => (float[a,8] y) { y = Relu(x) }")
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch-size"
+    assert import_onnx(model).inputs[0].shape == ("batch_size", 8)
+
+
+def test_parse_input_shapes():
+    assert parse_input_shapes(["a:1,128", "scope/b:0:2"]) == {"a": (1, 128), "scope/b:0": (2,)}
+    assert parse_input_shapes(["a:n,?,1..8"]) == {"a": ("n", "?", range(1, 9))}
+    assert parse_input_shapes(["a:[1x128]"]) == {"a": (1, 128)}
+    assert parse_input_shapes([]) == {}
+
+
+@pytest.mark.parametrize(
+    "option", ["a", "a:", ":1,2", "a:1,-x", "a:0,2", "a:-1,2", "a:1,,2", "a:8..1", "a:0..4"]
+)
+def test_parse_input_shapes_refuses(option):
+    with pytest.raises(OptionError, match="NAME:DIM,DIM"):
+        parse_input_shapes([option])
+
+
+def test_two_shapes_for_one_input():
+    with pytest.raises(OptionError, match="two shapes"):
+        parse_input_shapes(["a:1", "a:2"])
