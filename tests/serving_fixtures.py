@@ -1,26 +1,16 @@
-"""A small text encoder with symbolic sizes, and servers to put it behind."""
+"""A small text encoder with symbolic sizes, to serve."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
 from artifacts import manifest
 
 VOCABULARY, FEATURES = 100, 16
-READY_SECONDS = 30.0
 
 
 @cache
@@ -89,72 +79,6 @@ def write_encoder(path: Path, seed: int = 0, longest: int = 512) -> Path:
     )
     code.unlink()
     return path
-
-
-class Server:
-    """A running ``sparse-tvm serve``."""
-
-    def __init__(self, sources: Sequence[Path], *options: str) -> None:
-        self.log: list[dict[str, Any]] = []
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-c", "import sys; from sparse_tvm.cli import main; main()"),
-                *("serve", *map(str, sources), "--port", "0", "--grpc-port", "0"),
-                *("--drain", "0.3", "--poll", "0.2", *options),
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        listening = self.wait_for("listening")
-        self.http, self.grpc = listening["http"], listening["grpc"]
-        self.url = f"http://127.0.0.1:{self.http}"
-
-    def wait_for(self, event: str, count: int = 1) -> dict[str, Any]:
-        deadline = monotonic() + READY_SECONDS
-        while monotonic() < deadline:
-            found = [line for line in list(self.log) if line.get("event") == event]
-            if len(found) >= count:
-                return found[count - 1]
-            if self.process.poll() is not None and not self._reader.is_alive():
-                break
-            sleep(0.01)
-        raise AssertionError(f"no {event!r} in the log: {self.log}")
-
-    def terminate(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(READY_SECONDS)
-
-    def worker_pids(self) -> list[int]:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return [
-            int(pid)
-            for pid in children.split()
-            if b"sparse_tvm.serving.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            try:
-                self.log.append(json.loads(line))
-            except json.JSONDecodeError:
-                self.log.append({"event": "not JSON", "line": line})
-
-
-@contextmanager
-def serving(sources: Sequence[Path], *options: str, ready: bool = True) -> Iterator[Server]:
-    server = Server(sources, *options)
-    try:
-        if ready:
-            server.wait_for("ready")
-        yield server
-    finally:
-        if server.process.poll() is None:
-            server.process.kill()
-            server.process.wait()
 
 
 def infer_body(ids: Any, mask: Any = None) -> dict[str, Any]:

@@ -18,9 +18,10 @@ pytest.importorskip("uvicorn")
 import aiohttp
 import tritonclient.grpc
 import tritonclient.http
-from serving_fixtures import Server, expected, infer_body, serving, write_encoder
+from serving_fixtures import expected, infer_body, write_encoder
 from tritonclient.utils import InferenceServerException
 
+from sparse_tvm.serving.local import LocalServer, serving
 from sparse_tvm.serving.metrics import proportional_bytes
 
 FLAVOURS = (tritonclient.http, tritonclient.grpc)
@@ -29,13 +30,13 @@ MASK = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     path = write_encoder(tmp_path_factory.mktemp("models") / "encoder.so")
     with serving([path]) as running:
         yield running
 
 
-def client(flavour: Any, server: Server) -> Any:
+def client(flavour: Any, server: LocalServer) -> Any:
     port = server.http if flavour is tritonclient.http else server.grpc
     return flavour.InferenceServerClient(f"127.0.0.1:{port}")
 
@@ -50,7 +51,7 @@ def inputs(flavour: Any, ids: np.ndarray = IDS, mask: np.ndarray = MASK, **how: 
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_triton_client_health_and_metadata(server: Server, flavour: Any) -> None:
+def test_triton_client_health_and_metadata(server: LocalServer, flavour: Any) -> None:
     triton = client(flavour, server)
     assert triton.is_server_live()
     assert triton.is_server_ready()
@@ -66,7 +67,7 @@ def test_triton_client_health_and_metadata(server: Server, flavour: Any) -> None
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_triton_client_http_infers(server: Server, binary: bool) -> None:
+def test_triton_client_http_infers(server: LocalServer, binary: bool) -> None:
     flavour = tritonclient.http
     wanted = [flavour.InferRequestedOutput("hidden", binary_data=binary)]
     result = client(flavour, server).infer(
@@ -77,7 +78,7 @@ def test_triton_client_http_infers(server: Server, binary: bool) -> None:
     assert result.get_response()["model_version"] == "1"
 
 
-def test_triton_client_grpc_infers(server: Server) -> None:
+def test_triton_client_grpc_infers(server: LocalServer) -> None:
     result = client(tritonclient.grpc, server).infer("encoder", inputs(tritonclient.grpc))
     np.testing.assert_allclose(result.as_numpy("hidden"), expected(IDS, MASK), atol=1e-5)
 
@@ -98,7 +99,7 @@ def test_triton_client_grpc_infers(server: Server) -> None:
         ({"timeout": 1}, "no result within 1e-06 s"),
     ],
 )
-def test_triton_client_errors(server: Server, flavour: Any, change: Any, message: str) -> None:
+def test_triton_client_errors(server: LocalServer, flavour: Any, change: Any, message: str) -> None:
     change = dict(change)
     tensors = inputs(flavour, change.pop("ids", IDS), change.pop("mask", MASK))
     tensors = tensors[: -change.pop("drop", 0) or None]
@@ -108,7 +109,7 @@ def test_triton_client_errors(server: Server, flavour: Any, change: Any, message
         client(flavour, server).infer(name, tensors, outputs=wanted or None, **change)
 
 
-def post(server: Server, path: str, body: Any, **headers: str) -> tuple[int, Any, Any]:
+def post(server: LocalServer, path: str, body: Any, **headers: str) -> tuple[int, Any, Any]:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(server.url + path, data, headers)
     try:
@@ -118,14 +119,14 @@ def post(server: Server, path: str, body: Any, **headers: str) -> tuple[int, Any
         return error.code, json.load(error), error.headers
 
 
-def infer(server: Server, ids: Any, mask: Any = None) -> np.ndarray:
+def infer(server: LocalServer, ids: Any, mask: Any = None) -> np.ndarray:
     status, answer, _ = post(server, "/v2/models/encoder/infer", infer_body(ids, mask))
     assert status == 200, answer
     [output] = answer["outputs"]
     return np.array(output["data"], np.float32).reshape(output["shape"])
 
 
-def test_metrics_count_what_happened(server: Server) -> None:
+def test_metrics_count_what_happened(server: LocalServer) -> None:
     infer(server, IDS, MASK)
     with urllib.request.urlopen(server.url + "/metrics") as response:
         text = response.read().decode()
@@ -135,7 +136,7 @@ def test_metrics_count_what_happened(server: Server) -> None:
     assert "none" not in text  # a client's words never become labels
 
 
-def test_an_embeddings_call_without_a_tokenizer_says_so(server: Server) -> None:
+def test_an_embeddings_call_without_a_tokenizer_says_so(server: LocalServer) -> None:
     status, answer, _ = post(server, "/v1/embeddings", {"model": "encoder", "input": "x"})
     assert status == 400
     assert "no encoder.tokenizer/tokenizer.json" in answer["error"]["message"]
@@ -185,7 +186,7 @@ def test_versions_come_and_go_without_losing_a_request(tmp_path: Path) -> None:
             status, answer, _ = post(server, "/v2/models/encoder/infer", infer_body(ids))
             answers.append((status, answer))
 
-    with serving([tmp_path]) as server:
+    with serving([tmp_path], "--poll", "0.2") as server:
         clients = [threading.Thread(target=load) for _ in range(4)]
         for thread in clients:
             thread.start()
@@ -230,7 +231,7 @@ def test_models_that_never_loaded_keep_the_server_unready(tmp_path: Path) -> Non
     bad = tmp_path / "bad" / "1" / "model.so"
     bad.parent.mkdir(parents=True)
     bad.write_bytes(b"nothing")
-    with serving([tmp_path]) as server:
+    with serving([tmp_path], "--poll", "0.2") as server:
         with pytest.raises(urllib.error.HTTPError, match="503"):
             urllib.request.urlopen(server.url + "/v2/health/ready")
         infer(server, IDS)

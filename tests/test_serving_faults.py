@@ -24,8 +24,10 @@ pytest.importorskip("uvicorn")
 
 import aiohttp
 import grpc
-from serving_fixtures import Server, infer_body, serving, write_encoder
+from serving_fixtures import infer_body, write_encoder
 from tritonclient.grpc import service_pb2 as pb
+
+from sparse_tvm.serving.local import LocalServer, serving
 
 IDS = np.array([[1, 2, 3, 99]])
 HOSTILE = 10_000
@@ -38,12 +40,12 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def server(artifact: Path) -> Iterator[Server]:
+def server(artifact: Path) -> Iterator[LocalServer]:
     with serving([artifact]) as running:
         yield running
 
 
-def resident(server: Server) -> int:
+def resident(server: LocalServer) -> int:
     """Bytes of memory of the server and its workers."""
     pids = [server.process.pid, *server.worker_pids()]
     pages = (int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
@@ -130,7 +132,7 @@ async def flood(count: int, send: Callable[[int], Awaitable[Any]], at_once: int 
 
 
 @asynccontextmanager
-async def http(server: Server) -> AsyncIterator[aiohttp.ClientSession]:
+async def http(server: LocalServer) -> AsyncIterator[aiohttp.ClientSession]:
     timeout = aiohttp.ClientTimeout(total=30)
     async with aiohttp.ClientSession(server.url, timeout=timeout) as session:
         yield session
@@ -146,7 +148,7 @@ async def status_of(session: aiohttp.ClientSession, body: Any = None) -> Any:
         return type(error).__name__
 
 
-def test_hostile_requests_are_refused_and_leave_no_trace(server: Server) -> None:
+def test_hostile_requests_are_refused_and_leave_no_trace(server: LocalServer) -> None:
     rng = random.Random(0)
     bodies = [hostile_json(rng) for _ in range(2 * HOSTILE // 3)]
     messages = [hostile_message(rng) for _ in range(HOSTILE - len(bodies))]
@@ -189,12 +191,12 @@ def test_hostile_requests_are_refused_and_leave_no_trace(server: Server) -> None
     assert asyncio.run(one(server)) == 200
 
 
-async def one(server: Server) -> Any:
+async def one(server: LocalServer) -> Any:
     async with http(server) as session:
         return await status_of(session)
 
 
-def talk(server: Server, data: bytes, seconds: float = 5) -> bytes:
+def talk(server: LocalServer, data: bytes, seconds: float = 5) -> bytes:
     """Send raw bytes and return the beginning of the answer."""
     with socket.create_connection(("127.0.0.1", server.http), timeout=seconds) as connection:
         connection.sendall(data)
@@ -214,7 +216,7 @@ def talk(server: Server, data: bytes, seconds: float = 5) -> bytes:
         (b"DELETE /v2 HTTP/1.1\r\n\r\n", b"405"),
     ],
 )
-def test_wrong_http_is_refused(server: Server, data: bytes, status: bytes) -> None:
+def test_wrong_http_is_refused(server: LocalServer, data: bytes, status: bytes) -> None:
     assert talk(server, data).startswith(b"HTTP/1.1 " + status)
 
 
@@ -236,7 +238,7 @@ def test_oversize_bodies_are_refused_while_they_come(artifact: Path) -> None:
         assert asyncio.run(one(server)) == 200
 
 
-def test_slow_clients_do_not_hold_up_others(server: Server) -> None:
+def test_slow_clients_do_not_hold_up_others(server: LocalServer) -> None:
     slow = [socket.create_connection(("127.0.0.1", server.http)) for _ in range(200)]
     try:
         for number, connection in enumerate(slow):
@@ -256,7 +258,7 @@ def test_slow_clients_do_not_hold_up_others(server: Server) -> None:
 
 
 async def under_load(
-    server: Server, events: Callable[[], Awaitable[None]], clients: int = 8
+    server: LocalServer, events: Callable[[], Awaitable[None]], clients: int = 8
 ) -> Counter:
     """Send sound requests without a pause while `events` happen; count the answers."""
     answers: Counter = Counter()

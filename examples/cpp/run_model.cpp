@@ -1,0 +1,184 @@
+// Loads model.so with TVM's runtime only, runs it once and prints its outputs.
+//
+//   run_model model.so [DIMENSION=SIZE...]
+//
+// Integer inputs are all 1, others all 0.5; symbolic dimensions are 1 unless given.
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <tvm/ffi/container/array.h>
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/extra/json.h>
+#include <tvm/ffi/extra/module.h>
+#include <tvm/ffi/function.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <iostream>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace ffi = tvm::ffi;
+namespace json = tvm::ffi::json;
+
+namespace {
+
+constexpr size_t kAlignment = 64;  // TVM's kernels load vectors from aligned tensors
+constexpr size_t kFooterBytes = 32;
+constexpr char kMagic[] = "SPARSTVM";
+
+// A compiled model mapped into memory: weights are used where they lie.
+class Artifact {
+ public:
+  explicit Artifact(const std::string& path) {
+    int file = open(path.c_str(), O_RDONLY);
+    struct stat status;
+    if (file < 0 || fstat(file, &status) != 0) throw std::runtime_error(path + ": cannot open");
+    size_ = status.st_size;
+    void* memory = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0);
+    close(file);
+    if (memory == MAP_FAILED) throw std::runtime_error(path + ": cannot map");
+    data_ = static_cast<char*>(memory);
+    if (size_ < kFooterBytes || memcmp(data_ + size_ - 8, kMagic, 8) != 0) {
+      throw std::runtime_error(path + ": not a compiled model, or truncated");
+    }
+    uint64_t offset, length;
+    memcpy(&offset, data_ + size_ - kFooterBytes, sizeof offset);
+    memcpy(&length, data_ + size_ - kFooterBytes + 8, sizeof length);
+    if (offset + length + kFooterBytes != size_) throw std::runtime_error(path + ": damaged");
+    manifest_ = json::Parse(ffi::String(data_ + offset, length)).cast<json::Object>();
+  }
+
+  json::Array List(const char* key) const { return manifest_[ffi::String(key)].cast<json::Array>(); }
+  char* At(int64_t offset) const { return data_ + offset; }
+
+ private:
+  char* data_ = nullptr;
+  size_t size_ = 0;
+  json::Object manifest_;
+};
+
+template <typename T>
+T Field(const ffi::Any& entry, const char* key) {
+  return entry.cast<json::Object>()[ffi::String(key)].cast<T>();
+}
+
+// Memory that belongs to somebody else, in the shape TVM takes.
+struct Borrowed {
+  void* data;
+  void AllocData(DLTensor* tensor) { tensor->data = data; }
+  void FreeData(DLTensor*) {}
+};
+
+struct Allocated {
+  void AllocData(DLTensor* tensor) {
+    size_t bytes = std::max<size_t>(ffi::GetDataSize(*tensor), 1);
+    tensor->data = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+  }
+  void FreeData(DLTensor* tensor) { std::free(tensor->data); }
+};
+
+constexpr DLDevice kCPU{kDLCPU, 0};
+
+ffi::Array<ffi::Tensor> Weights(const Artifact& artifact) {
+  ffi::Array<ffi::Tensor> weights;
+  for (const ffi::Any& entry : artifact.List("weights")) {
+    std::vector<int64_t> shape;
+    for (const ffi::Any& dim : Field<json::Array>(entry, "shape")) shape.push_back(dim.cast<int64_t>());
+    Borrowed memory{artifact.At(Field<int64_t>(entry, "offset"))};
+    DLDataType dtype = ffi::StringToDLDataType(Field<ffi::String>(entry, "dtype"));
+    weights.push_back(ffi::Tensor::FromNDAlloc(memory, ffi::ShapeView(shape.data(), shape.size()), dtype, kCPU));
+  }
+  return weights;
+}
+
+ffi::Tensor Input(const ffi::Any& entry, const std::map<std::string, int64_t>& sizes) {
+  std::vector<int64_t> shape;
+  for (const ffi::Any& dim : Field<json::Array>(entry, "shape")) {
+    if (auto size = dim.as<int64_t>()) {
+      shape.push_back(*size);
+    } else {
+      auto given = sizes.find(dim.cast<ffi::String>());
+      shape.push_back(given == sizes.end() ? 1 : given->second);
+    }
+  }
+  DLDataType dtype = ffi::StringToDLDataType(Field<ffi::String>(entry, "dtype"));
+  ffi::Tensor input = ffi::Tensor::FromNDAlloc(Allocated(), ffi::ShapeView(shape.data(), shape.size()), dtype, kCPU);
+  int64_t count = input.numel();
+  if (dtype.code == kDLFloat && dtype.bits == 32) {
+    std::fill_n(static_cast<float*>(input.data_ptr()), count, 0.5f);
+  } else if (dtype.code == kDLInt && dtype.bits == 64) {
+    std::fill_n(static_cast<int64_t*>(input.data_ptr()), count, 1);
+  } else if (dtype.code == kDLInt && dtype.bits == 32) {
+    std::fill_n(static_cast<int32_t*>(input.data_ptr()), count, 1);
+  } else {
+    throw std::runtime_error("this example fills float32, int64 and int32 inputs only");
+  }
+  return input;
+}
+
+void Print(const std::string& name, const ffi::Tensor& output) {
+  std::cout << name << " [";
+  for (int64_t i = 0; i < output.ndim(); ++i) std::cout << (i ? ", " : "") << output.size(i);
+  std::cout << "]:";
+  for (int64_t i = 0; i < std::min<int64_t>(output.numel(), 4); ++i) {
+    if (output.dtype().code == kDLFloat) {
+      std::cout << " " << static_cast<const float*>(output.data_ptr())[i];
+    } else {
+      std::cout << " " << static_cast<const int64_t*>(output.data_ptr())[i];
+    }
+  }
+  std::cout << " ...\n";
+}
+
+int Run(int argc, char** argv) {
+  if (argc < 2) throw std::runtime_error("usage: run_model MODEL.so [DIMENSION=SIZE...]");
+  std::map<std::string, int64_t> sizes;
+  for (int i = 2; i < argc; ++i) {
+    std::string option = argv[i];
+    size_t equals = option.find('=');
+    if (equals == std::string::npos) throw std::runtime_error(option + ": not DIMENSION=SIZE");
+    sizes[option.substr(0, equals)] = std::stoll(option.substr(equals + 1));
+  }
+  Artifact artifact(argv[1]);
+
+  // The code: an ELF library whose one function makes a virtual machine for the program.
+  ffi::Module library = ffi::Module::LoadFromFile(argv[1]);
+  ffi::Module machine = (*library->GetFunction("vm_load_executable"))().cast<ffi::Module>();
+  constexpr int kDeviceId = 0, kPooledAllocator = 2;
+  (*machine->GetFunction("vm_initialization"))(static_cast<int>(kDLCPU), kDeviceId, kPooledAllocator);
+  ffi::Function main = *machine->GetFunction("main");
+
+  // The program takes the inputs in order, and all weights as one last argument.
+  std::vector<ffi::Any> owned;
+  for (const ffi::Any& entry : artifact.List("inputs")) owned.push_back(Input(entry, sizes));
+  owned.push_back(Weights(artifact));
+  std::vector<ffi::AnyView> arguments(owned.begin(), owned.end());
+  ffi::Any result;
+  main.CallPacked(ffi::PackedArgs(arguments.data(), arguments.size()), &result);
+
+  json::Array outputs = artifact.List("outputs");
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    auto one = result.as<ffi::Tensor>();
+    ffi::Tensor output = one ? *one : result.cast<ffi::Array<ffi::Tensor>>()[i];
+    Print(Field<ffi::String>(outputs[i], "name"), output);
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    return Run(argc, argv);
+  } catch (const std::exception& error) {
+    std::cerr << "error: " << error.what() << "\n";
+    return 1;
+  }
+}
