@@ -1,6 +1,6 @@
 """Measure a compiled model: latency, throughput, memory, load time, time per kernel.
 
-With ``against``, ONNX Runtime is measured in the same run, and outputs are compared.
+With ``against``, the model's own framework is measured in the same run, and outputs are compared.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sparse_tvm.random_inputs import random_inputs
 from sparse_tvm.runtime import Model, load
 
 if TYPE_CHECKING:
-    from sparse_tvm.reference import Reference
+    from sparse_tvm.reference import ReferenceModel
 
 PROFILE_RUNS = 10
 
@@ -85,22 +85,26 @@ class BenchResult:
 
 def bench(
     path: str | os.PathLike[str],
-    against: str | os.PathLike[str] | None = None,
+    against: Any = None,
     *,
+    allow_pickle: bool = False,
     threads: int | None = None,
     warmup: float = 1.0,
     duration: float = 5.0,
     inputs: Mapping[str, np.ndarray] | None = None,
     profile: bool = False,
 ) -> BenchResult:
-    """Measure a compiled model, and ONNX Runtime beside it.
+    """Measure a compiled model, and the framework it came from beside it.
 
     Parameters
     ----------
     path : path
         The compiled model.
-    against : path | None
-        The ONNX model to run in ONNX Runtime on as many threads, interleaved with ours.
+    against : path | model | None
+        The model to run in its own framework (ONNX Runtime for ONNX) on as many threads,
+        interleaved with ours.
+    allow_pickle : bool
+        As for :func:`sparse_tvm.compile`.
     threads : int | None
         As for :func:`sparse_tvm.load`.
     warmup, duration : float
@@ -115,7 +119,7 @@ def bench(
     ArtifactError, InputError, OptionError
         As :func:`sparse_tvm.load` and :meth:`sparse_tvm.runtime.Model.run`.
     ModelError
-        When ONNX Runtime cannot load `against`, or it has other inputs or outputs.
+        When its framework cannot load `against`, or it has other inputs or outputs.
     """
     for name, value in (("warmup", warmup), ("duration", duration)):
         if value < 0:
@@ -127,7 +131,7 @@ def bench(
     engines: list[_Engine[Any]] = [ours]
     differences = None
     if against is not None:
-        reference, differences = _reference_engine(against, model, feed, warmup)
+        reference, differences = _reference_engine(against, allow_pickle, model, feed, warmup)
         engines.append(reference)
     times = interleave({engine.name: engine.run for engine in engines}, duration=duration)
     timings = [engine.timing(times[engine.name]) for engine in engines]
@@ -208,16 +212,17 @@ class _Engine(Generic[_Loaded]):
 
 
 def _reference_engine(
-    path: str | os.PathLike[str], model: Model, feed: Mapping[str, np.ndarray], warmup: float
+    against: Any, allow_pickle: bool, model: Model, feed: Mapping[str, np.ndarray], warmup: float
 ) -> tuple[_Engine[Any], dict[str, float]]:
-    """Return ONNX Runtime with the model at `path`, and how its outputs differ from ours."""
+    """Return the source in its framework, and how its outputs differ from ours."""
+    from sparse_tvm.frontends.detect import open_source
+    from sparse_tvm.frontends.source import SourceOptions
 
-    def open_reference() -> Reference:
-        from sparse_tvm.reference import Reference
-
-        return Reference(path, threads=model.threads)
-
-    engine = _Engine("ONNX Runtime", open_reference)
+    shapes = {name: values.shape for name, values in feed.items()}
+    options = SourceOptions(allow_pickle=allow_pickle, input_shapes=shapes)
+    source = open_source(against, options)
+    engine: _Engine[ReferenceModel] = _Engine("reference", lambda: source.reference(model.threads))
+    engine.name = engine.loaded.engine
     reference = engine.loaded
     outputs = [spec.name for spec in model.outputs]
     for what, theirs, mine in (
@@ -226,8 +231,8 @@ def _reference_engine(
     ):
         if set(theirs) != set(mine):
             raise ModelError(
-                f"{path} is another model than {model.path}: its {what} are {', '.join(theirs)}, "
-                f"not {', '.join(mine)}",
+                f"{source.name} is another model than {model.path}: its {what} are "
+                f"{', '.join(theirs)}, not {', '.join(mine)}",
                 hint="give --against the model that was compiled",
             )
     engine.warm_up(lambda: reference.run(feed, outputs), warmup)

@@ -1,20 +1,18 @@
-"""The compiler: an ONNX model in, one artifact out. This file is the pipeline, top to bottom."""
+"""The compiler: a model in, one artifact out. This file is the pipeline, top to bottom."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import tvm
 from tvm import relax
 from tvm.relax.backend.cpu_generic.pipeline import finalize_passes
@@ -23,7 +21,11 @@ from sparse_tvm import __version__
 from sparse_tvm.artifact import read_manifest, rewrite_manifest, write_artifact
 from sparse_tvm.errors import BuildError, OptionError, OutputError, VerificationError
 from sparse_tvm.files import check_writable, replacing
-from sparse_tvm.frontends.onnx import ImportedModel, import_onnx
+from sparse_tvm.frontends.detect import open_source
+from sparse_tvm.frontends.input_shapes import InputShapes
+from sparse_tvm.frontends.ir import check_ir_path, write_ir
+from sparse_tvm.frontends.onnx import ImportedModel
+from sparse_tvm.frontends.source import Source, SourceOptions, copy_companions
 from sparse_tvm.linker import fcompile
 from sparse_tvm.passes.convert_weights import FormatOptions
 from sparse_tvm.passes.dense_to_sparse import dense_to_sparse
@@ -63,17 +65,21 @@ class CompileResult:
 
 
 def compile(
-    model: PathLike | onnx.ModelProto,
+    model: Any,
     output: PathLike,
     *,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    allow_pickle: bool = False,
     target: str = "native",
     threshold: float | None = None,
     format: str = "auto",
     block: str | None = None,
     layer_rules: Sequence[str] = (),
-    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    input_shapes: InputShapes | None = None,
     threads: int | None = None,
     dump_ir: PathLike | None = None,
+    save_ir: PathLike | None = None,
     report: PathLike | Sequence[PathLike] | None = None,
     verify: bool = True,
     tolerance: float = 1e-4,
@@ -83,10 +89,17 @@ def compile(
 
     Parameters
     ----------
-    model : path or onnx.ModelProto
-        A float32 ONNX model, opset 11 or newer.
+    model : path, torch.nn.Module, keras.Model or onnx.ModelProto
+        A float32 model of any kind that ``docs/sources.md`` lists; files are told by content.
     output : path
-        The artifact to write. It appears complete and verified, or not at all.
+        The artifact to write. It appears complete and verified, or not at all. A tokenizer's
+        files go to ``<output>.tokenizer`` (in place of its suffix) beside it.
+    example_inputs : tuple | Mapping[str, Any] | None
+        For an ``nn.Module``: positional or keyword arguments to trace it with.
+    dynamic_shapes : Any
+        For an ``nn.Module``: as ``torch.export.export`` takes it; all are fixed by default.
+    allow_pickle : bool
+        Unpickle a file that is a pickle, which runs whatever code is in it.
     target : str
         A name in ``sparse_tvm.targets.TARGETS``, or ``native``.
     threshold : float | None
@@ -101,10 +114,13 @@ def compile(
         Threads the artifact uses unless told otherwise when loaded; by default all cores there.
     dump_ir : path | None
         Directory for the module after each phase, as TVMScript.
+    save_ir : path | None
+        ``.json`` file for the imported module, with its weights in safetensors beside it; it
+        can be compiled in place of the model.
     report : path or paths | None
         ``.html``, ``.md`` or ``.json`` files to write.
     verify : bool
-        Compare with ONNX Runtime on random inputs.
+        Compare with the model's own framework on random inputs.
     tolerance : float
         Largest absolute difference accepted, relative to the output's largest value if that is
         above 1.
@@ -125,10 +141,17 @@ def compile(
     for path in reports:
         check_report_path(path)
     check_writable(output)
+    if save_ir is not None:
+        check_ir_path(save_ir)
     phases = _Phases(progress, Path(dump_ir) if dump_ir is not None else None)
 
     with phases("import"):
-        imported = import_onnx(model, input_shapes)
+        source = open_source(
+            model, SourceOptions(example_inputs, dynamic_shapes, allow_pickle, input_shapes or {})
+        )
+        imported = source.load(input_shapes)
+        if save_ir is not None:
+            write_ir(source, imported, save_ir)
         program = Program(imported.module, dict(imported.weights), dict(imported.layers))
         totals = _model_totals(program)
         phases.program = program
@@ -158,7 +181,7 @@ def compile(
             "tvm": tvm.__version__,
             "tvm_ffi": _distribution_version("apache-tvm-ffi"),
         },
-        "model": _describe_model(model),
+        "model": source.describe(),
         "target": chosen_target.as_json(),
         "threads": threads,
         "inputs": [_spec_json(spec) for spec in imported.inputs],
@@ -176,7 +199,7 @@ def compile(
             write_artifact(unverified, library, program.weights, manifest)
         if verify:
             with phases("verify"):
-                manifest["verification"] = _verify(unverified, imported, tolerance)
+                manifest["verification"] = _verify(unverified, imported, source, tolerance)
         manifest["compile"] = {
             "seconds": round(time.perf_counter() - started, 3),
             "peak_memory_bytes": _peak_memory_bytes(),
@@ -184,6 +207,7 @@ def compile(
         }
         rewrite_manifest(unverified, manifest)
         manifest = read_manifest(unverified)
+    copy_companions(source, output)
     for path in reports:
         write_report(manifest, path)
     return CompileResult(Path(output), manifest)
@@ -242,15 +266,13 @@ def _build(program: Program, target: Target) -> Any:
             raise BuildError(f"code generation failed: {text[-1] if text else error!r}") from error
 
 
-def _verify(artifact: Path, imported: ImportedModel, tolerance: float) -> dict[str, Any]:
-    """Compare every output with ONNX Runtime's on the same random inputs."""
-    from sparse_tvm.reference import Reference
+def _verify(
+    artifact: Path, imported: ImportedModel, source: Source, tolerance: float
+) -> dict[str, Any]:
+    """Compare every output with the source framework's on the same random inputs."""
     from sparse_tvm.runtime import load
 
-    source = imported.source
-    if isinstance(source, onnx.ModelProto):
-        source = source.SerializeToString()
-    reference = Reference(source, threads=1)
+    reference = source.reference(threads=1)
     inputs = random_inputs(imported.inputs)
     outputs = load(artifact).run(inputs)
     expected = reference.run(inputs, list(outputs))
@@ -259,12 +281,12 @@ def _verify(artifact: Path, imported: ImportedModel, tolerance: float) -> dict[s
         scale = max(1.0, float(np.abs(expected[name]).max(initial=0.0)))
         if not difference <= tolerance * scale:
             raise VerificationError(
-                f"output {name} differs from ONNX Runtime's by up to {difference:.3g}, "
+                f"output {name} differs from {reference.engine}'s by up to {difference:.3g}, "
                 f"more than the tolerance {tolerance * scale:.3g}",
                 hint="nothing was written; --no-verify or a larger --tolerance accepts it",
             )
     return {
-        "reference": f"ONNX Runtime {_distribution_version('onnxruntime')}",
+        "reference": f"{reference.engine} {reference.version}",
         "tolerance": tolerance,
         "max_abs_diff": differences,
     }
@@ -284,16 +306,6 @@ def _model_totals(program: Program) -> dict[str, int]:
         "parameters": sum(w.size for w in weights),
         "nonzeros": sum(int(np.count_nonzero(w)) for w in weights),
     }
-
-
-def _describe_model(model: PathLike | onnx.ModelProto) -> dict[str, Any]:
-    if isinstance(model, onnx.ModelProto):
-        return {"name": model.graph.name or "model", "source": None, "sha256": None}
-    path, digest = Path(model), hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return {"name": path.stem, "source": path.name, "sha256": digest.hexdigest()}
 
 
 def _spec_json(spec: Any) -> dict[str, Any]:

@@ -1,8 +1,12 @@
-"""ONNX Runtime as the reference: what a model should return, and the time to beat."""
+"""References: what a model should return, and the time to beat. ONNX Runtime is one.
+
+Models from other frameworks bring their own (see ``frontends/``).
+"""
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,7 +15,45 @@ import onnxruntime
 from sparse_tvm.errors import ModelError
 
 
-class Reference:
+class ReferenceModel(ABC):
+    """A model in the framework it comes from.
+
+    Attributes
+    ----------
+    engine : str
+        The framework, for tables.
+    version : str
+        The framework's version.
+    inputs, outputs : list[str]
+        Names, in the model's order.
+    """
+
+    engine: str
+    version: str
+    inputs: list[str]
+    outputs: list[str]
+
+    @abstractmethod
+    def run(
+        self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run the model and return its outputs, or only those named, in that order."""
+
+    def max_abs_differences(
+        self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
+    ) -> dict[str, float]:
+        """Return by how much each of `outputs` differs at most from what the model returns.
+
+        Equal infinities, and NaNs in the same place, do not differ. Another shape differs by
+        infinity, and a NaN in one of the two by NaN.
+        """
+        expected = self.run(inputs, list(outputs))
+        return {
+            name: _max_abs_difference(output, expected[name]) for name, output in outputs.items()
+        }
+
+
+class Reference(ReferenceModel):
     """A model in ONNX Runtime, with its default optimisations.
 
     Parameters
@@ -26,6 +68,9 @@ class Reference:
     ModelError
         When ONNX Runtime cannot load the model.
     """
+
+    engine = "ONNX Runtime"
+    version = onnxruntime.__version__
 
     def __init__(self, model: str | os.PathLike[str] | bytes, *, threads: int) -> None:
         self.name = "the model" if isinstance(model, bytes) else os.fspath(model)
@@ -50,19 +95,6 @@ class Reference:
         """Run the model and return its outputs, or only those named, in that order."""
         names = self.outputs if outputs is None else list(outputs)
         return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
-
-    def max_abs_differences(
-        self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
-    ) -> dict[str, float]:
-        """Return by how much each of `outputs` differs at most from what the model returns.
-
-        Equal infinities, and NaNs in the same place, do not differ. Another shape differs by
-        infinity, and a NaN in one of the two by NaN.
-        """
-        expected = self.run(inputs, list(outputs))
-        return {
-            name: _max_abs_difference(output, expected[name]) for name, output in outputs.items()
-        }
 
 
 def _max_abs_difference(output: np.ndarray, expected: np.ndarray) -> float:

@@ -58,6 +58,7 @@ def test_model(model: Path) -> None:
     first, second = found.pop("layers")
     assert found == {
         "file": str(model),
+        "kind": "ONNX model",
         "opset": 17,
         "ir_version": 8,
         "producer": "pytest",

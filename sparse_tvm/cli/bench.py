@@ -1,4 +1,4 @@
-"""``sparse-tvm bench``: time a compiled model, beside ONNX Runtime if wanted."""
+"""``sparse-tvm bench``: time a compiled model, beside its own framework if wanted."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from sparse_tvm.cli.options import AllowPickle
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,9 +21,13 @@ if TYPE_CHECKING:
 def bench(
     model: Annotated[Path, typer.Argument(metavar="MODEL.so", help="The compiled model.")],
     against: Annotated[
-        Path | None,
-        typer.Option(metavar="MODEL.onnx", help="Time this model in ONNX Runtime, interleaved."),
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Time this model in its own framework (ONNX Runtime for ONNX), interleaved.",
+        ),
     ] = None,
+    allow_pickle: AllowPickle = False,
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="By default as compiled, else every core.")
     ] = None,
@@ -43,7 +49,13 @@ def bench(
 
     def measure() -> BenchResult:
         return bench(
-            model, against, threads=threads, warmup=warmup, duration=duration, profile=profile
+            model,
+            against,
+            allow_pickle=allow_pickle,
+            threads=threads,
+            warmup=warmup,
+            duration=duration,
+            profile=profile,
         )
 
     if json is None:
@@ -65,8 +77,9 @@ def _to_json(result: BenchResult) -> str:
 def _print(console: Console, result: BenchResult) -> None:
     console.print(f"{result.path}, {result.threads} threads, {result.cpu}")
     console.print(_timings(result))
-    if result.speedup is not None:
-        console.print(f"{result.speedup:.2f}x the speed of ONNX Runtime (ratio of medians)")
+    if result.speedup is not None and result.reference is not None:
+        engine = result.reference.engine
+        console.print(f"{result.speedup:.2f}x the speed of {engine} (ratio of medians)")
     for name, difference in (result.max_abs_diff or {}).items():
         console.print(f"largest difference of {name}: {difference:.2e}", markup=False)
     if result.profile is not None:

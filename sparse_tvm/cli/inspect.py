@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from sparse_tvm.cli.options import AllowPickle, InputShapes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,18 +15,22 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="An ONNX model or a compiled .so.")],
+    path: Annotated[str, typer.Argument(metavar="MODEL", help="Any model, or a compiled .so.")],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON, with the fill of every candidate block.")
     ] = False,
+    input_shape: InputShapes = None,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Show sparsity and structure of each weight of a model, or the manifest of an artifact."""
     import json
 
     from sparse_tvm.cli.console import stdout_console
+    from sparse_tvm.frontends.input_shapes import parse_input_shapes
     from sparse_tvm.inspection import inspect, is_artifact
 
-    found = inspect(path)
+    shapes = parse_input_shapes(input_shape or ())
+    found = inspect(path, input_shapes=shapes, allow_pickle=allow_pickle)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     elif is_artifact(path):
@@ -43,6 +48,7 @@ def _print_model(console: Console, found: Mapping[str, Any]) -> None:
         fact_table(
             [
                 *_signature(found),
+                ("Model", f"{found['file']} ({found['kind']})"),
                 ("Opset", f"{found['opset']} (IR version {found['ir_version']})"),
                 ("Producer", found["producer"] or "unknown"),
                 ("Layers", str(len(found["layers"]))),
@@ -117,7 +123,7 @@ def _weight_table(layers: list[dict[str, Any]]) -> Table:
     from sparse_tvm.report.tables import human_count, human_percent
 
     numbers = ("non-zeros", "sparsity")
-    table = plain_table("layer", "op", "shape", *numbers, "structure", numbers=numbers)
+    table = plain_table("layer", "op", "shape", *numbers, "structure", "origin", numbers=numbers)
     for layer in layers:
         table.add_row(
             name_cell(layer["name"]),
@@ -126,6 +132,7 @@ def _weight_table(layers: list[dict[str, Any]]) -> Table:
             human_count(layer["nnz"]),
             human_percent(layer["sparsity"]),
             layer["structure"],
+            layer["origin"] or "",
         )
     return table
 

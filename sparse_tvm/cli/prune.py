@@ -1,4 +1,4 @@
-"""``sparse-tvm prune``: set the least important weights of an ONNX model to zero."""
+"""``sparse-tvm prune``: set the least important weights of a model to zero."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sparse_tvm.cli.options import AllowPickle, InputShapes
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -14,9 +16,12 @@ if TYPE_CHECKING:
 
 
 def prune(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The model to prune.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The model to prune.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="The model to write.")
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="PATH", help="The model to write, in its own kind or .onnx."
+        ),
     ],
     sparsity: Annotated[
         float | None,
@@ -49,15 +54,21 @@ def prune(
         ),
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of --random-weights.")] = 0,
+    input_shape: InputShapes = None,
+    allow_pickle: AllowPickle = False,
 ) -> None:
-    """Prune the weights of MODEL.onnx by magnitude. Embeddings are never touched."""
+    """Prune the weights of MODEL by magnitude. Embeddings are never touched."""
     from sparse_tvm.cli.console import stdout_console
+    from sparse_tvm.frontends.input_shapes import parse_input_shapes
+    from sparse_tvm.frontends.source import SourceOptions
     from sparse_tvm.report.tables import fact_table
     from sparse_tvm.sparsity.pruning import prune
 
+    shapes = parse_input_shapes(input_shape or ())
     report = prune(
         model,
         output,
+        options=SourceOptions(input_shapes=shapes, allow_pickle=allow_pickle),
         sparsity=sparsity,
         structure=structure,
         scope=scope,

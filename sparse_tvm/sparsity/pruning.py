@@ -1,4 +1,4 @@
-"""Magnitude pruning of weights and of ONNX models: set the values that matter least to zero."""
+"""Magnitude pruning of weights and of models: set the values that matter least to zero."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 
 from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.frontends.detach import as_array, stored_tensors
+from sparse_tvm.frontends.detect import open_source
+from sparse_tvm.frontends.onnx_source import OnnxSource
 from sparse_tvm.frontends.read import first_few, read_onnx
+from sparse_tvm.frontends.source import SourceOptions
 from sparse_tvm.frontends.weights import (
     WeightRef,
     canonical,
@@ -139,9 +143,10 @@ def prune_array(w: np.ndarray, sparsity: float, structure: str | Pattern) -> np.
 
 
 def prune(
-    model: str | os.PathLike[str] | onnx.ModelProto,
+    model: Any,
     output: str | os.PathLike[str],
     *,
+    options: SourceOptions | None = None,
     sparsity: float | None = None,
     structure: str = "unstructured",
     scope: str = "uniform",
@@ -150,18 +155,22 @@ def prune(
     random_weights: bool = False,
     seed: int = 0,
 ) -> PruneReport:
-    """Prune the MatMul, Gemm and Conv weights of an ONNX model by magnitude.
+    """Prune the MatMul, Gemm and Conv weights of a model by magnitude.
 
     Embeddings are never touched, nor are weights that share their values with one. Weights that
     several layers share are pruned once.
 
     Parameters
     ----------
-    model : path or onnx.ModelProto
-        The model to prune; a model in memory is not changed.
+    model : path or model
+        Anything :func:`sparse_tvm.compile` takes; a model in memory is not changed.
     output : path
-        The file to write; its weights go to ``<output>.data`` when the model is over 2 GiB or
-        came with external data itself.
+        What to write. A name that ends in ``.onnx``, or an ONNX model, gives ONNX, whose
+        weights go to ``<output>.data`` when the model is over 2 GiB or came with external data
+        itself. Otherwise a Hugging Face model is written as such a directory, and a PyTorch
+        model as a ``.pt2``.
+    options : SourceOptions | None
+        What else opening the model takes, such as example inputs.
     sparsity : float | None
         Share of values to set to zero, in [0, 1). N:M structures imply it.
     structure : str
@@ -190,7 +199,9 @@ def prune(
     pattern = Pattern.parse(structure)
     share = _check_sparsity(sparsity, pattern, structure)
     _check_scope(scope, pattern, structure)
-    pruned = _own_copy(model)
+    source = open_source(model, options)
+    as_onnx = isinstance(source, OnnxSource) or Path(output).suffix == ".onnx"
+    pruned = _own_copy(source.as_onnx())
     chosen, skipped = _choose(pruned, layers, exclude)
     weights = _Weights(pruned, chosen, random_weights, seed)
     cut = None
@@ -205,7 +216,12 @@ def prune(
         else:
             w = _masked(w, cut.keep(_block_scores(w, pattern.block)), pattern.block)
         done.append(weights.replace(ref, w))
-    write_onnx(pruned, output, external=_is_external(model, pruned))
+    if as_onnx:
+        write_onnx(pruned, output, external=_is_external(source.as_onnx(), pruned))
+    else:
+        tensors = dict(stored_tensors(pruned.graph))
+        values = {ref.initializer: as_array(tensors[ref.initializer]) for ref in chosen}
+        source.write_pruned(values, Path(output))
     return PruneReport(Path(output), tuple(done), skipped)
 
 

@@ -1,0 +1,184 @@
+"""Which door a model comes in by: told by its content, not by its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from sparse_tvm.errors import ModelError
+from sparse_tvm.frontends.source import Source, SourceOptions
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_PREFIX = "hf://"
+_MODEL_SUFFIXES = {".onnx", ".pt2", ".pt", ".pth", ".keras", ".tflite", ".h5", ".json", ".so"}
+_MAX_IR_HEADER = 64
+
+
+def open_source(model: Any, options: SourceOptions | None = None) -> Source:
+    """Open a model through its door.
+
+    Parameters
+    ----------
+    model : path, onnx.ModelProto, torch.nn.Module, or keras.Model
+        A file or directory of any kind that ``docs/sources.md`` lists, a Hugging Face hub id, or
+        a model in memory.
+    options : SourceOptions | None
+        What else the door needs to know.
+
+    Raises
+    ------
+    ModelError
+        When there is no such file, it is of no such kind, or its framework is not installed.
+    """
+    options = options or SourceOptions()
+    if isinstance(model, onnx.ModelProto):
+        from sparse_tvm.frontends.onnx_source import OnnxSource
+
+        return OnnxSource(model)
+    if not isinstance(model, str | os.PathLike):
+        return _open_object(model, options)
+    if hub_id := _hub_id(model):
+        from sparse_tvm.frontends.huggingface import HuggingFaceSource
+
+        return HuggingFaceSource.from_hub(hub_id)
+    path = Path(model)
+    return _open_directory(path) if path.is_dir() else _open_file(path, options)
+
+
+def _open_object(model: Any, options: SourceOptions) -> Source:
+    bases = {f"{base.__module__}.{base.__name__}" for base in type(model).__mro__}
+    if "torch.nn.modules.module.Module" in bases:
+        from sparse_tvm.frontends.torch import ModuleSource
+
+        return ModuleSource(model, options)
+    if any(base.startswith("keras.") and base.endswith(".Model") for base in bases):
+        from sparse_tvm.frontends.keras import KerasSource
+
+        return KerasSource.from_model(model)
+    raise ModelError(
+        f"a {type(model).__name__} is not a model",
+        hint="give a path, an nn.Module, a Keras model or an onnx.ModelProto",
+    )
+
+
+def _open_directory(path: Path) -> Source:
+    if (path / "saved_model.pb").is_file():
+        from sparse_tvm.frontends.tensorflow import SavedModelSource
+
+        return SavedModelSource(path)
+    if (path / "config.json").is_file():
+        from sparse_tvm.frontends.huggingface import HuggingFaceSource
+
+        return HuggingFaceSource(path)
+    raise ModelError(
+        f"{path}: is a directory, but not of a model",
+        hint="a Hugging Face model has config.json in it, a SavedModel has saved_model.pb",
+    )
+
+
+def _open_file(path: Path, options: SourceOptions) -> Source:
+    head = _head(path)
+    if head.startswith(b"PK\x03\x04"):
+        return _open_zip(path, options)
+    if head[4:8] == b"TFL3":
+        from sparse_tvm.frontends.tflite import TfliteSource
+
+        return TfliteSource(path)
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        from sparse_tvm.frontends.torch import ModuleSource
+
+        return ModuleSource.from_pickle(path, options)
+    if head[:_MAX_IR_HEADER].startswith(b'{"sparse_tvm_ir":'):
+        from sparse_tvm.frontends.ir import IrSource
+
+        return IrSource(path)
+    if head.startswith(b"\x89HDF"):
+        raise ModelError(
+            f"{path}: is an HDF5 file, perhaps of an old Keras model",
+            hint="load it with Keras and save it as .keras",
+        )
+    if path.name.endswith(".safetensors.index.json") or _is_safetensors(head):
+        raise ModelError(
+            f"{path}: not a model: it has weights without a graph",
+            hint="give the Hugging Face directory that has config.json beside it",
+        )
+    from sparse_tvm.frontends.onnx_source import OnnxSource
+
+    return OnnxSource(path)
+
+
+def _open_zip(path: Path, options: SourceOptions) -> Source:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ModelError(f"{path}: truncated or damaged zip archive: {error}") from error
+    # The archive's folder has any name; PT2 archives have models/, older ones do not.
+    inner = {name.partition("/")[2] for name in names}
+    if "serialized_exported_program.json" in names or any(
+        name.startswith("models/") and name.endswith(".json") for name in inner | set(names)
+    ):
+        from sparse_tvm.frontends.torch import ProgramSource
+
+        return ProgramSource(path, options)
+    if {"config.json", "model.weights.h5"} <= set(names):
+        from sparse_tvm.frontends.keras import KerasSource
+
+        return KerasSource(path)
+    if any(name.startswith("code/") for name in inner):
+        raise ModelError(
+            f"{path}: is a TorchScript archive, which PyTorch no longer develops",
+            hint="export the model with torch.export.save",
+        )
+    if "data.pkl" in inner:
+        from sparse_tvm.frontends.torch import ModuleSource
+
+        return ModuleSource.from_pickle(path, options)
+    from sparse_tvm.frontends.onnx_source import OnnxSource
+
+    return OnnxSource(path)  # its reader says what other archives are
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(512)
+    except OSError:
+        return b""  # the ONNX reader says what is wrong
+
+
+def _is_safetensors(head: bytes) -> bool:
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
+
+
+def _hub_id(model: str | os.PathLike[str]) -> str | None:
+    text = os.fspath(model)
+    if text.startswith((_HUB_PREFIX, "hf:/")):  # a pathlib.Path has lost a slash
+        return text.partition(":")[2].lstrip("/")
+    path = Path(text)
+    if path.exists() or path.parent.exists() or path.suffix in _MODEL_SUFFIXES:
+        return None
+    return text if _HUB_ID.fullmatch(text) else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises
+    ------
+    ModelError
+        When it cannot be read, or is something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not a readable JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return values
