@@ -31,8 +31,10 @@ class _FuseLayerNorm(Rewrite):
                 continue
             for normalised, gamma in self.graph.operands(product, self._is_vector):
                 found = self._normalised(normalised)
-                if found is not None and same_shape(shape_of(found[0])[-1:], shape_of(gamma)):
-                    x, epsilon = found
+                if found is None:
+                    continue
+                x, epsilon = found
+                if all(same_shape(shape_of(x)[-1:], shape_of(e)) for e in (gamma, beta)):
                     return relax.op.nn.layer_norm(
                         self.new(x), self.new(gamma), self.new(beta), axes=[-1], epsilon=epsilon
                     )
@@ -43,26 +45,33 @@ class _FuseLayerNorm(Rewrite):
 
     def _normalised(self, expr: Any) -> tuple[Any, float] | None:
         """``x`` and epsilon of ``(x - mean(x)) / sqrt(variance(x) + epsilon)``."""
-        quotient = self.graph.op(expr, "divide")
-        if quotient is not None:
-            pairs = [tuple(quotient.args)]
+        if (quotient := self.graph.op(expr, "divide")) is not None:
+            pairs = [(quotient.args[0], self._under_root(quotient.args[1]))]
         elif (product := self.graph.op(expr, "multiply")) is not None:
-            pairs = [(c, self._inverse(i)) for c, i in self.graph.operands(product, self._inverse)]
+            a, b = product.args
+            pairs = [(a, self._under_inverse_root(b)), (b, self._under_inverse_root(a))]
         else:
             return None
-        for centred, root in pairs:
-            x = self._centred(centred)
-            epsilon = self._epsilon(root, x) if x is not None else None
+        for centred, total in pairs:
+            x = self._centred(centred) if total is not None else None
+            epsilon = self._epsilon(total, x) if x is not None else None
             if epsilon is not None:
                 return x, epsilon
         return None
 
-    def _inverse(self, expr: Any) -> Any:
-        """What ``expr`` is one over, or the root whose reciprocal it is."""
-        quotient = self.graph.op(expr, "divide")
-        if quotient is not None and scalar_value(quotient.args[0]) == 1.0:
-            return quotient.args[1]
-        return expr if self.graph.op(expr, "rsqrt") is not None else None
+    def _under_root(self, expr: Any) -> Any:
+        """``a`` of ``sqrt(a)``, also as a power of one half."""
+        call = self.graph.op(expr, "sqrt", "power")
+        if call is None or (op_name(call) == "relax.power" and scalar_value(call.args[1]) != 0.5):
+            return None
+        return call.args[0]
+
+    def _under_inverse_root(self, expr: Any) -> Any:
+        """``a`` of ``rsqrt(a)`` or ``1 / sqrt(a)``."""
+        call = self.graph.op(expr, "rsqrt", "divide")
+        if call is None or op_name(call) == "relax.rsqrt":
+            return call.args[0] if call is not None else None
+        return self._under_root(call.args[1]) if scalar_value(call.args[0]) == 1.0 else None
 
     def _centred(self, expr: Any) -> Any:
         """``x`` of ``x - mean(x)``."""
@@ -80,14 +89,9 @@ class _FuseLayerNorm(Rewrite):
         axes = [int(axis) for axis in mean.attrs.axis]
         return mean.args[0] if axes in ([-1], [len(shape_of(mean.args[0])) - 1]) else None
 
-    def _epsilon(self, root: Any, x: Any) -> float | None:
-        """Epsilon of ``sqrt(variance(x) + epsilon)`` (or rsqrt, or power one half)."""
-        call = self.graph.op(root, "sqrt", "rsqrt", "power")
-        if call is None:
-            return None
-        if op_name(call) == "relax.power" and scalar_value(call.args[1]) != 0.5:
-            return None
-        total = self.graph.op(call.args[0], "add")
+    def _epsilon(self, expr: Any, x: Any) -> float | None:
+        """Epsilon of ``variance(x) + epsilon``."""
+        total = self.graph.op(expr, "add")
         if total is None:
             return None
         for variance, epsilon in self.graph.operands(total, lambda e: scalar_value(e) is not None):
