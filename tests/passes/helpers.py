@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 
 from sparse_tvm.compiler import _build
 from sparse_tvm.passes import dialect
@@ -40,6 +40,31 @@ def program(module: tvm.IRModule, **weights: np.ndarray) -> Program:
         arrays[param.name] = weights.get(param.name, random)
     layers = {name: name for name, array in arrays.items() if array.ndim == 2}
     return Program(module, arrays, layers)
+
+
+def build(
+    body: Callable[..., relax.Expr],
+    inputs: dict[str, tuple[int | str, ...]],
+    weights: dict[str, tuple[int, ...]] | None = None,
+    dtypes: dict[str, str] | None = None,
+) -> Program:
+    """A program ``body(emit, *inputs, *weights)`` by shapes, in which a string is a symbol."""
+    symbols: dict[str, tirx.Var] = {}
+
+    def extent(dim: int | str) -> int | tirx.Var:
+        return symbols.setdefault(dim, tirx.Var(dim, "int64")) if isinstance(dim, str) else dim
+
+    def parameter(name: str, shape: tuple[int | str, ...]) -> relax.Var:
+        dtype = (dtypes or {}).get(name, "float32")
+        return relax.Var(name, relax.TensorType([extent(dim) for dim in shape], dtype))
+
+    params = [parameter(*item) for item in {**inputs, **(weights or {})}.items()]
+    builder = relax.BlockBuilder()
+    with builder.function("main", params, attrs={"num_input": len(inputs)}):
+        with builder.dataflow():
+            result = builder.emit_output(builder.normalize(body(builder.emit, *params)))
+        builder.emit_func_output(result)
+    return program(builder.get())
 
 
 def assert_becomes(passes: Pass | list[Pass], before: Program, expected: tvm.IRModule) -> Program:
