@@ -58,6 +58,11 @@ def is_tensor(expr: Expr) -> bool:
     return isinstance(type_, relax.TensorType) and isinstance(type_.shape, relax.ShapeExpr)
 
 
+def is_number(expr: Expr) -> bool:
+    """Whether an expression is a symbolic extent, or made of such, rather than a tensor."""
+    return isinstance(expr.ty, tvm.ir.PrimType)
+
+
 def same(a: Expr, b: Expr) -> bool:
     """Whether both are one and the same expression (``==`` would build a comparison)."""
     return a is not None and b is not None and bool(a.same_as(b))
@@ -124,7 +129,7 @@ class Graph:
 
 def _operands(expr: Expr) -> list[Any]:
     if isinstance(expr, relax.Var):
-        return [expr]
+        return [] if is_number(expr) else [expr]
     if isinstance(expr, relax.Call):
         return [v for arg in expr.args for v in _operands(arg)]
     if isinstance(expr, relax.Tuple):
@@ -155,7 +160,7 @@ class Rewrite:
     def new(self, expr: Expr) -> Expr:
         """Translate an expression of the original graph into the new one."""
         if isinstance(expr, relax.Var):
-            return self._new[expr]
+            return expr if is_number(expr) else self._new[expr]
         if isinstance(expr, relax.Call):
             args = [self.new(arg) for arg in expr.args]
             return relax.Call(expr.op, args, expr.attrs, expr.ty_args)
