@@ -91,7 +91,9 @@ class _FuseEpilogue(Rewrite):
             return None
         for end, other in (tuple(value.args), tuple(value.args)[::-1]):
             chain = self._ending(end)
-            if chain is None or not is_tensor(other):
+            if chain is None or not same_shape(shape_of(end), shape_of(value)):
+                continue  # other broadcasts the chain's end
+            if not is_tensor(other):
                 continue
             if same_shape(shape_of(other), shape_of(end)[-1:]) and self.array(other) is not None:
                 return chain.then("bias", other)
