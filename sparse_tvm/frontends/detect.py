@@ -130,7 +130,7 @@ def _open_zip(path: Path, options: SourceOptions) -> Source:
     if {"config.json", "model.weights.h5"} <= set(names):
         from sparse_tvm.frontends.keras import KerasSource
 
-        return KerasSource(path)
+        return KerasSource(path, options)
     if any(name.startswith("code/") for name in inner):
         raise ModelError(
             f"{path}: is a TorchScript archive, which PyTorch no longer develops",
