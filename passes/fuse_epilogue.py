@@ -26,7 +26,7 @@ from sparse_tvm.passes.graph import (
 )
 from sparse_tvm.passes.program import Program
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "relax.nn.relu": "relu",
     "relax.nn.gelu": "gelu",
     "relax.nn.gelu_tanh": "gelu_tanh",
@@ -34,6 +34,7 @@ _ACTIVATIONS = {
     "relax.tanh": "tanh",
     "relax.sigmoid": "sigmoid",
 }
+"""Names in ``vector_math.ACTIVATIONS`` by operator."""
 
 
 @dataclass
@@ -82,9 +83,9 @@ class _FuseEpilogue(Rewrite):
     def _extend(self, value: Any) -> _Chain | None:
         """The chain one step longer, when ``value`` applies a step to its end."""
         name = op_name(value)
-        if name in _ACTIVATIONS:
+        if name in ACTIVATIONS:
             chain = self._ending(value.args[0])
-            return chain.then(_ACTIVATIONS[name]) if chain else None
+            return chain.then(ACTIVATIONS[name]) if chain else None
         if name == "relax.reshape" and same_dim(shape_of(value)[-1], shape_of(value.args[0])[-1]):
             return self._ending(value.args[0])  # the rows keep their order
         if name != "relax.add":

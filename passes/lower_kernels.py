@@ -17,6 +17,7 @@ from sparse_tvm.passes import dialect
 from sparse_tvm.passes.graph import Rewrite, shape_of
 from sparse_tvm.passes.program import Program
 from sparse_tvm.schedules.common.attention import Mask, attention
+from sparse_tvm.schedules.common.conv2d import Conv2d, conv2d, depthwise_conv2d, pad_image
 from sparse_tvm.schedules.common.lane_tiles import Simd, Tiles, symbol
 from sparse_tvm.schedules.common.matmul import WeightLayout, matmul
 from sparse_tvm.schedules.common.normalize import layer_norm
@@ -122,6 +123,48 @@ class _LowerKernels(Rewrite):
 
     def _unpack(self, found: dialect.DialectCall, var: relax.Var) -> _Kernel:
         return "unpack", lambda: unpack(*_extents(var))
+
+    def _pad_image(self, found: dialect.DialectCall, var: relax.Var) -> _Kernel:
+        conv, (batch, shape) = _conv(found), _batched(found.args[0])
+        return "pad_image", lambda: pad_image(conv, batch, shape)
+
+    def _conv2d(self, found: dialect.DialectCall, var: relax.Var) -> _Kernel:
+        conv, attributes = _conv(found), found.attributes
+        layout = WeightLayout(attributes["format"], tuple(attributes["block"]))
+        batch, out = _batched(var)
+        shapes = (batch, *shape_of(found.args[0])[1:]), out
+        steps = attributes["epilogue"]
+        size = f"_{layout.block[0]}x1" if layout.format != "csr" else ""
+        title = "_".join(["conv2d", layout.format + size, _size(conv), *map(_step, steps)])
+        return title, lambda: conv2d(conv, batch, shapes, layout, steps, self._simd)
+
+    def _depthwise_conv2d(self, found: dialect.DialectCall, var: relax.Var) -> _Kernel:
+        conv, steps = _conv(found), found.attributes["epilogue"]
+        batch, out = _batched(var)
+        shapes = (batch, *shape_of(found.args[0])[1:]), out
+        title = "_".join(["depthwise_conv2d", _size(conv), *map(_step, steps)])
+        return title, lambda: depthwise_conv2d(conv, batch, shapes, steps, self._simd)
+
+
+def _conv(found: dialect.DialectCall) -> Conv2d:
+    extents = found.attributes["conv"]
+    return Conv2d(**{k: tuple(v) if isinstance(v, list) else v for k, v in extents.items()})
+
+
+def _size(conv: Conv2d) -> str:
+    (height, width), (kernel_height, kernel_width) = conv.size, conv.kernel
+    return f"{conv.out_channels}x{conv.channels}x{kernel_height}x{kernel_width}_on_{height}x{width}"
+
+
+def _step(step: str) -> str:
+    return step.partition(":")[0]
+
+
+def _batched(expr: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Batch size for a kernel, and the shape with it."""
+    batch, *rest = shape_of(expr)
+    batch = batch if isinstance(batch, int) else symbol("batch")
+    return batch, (batch, *rest)
 
 
 def _static_dims(expr: Any) -> list[int | None]:

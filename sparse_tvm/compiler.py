@@ -27,6 +27,7 @@ from sparse_tvm.frontends.ir import check_ir_path, write_ir
 from sparse_tvm.frontends.onnx import ImportedModel
 from sparse_tvm.frontends.source import Source, SourceOptions, copy_companions
 from sparse_tvm.linker import fcompile
+from sparse_tvm.passes.conv2d_to_sparse import conv2d_to_sparse
 from sparse_tvm.passes.convert_weights import FormatOptions
 from sparse_tvm.passes.dense_to_sparse import dense_to_sparse
 from sparse_tvm.passes.fc_transpose import fc_transpose
@@ -166,6 +167,7 @@ def compile(
         program = lane_layout(program)
     with phases("dense to sparse"):
         program = dense_to_sparse(program, options, chosen_target)
+        program = conv2d_to_sparse(program, options, chosen_target)
         _check_rules(options, program)
     with phases("legalise"):
         program = legalize(program, chosen_target)
