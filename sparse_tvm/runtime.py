@@ -15,7 +15,7 @@ from sparse_tvm.artifact import WEIGHT_ALIGNMENT, manifest_of, open_artifact
 from sparse_tvm.cpu import architecture, cpu_model, host_features, usable_cores
 from sparse_tvm.errors import ArtifactError, InputError, OptionError
 from sparse_tvm.spec import TensorSpec
-from sparse_tvm.vm import Library, VirtualMachine, installed_version, runtime
+from sparse_tvm.vm import Library, MemoryBound, VirtualMachine, installed_version, runtime
 
 _COPIED_BYTES = 64 * 1024
 """Outputs up to this size are copied, which costs nothing and covers outputs that are constants
@@ -92,6 +92,7 @@ class Model:
         self.outputs = [_spec(entry) for entry in manifest["outputs"]]
         self._machine = machine
         self._staged = [_Staged(spec) for spec in self.inputs]
+        self._memory = MemoryBound()
         self._mapped = mapped
         self._weights = _weights_tuple(mapped, manifest["weights"])
 
@@ -179,6 +180,8 @@ class Model:
 
     def _execute(self, main: Any, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run `main`; the machine sees to it that nothing else touches the staged inputs."""
+        shapes = tuple(array.shape for array in arrays)
+        self._memory.before_run(shapes, sum(array.nbytes for array in arrays))
         tensors = [staged.fill(array) for staged, array in zip(self._staged, arrays, strict=True)]
         result = main(*tensors, self._weights)
         return self._owned([result] if hasattr(result, "__dlpack__") else result)

@@ -23,6 +23,8 @@ from sparse_tvm.errors import ArtifactError
 _CPU, _DEVICE_ID, _POOLED_ALLOCATOR = 1, 0, 2
 _SHARE_ALL_CORES = -3
 
+_KEPT = 3
+
 _SPIN_COUNT = 5000
 """Yields of an idle worker before it sleeps: about 2 ms, where TVM's default takes 170 ms of
 CPU time from everybody else after each run. Waking a sleeping worker costs 50 us."""
@@ -155,6 +157,29 @@ class VirtualMachine:
         # Held by the thread that runs, not by the one that waits: that one may be interrupted.
         with self._running:
             return function(*args)
+
+
+class MemoryBound:
+    """Bounds what TVM's allocator keeps for a model that sees many shapes.
+
+    The allocator keeps every buffer it ever made, by size, so each new shape adds a set of its
+    own. When the shapes seen need together more than `_KEPT` times what the largest alone needs,
+    all idle buffers go back to the system.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: dict[tuple[tuple[int, ...], ...], int] = {}
+
+    def before_run(self, shapes: tuple[tuple[int, ...], ...], size: int) -> None:
+        """Note that inputs of `shapes`, `size` bytes in all, come next."""
+        if shapes in self._sizes:
+            return
+        if self._sizes and size + sum(self._sizes.values()) > _KEPT * max(
+            size, *self._sizes.values()
+        ):
+            runtime().get_global_func("vm.builtin.memory_manager.clear")()
+            self._sizes.clear()
+        self._sizes[shapes] = size
 
 
 def _instance(library: Library) -> Any:
