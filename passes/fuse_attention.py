@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from tvm import relax
 
 from sparse_tvm.passes import dialect
@@ -198,7 +199,9 @@ class _FuseAttention(Rewrite):
         if mask.condition is None:
             return self.new(self._unbroadcast(mask.expr))
         condition = self.new(self._unbroadcast(mask.condition))
-        keep, drop = relax.const(0.0, "float32"), relax.const(mask.low, "float32")
+        # A query without any key attends to all alike: no score may show beside the lowest value.
+        low = mask.low if np.isneginf(mask.low) else float(np.finfo(np.float32).min)
+        keep, drop = relax.const(0.0, "float32"), relax.const(low, "float32")
         values = (keep, drop) if mask.keep_where else (drop, keep)
         return self.emit(relax.op.where(condition, *values))
 
