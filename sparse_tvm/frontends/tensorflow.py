@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -29,7 +30,7 @@ _PREFIX = re.compile(
 )
 _SUFFIX = re.compile(
     r"(?:/(?:Cast|ReadVariableOp|MatMul|BiasAdd|Conv2D|Tensordot|convolution|depthwise|einsum"
-    r"|merged_input)(?:_\d+)?(?:/ReadVariableOp)?)+(?:__\d+)?(?::\d+)?$|:\d+$|__\d+$"
+    r"|merged_input)(?:_?\d+)?(?:/ReadVariableOp)?)+(?:__\d+)?(?::\d+)?$|:\d+$|__\d+$"
 )
 
 
@@ -151,8 +152,24 @@ def require_tensorflow(what: str) -> Any:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    with quiet():
+    if "tensorflow" in sys.modules:
+        return sys.modules["tensorflow"]
+    with quiet(), _silent_stderr():
         return require("tensorflow", _EXTRA, what)
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Keep out what C++ code prints, whatever it was told."""
+    sys.stderr.flush()
+    saved, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nothing)
 
 
 def convert_function(

@@ -24,6 +24,7 @@ SPARSE_TENSOR = "TFLite sparse tensor"
 
 _DTYPES = {0: np.float32, 1: np.float16, 2: np.int32, 9: np.int8}
 _DENSE_DIMENSION = 0
+_LAYERS = (3, 4, 9)  # CONV_2D, DEPTHWISE_CONV_2D, FULLY_CONNECTED
 _DENSIFY = 124  # BuiltinOperator.DENSIFY
 
 
@@ -100,7 +101,21 @@ class TfliteSource(Source):
             model, _ = tf2onnx.convert.from_tflite(
                 path, input_names=inputs, output_names=outputs, opset=OPSET
             )
+        weights = self._weight_names()
+        for node in model.graph.node:
+            node.name = weights.get(node.output[0], node.name)
         return tidy(model, self.name, *self._names)
+
+    def _weight_names(self) -> dict[str, str]:
+        """Return the name of each layer's weight by the name of what the layer computes."""
+        graph = self._flatbuffer.subgraphs[0]
+        names = [tensor.name.decode() for tensor in graph.tensors]
+        codes = self._flatbuffer.operatorCodes
+        return {
+            names[int(operator.outputs[0])]: names[int(operator.inputs[1])]
+            for operator in graph.operators
+            if codes[operator.opcodeIndex].builtinCode in _LAYERS
+        }
 
     def as_onnx(self) -> onnx.ModelProto:
         """See `Source.as_onnx`."""
