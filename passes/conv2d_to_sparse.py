@@ -11,14 +11,19 @@ three dimensions.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from math import prod
 from typing import Any
 
 import numpy as np
 from tvm import relax
 
 from sparse_tvm.passes import dialect
-from sparse_tvm.passes.convert_weights import Choice, FormatOptions, choose, stored_arrays
+from sparse_tvm.passes.convert_weights import (
+    Choice,
+    FormatOptions,
+    balanced_partition,
+    choose,
+    stored_arrays,
+)
 from sparse_tvm.passes.fuse_epilogue import ACTIVATIONS
 from sparse_tvm.passes.graph import (
     Rewrite,
@@ -31,7 +36,8 @@ from sparse_tvm.passes.graph import (
     shape_of,
 )
 from sparse_tvm.passes.program import LayerReport, Program
-from sparse_tvm.schedules.common.conv2d import Conv2d
+from sparse_tvm.schedules.common.conv2d import Conv2d, tiling_of
+from sparse_tvm.schedules.common.lane_tiles import Simd
 from sparse_tvm.schedules.common.matmul import WeightLayout
 from sparse_tvm.sparsity.analysis import analyse
 from sparse_tvm.targets import Target
@@ -66,8 +72,8 @@ class _Conv2dToSparse(Rewrite):
         super().__init__(program)
         self._options = options
         self._target = target
+        self._simd = Simd(target.lanes, target.registers)
         self._chains: dict[Any, _Chain] = {}
-        self._padded: dict[Any, Any] = {}
 
     def rewrite(self, var: relax.Var, value: Any) -> Any:
         chain = self._start(var, value) or self._extend(value)
@@ -125,9 +131,11 @@ class _Conv2dToSparse(Rewrite):
         choice = self._choice(name, matrix, groups)
         full = _block_diagonal(matrix, groups)
         arrays = stored_arrays(full, choice.layout)
-        offsets = conv.offsets()
+        tiling = tiling_of(conv, choice.layout.block[0], self._simd)
+        offsets = tiling.offsets()
         if choice.layout.sparse:
             arrays["indices"] = offsets[arrays["indices"]]
+            arrays["partition"] = balanced_partition(arrays["indptr"], tiling.jobs)
         else:
             arrays["offsets"] = offsets
         report = self._report(name, matrix, choice, arrays)
@@ -137,7 +145,7 @@ class _Conv2dToSparse(Rewrite):
             "format": choice.layout.format,
             "block": list(choice.layout.block),
         }
-        return _Chain("conv2d", [self._image(conv, x), *stored], attributes, report)
+        return _Chain("conv2d", [self.new(x), *stored], attributes, report)
 
     def _choice(self, name: str, matrix: np.ndarray, groups: int) -> Choice:
         layer = self.program.layers.get(name, name)
@@ -153,18 +161,6 @@ class _Conv2dToSparse(Rewrite):
             # Neighbouring inputs of a convolution are not neighbours in the image.
             return Choice(WeightLayout("bsr", (rows, 1)), choice.reason, choice.asked_block)
         return choice
-
-    def _image(self, conv: Conv2d, x: Any) -> Any:
-        """What the kernel reads: the image, or its padded planes."""
-        image = self.new(x)
-        if conv.direct:
-            return image
-        key = (x, replace(conv, out_channels=0))
-        if key not in self._padded:
-            shape = (shape_of(x)[0], conv.image_elements)
-            call = dialect.call("pad_image", [image], shape, conv=asdict(conv))
-            self._padded[key] = self.emit(call, "padded")
-        return self._padded[key]
 
     def _extend(self, value: Any) -> _Chain | None:
         """The chain one step longer, when ``value`` applies a step to its end."""
@@ -186,10 +182,9 @@ class _Conv2dToSparse(Rewrite):
                 bound = scalar_value(other)
                 return chain.then(f"{_BOUNDS[name]}:{bound}") if bound is not None else None
             out, *spatial = shape_of(end)[1:]
-            if [d for d in shape_of(other)[-len(spatial) - 1 :]] == [out, *([1] * len(spatial))]:
-                if prod(shape_of(other)) == out:
-                    bias = self.emit(relax.op.reshape(self.new(other), (out,)))
-                    return chain.then("bias", extra=bias)
+            if _is_channel_vector(shape_of(other), out, len(spatial)):
+                bias = self.emit(relax.op.reshape(self.new(other), (out,)))
+                return chain.then("bias", extra=bias)
             if same_shape(shape_of(other), shape_of(end)) and not same(other, end):
                 return chain.then("residual", extra=self.new(other))
         return None
@@ -227,12 +222,20 @@ class _Conv2dToSparse(Rewrite):
         return report
 
 
+def _is_channel_vector(shape: tuple[Any, ...], channels: int, spatial: int) -> bool:
+    """Whether a tensor of this shape adds one number to each channel of an image."""
+    lead, rest = shape[: -spatial - 1], shape[-spatial - 1 :]
+    return all(dim == 1 for dim in lead) and tuple(rest) == (channels, *([1] * spatial))
+
+
 def _geometry(x: tuple[Any, ...], w: tuple[int, ...], attrs: Any) -> Conv2d:
     """The extents of a convolution; a signal is an image one row high."""
     channels, *size = x[1:]
     kernel, stride, dilation, pads = (
         [int(v) for v in values] for values in (w[2:], attrs.strides, attrs.dilation, attrs.padding)
     )
+    if len(size) == 2 and kernel == stride == [1, 1] and not any(pads):
+        size = [1, size[0] * size[1]]  # pixels need no neighbours: the image is one row
     if len(size) == 1:
         size, kernel, stride, dilation = ([1, *v] for v in (size, kernel, stride, dilation))
         pads = [0, pads[0], 0, pads[1]]

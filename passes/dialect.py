@@ -12,9 +12,8 @@ kernel; none reaches the artifact.
 | ``sparse_dense`` | x, data, indices, indptr, partition, epilogue tensors | as above |
 | ``attention`` | q, k, v, mask?, shape of the keys | heads, scale, mask |
 | ``layer_norm`` | x, gamma, beta | epsilon |
-| ``conv2d`` | image, data, indices or offsets, indptr?, partition?, epilogue tensors | conv, ... |
+| ``conv2d`` | x, data, indices or offsets, indptr?, partition?, epilogue tensors | conv, ... |
 | ``depthwise_conv2d`` | x, w ``[channels, taps]``, epilogue tensors | layer, conv, epilogue |
-| ``pad_image`` | x | conv |
 | ``pack``, ``unpack`` | x | |
 """
 

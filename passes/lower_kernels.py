@@ -17,7 +17,7 @@ from sparse_tvm.passes import dialect
 from sparse_tvm.passes.graph import Rewrite, shape_of
 from sparse_tvm.passes.program import Program
 from sparse_tvm.schedules.common.attention import Mask, attention
-from sparse_tvm.schedules.common.conv2d import Conv2d, conv2d, depthwise_conv2d, pad_image
+from sparse_tvm.schedules.common.conv2d import Conv2d, conv2d, depthwise_conv2d
 from sparse_tvm.schedules.common.lane_tiles import Simd, Tiles, symbol
 from sparse_tvm.schedules.common.matmul import WeightLayout, matmul
 from sparse_tvm.schedules.common.normalize import layer_norm
@@ -123,10 +123,6 @@ class _LowerKernels(Rewrite):
 
     def _unpack(self, found: dialect.DialectCall, var: relax.Var) -> _Kernel:
         return "unpack", lambda: unpack(*_extents(var))
-
-    def _pad_image(self, found: dialect.DialectCall, var: relax.Var) -> _Kernel:
-        conv, (batch, shape) = _conv(found), _batched(found.args[0])
-        return "pad_image", lambda: pad_image(conv, batch, shape)
 
     def _conv2d(self, found: dialect.DialectCall, var: relax.Var) -> _Kernel:
         conv, attributes = _conv(found), found.attributes

@@ -1,11 +1,11 @@
 """Convolutions as the lane matmul: pixels in SIMD lanes, the weight dense, CSR or BSR.
 
-The image is first copied into planes with its padding around it (``pad_image``), one plane for
-each phase of the stride. Output pixels then are numbered along the rows of such a plane, gaps
-between output rows included, and whatever tap of the kernel multiplies a vector of pixels, its
-operand is a vector of consecutive elements, at an offset that depends on channel and tap alone:
-an im2col without the copies. A stored block of the weight carries that offset in place of its
-column. A 1x1 convolution of stride 1 reads the image itself.
+The output is cut into tiles: some rows, or a part of one. Each job first copies the input that
+its tile needs, padding included, into planes of its own, one for each channel and phase of the
+stride. Pixels are numbered along the rows of such a plane, gaps between output rows included.
+Whatever tap of the kernel multiplies a vector of pixels, its operand then is a vector of
+consecutive elements, at an offset that depends on channel and tap alone: an im2col without the
+copies of every tap. A stored block of the weight carries that offset in place of its column.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from sparse_tvm.schedules.common.lane_tiles import (
     symbol,
     zero,
 )
-from sparse_tvm.schedules.common.matmul import JOBS_PER_GROUP, WeightLayout, group_limit
+from sparse_tvm.schedules.common.matmul import WeightLayout, group_limit
 from sparse_tvm.schedules.common.vector_math import ACTIVATIONS, constant, lanes_of
 
-_SLACK = 64
-"""Elements behind an image that vectors may read, for pixels that nobody stores."""
+_ENOUGH_JOBS = 16
+_MAX_PARTS = 8
+_UNROLLED_PHASES = 4
 
 
 @dataclass(frozen=True)
@@ -52,142 +53,120 @@ class Conv2d:
     pads: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     @property
-    def direct(self) -> bool:
-        """Whether the image is read as it is, all of its rows as one."""
-        return (
-            self.kernel == (1, 1)
-            and self.stride == (1, 1)
-            and not any(self.pads)
-            and self.size[0] * self.size[1] >= _SLACK
-        )
-
-    @property
     def out_size(self) -> tuple[int, int]:
         """Rows and columns of the output."""
         height, width = (
-            (self.size[i] + self.pads[i] + self.pads[i + 2] - reach - 1) // self.stride[i] + 1
-            for i, reach in enumerate(self._reach)
+            (self.size[i] + self.pads[i] + self.pads[i + 2] - self._last_tap(i) - 1)
+            // self.stride[i]
+            + 1
+            for i in (0, 1)
         )
         return height, width
 
-    @property
-    def _reach(self) -> tuple[int, int]:
-        """Distance from the first tap to the last."""
-        height, width = ((self.kernel[i] - 1) * self.dilation[i] for i in (0, 1))
-        return height, width
+    def _last_tap(self, axis: int) -> int:
+        return (self.kernel[axis] - 1) * self.dilation[axis]
+
+    def taps(self, axis: int) -> list[tuple[int, int]]:
+        """For each tap along an axis how many strides away it is, and its phase."""
+        return [
+            divmod(tap * self.dilation[axis], self.stride[axis]) for tap in range(self.kernel[axis])
+        ]
+
+    def reach(self, axis: int, phase: int | None = None) -> int:
+        """Strides from the first tap to the last one (of a phase)."""
+        return max(steps for steps, other in self.taps(axis) if phase in (None, other))
 
     @property
     def phases(self) -> list[tuple[int, int]]:
         """Which of every ``stride`` rows and columns the taps touch."""
-        rows, columns = (
-            dict.fromkeys(tap * self.dilation[i] % self.stride[i] for tap in range(self.kernel[i]))
-            for i in (0, 1)
-        )
+        rows, columns = (sorted({phase for _, phase in self.taps(axis)}) for axis in (0, 1))
         return [(row, column) for row in rows for column in columns]
-
-    @property
-    def plane(self) -> tuple[int, int]:
-        """Rows and columns of one phase of one padded channel."""
-        height, width = (self.out_size[i] + self._reach[i] // self.stride[i] for i in (0, 1))
-        return height, width
-
-    @property
-    def channel_elements(self) -> int:
-        """Elements from one channel of the image that is read to the next."""
-        if self.direct:
-            return self.size[0] * self.size[1]
-        return len(self.phases) * self.plane[0] * self.plane[1]
-
-    @property
-    def image_elements(self) -> int:
-        """Elements of the image that is read."""
-        return self.channels * self.channel_elements + (0 if self.direct else _SLACK)
-
-    @property
-    def rows(self) -> tuple[int, int, int]:
-        """Output rows, pixels in each, and pixels from one to the next, gaps included."""
-        height, width = self.out_size
-        return (
-            (1, height * width, height * width) if self.direct else (height, width, self.plane[1])
-        )
-
-    def offsets(self) -> np.ndarray:
-        """Where each ``(channel, tap)`` finds its operand for output pixel 0: int32 ``[K]``."""
-        numbers = {phase: number for number, phase in enumerate(self.phases)}
-        height, width = self.plane
-        taps = []
-        for i in range(self.kernel[0]):
-            row, row_phase = divmod(i * self.dilation[0], self.stride[0])
-            for j in range(self.kernel[1]):
-                column, column_phase = divmod(j * self.dilation[1], self.stride[1])
-                number = numbers[row_phase, column_phase]
-                taps.append((number * height + row) * width + column)
-        channels = np.arange(self.channels, dtype=np.int32) * self.channel_elements
-        return (channels[:, None] + np.array(taps, np.int32)).reshape(-1)
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """Output pixels that share a pass over the weight: some rows, or a part of one."""
+    """Output pixels that share a pass over the weight.
+
+    ``first_column`` is None where it varies; all columns of the input then exist.
+    """
 
     rows: int
     columns: int
-
-    def elements(self, pitch: int) -> int:
-        """From the first pixel to the last, gaps included."""
-        return (self.rows - 1) * pitch + self.columns
+    first_column: int | None = 0
 
 
-class _Tiling:
-    """How a convolution's output rows are cut into tiles of at most ``vectors`` vectors."""
+class Tiling:
+    """How an output is cut into tiles, and where a tile's copy of the input has what.
 
-    def __init__(self, conv: Conv2d, vectors: int, simd: Simd) -> None:
-        self._rows, self._width, self._pitch = conv.rows
-        self._direct = conv.direct
-        self._lanes = simd.lanes
+    Attributes
+    ----------
+    count : int
+        Tiles of one image.
+    jobs : int
+        Parts into which the weight's rows are divided, so that there is work for some threads.
+    pitch, plane, elements : int
+        Elements from one row to the next, in one plane, and in all of a tile's input.
+    """
+
+    def __init__(self, conv: Conv2d, vectors: int, simd: Simd, channels: int) -> None:
+        self.conv = conv
+        height, width = conv.out_size
+        reach_down, reach_right = conv.reach(0), conv.reach(1)
         most = vectors * simd.lanes
-        if self._width > most:
-            self._parts = -(-self._width // most)
-            in_vectors = -(-self._width // simd.lanes)
-            self._full = _Tile(1, -(-in_vectors // self._parts) * simd.lanes)
-            self.count = self._rows * self._parts
+        rows, columns, self._parts = 1, width, 1
+        if width > most:
+            self._parts = -(-width // most)
+            columns = -(-width // (simd.lanes * self._parts)) * simd.lanes
+            self._parts = -(-width // columns)
         else:
-            self._parts = 1
-            together = min(self._rows, 1 + (most - self._width) // self._pitch)
-            self._full = _Tile(together, self._width)
-            self.count = -(-self._rows // together)
+            rows = min(height, 1 + (most - width) // (width + reach_right))
+        self._full = _Tile(rows, columns)
+        self.count = self._parts * -(-height // rows)
+        self.jobs = min(_MAX_PARTS, -(-_ENOUGH_JOBS // self.count))
+        self.pitch = columns + reach_right
+        self.plane = (rows + reach_down) * self.pitch
+        self.elements = channels * len(conv.phases) * self.plane + simd.lanes
+
+    def vectors(self, tile: _Tile, simd: Simd) -> int:
+        """Vectors from a tile's first pixel to its last, gaps included."""
+        return -(-((tile.rows - 1) * self.pitch + tile.columns) // simd.lanes)
+
+    def offsets(self) -> np.ndarray:
+        """Where each ``(channel, tap)`` finds its operand for a tile's first pixel: int32."""
+        phases = {phase: number for number, phase in enumerate(self.conv.phases)}
+        taps = [
+            phases[row_phase, column_phase] * self.plane + row * self.pitch + column
+            for row, row_phase in self.conv.taps(0)
+            for column, column_phase in self.conv.taps(1)
+        ]
+        channels = np.arange(self.conv.channels, dtype=np.int32) * (len(phases) * self.plane)
+        return (channels[:, None] + np.array(taps, np.int32)).reshape(-1)
 
     def visit(self, index: Expr, body: Callable[[_Tile, Expr, Expr], None]) -> None:
-        """Call ``body(tile, first row, first column)`` for a tile: code for each shape it has."""
+        """Call ``body(tile, first row, first column)`` for a tile: code for each kind there is."""
+        height, width = self.conv.out_size
         if self._parts > 1:
-            row, part = index // self._parts, index % self._parts
-            start = self._full.columns * (self._parts - 1)
-            last = self._width - start
-            if self._direct:  # there is nothing to read behind the image: step back instead
-                last = -(-last // self._lanes) * self._lanes
-                start = self._width - last
-            _either(
-                part < self._parts - 1,
-                lambda: body(self._full, row, part * self._full.columns),
-                lambda: body(_Tile(1, last), row, start),
-            )
+            row, part = scalar(index // self._parts), scalar(index % self._parts)
+            step, last = self._full.columns, self._full.columns * (self._parts - 1)
+            tiles = [(part == self._parts - 1, _Tile(1, width - last, last), row, last)]
+            if any(self.conv.pads):
+                tiles.append((part == 0, _Tile(1, step, 0), row, 0))
+            _first_that_holds([*tiles, (None, _Tile(1, step, None), row, part * step)], body)
             return
-        together = self._full.rows
-        rest = self._rows % together
-        first = index * together
-        if not rest:
-            body(self._full, first, 0)
-            return
-        _either(
-            index < self.count - 1,
-            lambda: body(self._full, first, 0),
-            lambda: body(_Tile(rest, self._width), first, 0),
-        )
+        together, rest = self._full.rows, height % self._full.rows
+        full = (None, self._full, index * together, 0)
+        short = (index == self.count - 1, _Tile(rest, width), index * together, 0)
+        _first_that_holds([short, full] if rest else [full], body)
 
 
-def _span(first: Expr, lanes: int) -> Expr:
-    """Indices of some consecutive elements."""
-    return T.ramp(first, 1, lanes) if lanes > 1 else first
+def _first_that_holds(
+    cases: Sequence[tuple[Expr, _Tile, Expr, Expr]], body: Callable[[_Tile, Expr, Expr], None]
+) -> None:
+    (condition, *case), *others = cases
+    if condition is None:
+        body(*case)
+        return
+    _either(condition, lambda: body(*case), lambda: _first_that_holds(others, body))
 
 
 def _either(condition: Expr, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
@@ -198,82 +177,148 @@ def _either(condition: Expr, then: Callable[[], None], otherwise: Callable[[], N
             otherwise()
 
 
-def _copy_channel(
-    conv: Conv2d, x: Buffer, source: Sequence[Expr], target: Callable[[Expr], list[Expr]], y: Buffer
-) -> None:
-    """Copy one channel, ``x[*source, row, column]``, into its padded planes."""
-    (height, width), (plane_rows, plane_columns) = conv.size, conv.plane
-    with (
-        T.serial(0, len(conv.phases) * plane_rows) as row,
-        T.vectorized(0, plane_columns) as column,
-    ):
-        T.buffer_store(y, T.float32(0), target(row * plane_columns + column))
-    for number, phase in enumerate(conv.phases):
-        (first_row, rows), (first_column, columns) = (
-            _inside(conv.pads[i] - phase[i], extent, conv.stride[i], conv.plane[i])
-            for i, extent in enumerate((height, width))
-        )
-        if rows <= 0 or columns <= 0:
-            continue
-        with T.serial(0, rows) as i, T.vectorized(0, columns) as j:
-            row, column = first_row + i, first_column + j
-            from_row = row * conv.stride[0] + phase[0] - conv.pads[0]
-            from_column = column * conv.stride[1] + phase[1] - conv.pads[1]
-            at = (number * plane_rows + row) * plane_columns + column
-            T.buffer_store(y, x[(*source, from_row, from_column)], target(at))
+def tiling_of(conv: Conv2d, rows: int, simd: Simd) -> Tiling:
+    """The tiling of a convolution whose kernel computes ``rows`` output channels at a time."""
+    return Tiling(conv, group_limit(rows, simd) * simd.per_tile, simd, conv.channels)
 
 
-def _inside(before: int, extent: int, stride: int, plane: int) -> tuple[int, int]:
-    """First index of a plane, and how many, that lie within the image and not in its padding."""
-    first = max(0, -(-before // stride))
-    last = min(plane - 1, (extent - 1 + before) // stride)
-    return first, last - first + 1
+def _span(first: Expr, lanes: int, step: int = 1) -> Expr:
+    """Indices of some elements ``step`` apart."""
+    return T.ramp(first, step, lanes) if lanes > 1 else first
 
 
-def pad_image(conv: Conv2d, batch: Expr, shape: Sequence[Expr]) -> tirx.PrimFunc:
-    """Build the kernel x of ``shape`` -> planes ``[batch, image_elements]``."""
-    with prim_func() as result:
-        x = argument("x", shape)
-        y = argument("y", (batch, conv.image_elements))
-        x = T.decl_buffer((batch, conv.channels, *conv.size), "float32", data=x.data)
-        with T.parallel(0, batch * conv.channels) as job:
-            image, channel = job // conv.channels, job % conv.channels
-            start = channel * conv.channel_elements
-            _copy_channel(conv, x, (image, channel), lambda at: [image, start + at], y)
-    return result["func"]
+def _pieces(start: int, stop: int, simd: Simd) -> list[tuple[int, int]]:
+    """First element and length of the vectors from ``start`` to ``stop``."""
+    return [(at, min(simd.lanes, stop - at)) for at in range(start, stop, simd.lanes)]
 
 
-class _Epilogue:
-    """Steps behind a convolution: ``bias``, ``residual``, an activation, ``maximum:2.5``..."""
+class _Copy:
+    """Copies of a tile's input into planes of its own."""
 
-    def __init__(self, steps: Sequence[str], out_channels: int, shape: Sequence[Expr]) -> None:
-        self._steps = [
-            (step, argument(f"{step}_{i}", (out_channels,) if step == "bias" else shape))
+    def __init__(self, tiling: Tiling, x: Buffer, planes: Buffer, simd: Simd) -> None:
+        self._tiling, self._conv = tiling, tiling.conv
+        self._x, self._planes, self._simd = x, planes, simd
+
+    def channel(
+        self, tile: _Tile, source: Sequence[Expr], row: Expr, column: Expr, number: Expr
+    ) -> None:
+        """Copy the channel ``x[*source]`` as the tile's ``number``-th."""
+        phases = self._conv.phases
+        first = number * (len(phases) * self._tiling.plane)
+        if len(phases) <= _UNROLLED_PHASES or any(self._conv.pads):
+            for i, phase in enumerate(phases):
+                self._phase(tile, source, row, column, first + i * self._tiling.plane, *phase)
+            return
+        across = len({column for _, column in phases})
+        with T.serial(0, len(phases)) as i:
+            at = first + i * self._tiling.plane
+            self._phase(tile, source, row, column, at, i // across, i % across)
+
+    def _phase(
+        self,
+        tile: _Tile,
+        source: Sequence[Expr],
+        row: Expr,
+        column: Expr,
+        at: Expr,
+        row_phase: Expr,
+        column_phase: Expr,
+    ) -> None:
+        conv = self._conv
+        (height, width), (down, right) = conv.size, conv.stride
+        top, left, bottom, _ = conv.pads
+        known = isinstance(row_phase, int)
+        rows = tile.rows + conv.reach(0, row_phase if known else None)
+        columns = tile.columns + conv.reach(1, column_phase if known else None)
+        low, high = 0, columns
+        if known and tile.first_column is not None:
+            low = max(0, -(-(left - column_phase) // right) - tile.first_column)
+            high = (width - 1 + left - column_phase) // right + 1 - tile.first_column
+            high = max(low, min(columns, high))
+        with T.serial(0, rows) as i:
+            start = scalar(at + i * self._tiling.pitch)
+            from_row = scalar((row + i) * down + (row_phase - top))
+            from_column = scalar(column * right + (column_phase - left))
+
+            def move() -> None:
+                self._zero(start, 0, low)
+                for piece, lanes in _pieces(low, high, self._simd):
+                    index = _span(from_column + piece * right, lanes, right)
+                    value = self._x[(*source, from_row, index)]
+                    T.buffer_store(self._planes, value, [_span(start + piece, lanes)])
+                self._zero(start, high, columns)
+
+            if top or bottom:
+                inside = tirx.all(from_row >= 0, from_row < height)
+                _either(inside, move, lambda: self._zero(start, 0, columns))
+            else:
+                move()
+
+    def _zero(self, start: Expr, first: int, stop: int) -> None:
+        for piece, lanes in _pieces(first, stop, self._simd):
+            nothing = T.broadcast(T.float32(0), lanes) if lanes > 1 else T.float32(0)
+            T.buffer_store(self._planes, nothing, [_span(start + piece, lanes)])
+
+
+class _Output:
+    """The output, and the steps before storing it: ``bias``, ``residual``, ``maximum:2.5``..."""
+
+    def __init__(
+        self, conv: Conv2d, batch: Expr, shape: Sequence[Expr], epilogue: Sequence[str], simd: Simd
+    ) -> None:
+        """Declare the arguments of the epilogue, and then that of the output."""
+        height, self._width = conv.out_size
+        self._simd = simd
+
+        def flat(buffer: Buffer) -> Buffer:
+            pixels = (batch, conv.out_channels, height * self._width)
+            return T.decl_buffer(pixels, "float32", data=buffer.data)
+
+        arguments = {
+            i: argument(f"{step}_{i}", (conv.out_channels,) if step == "bias" else shape)
+            for i, step in enumerate(epilogue)
             if step in ("bias", "residual")
-            else (step, None)
-            for i, step in enumerate(steps)
-        ]
-
-    def flatten(self, view: Callable[[Buffer], Buffer]) -> None:
-        """See residuals as the output is seen."""
+        }
+        self._y = flat(argument("y", shape))
         self._steps = [
-            (step, view(extra) if step == "residual" else extra) for step, extra in self._steps
+            (step, flat(arguments[i]) if step == "residual" else arguments.get(i))
+            for i, step in enumerate(epilogue)
         ]
 
-    def apply(self, value: Expr, at: Sequence[Expr]) -> Expr:
-        """All steps on a vector that goes to ``y[at]``."""
+    def store(
+        self, acc: Registers, image: Expr, channel: Expr, tile: _Tile, pitch: int, first: Expr
+    ) -> None:
+        """Store a block of sums, one output channel per row, from pixel ``first`` on."""
+        if tile.rows == 1 and tile.columns % self._simd.lanes == 0:
+            for row in range(acc.rows):
+                for vector in range(acc.vectors):
+                    at = ramp(first + vector * self._simd.lanes, self._simd)
+                    self._store(acc.get(row, vector), [image, channel + row, at])
+            return
+        gathered = T.alloc_buffer((acc.vectors * self._simd.lanes,), "float32")
+        for row in range(acc.rows):
+            for vector in range(acc.vectors):
+                at = ramp(vector * self._simd.lanes, self._simd)
+                T.buffer_store(gathered, acc.get(row, vector), [at])
+            with T.serial(0, tile.rows) as line:
+                for start, lanes in _pieces(0, tile.columns, self._simd):
+                    value = gathered[_span(line * pitch + start, lanes)]
+                    at = _span(first + line * self._width + start, lanes)
+                    self._store(value, [image, channel + row, at])
+
+    def _store(self, value: Expr, at: Sequence[Expr]) -> None:
+        lanes = lanes_of(value)
         for step, extra in self._steps:
             name, _, number = step.partition(":")
             if name == "bias":
-                lanes = lanes_of(value)
                 value = value + (T.broadcast(extra[at[1]], lanes) if lanes > 1 else extra[at[1]])
             elif name == "residual":
                 value = value + extra[tuple(at)]
-            elif number:
+            elif name in ("maximum", "minimum"):
                 value = getattr(tirx, name[:3])(value, constant(float(number), value))
             else:
                 value = ACTIVATIONS[name](value)
-        return value
+        T.buffer_store(self._y, value, at)
 
 
 def conv2d(
@@ -286,45 +331,37 @@ def conv2d(
 ) -> tirx.PrimFunc:
     """Build the kernel.
 
-    Arguments of the PrimFunc, in order: the padded image ``[batch, image_elements]``, or, if
-    ``conv.direct``, the image of ``shapes[0]``; the weight (dense: ``data``
+    Arguments of the PrimFunc, in order: the image, of ``shapes[0]``; the weight (dense: ``data``
     ``[ceil(out_channels / r), K, r]`` and ``offsets`` int32 ``[K]``; sparse: ``data``
     ``[blocks, 1, r]``, ``indices`` int32 ``[blocks]`` (offsets, not columns), ``indptr`` and
-    ``partition`` as for :func:`~sparse_tvm.schedules.common.matmul.matmul`); one argument per
-    ``bias`` or ``residual`` of the epilogue; the output, of ``shapes[1]``.
+    ``partition`` as for :func:`~sparse_tvm.schedules.common.matmul.matmul`, but into
+    ``Tiling.jobs`` parts); one argument per ``bias`` or ``residual`` of the epilogue; the output,
+    of ``shapes[1]``.
     """
     rows = layout.block[0]
     n_out, k_in = conv.out_channels, conv.channels * conv.kernel[0] * conv.kernel[1]
     block_rows = -(-n_out // rows)
-    tiling = _Tiling(conv, group_limit(rows, simd) * simd.per_tile, simd)
-    out_rows, width, pitch = conv.rows
+    tiling = tiling_of(conv, rows, simd)
+    jobs = tiling.jobs
 
     with prim_func() as result:
-        image_shape = (batch, conv.image_elements)
-        x = argument("x", shapes[0] if conv.direct else image_shape)
+        x = argument("x", shapes[0])
         if layout.sparse:
             blocks = symbol("blocks")
             data = argument("data", (blocks, 1, rows))
             indices = argument("indices", (blocks,), "int32")
             indptr = argument("indptr", (block_rows + 1,), "int32")
-            partition = argument("partition", (JOBS_PER_GROUP + 1,), "int32")
+            partition = argument("partition", (jobs + 1,), "int32")
         else:
             data = argument("data", (block_rows, k_in, rows))
             indices = argument("offsets", (k_in,), "int32")
-        steps = _Epilogue(epilogue, n_out, shapes[1])
-        y = argument("y", shapes[1])
+        output = _Output(conv, batch, shapes[1], epilogue, simd)
+        x = T.decl_buffer((batch, conv.channels, *conv.size), "float32", data=x.data)
 
-        def flat(buffer: Buffer) -> Buffer:
-            shape = (batch, n_out, out_rows * width)
-            return T.decl_buffer(shape, "float32", data=buffer.data)
-
-        x, y = T.decl_buffer(image_shape, "float32", data=x.data), flat(y)
-        steps.flatten(flat)
-
-        def accumulate(acc: Registers, block_row: Expr, image: Expr, pixel: Expr) -> None:
+        def accumulate(acc: Registers, block_row: Expr, planes: Buffer) -> None:
             def load(k: Expr) -> Callable[[int], Expr]:
-                start = scalar(indices[k] + pixel)
-                return lambda vector: x[image, ramp(start + vector * simd.lanes, simd)]
+                start = scalar(indices[k])
+                return lambda vector: planes[ramp(start + vector * simd.lanes, simd)]
 
             if layout.sparse:
                 first = scalar(indptr[block_row])
@@ -334,62 +371,39 @@ def conv2d(
                 with T.serial(0, k_in) as k:
                     acc.multiply_add(lambda row: data[block_row, k, row], load(k))
 
-        def block_row_kernel(
-            block_row: Expr, live: int, image: Expr, tile: _Tile, pixel: Expr, out: Expr
-        ) -> None:
-            """One block row for one tile whose first pixel is ``pixel``, stored from ``out`` on."""
-            vectors = -(-tile.elements(pitch) // simd.lanes)
-            acc = Registers(live, vectors, simd)
-            acc.fill(lambda row, vector: zero(simd))
-            accumulate(acc, block_row, image, pixel)
-
-            def store(value: Expr, row: int, at: Expr) -> None:
-                where = [image, block_row * rows + row, at]
-                T.buffer_store(y, steps.apply(value, where), where)
-
-            if tile.rows == 1 and tile.columns % simd.lanes == 0:
-                for row in range(live):
-                    for vector in range(vectors):
-                        at = ramp(out + vector * simd.lanes, simd)
-                        store(acc.get(row, vector), row, at)
-                return
-            gathered = T.alloc_buffer((vectors * simd.lanes,), "float32")
-            for row in range(live):
-                for vector in range(vectors):
-                    at = ramp(vector * simd.lanes, simd)
-                    T.buffer_store(gathered, acc.get(row, vector), [at])
-                with T.serial(0, tile.rows) as line:
-                    for start in range(0, tile.columns, simd.lanes):
-                        lanes = min(simd.lanes, tile.columns - start)
-                        value = gathered[_span(line * pitch + start, lanes)]
-                        store(value, row, _span(out + line * width + start, lanes))
-
-        with T.parallel(0, batch * tiling.count * JOBS_PER_GROUP) as job:
-            part = scalar(job % JOBS_PER_GROUP)
-            index = scalar(job // JOBS_PER_GROUP % tiling.count)
-            image = scalar(job // (JOBS_PER_GROUP * tiling.count))
+        with T.parallel(0, batch * (tiling.count * jobs)) as job:
+            part = scalar(job % jobs)
+            index = scalar(job // jobs % tiling.count)
+            image = scalar(job // (jobs * tiling.count))
             if layout.sparse:
                 start, stop = scalar(partition[part]), scalar(partition[part + 1])
             else:
-                start = scalar(part * block_rows // JOBS_PER_GROUP)
-                stop = scalar((part + 1) * block_rows // JOBS_PER_GROUP)
+                start = scalar(part * block_rows // jobs)
+                stop = scalar((part + 1) * block_rows // jobs)
+            planes = T.alloc_buffer((tiling.elements,), "float32")
+            copy = _Copy(tiling, x, planes, simd)
 
             def body(tile: _Tile, row: Expr, column: Expr) -> None:
-                pixel, out = scalar(row * pitch + column), scalar(row * width + column)
+                with T.serial(0, conv.channels) as channel:
+                    copy.channel(tile, (image, channel), row, column, channel)
+                pixel = scalar(row * conv.out_size[1] + column)
+
+                def kernel(block_row: Expr, live: int) -> None:
+                    acc = Registers(live, tiling.vectors(tile, simd), simd)
+                    acc.fill(lambda row, vector: zero(simd))
+                    accumulate(acc, block_row, planes)
+                    output.store(acc, image, block_row * rows, tile, tiling.pitch, pixel)
+
                 with T.serial(0, stop - start) as i:
                     block_row = scalar(start + i)
-
-                    def kernel(live: int) -> None:
-                        block_row_kernel(block_row, live, image, tile, pixel, out)
-
                     if n_out % rows:
                         _either(
                             block_row < block_rows - 1,
-                            lambda: kernel(rows),
-                            lambda: kernel(n_out % rows),
+                            lambda: kernel(block_row, rows),
+                            lambda: kernel(block_row, n_out % rows),
                         )
                     else:
-                        kernel(rows)
+                        kernel(block_row, rows)
 
             tiling.visit(index, body)
     return result["func"]
@@ -405,57 +419,37 @@ def depthwise_conv2d(
     """Build the kernel of a convolution in which each output channel reads one input channel.
 
     Arguments of the PrimFunc: x and y of ``shapes``, between them the weight
-    ``[out_channels, taps]`` and one argument per ``bias`` or ``residual``. Each channel is padded
-    in the cache of the core that computes it.
+    ``[out_channels, taps]`` and one argument per ``bias`` or ``residual``.
     """
+    tiling = Tiling(conv, min(8, simd.accumulators), simd, 1)
     taps = conv.kernel[0] * conv.kernel[1]
-    offsets = [int(offset) for offset in conv.offsets()[:taps]]
+    offsets = [int(offset) for offset in tiling.offsets()[:taps]]
     multiplier = conv.out_channels // conv.channels
-    tiling = _Tiling(conv, min(8, simd.accumulators), simd)
-    out_rows, width, pitch = conv.rows
 
     with prim_func() as result:
         x = argument("x", shapes[0])
         w = argument("w", (conv.out_channels, taps))
-        steps = _Epilogue(epilogue, conv.out_channels, shapes[1])
-        y = argument("y", shapes[1])
-
-        def flat(buffer: Buffer) -> Buffer:
-            shape = (batch, conv.out_channels, out_rows * width)
-            return T.decl_buffer(shape, "float32", data=buffer.data)
-
+        output = _Output(conv, batch, shapes[1], epilogue, simd)
         x = T.decl_buffer((batch, conv.channels, *conv.size), "float32", data=x.data)
-        y = flat(y)
-        steps.flatten(flat)
 
         with T.parallel(0, batch * conv.out_channels) as job:
             image = scalar(job // conv.out_channels)
             channel = scalar(job % conv.out_channels)
-            padded = T.alloc_buffer((conv.channel_elements + _SLACK,), "float32")
-            _copy_channel(conv, x, (image, channel // multiplier), lambda at: [at], padded)
+            planes = T.alloc_buffer((tiling.elements,), "float32")
+            copy = _Copy(tiling, x, planes, simd)
 
             def body(tile: _Tile, row: Expr, column: Expr) -> None:
-                pixel, out = scalar(row * pitch + column), scalar(row * width + column)
-                vectors = -(-tile.elements(pitch) // simd.lanes)
-                acc = Registers(1, vectors, simd)
+                copy.channel(tile, (image, channel // multiplier), row, column, 0)
+                acc = Registers(1, tiling.vectors(tile, simd), simd)
                 acc.fill(lambda row, vector: zero(simd))
                 for tap, offset in enumerate(offsets):
 
                     def load(vector: int, offset: int = offset) -> Expr:
-                        return padded[ramp(pixel + (offset + vector * simd.lanes), simd)]
+                        return planes[ramp(offset + vector * simd.lanes, simd)]
 
                     acc.multiply_add(lambda _, tap=tap: w[channel, tap], load)
-                gathered = T.alloc_buffer((vectors * simd.lanes,), "float32")
-                for vector in range(vectors):
-                    at = ramp(vector * simd.lanes, simd)
-                    T.buffer_store(gathered, acc.get(0, vector), [at])
-                with T.serial(0, tile.rows) as line:
-                    for start in range(0, tile.columns, simd.lanes):
-                        lanes = min(simd.lanes, tile.columns - start)
-                        value = gathered[_span(line * pitch + start, lanes)]
-                        at = _span(out + line * width + start, lanes)
-                        where = [image, channel, at]
-                        T.buffer_store(y, steps.apply(value, where), where)
+                pixel = scalar(row * conv.out_size[1] + column)
+                output.store(acc, image, channel, tile, tiling.pitch, pixel)
 
             with T.serial(0, tiling.count) as index:
                 tiling.visit(index, body)
