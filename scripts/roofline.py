@@ -1,0 +1,286 @@
+"""How near our kernels come to what this machine can do.
+
+Measures the machine with small kernels from the same code generator: the FMA peak, and the
+bandwidth of reading sequentially, and of reading rows of 256 bytes in random order, which is what
+a sparse layer does with its input. Then it times the kernels of BERT-base's layers and compares
+each with its bound: the longest of its FMAs at the peak, its operands' loads at the bandwidth
+measured for exactly as many rows as its input has, and its weights at sequential bandwidth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from kernel_timing import Kernel, build, matmul_kernel, random_weight, simd_of
+from tvm.script.ir_builder import tirx as T
+
+from sparse_tvm.cli.console import stdout_console
+from sparse_tvm.cli.tables import plain_table
+from sparse_tvm.cpu import cpu_model, usable_cores
+from sparse_tvm.report.tables import human_bytes
+from sparse_tvm.schedules.common.attention import attention
+from sparse_tvm.schedules.common.cost import dense_rows
+from sparse_tvm.schedules.common.lane_tiles import (
+    LANES,
+    Registers,
+    Tiles,
+    argument,
+    prim_func,
+    ramp,
+    scalar,
+)
+from sparse_tvm.schedules.common.matmul import WeightLayout, group_limit
+from sparse_tvm.schedules.common.normalize import layer_norm
+from sparse_tvm.targets import Target, get_target
+
+TOKENS = 128
+HIDDEN, HEADS, INTERMEDIATE = 768, 12, 3072
+LAYERS = ((HIDDEN, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
+ROW_BYTES = 256
+SIZES = (16 << 10, 192 << 10, 768 << 10, 8 << 20, 256 << 20)
+_JOBS = 8  # of the machine's kernels: threads share them
+_READS = 64 << 20
+"""Bytes that a call of a bandwidth kernel reads."""
+
+
+def main(
+    target: Annotated[str, typer.Option(help="As sparse-tvm compile --target.")] = "native",
+    threads: Annotated[list[int] | None, typer.Option(help="Repeatable.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables here.")] = None,
+) -> None:
+    """Measure this machine's limits and our kernels' distance from them."""
+    counts = list(dict.fromkeys(threads or [1, usable_cores()]))
+    machine = Machine(get_target(target))
+    lines = [f"{cpu_model()}, target {machine.target.name}, {TOKENS} tokens", ""]
+    lines += show(["limit", *map(_threads, counts)], machine_rows(machine, counts))
+    header = ["kernel", "MFLOP", "bound by", *[c for n in counts for c in (_threads(n), "reached")]]
+    lines += show(header, kernel_rows(machine, counts))
+    if markdown:
+        markdown.write_text("\n".join(lines), encoding="utf-8")
+
+
+class Machine:
+    """What this machine can do; every figure is measured once."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.flops = cache(self._flops)
+        self.bandwidth = cache(self._bandwidth)
+
+    def _flops(self, threads: int) -> float:
+        """FLOP/s of independent FMAs between registers."""
+        simd, steps = simd_of(self.target), 20000
+        with prim_func() as result:
+            factors = argument("factors", (2, simd.lanes))
+            y = argument("y", (_JOBS, simd.lanes))
+            with T.parallel(0, _JOBS) as job:
+                acc = Registers(simd.accumulators, 1, simd)
+                factor, term = (factors[i, ramp(0, simd)] for i in range(2))
+                acc.fill(lambda row, _: term * T.broadcast(T.float32(row), simd.lanes))
+                with T.serial(0, steps):
+                    for row in range(acc.rows):
+                        acc.set(row, 0, acc.get(row, 0) * factor + term)
+                T.buffer_store(y, _sum(acc), [job, ramp(0, simd)])
+        arrays = [
+            np.full((2, simd.lanes), 0.5, np.float32),
+            np.zeros((_JOBS, simd.lanes), np.float32),
+        ]
+        seconds = build(result["func"], arrays, self.target).seconds(threads)
+        return 2 * _JOBS * steps * simd.accumulators * simd.lanes / seconds
+
+    def _bandwidth(self, size: int, pattern: str, threads: int) -> float:
+        """Bytes/s of reading rows of an array of ``size`` bytes, again and again.
+
+        Each job reads all of it, as each job of a layer does with its input, but no more than
+        its share of ``_READS``.
+        """
+        simd, rows = simd_of(self.target), size // ROW_BYTES
+        vectors = ROW_BYTES // (4 * simd.lanes)
+        share = _READS // _JOBS // ROW_BYTES
+        count, steps = min(rows, share), max(1, share // rows)
+        rng = np.random.default_rng(0)
+        with prim_func() as result:
+            x = argument("x", (rows, ROW_BYTES // 4))
+            order = argument("order", (rows,), "int32")
+            y = argument("y", (_JOBS, simd.lanes))
+            with T.parallel(0, _JOBS) as job:
+                acc = Registers(2, vectors, simd)
+                acc.fill(lambda row, vector: T.broadcast(T.float32(0), simd.lanes))
+                with T.serial(0, steps), T.serial(0, count // 2) as i:
+                    for half in range(2):
+                        at = job * count % rows + i * 2 + half
+                        row = scalar(order[at]) if pattern == "random" else at
+                        for v in range(vectors):
+                            operand = x[row, ramp(v * simd.lanes, simd)]
+                            acc.set(half, v, acc.get(half, v) + operand)
+                T.buffer_store(y, _sum(acc), [job, ramp(0, simd)])
+        arrays = [
+            rng.standard_normal((rows, ROW_BYTES // 4), np.float32),
+            rng.permutation(rows).astype(np.int32),
+            np.zeros((_JOBS, simd.lanes), np.float32),
+        ]
+        seconds = build(result["func"], arrays, self.target).seconds(threads)
+        return _JOBS * steps * (count // 2 * 2) * ROW_BYTES / seconds
+
+
+def _sum(acc: Registers) -> Any:
+    total = acc.get(0, 0)
+    for i in range(1, acc.rows * acc.vectors):
+        total = total + acc.get(*divmod(i, acc.vectors))
+    return total
+
+
+@dataclass(frozen=True)
+class Work:
+    """A kernel and what it has to do.
+
+    Attributes
+    ----------
+    title : str
+        For the table.
+    kernel : Kernel
+        Ready to run.
+    flops : float
+        Two per multiply-add that counts: zeros do not.
+    loads, rows : float, int
+        Bytes of operands read into registers, in units of rows, from an array of so many rows.
+    weights : float
+        Bytes of weights, read once per group of tiles.
+    """
+
+    title: str
+    kernel: Kernel
+    flops: float
+    loads: float
+    rows: int
+    weights: float
+
+    def bounds(self, machine: Machine, threads: int) -> dict[str, float]:
+        """Least seconds for each resource."""
+        random = machine.bandwidth(self.rows * ROW_BYTES, "random", threads)
+        sequential = machine.bandwidth(SIZES[3], "sequential", threads)
+        return {
+            "FMA": self.flops / machine.flops(threads),
+            "loads": self.loads / random,
+            "weights": self.weights / sequential,
+        }
+
+
+def layer_work(
+    machine: Machine, shape: tuple[int, int], sparsity: float, layout: WeightLayout, structure: str
+) -> Work:
+    """One linear layer, with its bias."""
+    w = random_weight(shape, sparsity, structure)
+    kernel = matmul_kernel(w, layout, TOKENS, machine.target, ["bias"])
+    groups = TOKENS // LANES // group_limit(layout.block[0], simd_of(machine.target))
+    nnz = np.count_nonzero(w)
+    name = layout.format + (f" {layout.block[0]}x1" if layout.format == "bsr" else "")
+    name += f" {sparsity:.0%}" if layout.sparse else ""
+    return Work(
+        f"{name}, {shape[1]} to {shape[0]}",
+        kernel,
+        flops=2.0 * TOKENS * nnz,
+        loads=4.0 * TOKENS * nnz / layout.block[0],
+        rows=shape[1],
+        weights=float(groups * (nnz * 4 + (nnz / layout.block[0] * 4 if layout.sparse else 0))),
+    )
+
+
+def works(machine: Machine) -> Iterator[Work]:
+    """The kernels of BERT-base."""
+    simd = simd_of(machine.target)
+    for shape in LAYERS:
+        dense = WeightLayout("dense", (dense_rows(shape[0], simd), 1))
+        yield layer_work(machine, shape, 0, dense, "unstructured")
+        for sparsity in (0.8, 0.9, 0.95):
+            yield layer_work(machine, shape, sparsity, WeightLayout("csr", (1, 1)), "unstructured")
+        for sparsity in (0.8, 0.9, 0.95):
+            yield layer_work(machine, shape, sparsity, WeightLayout("bsr", (4, 1)), "4x1")
+    rng = np.random.default_rng(0)
+    tiles, shape = Tiles(1, TOKENS // LANES), (1, TOKENS // LANES, HIDDEN, LANES)
+    x = [rng.standard_normal(shape, np.float32) for _ in range(4)]
+    size = HIDDEN // HEADS
+    function = attention(tiles, tiles, TOKENS, HEADS, size, size, size**-0.5, None, simd)
+    yield Work(
+        f"attention, {HEADS} x {size}",
+        build(function, x, machine.target),
+        flops=4.0 * TOKENS * TOKENS * HIDDEN,
+        loads=0.0,
+        rows=TOKENS,
+        weights=0.0,
+    )
+    gains = [rng.standard_normal(HIDDEN, np.float32) for _ in range(2)]
+    yield Work(
+        f"layer norm, {HIDDEN}",
+        build(layer_norm(tiles, HIDDEN, 1e-12, simd), [x[0], *gains, x[1]], machine.target),
+        flops=7.0 * TOKENS * HIDDEN,
+        loads=3 * 4.0 * TOKENS * HIDDEN,
+        rows=HIDDEN,
+        weights=0.0,
+    )
+
+
+def machine_rows(machine: Machine, counts: Sequence[int]) -> Iterator[list[str]]:
+    yield ["FMA", *[f"{machine.flops(n) / 1e9:.0f} GFLOP/s" for n in counts]]
+    for pattern in ("sequential", "random"):
+        for size in SIZES:
+            what = f"{pattern}, {human_bytes(size)}"
+            rates = [machine.bandwidth(size, pattern, n) / 1e9 for n in counts]
+            yield [what, *[f"{rate:.0f} GB/s" for rate in rates]]
+
+
+def kernel_rows(machine: Machine, counts: Sequence[int]) -> Iterator[list[str]]:
+    for work in works(machine):
+        cells: list[str] = []
+        for n in counts:
+            seconds, bounds = work.kernel.seconds(n), work.bounds(machine, n)
+            bound = max(bounds, key=lambda name: bounds[name])
+            cells += [
+                f"{seconds * 1e3:.3f} ms, {work.flops / seconds / 1e9:.0f} GFLOP/s",
+                f"{bounds[bound] / seconds:.0%}",
+            ]
+            if n == counts[0]:
+                first = bound
+        yield [work.title, f"{work.flops / 1e6:.1f}", first, *cells]
+    yield from epilogue_rows(machine, counts)
+
+
+def epilogue_rows(machine: Machine, counts: Sequence[int]) -> Iterator[list[str]]:
+    """What steps fused behind a layer cost."""
+    w = random_weight((INTERMEDIATE, HIDDEN), 0.95, "unstructured")
+
+    def seconds_of(steps: list[str]) -> Callable[[int], float]:
+        layout = WeightLayout("csr", (1, 1))
+        return matmul_kernel(w, layout, TOKENS, machine.target, steps).seconds
+
+    plain = seconds_of(["bias"])
+    for steps in (["bias", "residual"], ["bias", "gelu"]):
+        fused = seconds_of(steps)
+        extra = [1e3 * (fused(n) - plain(n)) for n in counts]
+        cells = [text for ms in extra for text in (f"+{ms:.3f} ms", "")]
+        yield [f"{steps[-1]} behind {HIDDEN} to {INTERMEDIATE}", "", "", *cells]
+
+
+def show(header: Sequence[str], rows: Iterator[list[str]]) -> list[str]:
+    """Print a table and return it as Markdown."""
+    table = plain_table(*header, numbers=header[1:])
+    lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]
+    for row in rows:
+        table.add_row(*row)
+        lines.append(f"| {' | '.join(row)} |")
+    stdout_console().print(table)
+    return [*lines, ""]
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
+if __name__ == "__main__":
+    typer.run(main)
