@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import struct
@@ -71,6 +72,6 @@ def _offsets(layout: Sequence[tuple[str, Sequence[int]]]) -> tuple[list[int], in
     size = 0
     for dtype, shape in layout:
         offsets.append(size)
-        nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         size += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
     return offsets, max(size, _ALIGNMENT)

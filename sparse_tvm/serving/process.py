@@ -140,11 +140,11 @@ class WorkerProcess:
 
     async def _answered(self, timeout: float) -> dict[str, Any]:
         assert self._answer is not None
+        end = asyncio.get_running_loop().call_later(timeout, self.kill)
         try:
-            answer = await asyncio.wait_for(asyncio.shield(self._answer), timeout)
-        except (asyncio.TimeoutError, TimeoutError):
-            self.kill()
-            raise WorkerDied(f"no answer within {timeout:g} s") from None
+            answer = await self._answer
+        finally:
+            end.cancel()
         if "error" in answer:
             raise RunFailed(answer["error"], invalid=answer.get("invalid", True))
         return answer

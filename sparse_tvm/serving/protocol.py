@@ -6,6 +6,7 @@ the ranges of integers where the model's manifest gives them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -170,7 +171,7 @@ def from_list(spec: TensorSpec, data: Any, shape: Sequence[int]) -> np.ndarray:
         array = np.asarray(data)
     except (ValueError, TypeError, OverflowError):
         raise invalid(f"the data of input {spec.name!r} are no numbers, or ragged") from None
-    if array.size != int(np.prod(shape, dtype=object)):
+    if array.size != math.prod(shape):
         raise invalid(f"input {spec.name!r} has {array.size} elements, its shape says {shape}")
     if not _fits(array, dtype):
         raise invalid(f"the data of input {spec.name!r} do not fit {DATATYPES[spec.dtype]}")
@@ -186,7 +187,7 @@ def from_bytes(spec: TensorSpec, data: Any, shape: Sequence[int]) -> np.ndarray:
         When they are too many or too few.
     """
     dtype = np.dtype(spec.dtype)
-    expected = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    expected = math.prod(shape) * dtype.itemsize
     if len(data) != expected:
         raise invalid(f"input {spec.name!r} has {len(data)} bytes, its shape takes {expected}")
     array = np.frombuffer(data, dtype).reshape(shape)

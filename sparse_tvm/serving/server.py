@@ -17,11 +17,11 @@ from sparse_tvm.errors import OptionError
 from sparse_tvm.serving import logs
 from sparse_tvm.serving.core import Core
 from sparse_tvm.serving.http_guard import GuardedProtocol
+from sparse_tvm.serving.listener import listen, refuse_new
 from sparse_tvm.serving.options import Options
 from sparse_tvm.serving.rest import build_app
 from sparse_tvm.serving.rpc import build_server
 
-_BACKLOG = 1024
 _KEEP_ALIVE_SECONDS = 75
 
 
@@ -50,7 +50,7 @@ async def _serve(sources: Sequence[Path], options: Options) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
     core = Core(sources, options)
-    listener = _listen(options.host, options.port)
+    listener = listen(options.host, options.port)
     http = _HttpServer(core)
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     rpc = build_server(core)
@@ -64,7 +64,9 @@ async def _serve(sources: Sequence[Path], options: Options) -> None:
         if not ending.is_set():
             logs.info("ready", models=core.repository.names())
         await ending.wait()
-        await _drain(core, http, serving, rpc)
+        await _drain(core, listener)
+        http.should_exit = True
+        await asyncio.gather(serving, rpc.stop(options.timeout))
     finally:
         http.should_exit = http.force_exit = True
         await asyncio.gather(serving, rpc.stop(0), return_exceptions=True)
@@ -85,17 +87,17 @@ async def _until(ending: asyncio.Event, work: Any) -> None:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _drain(core: Core, http: _HttpServer, serving: asyncio.Task[None], rpc: Any) -> None:
-    """Answer everything that was accepted.
+async def _drain(core: Core, listener: socket.socket) -> None:
+    """Turn clients away without losing what they have sent.
 
     First the server says that it is not ready and asks clients to close their connections, while
-    it still answers them: so load balancers turn away, and no request meets a closing socket.
+    it still answers: load balancers turn away, and no request meets a closing socket. Then it
+    lets no new connection in.
     """
     logs.info("draining", seconds=core.options.drain)
     core.draining = True
     await asyncio.sleep(core.options.drain)
-    http.should_exit = True
-    await asyncio.gather(serving, rpc.stop(core.options.timeout))
+    await refuse_new(listener)
 
 
 class _HttpServer(uvicorn.Server):  # type: ignore[misc]
@@ -120,14 +122,6 @@ class _HttpServer(uvicorn.Server):  # type: ignore[misc]
     def capture_signals(self) -> Iterator[None]:
         """Leave signals alone."""
         yield
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except OSError as error:
-        raise OptionError(f"cannot listen on {host}:{port}: {error.strerror}") from error
 
 
 def _add_port(rpc: Any, host: str, port: int) -> int:

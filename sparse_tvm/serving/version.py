@@ -58,6 +58,9 @@ class Version:
         self.limits = Limits()
         self._options = options
         self._metrics = metrics
+        self._queue_seconds = metrics.queue_seconds.labels(model)
+        self._run_seconds = metrics.run_seconds.labels(model)
+        self._batch_rows = metrics.batch_rows.labels(model)
         self._queue: Queue | None = None
         self._workers: list[WorkerProcess] = []
         self._slots: list[asyncio.Task[None]] = []
@@ -115,10 +118,12 @@ class Version:
             raise Refusal(Kind.UNAVAILABLE, f"model {self.model!r} is loading", retry_after=1)
         request = Request(Tensors(tuple(arrays[spec.name] for spec in self.inputs), sizes))
         self._queue.put(request)
+        late = Refusal(Kind.TIMEOUT, f"no result within {timeout:g} s")
+        end = asyncio.get_running_loop().call_later(timeout, _set_exception, request, late)
         try:
-            outputs = await asyncio.wait_for(request.result, timeout)
-        except (asyncio.TimeoutError, TimeoutError):
-            raise Refusal(Kind.TIMEOUT, f"no result within {timeout:g} s") from None
+            outputs = await request.result
+        finally:
+            end.cancel()
         return {spec.name: output for spec, output in zip(self.outputs, outputs, strict=True)}
 
     @contextmanager
@@ -260,7 +265,7 @@ class Version:
         assert self._queue is not None
         started = monotonic()
         for request in batch:
-            self._metrics.queue_seconds.labels(self.model).observe(started - request.enqueued)
+            self._queue_seconds.observe(started - request.enqueued)
         try:
             results = await self._run(self.layout, [r.tensors for r in batch], worker)
         except RunFailed as error:
@@ -284,8 +289,8 @@ class Version:
             lambda places: layout.fill(requests, places),
             self._options.timeout,
         )
-        self._metrics.run_seconds.labels(self.model).observe(seconds)
-        self._metrics.batch_rows.labels(self.model).observe(sum(map(layout.rows, requests)))
+        self._run_seconds.observe(seconds)
+        self._batch_rows.observe(sum(map(layout.rows, requests)))
         return layout.split(requests, outputs)
 
     def _retry(self, batch: Sequence[Request]) -> None:
