@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 
 from sparse_tvm.errors import ModelError
-from sparse_tvm.frontends.read import one_line
+from sparse_tvm.frontends.read import first_few, one_line
 from sparse_tvm.frontends.source import Source, require
 from sparse_tvm.frontends.torch_export import quiet
 from sparse_tvm.reference import ReferenceModel
@@ -195,11 +195,26 @@ def convert_function(
     """
     tensorflow = require_tensorflow(name)
     tf2onnx = require("tf2onnx", _EXTRA, name)
+    traced = tensorflow.function(function)
     with converting(name):
-        model, _ = tf2onnx.convert.from_function(
-            tensorflow.function(function), list(inputs), opset=OPSET
-        )
+        captures = traced.get_concrete_function(*inputs).graph.captures
+        model, _ = tf2onnx.convert.from_function(traced, list(inputs), opset=OPSET)
+    constants = {
+        placeholder.name: value
+        for value, placeholder in captures
+        if value.dtype != tensorflow.resource
+    }
+    _store_constants(model.graph, constants)
     return tidy(model, name, [spec.name for spec in inputs], outputs)
+
+
+def _store_constants(graph: onnx.GraphProto, constants: Mapping[str, Any]) -> None:
+    """Store tensors that a function captured: tf2onnx makes them inputs."""
+    captured = [value for value in graph.input if value.name in constants]
+    for value in captured:
+        graph.input.remove(value)
+        array = constants[value.name].numpy()
+        graph.initializer.append(onnx.numpy_helper.from_array(array, value.name))
 
 
 @contextmanager
@@ -218,6 +233,7 @@ def tidy(
     """Give a converted model the names of the source, in place, and return it."""
     graph = model.graph
     graph.name = name
+    _check_converted(graph, name)
     renamed = dict(zip((value.name for value in graph.input), inputs, strict=True))
     renamed |= dict(zip((value.name for value in graph.output), outputs, strict=True))
     taken = set(renamed.values())
@@ -237,6 +253,18 @@ def tidy(
         for dim in value.type.tensor_type.shape.dim:
             dim.ClearField("dim_param")
     return model
+
+
+def _check_converted(graph: onnx.GraphProto, name: str) -> None:
+    """Refuse operators that tf2onnx could not convert and left as they are."""
+    unknown = sorted(
+        {n.op_type for n in graph.node if n.domain == "" and not onnx.defs.has(n.op_type)}
+    )
+    if unknown:
+        raise ModelError(
+            f"{name}: operators that cannot be converted: {first_few(unknown)}",
+            hint="custom operators, and those that tf2onnx does not know, are not supported",
+        )
 
 
 def layer_name(name: str) -> str:

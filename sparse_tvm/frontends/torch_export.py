@@ -87,7 +87,7 @@ def to_onnx(
 def quiet() -> Iterator[None]:
     """Keep PyTorch's and transformers' remarks about their own insides from the user."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
