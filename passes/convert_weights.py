@@ -134,10 +134,9 @@ def choose(
             return [WeightLayout("csr", (1, 1))]
         if block is not None:
             return [WeightLayout("bsr", _kernel_block(block, (n, k)))]
-        sizes = dict.fromkeys(_AUTO_BLOCKS)
-        if structure.block is not None:
-            sizes[_kernel_block(structure.block, (n, k))] = None
-        return [WeightLayout("bsr", size) for size in sizes if size[0] <= n and size[1] <= k]
+        blocks = [*_AUTO_BLOCKS, *([structure.block] if structure.block else [])]
+        sizes = dict.fromkeys(_kernel_block(size, (n, k)) for size in blocks)
+        return [WeightLayout("bsr", size) for size in sizes]
 
     def best(layouts: list[WeightLayout]) -> tuple[WeightLayout, str]:
         cost, layout = min(map(priced, layouts), key=lambda pair: pair[0])

@@ -1,0 +1,141 @@
+"""DenseToSparse: layers get the form chosen, and reports that say why."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import apply, build, calls, check_weights, operators
+from tvm import relax
+
+from sparse_tvm.passes.convert_weights import FormatOptions
+from sparse_tvm.passes.dense_to_sparse import dense_to_sparse
+from sparse_tvm.passes.fc_transpose import fc_transpose
+from sparse_tvm.passes.fuse_epilogue import fuse_epilogue
+from sparse_tvm.passes.lane_layout import lane_layout
+from sparse_tvm.passes.program import Program
+from sparse_tvm.sparsity.analysis import analyse
+from sparse_tvm.sparsity.pruning import prune_array
+from sparse_tvm.targets import get_target
+
+OP = relax.op
+PASSES = [fc_transpose, fuse_epilogue, lane_layout]
+
+
+def layers(emit, x, sparse, plain, b):
+    y = emit(OP.nn.relu(emit(OP.add(emit(OP.matmul(x, sparse)), b))))
+    return OP.matmul(y, plain)
+
+
+def before(tokens="tokens", weights=None):
+    subject = build(
+        layers, {"x": (tokens, 64)}, {"sparse": (64, 64), "plain": (64, 64), "b": (64,)}
+    )
+    # Weights are stored [in, out] here: prune them as [out, in].
+    subject.weights["sparse"] = prune_array(subject.weights["sparse"].T, 0.9, "4x1").T
+    subject.weights.update(weights or {})
+    return subject
+
+
+def converted(subject: Program, *rules: str, **options) -> Program:
+    values = {"format": "auto", "block": None, "threshold": None, **options}
+    chosen = FormatOptions.parse(*values.values(), rules)
+    return dense_to_sparse(apply(PASSES, subject), chosen, get_target("x86-64-v4"))
+
+
+@pytest.mark.parametrize("tokens", [24, "tokens"])
+def test_each_layer_gets_its_form(tokens):
+    after = converted(before(tokens))
+    check_weights(after)
+    assert [name for name in operators(after) if name != "reshape"] == [
+        "pack",
+        "sparse_dense",
+        "dense",
+        "unpack",
+    ]
+    (sparse,) = calls(after, "sparse_dense")
+    assert sparse.attributes == {
+        "layer": "sparse",
+        "epilogue": ["bias", "relu"],
+        "format": "bsr",
+        "block": [4, 1],
+        "weight": [64, 64],
+    }
+    assert [arg.name for arg in sparse.args[1:]] == [
+        "sparse_fc.data",
+        "sparse_fc.indices",
+        "sparse_fc.indptr",
+        "sparse_fc.partition",
+        "b",
+    ]
+    (dense,) = calls(after, "dense")
+    assert [arg.name for arg in dense.args[1:]] == ["plain_fc.data"]
+    assert dense.attributes["format"] == "dense"
+
+
+def test_dense_weights_leave_the_program():
+    after = converted(before())
+    assert set(after.weights) == {
+        "b",
+        "plain_fc.data",
+        *(f"sparse_fc.{key}" for key in ("data", "indices", "indptr", "partition")),
+    }
+
+
+def test_reports():
+    subject = before()
+    after = converted(subject)
+    assert list(after.reports) == ["sparse", "plain"]
+    report = after.reports["sparse"]
+    found = analyse(subject.weights["sparse"].T)
+    assert (report.op, report.shape, report.format, report.block) == (
+        "dense",
+        (64, 64),
+        "bsr",
+        (4, 1),
+    )
+    assert (report.nnz, report.sparsity, report.structure) == (
+        found.nnz,
+        found.sparsity,
+        found.label,
+    )
+    assert report.epilogue == ("bias", "relu")
+    assert "x dense" in report.reason
+    stored = [a.nbytes for name, a in after.weights.items() if name.startswith("sparse_fc.")]
+    assert report.bytes == sum(stored)
+    plain = after.reports["plain"]
+    assert (plain.format, plain.block, plain.reason) == ("dense", None, "no zeros")
+
+
+def test_rules_and_a_block_that_was_cut():
+    after = converted(before(), "plain=bsr:32x1", "sparse=dense")
+    assert after.reports["sparse"].format == "dense"
+    assert after.reports["sparse"].reason == "rule sparse=dense"
+    report = after.reports["plain"]
+    assert (report.format, report.block) == ("bsr", (16, 1))
+    assert report.reason.endswith("32x1 stored as 16x1")
+
+
+def test_shared_weight_is_stored_and_reported_once():
+    def body(emit, x, w):
+        return OP.matmul(emit(OP.nn.relu(emit(OP.matmul(x, w)))), w)
+
+    subject = build(body, {"x": ("tokens", 64)}, {"w": (64, 64)})
+    subject.weights["w"] = prune_array(subject.weights["w"].T, 0.95, "4x1").T
+    after = converted(subject)
+    first, second = calls(after, "sparse_dense")
+    assert [a.name for a in first.args[1:]] == [a.name for a in second.args[1:]]
+    assert list(after.reports) == ["w"]
+    assert len(after.weights) == 4
+
+
+def test_two_forms_of_one_weight_have_reports_of_their_own():
+    def body(emit, x, w):
+        return OP.matmul(emit(OP.matmul(x, w)), emit(OP.permute_dims(w)))
+
+    subject = build(body, {"x": ("tokens", 64)}, {"w": (64, 64)})
+    subject.weights["w"] = prune_array(subject.weights["w"], 0.95, "unstructured")
+    after = converted(subject)
+    assert len(after.reports) == 2
+    assert {report.nnz for report in after.reports.values()} == {
+        int(np.count_nonzero(subject.weights["w"]))
+    }
