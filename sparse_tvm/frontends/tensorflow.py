@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 
 from sparse_tvm.errors import ModelError
+from sparse_tvm.frontends.gelu import spell_gelu
 from sparse_tvm.frontends.read import first_few, one_line
 from sparse_tvm.frontends.source import Source, require
 from sparse_tvm.frontends.torch_export import quiet
@@ -233,6 +234,7 @@ def tidy(
     """Give a converted model the names of the source, in place, and return it."""
     graph = model.graph
     graph.name = name
+    spell_gelu(model)
     _check_converted(graph, name)
     renamed = dict(zip((value.name for value in graph.input), inputs, strict=True))
     renamed |= dict(zip((value.name for value in graph.output), outputs, strict=True))

@@ -25,7 +25,6 @@ SPARSE_TENSOR = "TFLite sparse tensor"
 _DTYPES = {0: np.float32, 1: np.float16, 2: np.int32, 9: np.int8}
 _DENSE_DIMENSION = 0
 _LAYERS = (3, 4, 9)  # CONV_2D, DEPTHWISE_CONV_2D, FULLY_CONNECTED
-_GELU_OPSET = 20
 _DENSIFY = 124  # BuiltinOperator.DENSIFY
 
 
@@ -102,7 +101,6 @@ class TfliteSource(Source):
             model, _ = tf2onnx.convert.from_tflite(
                 path, input_names=inputs, output_names=outputs, opset=OPSET
             )
-        _spell_gelu(model)
         weights = self._weight_names()
         for node in model.graph.node:
             node.name = weights.get(node.output[0], node.name)
@@ -175,20 +173,6 @@ class TfliteReference(ReferenceModel):
             zip(self.outputs, map(self._interpreter.get_tensor, self._results), strict=True)
         )
         return {name: found[name] for name in (self.outputs if outputs is None else outputs)}
-
-
-def _spell_gelu(model: onnx.ModelProto) -> None:
-    """Spell the GELU that tf2onnx does not know as ONNX does since opset 20."""
-    found = [node for node in model.graph.node if node.op_type == "TFL_GELU"]
-    for node in found:
-        tanh = any(a.name == "approximate" and a.i for a in node.attribute)
-        node.op_type = "Gelu"
-        node.ClearField("attribute")
-        node.attribute.append(onnx.helper.make_attribute("approximate", "tanh" if tanh else "none"))
-    if found:
-        for entry in model.opset_import:
-            if entry.domain in ("", "ai.onnx"):
-                entry.version = max(entry.version, _GELU_OPSET)
 
 
 def _decode(tensor: Any, data: Any) -> np.ndarray:
