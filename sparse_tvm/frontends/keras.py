@@ -87,7 +87,7 @@ class KerasSource(Source):
         return convert_function(
             lambda *tensors: self._call(dict(zip(self._inputs, tensors, strict=True))),
             specs,
-            sorted(model.output_names),
+            sorted(self._outputs),
             self.name,
         )
 
@@ -95,13 +95,19 @@ class KerasSource(Source):
     def _inputs(self) -> list[str]:
         return [tensor.name for tensor in self.model.inputs]
 
+    @property
+    def _outputs(self) -> list[str]:
+        """Names of the outputs, in the order that Keras flattens them."""
+        outputs = self.model.output
+        return sorted(outputs) if isinstance(outputs, dict) else list(self.model.output_names)
+
     def _call(self, inputs: dict[str, Any]) -> dict[str, Any]:
         import keras
 
         tensors = [inputs[name] for name in self._inputs]
         outputs = self.model(tensors[0] if len(tensors) == 1 else tensors, training=False)
         flat = keras.tree.flatten(outputs)
-        return dict(zip(self.model.output_names, flat, strict=True))
+        return dict(zip(self._outputs, flat, strict=True))
 
     def as_onnx(self) -> onnx.ModelProto:
         """See `Source.as_onnx`."""
@@ -117,4 +123,4 @@ class KerasSource(Source):
             outputs: Mapping[str, Any] = compiled(inputs)
             return outputs
 
-        return TensorFlowReference(self._inputs, list(self.model.output_names), call, threads)
+        return TensorFlowReference(self._inputs, self._outputs, call, threads)
