@@ -1,14 +1,12 @@
 """Lower kernels: our operators become calls of TIR kernels.
 
 Matches every ``sparse_tvm.*`` call and turns it into ``call_tir`` of the kernel built for its
-shapes, format and epilogue. Calls that agree in all of these share one kernel, so BERT-base's 73
+shapes, format and epilogue. Calls for which the same kernel was built share it, so BERT-base's 73
 layers need a handful. The program remembers which layers each kernel serves, for the profiler.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from typing import Any
 
 from tvm import relax, tirx
@@ -27,8 +25,8 @@ from sparse_tvm.targets import Target
 KERNEL_ATTRIBUTE = "sparse_tvm.kernel"
 """Marks functions that are scheduled already."""
 
-_Kernel = tuple[str, Callable[[], tirx.PrimFunc]]
-"""A kernel's title and how to build it."""
+_Kernel = tuple[str, tirx.PrimFunc]
+"""A kernel and its title."""
 
 _OPAQUE = 8  # relax.op_pattern: nothing may be fused into it
 
@@ -42,16 +40,15 @@ class _LowerKernels(Rewrite):
     def __init__(self, program: Program, simd: Simd) -> None:
         super().__init__(program)
         self._simd = simd
-        self._kernels: dict[str, Any] = {}
 
     def rewrite(self, var: relax.Var, value: Any) -> Any:
         found = dialect.match(value)
         if found is None:
             return None
-        layer = found.attributes.pop("layer", None)
-        title, build = getattr(self, f"_{found.name}")(found, var)
-        kernel = self._kernel(found.name, title, found, var, build)
-        self._note(kernel.name_hint, found.name, layer, title)
+        title, function = getattr(self, f"_{found.name}")(found, var)
+        marked = function.with_attrs({KERNEL_ATTRIBUTE: found.name, "op_pattern": _OPAQUE})
+        kernel = self.builder.add_func(marked, title)  # the one that is there, if it is the same
+        self._note(kernel.name_hint, found.name, found.attributes.get("layer"), title)
         args = []
         for arg in found.args:
             if isinstance(arg, relax.ShapeExpr):  # numbers are in the kernel already
@@ -59,22 +56,6 @@ class _LowerKernels(Rewrite):
             else:
                 args.append(self.new(arg))
         return relax.call_tir(kernel, args, var.ty)
-
-    def _kernel(
-        self,
-        name: str,
-        title: str,
-        found: dialect.DialectCall,
-        var: relax.Var,
-        build: Callable[[], tirx.PrimFunc],
-    ) -> Any:
-        """The kernel for these shapes and attributes, built once."""
-        shapes = [_static_dims(arg) for arg in (*found.args[:1], var)]
-        key = json.dumps([name, title, found.attributes, shapes], sort_keys=True)
-        if key not in self._kernels:
-            function = build().with_attrs({KERNEL_ATTRIBUTE: name, "op_pattern": _OPAQUE})
-            self._kernels[key] = self.builder.add_func(function, title)
-        return self._kernels[key]
 
     def _note(self, function: str, kind: str, layer: str | None, title: str) -> None:
         """Remember which layer this call serves."""
@@ -92,7 +73,7 @@ class _LowerKernels(Rewrite):
         steps = attributes["epilogue"]
         size = f"_{rows}x{columns}" if layout.format != "csr" else ""
         title = "_".join([layout.format + size, f"{n}x{k}", *steps])
-        return title, lambda: matmul(tiles, n, k, layout, steps, self._simd)
+        return title, matmul(tiles, n, k, layout, steps, self._simd)
 
     _sparse_dense = _dense
 
@@ -106,23 +87,20 @@ class _LowerKernels(Rewrite):
         (key_rows,) = found.args[-1].values
         count = int(key_rows) if isinstance(key_rows, tirx.IntImm) else None
 
-        def build() -> tirx.PrimFunc:
-            return attention(
-                queries, keys, count, heads, head_size, value_size, scale, mask, self._simd
-            )
-
-        return f"attention_{heads}x{head_size}", build
+        return f"attention_{heads}x{head_size}", attention(
+            queries, keys, count, heads, head_size, value_size, scale, mask, self._simd
+        )
 
     def _layer_norm(self, found: dialect.DialectCall, var: relax.Var) -> _Kernel:
         tiles, features = _tiles(found.args[0]), shape_of(var)[2]
         epsilon = found.attributes["epsilon"]
-        return f"layer_norm_{features}", lambda: layer_norm(tiles, features, epsilon, self._simd)
+        return f"layer_norm_{features}", layer_norm(tiles, features, epsilon, self._simd)
 
     def _pack(self, found: dialect.DialectCall, var: relax.Var) -> _Kernel:
-        return "pack", lambda: pack(*_extents(found.args[0]))
+        return "pack", pack(*_extents(found.args[0]))
 
     def _unpack(self, found: dialect.DialectCall, var: relax.Var) -> _Kernel:
-        return "unpack", lambda: unpack(*_extents(var))
+        return "unpack", unpack(*_extents(var))
 
     def _conv2d(self, found: dialect.DialectCall, var: relax.Var) -> _Kernel:
         conv, attributes = _conv(found), found.attributes
@@ -132,14 +110,14 @@ class _LowerKernels(Rewrite):
         steps = attributes["epilogue"]
         size = f"_{layout.block[0]}x1" if layout.format != "csr" else ""
         title = "_".join(["conv2d", layout.format + size, _size(conv), *map(_step, steps)])
-        return title, lambda: conv2d(conv, batch, shapes, layout, steps, self._simd)
+        return title, conv2d(conv, batch, shapes, layout, steps, self._simd)
 
     def _depthwise_conv2d(self, found: dialect.DialectCall, var: relax.Var) -> _Kernel:
         conv, steps = _conv(found), found.attributes["epilogue"]
         batch, out = _batched(var)
         shapes = (batch, *shape_of(found.args[0])[1:]), out
         title = "_".join(["depthwise_conv2d", _size(conv), *map(_step, steps)])
-        return title, lambda: depthwise_conv2d(conv, batch, shapes, steps, self._simd)
+        return title, depthwise_conv2d(conv, batch, shapes, steps, self._simd)
 
 
 def _conv(found: dialect.DialectCall) -> Conv2d:
@@ -161,11 +139,6 @@ def _batched(expr: Any) -> tuple[Any, tuple[Any, ...]]:
     batch, *rest = shape_of(expr)
     batch = batch if isinstance(batch, int) else symbol("batch")
     return batch, (batch, *rest)
-
-
-def _static_dims(expr: Any) -> list[int | None]:
-    """Extents that are numbers; kernels take all others from their arguments."""
-    return [dim if isinstance(dim, int) else None for dim in shape_of(expr)]
 
 
 def _extents(expr: Any) -> list[Any]:
