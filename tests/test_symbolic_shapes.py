@@ -109,7 +109,7 @@ def test_causal_mask_from_ranges():
     }"""
     check(
         graph,
-        ["arange", "expand_dims", "less_equal", "where"],
+        ["arange", "reshape", "reshape", "less_equal", "where"],
         zero=np.array(0),
         one=np.array(1),
         last=np.array([-1]),

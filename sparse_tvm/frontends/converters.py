@@ -13,10 +13,11 @@ from functools import reduce
 from typing import Any
 
 import numpy as np
-import onnx
+import tvm
 from tvm import relax, tirx
 from tvm.ir import GenericConst
 
+from sparse_tvm.frontends.grids import Grid, affine_start, index
 from sparse_tvm.frontends.input_shapes import LARGEST
 from sparse_tvm.frontends.shape_arithmetic import Known
 from sparse_tvm.frontends.sizes import Size, Sizes
@@ -41,6 +42,14 @@ class Operation(ABC):
         """Return an input's elements, where they follow from constants and sizes."""
 
     @abstractmethod
+    def grid(self, index: int) -> Grid | None:
+        """Return an input as an expression of its elements' indices, where it is one."""
+
+    @abstractmethod
+    def coordinates(self, index: int) -> Sequence[Grid]:
+        """Return the grids that an input stacks along its last axis; none if it does not."""
+
+    @abstractmethod
     def tensor(self, index: int) -> relax.Expr | None:
         """Return an input as a tensor; None for one left out."""
 
@@ -51,6 +60,22 @@ class Operation(ABC):
     @abstractmethod
     def normalize(self, value: relax.Expr) -> relax.Expr:
         """Infer the type of an expression."""
+
+    @abstractmethod
+    def definition(self, value: relax.Expr) -> relax.Expr:
+        """Return what a variable is bound to."""
+
+    def argument_of(self, value: relax.Expr, name: str) -> relax.Expr | None:
+        """Return the first argument of a call of an operator, if `value` is one."""
+        call = self.definition(value)
+        if isinstance(call, relax.Call) and call.op == tvm.ir.Op.get(f"relax.{name}"):
+            return call.args[0]
+        return None
+
+    def before(self, value: relax.Expr, name: str) -> relax.Expr:
+        """Look through a call of an operator, if `value` is one."""
+        argument = self.argument_of(value, name)
+        return value if argument is None else argument
 
     def shape(self, index: int) -> list[Size]:
         """Return an input's sizes."""
@@ -99,10 +124,16 @@ def _clip(op: Operation) -> relax.Expr | None:
 
 
 def _gather(op: Operation) -> relax.Expr | None:
-    """Take with indices in bounds: a single known one may count from the end."""
+    """Slice for indices that count up; else take with indices in bounds."""
     data, axis = op.tensor(0), op.attributes.get("axis", 0)
     if isinstance(data, GenericConst) and isinstance(op.tensor(1), GenericConst):
         return None
+    axis %= len(op.shape(0))
+    grid = op.grid(1)
+    if grid is not None:
+        part = _rows(op, grid, axis) if len(grid.axes) <= 1 else _unflattened(op, grid, axis)
+        if part is not None:
+            return part
     extent = op.shape(0)[axis]
     known = op.known(1)
     if known is not None and known.elements.ndim == 0 and not isinstance(extent, int):
@@ -114,6 +145,74 @@ def _gather(op: Operation) -> relax.Expr | None:
     return relax.op.take(data, _wrap(op, op.tensor(1), [extent]), axis, mode="clip")
 
 
+def _rows(op: Operation, grid: Grid, axis: int) -> relax.Expr | None:
+    """Gather with indices that count up along one of their axes, or are all the same."""
+    shape = op.shape(0)
+    start = affine_start(grid.value, grid.axes[0], op.sizes) if grid.axes else grid.value
+    extent = grid.shape[grid.axes[0]] if grid.axes else 1
+    if start is None or not grid.shape or not op.sizes.compare("GreaterOrEqual", start, 0):
+        return None
+    end = op.sizes.simplify(start + extent)
+    if not op.sizes.fits(end, shape[axis]):
+        return None
+    part = op.tensor(0)
+    if not (_is(start, 0) and op.sizes.equal(end, shape[axis])):
+        part = relax.op.strided_slice(part, [axis], [start], [end], assume_inbound=True)
+    own = [size if a in grid.axes else 1 for a, size in enumerate(grid.shape)]
+    part = _with_shape(op, part, [*shape[:axis], *own, *shape[axis + 1 :]])
+    return broadcast(op, part, [*shape[:axis], *grid.shape, *shape[axis + 1 :]])
+
+
+def _unflattened(op: Operation, grid: Grid, axis: int) -> relax.Expr | None:
+    """Gather from a flattened tensor at ``i * rows + j``, which is the tensor along other axes."""
+    source = op.argument_of(op.tensor(0), "reshape")
+    if source is None or axis != 0:
+        return None
+    shape, sizes = shape_of(source), op.sizes
+    flat = next(
+        (n for n in range(len(shape) + 1) if sizes.equal(sizes.product(shape[:n]), op.shape(0)[0])),
+        None,
+    )
+    *factors, base = tvm.sym.detect_linear_equation(grid.value, [index(a) for a in grid.axes])
+    if flat is None or flat != len(grid.axes) or not sizes.equal(base, 0):
+        return None
+    places: list[int | None] = []
+    for own in range(flat):
+        stride = sizes.product(shape[own + 1 : flat])
+        places += [
+            a
+            for a, factor in zip(grid.axes, factors, strict=True)
+            if sizes.equal(factor, stride) and sizes.equal(grid.shape[a], shape[own])
+        ]
+    if len(places) != flat:
+        return None
+    part = _along(op, source, places, grid.shape)
+    return _with_shape(op, part, [*grid.shape, *op.shape(0)[1:]])
+
+
+def _along(
+    op: Operation, data: relax.Expr, places: Sequence[int | None], shape: Sequence[Size]
+) -> relax.Expr:
+    """Put the first axes of a tensor at other places of a shape, and broadcast the others.
+
+    An axis without a place has size 1.
+    """
+    rest = shape_of(data)[len(places) :]
+    order = sorted(range(len(places)), key=lambda axis: places[axis] or 0)
+    if order != list(range(len(places))):
+        data = relax.op.permute_dims(data, [*order, *range(len(places), len(places) + len(rest))])
+    own = [size if axis in places else 1 for axis, size in enumerate(shape)]
+    return broadcast(op, _with_shape(op, data, [*own, *rest]), [*shape, *rest])
+
+
+def broadcast(op: Operation, value: relax.Expr, shape: Sequence[Size]) -> relax.Expr:
+    """Broadcast where that changes the shape."""
+    value = op.normalize(value)
+    if op.sizes.same(shape_of(value), shape):
+        return value
+    return relax.op.broadcast_to(value, list(shape))
+
+
 def _gather_elements(op: Operation) -> relax.Expr:
     axis = op.attributes.get("axis", 0)
     indices = _wrap(op, op.tensor(1), [op.shape(0)[axis]])
@@ -122,11 +221,50 @@ def _gather_elements(op: Operation) -> relax.Expr:
 
 def _gather_nd(op: Operation) -> relax.Expr:
     batch = op.attributes.get("batch_dims", 0)
+    places = _places(op) if batch == 0 else None
+    if places is not None:
+        return _along(op, op.tensor(0), places, op.shape(1)[:-1])
     coordinates = op.shape(1)[-1]
     if not isinstance(coordinates, int):
         raise ValueError("the rank of its output depends on data")
     indices = _wrap(op, op.tensor(1), op.shape(0)[batch : batch + coordinates])
     return relax.op.gather_nd(op.tensor(0), indices, batch)
+
+
+def _places(op: Operation) -> list[int | None] | None:
+    """Return along which axis of the result each axis runs, when each coordinate is an index."""
+    places: list[int | None] = []
+    for part, size in zip(op.coordinates(1), op.shape(0), strict=False):
+        if part.uniform == 0 and _is(size, 1):
+            places.append(None)
+        elif (
+            len(part.axes) == 1
+            and part.axes[0] not in places
+            and op.sizes.equal(part.value, index(part.axes[0]))
+            and op.sizes.equal(part.shape[part.axes[0]], size)
+        ):
+            places.append(part.axes[0])
+        else:
+            return None
+    return places or None
+
+
+def _logical(absorbing: bool) -> Converter:
+    def convert(op: Operation) -> relax.Expr | None:
+        for position, other in ((0, 1), (1, 0)):
+            grid = op.grid(position)
+            if grid is not None and grid.uniform is (not absorbing):
+                return op.tensor(other)
+        return None
+
+    return convert
+
+
+def _where(op: Operation) -> relax.Expr | None:
+    condition = op.grid(0)
+    if condition is None or condition.uniform is None:
+        return None
+    return op.tensor(1 if condition.uniform else 2)
 
 
 def _wrap(op: Operation, indices: relax.Expr, extents: Sequence[Size]) -> relax.Expr:
@@ -180,6 +318,7 @@ def _pairwise(operator: Callable[[relax.Expr, relax.Expr], relax.Expr]) -> Conve
 
 
 def _reshape(op: Operation) -> relax.Expr:
+    value: Any = op.tensor(0)
     data, target = op.shape(0), op.vector(1)
     if not op.attributes.get("allowzero", 0):
         target = [data[axis] if size == 0 else size for axis, size in enumerate(target)]
@@ -187,7 +326,21 @@ def _reshape(op: Operation) -> relax.Expr:
     if len(given) < len(target):
         rest = op.sizes.quotient(data, given)
         target = [rest if _is(size, -1) else size for size in target]
-    return relax.op.reshape(op.tensor(0), target)
+    if str(value.ty.dtype) in ("bool", "int64", "int32"):
+        # Masks are flattened to be gathered from, and given their shape again.
+        value = op.before(value, "reshape")
+    return _with_shape(op, value, target)
+
+
+def _with_shape(op: Operation, value: relax.Expr, shape: Sequence[Size]) -> relax.Expr:
+    """Reshape where that changes the shape."""
+    value = op.normalize(value)
+    return value if op.sizes.same(shape_of(value), shape) else relax.op.reshape(value, list(shape))
+
+
+def _unsqueeze(op: Operation) -> relax.Expr:
+    axes = op.attributes.get("axes") or op.vector(1)
+    return relax.op.expand_dims(op.tensor(0), list(axes))
 
 
 def _flatten(op: Operation) -> relax.Expr:
@@ -203,7 +356,8 @@ def _expand(op: Operation) -> relax.Expr:
     rank = max(len(data), len(target))
     data, target = ([1] * (rank - len(shape)) + shape for shape in (data, target))
     shape = [own if _is(wanted, 1) else wanted for own, wanted in zip(data, target, strict=True)]
-    return relax.op.broadcast_to(op.tensor(0), shape)
+    value = op.tensor(0)
+    return broadcast(op, op.before(value, "broadcast_to"), shape)
 
 
 def _tile(op: Operation) -> relax.Expr:
@@ -219,21 +373,6 @@ def _tile(op: Operation) -> relax.Expr:
     return relax.op.reshape(value, result)
 
 
-def _constant_of_shape(op: Operation) -> relax.Expr:
-    tensor = op.attributes.get("value")
-    fill = np.float32(0) if tensor is None else onnx.numpy_helper.to_array(tensor).reshape(())
-    dtype = fill.dtype.name
-    return relax.op.full(op.vector(0), relax.const(fill, dtype), dtype)
-
-
-def _range(op: Operation) -> relax.Expr | None:
-    scalars = [op.known(index) for index in range(3)]
-    if any(scalar is None or scalar.dtype != "int64" for scalar in scalars):
-        return None
-    [start], [limit], [step] = (op.vector(index) for index in range(3))
-    return relax.op.arange(start, limit, step, "int64")
-
-
 def _slice(op: Operation) -> relax.Expr:
     data = op.shape(0)
     starts, ends = op.vector(1), op.vector(2)
@@ -246,8 +385,8 @@ def _slice(op: Operation) -> relax.Expr:
             return _strided(op, axes, starts, ends, steps)
         extent = data[axis]
         window[axis % len(data)] = (
-            _bound(op.sizes, start, extent),
-            _bound(op.sizes, end, extent),
+            op.sizes.slice_bound(start, extent),
+            op.sizes.slice_bound(end, extent),
         )
     cut = {
         axis: (begin, end)
@@ -274,25 +413,6 @@ def _strided(
     return relax.op.strided_slice(op.tensor(0), list(axes), *bounds, list(steps))
 
 
-def _bound(sizes: Sizes, position: Size, extent: Size) -> Size:
-    """Return where a slice of an axis starts or ends, counted from its first element.
-
-    A symbolic position in a fixed extent is taken to lie in it: models slice tables of positions
-    and masks so, and could not go on with fewer rows. This limits the symbolic dimension.
-    """
-    if sizes.compare("Less", position, 0):
-        position = sizes.simplify(position + extent)
-        if sizes.compare("Less", position, 0):
-            return 0
-    if sizes.compare("GreaterOrEqual", position, extent):
-        return extent
-    if sizes.compare("LessOrEqual", position, extent):
-        return position
-    if isinstance(extent, int) and sizes.limit(position, extent):
-        return position
-    return sizes.minimum(position, extent)
-
-
 def _is(size: Size, number: int) -> bool:
     return isinstance(size, int) and size == number
 
@@ -304,9 +424,17 @@ def _scalar(value: relax.Expr | None) -> float | None:
     return float(value.value.numpy().item())
 
 
+ELEMENTWISE = frozenset(
+    {
+        *("Add", "And", "Cast", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"),
+        *("Max", "Min", "Mul", "Neg", "Not", "Or", "Sub", "Sum", "Where", "Xor"),
+    }
+)
+"""Operators of which each element depends on one of each input: they broadcast by themselves."""
+
 CONVERTERS: dict[str, Converter] = {
+    "And": _logical(absorbing=False),
     "Clip": _clip,
-    "ConstantOfShape": _constant_of_shape,
     "Expand": _expand,
     "Flatten": _flatten,
     "Gather": _gather,
@@ -315,10 +443,12 @@ CONVERTERS: dict[str, Converter] = {
     "Max": _pairwise(relax.op.maximum),
     "Min": _pairwise(relax.op.minimum),
     "OneHot": _one_hot,
+    "Or": _logical(absorbing=True),
     "Pow": _pow,
-    "Range": _range,
     "Reshape": _reshape,
     "Slice": _slice,
     "Sum": _pairwise(relax.op.add),
     "Tile": _tile,
+    "Unsqueeze": _unsqueeze,
+    "Where": _where,
 }

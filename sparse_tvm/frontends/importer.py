@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -10,7 +12,15 @@ from onnx import numpy_helper
 from tvm import relax, tirx
 from tvm.relax.frontend.onnx import onnx_frontend
 
-from sparse_tvm.frontends.converters import CONVERTERS, Operation, materialise, shape_of
+from sparse_tvm.frontends import grid_rules, grids
+from sparse_tvm.frontends.converters import (
+    CONVERTERS,
+    ELEMENTWISE,
+    Operation,
+    broadcast,
+    materialise,
+    shape_of,
+)
 from sparse_tvm.frontends.detach import size_of
 from sparse_tvm.frontends.shape_arithmetic import MAX_ELEMENTS, Known, evaluate
 from sparse_tvm.frontends.sizes import Size, Sizes
@@ -46,18 +56,29 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
         super().__init__({}, "float32", keep_params_in_input=False, sanitize=False)
         self.sizes = Sizes(bounds)
         self.known: dict[str, Known] = {}
+        self.grids: dict[str, grids.Value] = {}
 
     def tensor(self, name: str) -> relax.Expr:
         """Return a value of the graph as a tensor."""
         if name not in self._nodes:
-            self._nodes[name] = self.bb.normalize(materialise(self.known[name]))
+            if name in self.known:
+                value = materialise(self.known[name])
+            else:
+                value = grids.materialise(self.grids[name], self.sizes)
+            self._nodes[name] = self.bb.normalize(value)
         return self._nodes[name]
 
     def _parse_graph_initializers(self, graph: onnx.GraphProto) -> None:
         super()._parse_graph_initializers(graph)
         for tensor in graph.initializer:
-            if size_of(tensor) <= MAX_ELEMENTS and tensor.data_type != onnx.TensorProto.STRING:
-                self.known[tensor.name] = Known.of(numpy_helper.to_array(tensor))
+            if tensor.data_type == onnx.TensorProto.STRING:
+                continue
+            array = numpy_helper.to_array(tensor)
+            if size_of(tensor) <= MAX_ELEMENTS:
+                self.known[tensor.name] = Known.of(array)
+            grid = grids.from_table(array)
+            if grid is not None:
+                self.grids[tensor.name] = grid
 
     def _parse_graph_input(self, graph: onnx.GraphProto) -> None:
         super()._parse_graph_input(graph)
@@ -69,10 +90,14 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
     def _construct_nodes(self, graph: onnx.GraphProto) -> None:
         for node in graph.node:
             known = self._evaluate(node)
-            if known is None:
-                self._convert(node)
-            else:
+            if known is not None:
                 self.known.update(zip(node.output, known, strict=False))
+                continue
+            grid = self._grid(node)
+            if grid is not None:
+                self.grids[node.output[0]] = grid
+            else:
+                self._convert(node)
         for output in graph.output:
             self.tensor(output.name)
 
@@ -80,13 +105,27 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
         if node.op_type in ("Shape", "Size"):
             data = node.input[0]
             known = self.known.get(data)
-            shape: list[Size] = list(known.elements.shape) if known else shape_of(self.tensor(data))
+            grid = self.grids.get(data)
+            shape: list[Size]
+            if known is not None:
+                shape = list(known.elements.shape)
+            elif isinstance(grid, grids.Grid):
+                shape = list(grid.shape)
+            else:
+                shape = shape_of(self.tensor(data))
             if node.op_type == "Size":
                 size = self.sizes.product(shape)
                 return [Known(Known.shape([size]).elements.reshape(()), "int64")]
             attributes = self._parse_attr(node.attribute)
             return [Known.shape(shape[attributes.get("start", 0) : attributes.get("end")])]
         return evaluate(node, [self.known.get(name) for name in node.input], self.sizes)
+
+    def _grid(self, node: onnx.NodeProto) -> grids.Value | None:
+        table = self.grids.get(node.input[0]) if node.op_type == "GatherElements" else None
+        if isinstance(table, grids.Grid) and table.uniform is not None:
+            return replace(table, shape=tuple(shape_of(self.tensor(node.input[1]))))
+        attributes = self._parse_attr(node.attribute)
+        return grid_rules.evaluate(node, attributes, self.known, self.grids, self.sizes)
 
     def _convert(self, node: onnx.NodeProto) -> None:
         op = _Operation(self, node)
@@ -97,10 +136,11 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
             attributes = {**op.attributes, "tvm_custom": custom}
             inputs = onnx_frontend.onnx_input(op.tensors())
             value = self._convert_operator(node.op_type, inputs, attributes, self.opset)
-        value = self.bb.normalize(value)
-        outputs = self._outputs(value)
+        outputs = self._outputs(self.bb.normalize(value))
         for name, output in zip(node.output, outputs, strict=False):
             _check_shape(output, op)
+            if node.op_type in ELEMENTWISE:
+                output = self.bb.normalize(broadcast(op, output, op.broadcast_shape()))
             self._nodes[name] = output
 
     def _outputs(self, value: relax.Expr) -> list[relax.Expr]:
@@ -117,21 +157,47 @@ class _Operation(Operation):
     def __init__(self, importer: Importer, node: onnx.NodeProto) -> None:
         self._importer = importer
         self._names = list(node.input)
+        self._is_elementwise = node.op_type in ELEMENTWISE
         self.attributes: dict[str, Any] = importer._parse_attr(node.attribute)
         self.sizes = importer.sizes
 
     def known(self, index: int) -> Known | None:
         return self._importer.known.get(self._name(index))
 
+    def grid(self, index: int) -> grids.Grid | None:
+        value = self._importer.grids.get(self._name(index))
+        known = self.known(index)
+        if value is None and known is not None:
+            value = grids.from_known(known)
+        return value if isinstance(value, grids.Grid) else None
+
+    def coordinates(self, index: int) -> Sequence[grids.Grid]:
+        value = self._importer.grids.get(self._name(index))
+        return value.parts if isinstance(value, grids.Stack) else ()
+
     def tensor(self, index: int) -> relax.Expr | None:
         name = self._name(index)
-        return self._importer.tensor(name) if name else None
+        if not name:
+            return None
+        value = self._importer.tensor(name)
+        if self._is_elementwise:
+            value = self.before(value, "broadcast_to")
+        return value
+
+    def broadcast_shape(self) -> tuple[Size, ...]:
+        """Return the shape of an elementwise operator's result."""
+        shapes = [shape_of(self._importer.tensor(name)) for name in self._names if name]
+        return grid_rules.broadcast_shape(shapes, self.sizes)
 
     def tensors(self) -> list[relax.Expr | None]:
         return [self.tensor(index) for index in range(len(self._names))]
 
     def normalize(self, value: relax.Expr) -> relax.Expr:
         return self._importer.bb.normalize(value)
+
+    def definition(self, value: relax.Expr) -> relax.Expr:
+        bound = self._importer.bb.lookup_binding(value) if isinstance(value, relax.Var) else None
+        return value if bound is None else bound
 
     def _name(self, index: int) -> str:
         return self._names[index] if index < len(self._names) else ""
@@ -144,7 +210,7 @@ def _check_shape(value: relax.Expr, op: Operation) -> None:
     shapes = [shape_of(tensor) for tensor in op.tensors() if tensor is not None]
     for first, second in combinations(shapes, 2):
         for one, other in zip(reversed(first), reversed(second), strict=False):
-            are_symbols = isinstance(one, tirx.Var) and isinstance(other, tirx.Var)
-            if are_symbols and one.name != other.name:
-                raise SameSize(one.name, other.name)
+            symbols = [size.name for size in (one, other) if isinstance(size, tirx.Var)]
+            if len(set(symbols)) == 2:
+                raise SameSize(*symbols)
     raise ValueError("the shape of its output depends on the values of tensors")

@@ -178,6 +178,7 @@ def _import_program(program: onnx.ModelProto, shapes: Shapes) -> tvm.IRModule:
         _check_bounds(given, shapes)
         main = module["main"].with_attr("num_input", len(shapes.specs))
         module["main"] = main.with_attrs(_bound_attributes(shapes))
+        module = relax.transform.EliminateCommonSubexpr()(module)
         module = relax.transform.DeadCodeElimination()(module)
         return relax.transform.FoldConstant()(module) if _has_constant_calls(module) else module
 

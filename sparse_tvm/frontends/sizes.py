@@ -42,12 +42,12 @@ class Sizes:
     def declare(self, dimension: tirx.Var) -> None:
         """Introduce a symbolic dimension."""
         low, high = self.bounds.get(dimension.name, (1, LARGEST))
-        extent = tvm.ir.Range.from_min_extent(_expr(low), _expr(high - low + 1))
+        extent = tvm.ir.Range.from_min_extent(as_expr(low), as_expr(high - low + 1))
         self._analyzer.bind(dimension, extent, allow_override=True)
 
     def bind_index(self, index: tirx.Var, extent: Size) -> None:
         """Introduce a loop variable that counts from 0 to below `extent`."""
-        span = tvm.ir.Range.from_min_extent(_expr(0), _expr(extent))
+        span = tvm.ir.Range.from_min_extent(as_expr(0), as_expr(extent))
         self._analyzer.bind(index, span, allow_override=True)
 
     def simplify(self, size: Size) -> Size:
@@ -62,7 +62,7 @@ class Sizes:
         on_ints, holds, fails = _COMPARISONS[relation]
         if isinstance(left, int) and isinstance(right, int):
             return on_ints(left, right)
-        left, right = _expr(left), _expr(right)
+        left, right = as_expr(left), as_expr(right)
         if relation == "Equal" and self._analyzer.can_prove_equal(left, right):
             return True
         if self._analyzer.can_prove(holds(left, right)):
@@ -72,6 +72,10 @@ class Sizes:
     def equal(self, left: Size, right: Size) -> bool:
         """Whether two sizes are the same for all inputs."""
         return self.compare("Equal", left, right) is True
+
+    def same(self, left: Sequence[Size], right: Sequence[Size]) -> bool:
+        """Whether two shapes are the same for all inputs."""
+        return len(left) == len(right) and all(map(self.equal, left, right))
 
     def product(self, sizes: Iterable[Size]) -> Size:
         """Multiply sizes."""
@@ -93,28 +97,48 @@ class Sizes:
         """Divide, rounding down."""
         if isinstance(size, int) and isinstance(divisor, int):
             return size // divisor
-        return self.simplify(tirx.floordiv(_expr(size), _expr(divisor)))
+        return self.simplify(tirx.floordiv(as_expr(size), as_expr(divisor)))
 
     def floormod(self, size: Size, divisor: Size) -> Size:
         """Return the remainder of `floordiv`."""
         if isinstance(size, int) and isinstance(divisor, int):
             return size % divisor
-        return self.simplify(tirx.floormod(_expr(size), _expr(divisor)))
+        return self.simplify(tirx.floormod(as_expr(size), as_expr(divisor)))
 
     def minimum(self, left: Size, right: Size) -> Size:
         """Return the smaller size."""
-        return self.simplify(tirx.min(_expr(left), _expr(right)))
+        return self.simplify(tirx.min(as_expr(left), as_expr(right)))
 
     def maximum(self, left: Size, right: Size) -> Size:
         """Return the larger size."""
-        return self.simplify(tirx.max(_expr(left), _expr(right)))
+        return self.simplify(tirx.max(as_expr(left), as_expr(right)))
+
+    def fits(self, size: Size, extent: Size) -> bool:
+        """Whether ``size <= extent``; against a number, this may become a dimension's bound."""
+        if self.compare("LessOrEqual", size, extent):
+            return True
+        return isinstance(extent, int) and self.limit(size, extent)
+
+    def slice_bound(self, position: Size, extent: Size) -> Size:
+        """Return where a slice of an axis starts or ends, counted from its first element.
+
+        A symbolic position in a fixed extent is taken to lie in it: models slice tables of
+        positions and masks so, and could not go on with fewer rows. This bounds a dimension.
+        """
+        if self.compare("Less", position, 0):
+            position = self.simplify(position + extent)
+            if self.compare("Less", position, 0):
+                return 0
+        if self.compare("GreaterOrEqual", position, extent):
+            return extent
+        return position if self.fits(position, extent) else self.minimum(position, extent)
 
     def limit(self, size: Size, largest: int) -> bool:
         """Demand that ``size <= largest``, and return whether that bounds a dimension.
 
         It can for ``dimension + constant``.
         """
-        for dimension in tirx.analysis.undefined_vars(_expr(size)):
+        for dimension in tirx.analysis.undefined_vars(as_expr(size)):
             offset = self.simplify(size - dimension)
             if isinstance(offset, int):
                 low, high = self.bounds.get(dimension.name, (1, LARGEST))
@@ -124,16 +148,17 @@ class Sizes:
         return False
 
 
+def as_expr(size: Size) -> Any:
+    """Return a size as an expression."""
+    return tirx.IntImm("int64", size) if isinstance(size, int) else size
+
+
 def as_text(size: Size) -> int | str:
     """Return a size as an int or a Python expression: ``"sequence * 2 + 1"``."""
-    simple = tvm.sym.Analyzer().canonical_simplify(_expr(size))
+    simple = tvm.sym.Analyzer().canonical_simplify(as_expr(size))
     if isinstance(simple, tirx.IntImm):
         return int(simple)
     return re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(simple)).replace("T.", "")
-
-
-def _expr(size: Size) -> tirx.Expr:
-    return tirx.IntImm("int64", size) if isinstance(size, int) else size
 
 
 def _without(sizes: list[Size], removed: Size) -> list[Size]:
