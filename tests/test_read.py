@@ -218,6 +218,13 @@ def test_nan_and_infinity_in_weights():
     assert "encoder.0 (initializer encoder.0.weight: 3 NaN, 1 Inf of 128 values)" in message
 
 
+def test_infinity_in_a_weight_behind_a_transpose():
+    graph = "(float[2,16] x) => (float[2,8] y) { t = Transpose(w)  y = MatMul(x, t) }"
+    weight = np.ones((8, 16), np.float32)
+    weight[1, 0] = np.inf
+    assert "w (initializer w: 0 NaN, 1 Inf of 128 values)" in refusal(build(graph, w=weight))
+
+
 def test_nan_in_a_bias():
     graph = "(float[2,16] x) => (float[2,8] y) { z = MatMul(x, w)  y = Add(z, b) }"
     bias = np.full(8, np.nan, np.float32)

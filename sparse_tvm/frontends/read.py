@@ -288,7 +288,9 @@ def _check_structure(model: onnx.ModelProto, where: str) -> None:
 
 def _check_values(model: onnx.ModelProto, where: str) -> None:
     """Refuse NaN everywhere and infinities in weights (masks may hold them)."""
+    refs = find_weights(model)
     weight_names = {name for n in model.graph.node if n.op_type in _WEIGHT_OPS for name in n.input}
+    weight_names |= {ref.initializer for ref in refs}
     bad = []
     for name, tensor in stored_tensors(model.graph):
         if tensor.data_type != TensorProto.FLOAT:
@@ -304,7 +306,7 @@ def _check_values(model: onnx.ModelProto, where: str) -> None:
         if nans or (infinities and name in weight_names):
             bad.append((name, nans, infinities, size_of(tensor)))
     if bad:
-        layers = {ref.initializer: ref.layer for ref in find_weights(model)}
+        layers = {ref.initializer: ref.layer for ref in refs}
         found = [
             f"{layers.get(name, name)} (initializer {name}: {nans} NaN, {infinities} Inf "
             f"of {size} values)"
