@@ -320,9 +320,10 @@ def _decode(tensor: Any) -> np.ndarray:
 
 
 def _runnable_weight(tensor: Any) -> Any:
-    """Return a dense weight for a 2:4 one, which PyTorch multiplies by on GPUs only."""
+    """Return a dense weight where PyTorch cannot multiply by the sparse one on a CPU."""
     import torch
 
-    if "semi" in str(torch_layout(tensor)):
+    layout = torch_layout(tensor) or ""
+    if "semi" in layout or " BS" in layout:  # MKL knows square blocks only
         return torch.nn.Parameter(torch_to_dense(tensor).float(), requires_grad=False)
     return None if torch_layout(tensor) else _single(tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import re
 import warnings
@@ -69,10 +70,11 @@ def to_onnx(
         raise ModelError(f"{name}: cannot be translated: {_cause(error)}") from error
     graph = exported.model.graph
     tensors = {key: value.const_value for key, value in graph.initializers.items()}
-    graph.initializers.clear()  # what is not there cannot be folded
+    for value in graph.initializers.values():
+        value.const_value = None  # what has no value cannot be folded
+    graph.initializers.clear()
     optimizer.fold_constants(exported.model)
-    for node in graph:
-        node.metadata_props.clear()  # stack traces
+    _name_layers(graph)
     proto: onnx.ModelProto = onnx_ir.serde.serialize_model(exported.model)
     proto.graph.name = name
     for key, tensor in tensors.items():
@@ -94,6 +96,21 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(before)
+
+
+def _name_layers(graph: Any) -> None:
+    """Name the nodes of layers after their modules, and drop what else is noted of nodes.
+
+    That counts where the weight's own name says nothing, such as ``0.weight`` in a Sequential.
+    """
+    taken: set[str] = set()
+    for node in graph:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        module = scopes[-2] if len(scopes) > 1 else ""
+        if module and node.op_type in ("Conv", "Gemm", "MatMul") and module not in taken:
+            taken.add(module)
+            node.name = module
+        node.metadata_props.clear()  # stack traces, with the exporting machine's paths
 
 
 def _values(model: str, name: str, tensor: Any) -> np.ndarray:
