@@ -1,0 +1,94 @@
+"""What the tests of kernels share: targets, tiles with poisoned padding, guarded outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+import tvm
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from tvm import tirx
+
+from sparse_tvm.cpu import host_features
+from sparse_tvm.schedules.common.intrinsics import FAST_MATH
+from sparse_tvm.schedules.common.lane_tiles import LANES, Simd, Tiles, symbol
+from sparse_tvm.targets import TARGETS, Target
+from sparse_tvm.vm import _set_pool
+
+RUNNABLE = [target for target in TARGETS.values() if host_features().issuperset(target.features)]
+KERNELS = settings(
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.data_too_large]
+)
+"""Every example compiles a kernel."""
+
+targets = st.sampled_from(RUNNABLE)
+thread_counts = st.sampled_from([1, 2])
+_GUARD = 64
+_SENTINEL = np.float32(12345.0)
+
+
+def simd(target: Target) -> Simd:
+    return Simd(target.lanes, target.registers)
+
+
+def tiles_for(lead: int, rows: int, symbolic: bool) -> Tiles:
+    """Extents for a kernel: numbers or symbols."""
+    if symbolic:
+        return Tiles(symbol("lead"), symbol("tiles"))
+    return Tiles(lead, -(-rows // LANES))
+
+
+def to_tiles(x: np.ndarray) -> np.ndarray:
+    """``[lead, rows, features]`` as lane tiles; padding is NaN, for nobody may read it."""
+    lead, rows, features = x.shape
+    tiles = -(-rows // LANES)
+    padded = np.full((lead, tiles * LANES, features), np.nan, np.float32)
+    padded[:, :rows] = x
+    return np.ascontiguousarray(padded.reshape(lead, tiles, LANES, features).swapaxes(2, 3))
+
+
+def from_tiles(tiled: np.ndarray, rows: int) -> np.ndarray:
+    """``[lead, rows, features]`` out of lane tiles."""
+    lead, _, features, _ = tiled.shape
+    return tiled.swapaxes(2, 3).reshape(lead, -1, features)[:, :rows]
+
+
+def run(
+    kernel: tirx.PrimFunc,
+    target: Target,
+    threads: int,
+    arguments: Sequence[np.ndarray | int],
+    out_shape: Sequence[int],
+) -> np.ndarray:
+    """Compile a kernel, run it on so many threads, and check that it wrote its output only."""
+    with tvm.transform.PassContext(opt_level=3, config=FAST_MATH):
+        library = tvm.compile(
+            kernel.with_attr("global_symbol", "kernel"), target=target.tvm_target()
+        )
+    memory, out = _guarded(out_shape)
+    values = [tvm.runtime.tensor(a) if isinstance(a, np.ndarray) else a for a in arguments]
+    _pool(threads).submit(library["kernel"], *values, tvm.runtime.from_dlpack(out)).result()
+    assert np.all(memory[:_GUARD] == _SENTINEL), "written in front of the output"
+    assert np.all(memory[_GUARD + out.size :] == _SENTINEL), "written behind the output"
+    return out
+
+
+def _guarded(shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Aligned memory with a sentinel around an output of NaN."""
+    size = int(np.prod(shape))
+    raw = np.empty(size + 2 * _GUARD + 16, np.float32)
+    offset = -(raw.ctypes.data // 4) % 16
+    memory = raw[offset : offset + size + 2 * _GUARD]
+    memory[:] = _SENTINEL
+    out = memory[_GUARD : _GUARD + size]
+    out[:] = np.nan
+    return memory, out.reshape(shape)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """One thread whose kernels run on `threads` threads."""
+    return ThreadPoolExecutor(1, initializer=_set_pool, initargs=(threads,))

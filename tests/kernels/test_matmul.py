@@ -1,0 +1,126 @@
+"""The matmul family against NumPy: any shape, sparsity, block, epilogue, CPU and thread count."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from harness import KERNELS, from_tiles, run, simd, targets, thread_counts, tiles_for, to_tiles
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from sparse_tvm.passes.convert_weights import stored_arrays
+from sparse_tvm.schedules.common.matmul import WeightLayout, matmul
+from sparse_tvm.targets import TARGETS
+
+ACTIVATIONS = {
+    "relu": lambda y: np.maximum(y, 0),
+    "gelu": lambda y: 0.5 * y * (1 + np.vectorize(math.erf)(y * math.sqrt(0.5))),
+    "gelu_tanh": lambda y: 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))),
+    "tanh": np.tanh,
+    "sigmoid": lambda y: 1 / (1 + np.exp(-y)),
+    "silu": lambda y: y / (1 + np.exp(-y)),
+}
+STEPS = ["bias", "residual", *ACTIVATIONS]
+
+extents = st.one_of(st.sampled_from([1, 2, 15, 16, 17, 33]), st.integers(1, 70))
+problems = st.fixed_dictionaries(
+    {
+        "lead": st.integers(1, 3),
+        "rows": extents,
+        "n": extents,
+        "k": extents,
+        "sparsity": st.sampled_from([0.0, 0.5, 0.9, 0.98, 1.0]),
+        "empty_rows": st.booleans(),
+        "block": st.tuples(st.integers(1, 16), st.integers(1, 8)),
+        "epilogue": st.lists(st.sampled_from(STEPS), max_size=4),
+        "symbolic": st.booleans(),
+        "target": targets,
+        "threads": thread_counts,
+        "seed": st.integers(0, 2**16),
+    }
+)
+
+
+def check(
+    format, lead, rows, n, k, sparsity, empty_rows, block, epilogue, symbolic, target, threads, seed
+):
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal((n, k)) * (rng.random((n, k)) >= sparsity)
+    if empty_rows:
+        w[rng.random(n) < 0.5] = 0
+    w = w.astype("float32")
+    x = rng.standard_normal((lead, rows, k)).astype("float32")
+    extras = [
+        rng.standard_normal(n if step == "bias" else (lead, rows, n)).astype("float32")
+        for step in epilogue
+        if step in ("bias", "residual")
+    ]
+
+    block_rows, columns = min(block[0], n), min(block[1], k)
+    layout = WeightLayout(
+        format,
+        {"dense": (block_rows, 1), "csr": (1, 1), "bsr": (block_rows, columns)}[format],
+    )
+    kernel = matmul(tiles_for(lead, rows, symbolic), n, k, layout, epilogue, simd(target))
+    arguments = [
+        to_tiles(x),
+        *stored_arrays(w, layout).values(),
+        *(extra if extra.ndim == 1 else to_tiles(extra) for extra in extras),
+    ]
+    tiled = run(kernel, target, threads, arguments, (lead, -(-rows // 16), n, 16))
+
+    expected = x.astype("float64") @ w.T.astype("float64")
+    operands = iter(extras)
+    for step in epilogue:
+        expected = ACTIVATIONS[step](expected) if step in ACTIVATIONS else expected + next(operands)
+    scale = max(1.0, float(np.abs(expected).max()))
+    np.testing.assert_allclose(from_tiles(tiled, rows), expected, rtol=0, atol=2e-5 * scale)
+
+
+SMALLEST = {
+    "lead": 1,
+    "rows": 1,
+    "n": 1,
+    "k": 1,
+    "sparsity": 0.0,
+    "empty_rows": False,
+    "block": (1, 1),
+    "epilogue": [],
+    "symbolic": False,
+    "target": TARGETS["x86-64-v2"],
+    "threads": 1,
+    "seed": 0,
+}
+ALL_ZERO = {**SMALLEST, "rows": 19, "n": 13, "k": 9, "sparsity": 1.0, "epilogue": ["bias", "relu"]}
+EVERY_STEP = {**SMALLEST, "rows": 70, "n": 17, "k": 33, "epilogue": STEPS, "threads": 2}
+
+
+@given(problems)
+@example(SMALLEST)
+@example(EVERY_STEP)
+@KERNELS
+def test_dense(problem):
+    check("dense", **problem)
+
+
+@given(problems)
+@example(ALL_ZERO)
+@KERNELS
+def test_csr(problem):
+    check("csr", **problem)
+
+
+@given(problems)
+@example({**ALL_ZERO, "block": (4, 3)})
+@example({**SMALLEST, "rows": 40, "n": 18, "k": 10, "block": (4, 4), "symbolic": True})
+@KERNELS
+def test_bsr(problem):
+    check("bsr", **problem)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 63, 64, 65, 130])
+def test_one_symbolic_kernel_serves_any_number_of_rows(rows):
+    problem = {**SMALLEST, "lead": 2, "rows": rows, "n": 12, "k": 9, "sparsity": 0.5}
+    check("bsr", **{**problem, "block": (4, 1), "symbolic": True, "threads": 2})

@@ -1,0 +1,37 @@
+"""The layer norm kernel against NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+from harness import KERNELS, from_tiles, run, simd, targets, thread_counts, tiles_for, to_tiles
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparse_tvm.schedules.common.normalize import layer_norm
+
+
+@given(
+    lead=st.integers(1, 3),
+    rows=st.integers(1, 40),
+    features=st.integers(1, 70),
+    epsilon=st.sampled_from([1e-12, 1e-5, 0.1]),
+    offset=st.sampled_from([0.0, 100.0]),
+    symbolic=st.booleans(),
+    target=targets,
+    threads=thread_counts,
+)
+@KERNELS
+def test_layer_norm(lead, rows, features, epsilon, offset, symbolic, target, threads):
+    rng = np.random.default_rng(features)
+    x = (offset + rng.standard_normal((lead, rows, features))).astype("float32")
+    gamma, beta = rng.standard_normal((2, features)).astype("float32")
+    kernel = layer_norm(tiles_for(lead, rows, symbolic), features, epsilon, simd(target))
+    arguments = [to_tiles(x), gamma, beta]
+    tiled = run(kernel, target, threads, arguments, (lead, -(-rows // 16), features, 16))
+    exact = x.astype("float64")
+    centred = exact - exact.mean(axis=-1, keepdims=True)
+    deviation = np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + epsilon)
+    # The mean's rounding error is a few units in the last place of the offset.
+    atol = 1e-5 + offset * 2e-6 / deviation.min() if features > 1 else 1e-2 / np.sqrt(epsilon)
+    expected = centred / deviation * gamma + beta
+    np.testing.assert_allclose(from_tiles(tiled, rows), expected, rtol=1e-5, atol=atol)

@@ -1,0 +1,43 @@
+"""Into lane tiles and back: padding is zero, and nothing is lost."""
+
+from __future__ import annotations
+
+import numpy as np
+from harness import KERNELS, from_tiles, run, targets, thread_counts, to_tiles
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparse_tvm.schedules.common.lane_tiles import symbol
+from sparse_tvm.schedules.common.pack import pack, unpack
+
+problems = {
+    "lead": st.integers(1, 4),
+    "rows": st.integers(1, 70),
+    "features": st.integers(1, 70),
+    "symbolic": st.sets(st.sampled_from(["lead", "rows", "features"])),
+    "target": targets,
+    "threads": thread_counts,
+}
+
+
+def extents(symbolic, **sizes):
+    return [symbol(name) if name in symbolic else size for name, size in sizes.items()]
+
+
+@given(**problems)
+@KERNELS
+def test_pack(lead, rows, features, symbolic, target, threads):
+    x = np.random.default_rng(rows).standard_normal((lead, rows, features)).astype("float32")
+    kernel = pack(*extents(symbolic, lead=lead, rows=rows, features=features))
+    tiled = run(kernel, target, threads, [x], (lead, -(-rows // 16), features, 16))
+    np.testing.assert_array_equal(tiled, np.nan_to_num(to_tiles(x)))
+
+
+@given(**problems)
+@KERNELS
+def test_unpack(lead, rows, features, symbolic, target, threads):
+    x = np.random.default_rng(rows).standard_normal((lead, rows, features)).astype("float32")
+    kernel = unpack(*extents(symbolic, lead=lead, rows=rows, features=features))
+    logical = run(kernel, target, threads, [to_tiles(x)], x.shape)
+    np.testing.assert_array_equal(logical, x)
+    np.testing.assert_array_equal(from_tiles(to_tiles(x), rows), x)
