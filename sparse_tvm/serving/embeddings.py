@@ -29,11 +29,6 @@ _INLINE_CHARACTERS = 2000
 _POOLINGS = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
 
 
-def tokenizer_directory(artifact: Path) -> Path:
-    """Return where the tokenizer of an artifact lies, if it has one."""
-    return artifact.with_suffix(".tokenizer")
-
-
 class TextModel:
     """Text in, unit vectors out: what an artifact's tokenizer directory describes.
 
@@ -156,7 +151,7 @@ async def _embed(
 
 
 def _text_model(version: Version) -> TextModel:
-    directory = tokenizer_directory(version.path)
+    directory = version.tokenizer
     if not (directory / "tokenizer.json").is_file():
         raise Refusal(
             Kind.INVALID,

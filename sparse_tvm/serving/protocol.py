@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from sparse_tvm.serving.limits import Limits
 from sparse_tvm.serving.refusal import invalid
 from sparse_tvm.spec import TensorSpec
 
@@ -61,22 +62,6 @@ class Call:
     binary: bool = False
     id: str = ""
     timeout: float | None = None
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What values and sizes a model takes, beyond its specs; each from the first to the last.
-
-    Parameters
-    ----------
-    values : Mapping[str, tuple[int, int]]
-        By input: integers that index a table of the model.
-    sizes : Mapping[str, tuple[int, int]]
-        By symbolic dimension.
-    """
-
-    values: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class Shapes:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from time import monotonic
 from typing import Any
 
@@ -42,14 +42,28 @@ _BODY_SECONDS = 30.0
 Handler = Callable[[Request, Core], Awaitable[Response]]
 
 
-def build_app(core: Core) -> Starlette:
-    """Return the ASGI application that serves the models of `core`."""
+def build_app(core: Core, *, owns_core: bool = False) -> Starlette:
+    """Return the ASGI application that serves the models of `core`.
+
+    Parameters
+    ----------
+    core : Core
+        Its models; loaded already, unless the application is to do it.
+    owns_core : bool
+        Start `core` with the application's lifespan, and stop it with it.
+    """
 
     def route(path: str, handler: Handler, *methods: str) -> Route:
         async def endpoint(request: Request) -> Response:
             return await _answer(handler, request, core)
 
         return Route(path, endpoint, methods=list(methods))
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await core.start()
+        yield
+        await core.stop()
 
     model = "/v2/models/{model}"
     version = model + "/versions/{version}"
@@ -74,6 +88,7 @@ def build_app(core: Core) -> Starlette:
             route(f"{repository}/models/{{model}}/unload", _unload, "POST"),
         ],
         exception_handlers={HTTPException: _unknown_route},
+        lifespan=lifespan if owns_core else None,
     )
 
 

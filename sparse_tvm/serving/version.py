@@ -14,10 +14,10 @@ import numpy as np
 from sparse_tvm.random_inputs import random_inputs
 from sparse_tvm.serving import logs
 from sparse_tvm.serving.batching import Layout, Tensors
+from sparse_tvm.serving.limits import Limits, limits_of
 from sparse_tvm.serving.metrics import Metrics
 from sparse_tvm.serving.options import Options
 from sparse_tvm.serving.process import RunFailed, WorkerDied, WorkerProcess
-from sparse_tvm.serving.protocol import Limits
 from sparse_tvm.serving.queueing import Queue, Request
 from sparse_tvm.serving.refusal import Kind, Refusal
 from sparse_tvm.spec import TensorSpec
@@ -72,6 +72,11 @@ class Version:
     def ready(self) -> bool:
         """Whether a warm worker is there."""
         return bool(self._workers)
+
+    @property
+    def tokenizer(self) -> Path:
+        """The directory beside the artifact that holds its tokenizer, if it has one."""
+        return self.path.with_suffix(".tokenizer")
 
     @property
     def pids(self) -> list[int]:
@@ -156,10 +161,7 @@ class Version:
         ready = await worker.ready()
         self.inputs = [_spec(entry) for entry in ready["inputs"]]
         self.outputs = [_spec(entry) for entry in ready["outputs"]]
-        self.limits = Limits(
-            {name: tuple(limits) for name, limits in ready["values"].items()},
-            {name: tuple(limits) for name, limits in ready["sizes"].items()},
-        )
+        self.limits = limits_of(ready, self.tokenizer, self.inputs)
         layout = Layout.of(self.inputs, self.outputs)
         if self._options.max_batch == 1:
             layout = layout.without_batching()
