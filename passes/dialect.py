@@ -12,6 +12,7 @@ kernel; none reaches the artifact.
 | ``sparse_dense`` | x, data, indices, indptr, partition, epilogue tensors | as above |
 | ``attention`` | q, k, v, mask?, shape of the keys | heads, scale, mask |
 | ``layer_norm`` | x, gamma, beta | epsilon |
+| ``matmul`` | a, b, of any rank | axes: the stored axis of each logical one; right: shape of b |
 | ``conv2d`` | x, data, indices or offsets, indptr?, partition?, epilogue tensors | conv, ... |
 | ``depthwise_conv2d`` | x, w ``[channels, taps]``, epilogue tensors | layer, conv, epilogue |
 | ``pack``, ``unpack`` | x | |

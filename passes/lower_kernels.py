@@ -15,6 +15,7 @@ from sparse_tvm.passes import dialect
 from sparse_tvm.passes.graph import Rewrite, shape_of
 from sparse_tvm.passes.program import Program
 from sparse_tvm.schedules.common.attention import Mask, attention
+from sparse_tvm.schedules.common.batch_matmul import Operand, batch_matmul
 from sparse_tvm.schedules.common.conv2d import Conv2d, conv2d, depthwise_conv2d
 from sparse_tvm.schedules.common.lane_tiles import Simd, Tiles, symbol
 from sparse_tvm.schedules.common.matmul import WeightLayout, matmul
@@ -118,6 +119,23 @@ class _LowerKernels(Rewrite):
         shapes = (batch, *shape_of(found.args[0])[1:]), out
         title = "_".join(["depthwise_conv2d", _size(conv), *map(_step, steps)])
         return title, depthwise_conv2d(conv, batch, shapes, steps, self._simd)
+
+    def _matmul(self, found: dialect.DialectCall, var: relax.Var) -> _Kernel:
+        a, b = (
+            Operand(_fresh(arg, name), axes)
+            for arg, name, axes in zip(found.args, "ab", found.attributes["axes"], strict=True)
+        )
+        out = _fresh(var, "y")
+        size = "x".join("?" if not isinstance(d, int) else str(d) for d in out)
+        return f"matmul_{size}", batch_matmul(a, b, out, self._simd)
+
+
+def _fresh(expr: Any, name: str) -> list[Any]:
+    """Extents for a kernel: numbers, or a fresh symbol for each extent that is not one."""
+    return [
+        dim if isinstance(dim, int) else symbol(f"{name}{i}")
+        for i, dim in enumerate(shape_of(expr))
+    ]
 
 
 def _conv(found: dialect.DialectCall) -> Conv2d:

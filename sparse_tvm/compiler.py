@@ -27,6 +27,7 @@ from sparse_tvm.frontends.ir import check_ir_path, write_ir
 from sparse_tvm.frontends.onnx import ImportedModel
 from sparse_tvm.frontends.source import Source, SourceOptions, copy_companions
 from sparse_tvm.linker import fcompile
+from sparse_tvm.passes.batch_matmul import batch_matmul
 from sparse_tvm.passes.conv2d_to_sparse import conv2d_to_sparse
 from sparse_tvm.passes.convert_weights import FormatOptions
 from sparse_tvm.passes.dense_to_sparse import dense_to_sparse
@@ -109,8 +110,9 @@ def compile(
         ``auto``, ``dense``, ``csr`` or ``bsr``, and BSR's block as ``"RxC"``, for all layers.
     layer_rules : Sequence[str]
         Exceptions, ``"REGEX=csr|bsr:RxC|dense"``; the last that matches a layer's name counts.
-    input_shapes : Mapping[str, Sequence[int]] | None
-        Shapes of inputs with symbolic dimensions.
+    input_shapes : InputShapes | None
+        Shapes of inputs by name, each dimension a fixed size, a name, or a ``range`` of sizes;
+        dimensions that are symbolic in the model stay so otherwise.
     threads : int | None
         Threads the artifact uses unless told otherwise when loaded; by default all cores there.
     dump_ir : path | None
@@ -170,6 +172,7 @@ def compile(
         program = conv2d_to_sparse(program, options, chosen_target)
         _check_rules(options, program)
     with phases("legalise"):
+        program = batch_matmul(program)
         program = legalize(program, chosen_target)
     with phases("schedule"):
         program = lower_kernels(program, chosen_target)
@@ -186,8 +189,9 @@ def compile(
         "model": source.describe(),
         "target": chosen_target.as_json(),
         "threads": threads,
-        "inputs": [_spec_json(spec) for spec in imported.inputs],
-        "outputs": [_spec_json(spec) for spec in imported.outputs],
+        "inputs": [spec.as_json() for spec in imported.inputs],
+        "outputs": [spec.as_json() for spec in imported.outputs],
+        "bounds": {name: list(bounds) for name, bounds in imported.bounds.items()},
         "layers": [layer.as_json() for layer in program.reports.values()],
         "notes": program.notes,
         "totals": {**totals, "weight_bytes": sum(w.nbytes for w in program.weights.values())},
@@ -308,10 +312,6 @@ def _model_totals(program: Program) -> dict[str, int]:
         "parameters": sum(w.size for w in weights),
         "nonzeros": sum(int(np.count_nonzero(w)) for w in weights),
     }
-
-
-def _spec_json(spec: Any) -> dict[str, Any]:
-    return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
 
 
 def _distribution_version(name: str) -> str:

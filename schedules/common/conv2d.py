@@ -26,6 +26,7 @@ from sparse_tvm.schedules.common.lane_tiles import (
     prim_func,
     ramp,
     scalar,
+    span,
     symbol,
     zero,
 )
@@ -182,11 +183,6 @@ def tiling_of(conv: Conv2d, rows: int, simd: Simd) -> Tiling:
     return Tiling(conv, group_limit(rows, simd) * simd.per_tile, simd, conv.channels)
 
 
-def _span(first: Expr, lanes: int, step: int = 1) -> Expr:
-    """Indices of some elements ``step`` apart."""
-    return T.ramp(first, step, lanes) if lanes > 1 else first
-
-
 def _pieces(start: int, stop: int, simd: Simd) -> list[tuple[int, int]]:
     """First element and length of the vectors from ``start`` to ``stop``."""
     return [(at, min(simd.lanes, stop - at)) for at in range(start, stop, simd.lanes)]
@@ -243,9 +239,9 @@ class _Copy:
             def move() -> None:
                 self._zero(start, 0, low)
                 for piece, lanes in _pieces(low, high, self._simd):
-                    index = _span(from_column + piece * right, lanes, right)
+                    index = span(from_column + piece * right, lanes, right)
                     value = self._x[(*source, from_row, index)]
-                    T.buffer_store(self._planes, value, [_span(start + piece, lanes)])
+                    T.buffer_store(self._planes, value, [span(start + piece, lanes)])
                 self._zero(start, high, columns)
 
             if top or bottom:
@@ -257,7 +253,7 @@ class _Copy:
     def _zero(self, start: Expr, first: int, stop: int) -> None:
         for piece, lanes in _pieces(first, stop, self._simd):
             nothing = T.broadcast(T.float32(0), lanes) if lanes > 1 else T.float32(0)
-            T.buffer_store(self._planes, nothing, [_span(start + piece, lanes)])
+            T.buffer_store(self._planes, nothing, [span(start + piece, lanes)])
 
 
 class _Output:
@@ -302,8 +298,8 @@ class _Output:
                 T.buffer_store(gathered, acc.get(row, vector), [at])
             with T.serial(0, tile.rows) as line:
                 for start, lanes in _pieces(0, tile.columns, self._simd):
-                    value = gathered[_span(line * pitch + start, lanes)]
-                    at = _span(first + line * self._width + start, lanes)
+                    value = gathered[span(line * pitch + start, lanes)]
+                    at = span(first + line * self._width + start, lanes)
                     self._store(value, [image, channel + row, at])
 
     def _store(self, value: Expr, at: Sequence[Expr]) -> None:

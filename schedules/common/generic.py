@@ -159,14 +159,18 @@ def _schedule_rows(schedule: Any, nests: Sequence[_Nest | None]) -> bool:
 
 
 def _along_memory(schedule: Any, nest: _Nest) -> bool:
-    """Whether the reduction runs along the last axes of something it reads, in their order."""
+    """Whether the reduction runs along the last axes of whatever it reads, in their order."""
     block = schedule.get(nest.block)
     reduced = [v.var for v in block.iter_vars if int(v.iter_type) == _REDUCTION]
+    along = False
     for read in block.reads:
-        last = [bounds.min for bounds in read.region][-len(reduced) :]
+        indices = [bounds.min for bounds in read.region]
+        last = indices[-len(reduced) :]
         if len(last) == len(reduced) and all(map(_same, last, reduced)):
-            return True
-    return False
+            along = True
+        elif any(_same(index, variable) for index in indices for variable in reduced):
+            return False
+    return along
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -94,10 +94,9 @@ class Tiles:
 def prim_func() -> Iterator[dict[str, Any]]:
     """Open a PrimFunc; the finished function is ``result["func"]`` after the block."""
     result: dict[str, Any] = {}
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_attr({"tirx.noalias": True})
-            yield result
+    with IRBuilder() as builder, T.prim_func():
+        T.func_attr({"tirx.noalias": True})
+        yield result
     result["func"] = builder.get()
 
 
@@ -133,6 +132,11 @@ def splat(value: Expr, simd: Simd) -> Expr:
 def ramp(base: Expr, simd: Simd) -> Expr:
     """Indices of one vector of consecutive elements."""
     return T.ramp(base, 1, simd.lanes)
+
+
+def span(first: Expr, lanes: int, step: int = 1) -> Expr:
+    """Indices of any number of elements ``step`` apart."""
+    return T.ramp(first, step, lanes) if lanes > 1 else first
 
 
 def zero(simd: Simd) -> Expr:
@@ -211,8 +215,9 @@ class Registers:
 
     def multiply_add(self, weight: Callable[[int], Expr], x: Callable[[int], Expr]) -> None:
         """Add the outer product of ``weight(row)`` (scalars) and ``x(vector)`` (vectors)."""
-        for vector in range(self.vectors):
-            operand = x(vector)
-            for row in range(self.rows):
-                product = splat(weight(row), self.simd) * operand
-                self.set(row, vector, self.get(row, vector) + product)
+        # Row by row, one weight at a time is live: the other order spills at 24 accumulators.
+        operands = [x(vector) for vector in range(self.vectors)]
+        for row in range(self.rows):
+            scale = splat(weight(row), self.simd)
+            for vector, operand in enumerate(operands):
+                self.set(row, vector, self.get(row, vector) + scale * operand)
