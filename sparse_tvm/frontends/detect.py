@@ -117,7 +117,10 @@ def _open_zip(path: Path, options: SourceOptions) -> Source:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError) as error:
+            # A truncated archive may end in an archive that was its member.
+            if min(entry.header_offset for entry in archive.infolist()) > 0:
+                raise ValueError("its end is missing")
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise ModelError(f"{path}: truncated or damaged zip archive: {error}") from error
     # The archive's folder has any name; PT2 archives have models/, older ones do not.
     inner = {name.partition("/")[2] for name in names}

@@ -153,8 +153,8 @@ def require_tensorflow(what: str) -> Any:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    if "tensorflow" in sys.modules:
-        return sys.modules["tensorflow"]
+    if loaded := sys.modules.get("tensorflow"):
+        return loaded
     with quiet(), _silent_stderr():
         return require("tensorflow", _EXTRA, what)
 

@@ -49,6 +49,8 @@ class TfliteSource(Source):
             model = flatbuffer_utils.convert_bytearray_to_object(data)
         except Exception as error:
             raise ModelError(f"{self.name}: truncated or damaged: {one_line(error)}") from error
+        if not model.subgraphs or not model.subgraphs[0].operators:
+            raise ModelError(f"{self.name}: truncated or damaged: it holds no graph")
         for graph in model.subgraphs:
             self._densify(model, graph)
         return model

@@ -246,7 +246,9 @@ def write_program(program: Any, weights: Mapping[str, np.ndarray], output: Path)
                 f"{stem}: its weight is computed, not stored, in the program",
                 hint="give an output that ends in .onnx",
             )
-        state[owner] = torch.from_numpy(np.array(values, np.float32))
+        tensor = torch.from_numpy(np.array(values, np.float32))
+        stored_as_parameter = isinstance(state[owner], torch.nn.Parameter)
+        state[owner] = torch.nn.Parameter(tensor) if stored_as_parameter else tensor
     program._state_dict = state
     with replacing(output) as temporary, quiet():
         renamed = temporary.with_suffix(".pt2")
