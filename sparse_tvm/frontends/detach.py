@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 import onnx
-from google.protobuf.message import Message  # type: ignore[import-untyped]
+from google.protobuf.message import Message
 from onnx import numpy_helper
 
 MIN_WEIGHT_SIZE = 64
