@@ -1,13 +1,15 @@
 """Predicted cycles of a matmul kernel, to choose a weight's format before anything is built.
 
-The prediction is for one full group of tiles on one core. Per stored block the core issues its
-FMAs (two a cycle), or loads its operands (two a cycle) if that takes longer. A sparse block pays
-for reading its index and for going to an unforeseen row of X besides, more so where X does not
-fit into the first or the second cache; a dense one only for loop control. Around that there is a
-fixed cost per block row, and weights stream from memory once.
+The prediction is for 128 tokens on one core. Per stored block the core issues its FMAs, two a
+cycle, or its loads if those take longer: two a cycle for weights and for an X that fits into the
+first cache, else as many as the second cache delivers. A sparse block pays a little more for its
+index, and for an X that shares the second cache with much else. What does not fit into registers
+is loaded again and again. Besides there is a fixed cost per block row, and weights stream from
+memory once.
 
-The constants were fitted to kernels measured on Zen 5 (AVX-512) and checked on Zen 3 (AVX2):
-``scripts/check_cost_model.py`` prints prediction against measurement.
+The constants were fitted to kernels measured on Zen 5, with AVX-512 and with AVX2 code, and lean
+towards Zen 3's slower second cache for AVX2. ``scripts/check_cost_model.py`` prints prediction
+against measurement.
 """
 
 from __future__ import annotations
@@ -16,12 +18,23 @@ from sparse_tvm.schedules.common.lane_tiles import LANES, Simd
 from sparse_tvm.schedules.common.matmul import WeightLayout, group_limit
 from sparse_tvm.targets import Target
 
-_PER_CYCLE = 2
-_DENSE_LOOP = 1.15
-_SPARSE_CYCLES = (1.5, 3.2, 5.5)
-"""Cycles beyond arithmetic per stored block, for X in the first cache, the second, or neither."""
+_TILES = 8
+"""Tiles to share out among groups; where three fit into a group, the groups have 2.7."""
+
+_ISSUE = 0.5
+"""Cycles of an FMA, or of a load that hits the first cache."""
+
+_L2_LINE_CYCLES = {512: 1.25, 256: 1.6, 128: 1.6}
+"""Cycles of a cache line from the second cache, by vector width: wider cores have wider caches."""
+
+_DENSE_LOOP = 1.04
+_SPARSE_CYCLES = 0.4
+_FAR_CYCLES = 0.6
+"""Per block, for an X that takes up more than half of the second cache."""
 
 _ROW_CYCLES = 12.0
+_SPILLED_SUMS = 2.0
+_SPILLED_WEIGHTS = 1.15
 
 
 def matmul_cycles(
@@ -30,20 +43,36 @@ def matmul_cycles(
     """Cycles per tile of tokens for a weight of ``shape`` with this many stored blocks."""
     simd = Simd(target.lanes, target.registers)
     rows, columns = layout.block
-    tiles = group_limit(rows, simd)
+    groups = -(-_TILES // group_limit(rows, simd))
+    tiles = _TILES / groups
     vectors = tiles * simd.per_tile
-    fmas = rows * columns * vectors
-    loads = rows * columns + columns * vectors
-    block = max(fmas, loads) / _PER_CYCLE
+    fmas = rows * vectors * _ISSUE * _spilling(rows, simd)
     if layout.sparse:
         x_bytes = shape[1] * tiles * LANES * 4
-        block += _SPARSE_CYCLES[(x_bytes > target.l1_bytes) + (x_bytes > target.l2_bytes // 2)]
+        lines = tiles * _line_cycles(x_bytes, target)
+        block = columns * max(fmas, rows * _ISSUE + lines) + _SPARSE_CYCLES
+        block += _FAR_CYCLES * (x_bytes > target.l2_bytes // 2)
     else:
-        block *= _DENSE_LOOP
+        block = max(fmas, (rows + vectors) * _ISSUE) * _DENSE_LOOP
     block_rows = -(-shape[0] // rows)
     compute = blocks * block + block_rows * (_ROW_CYCLES + rows * vectors)
     stored_bytes = blocks * (4 * rows * columns + (4 if layout.sparse else 0))
     return max(compute, stored_bytes / target.bytes_per_cycle_memory) / tiles
+
+
+def _spilling(rows: int, simd: Simd) -> float:
+    """How much slower FMAs are, for want of registers, with full groups."""
+    sums = rows * group_limit(rows, simd) * simd.per_tile
+    if sums > simd.accumulators:
+        return _SPILLED_SUMS
+    return _SPILLED_WEIGHTS if sums + rows + 1 > simd.registers else 1.0
+
+
+def _line_cycles(x_bytes: float, target: Target) -> float:
+    """Cycles to load a cache line of X."""
+    if x_bytes <= target.l1_bytes:
+        return LANES / target.lanes * _ISSUE
+    return _L2_LINE_CYCLES[target.vector_bits]
 
 
 def dense_rows(n_out: int, simd: Simd) -> int:
