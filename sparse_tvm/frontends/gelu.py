@@ -45,7 +45,7 @@ def spell_gelu(model: onnx.ModelProto) -> None:
         return
     del graph.node[:]
     graph.node.extend(kept)
-    graph.initializer.append(numpy_helper.from_array(np.float32(1), _ONE))
+    graph.initializer.append(numpy_helper.from_array(np.array(1, np.float32), _ONE))
     for entry in model.opset_import:
         if entry.domain in ("", "ai.onnx"):
             entry.version = max(entry.version, _OPSET)

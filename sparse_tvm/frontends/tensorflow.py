@@ -67,9 +67,9 @@ class SavedModelSource(Source):
 
     @cached_property
     def _onnx(self) -> onnx.ModelProto:
+        signature = self._signature
         import tensorflow
 
-        signature = self._signature
         specs = dict(sorted(signature.structured_input_signature[1].items()))
         named = [
             tensorflow.TensorSpec(spec.shape, spec.dtype, name=name) for name, spec in specs.items()
