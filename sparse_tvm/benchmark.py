@@ -19,7 +19,7 @@ import numpy as np
 from sparse_tvm.cpu import cpu_model
 from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.interleave import interleave, time_runs
-from sparse_tvm.random_inputs import random_inputs
+from sparse_tvm.random_inputs import random_inputs, typical_sizes
 from sparse_tvm.runtime import Model, load
 
 if TYPE_CHECKING:
@@ -126,7 +126,8 @@ def bench(
             raise OptionError(f"{name} must not be negative, is {value:g} s")
     ours = _Engine("sparse-tvm", lambda: load(path, threads=threads))
     model = ours.loaded
-    feed = random_inputs(model.inputs) if inputs is None else inputs
+    sizes = typical_sizes(model.inputs, model.bounds)
+    feed = random_inputs(model.inputs, sizes=sizes) if inputs is None else inputs
     ours.warm_up(lambda: model.run(feed), warmup)
     engines: list[_Engine[Any]] = [ours]
     differences = None

@@ -2,32 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from sparse_tvm.spec import TensorSpec
 
+_UNKNOWN_RANGE = (0, 2)  # of integers that are indices into tables of unknown size
 
-def random_inputs(specs: Iterable[TensorSpec], seed: int = 0) -> dict[str, np.ndarray]:
+
+def random_inputs(
+    specs: Iterable[TensorSpec], seed: int = 0, sizes: Mapping[str, int] | None = None
+) -> dict[str, np.ndarray]:
     """Return one random array per input.
 
-    Floating-point inputs are standard normal. Integer inputs are most often indices into tables
-    of unknown size, so they are 0 or 1, except that masks (``mask`` in the name) are all ones and
-    segment ids (``token_type``) all zeros, as there may be one segment only. Symbolic dimensions
-    have size 1.
+    Floating-point inputs are standard normal, and integers spread over the values that the model
+    can take, where it says so; else they are 0 or 1. Masks (``mask`` in the name) are ones, but
+    rows of two-dimensional masks may end in zeros, at most half of them; segment ids
+    (``token_type``) of unknown range are zeros, as there may be one segment only.
+
+    Parameters
+    ----------
+    specs : Iterable[TensorSpec]
+        The model's inputs.
+    seed : int
+        Other seeds give other inputs.
+    sizes : Mapping[str, int] | None
+        Sizes of symbolic dimensions; those not given are 1.
     """
     rng = np.random.default_rng(seed)
-    return {spec.name: _random(spec, rng) for spec in specs}
+    return {spec.name: _random(spec, sizes or {}, rng) for spec in specs}
 
 
-def _random(spec: TensorSpec, rng: np.random.Generator) -> np.ndarray:
+def typical_sizes(
+    specs: Iterable[TensorSpec],
+    bounds: Mapping[str, tuple[int, int]],
+    *,
+    first: int = 1,
+    others: int = 128,
+) -> dict[str, int]:
+    """Choose sizes for symbolic dimensions: `first` for those that lead an input, or `others`.
+
+    Parameters
+    ----------
+    specs : Iterable[TensorSpec]
+        The model's inputs.
+    bounds : Mapping[str, tuple[int, int]]
+        Smallest and largest sizes, by dimension, where there are; they limit the choice.
+    first, others : int
+        Of one example and 128 tokens, unless told otherwise.
+    """
+    sizes: dict[str, int] = {}
+    for spec in specs:
+        for axis, dim in enumerate(spec.shape):
+            if isinstance(dim, str):
+                low, high = bounds.get(dim, (1, others))
+                wanted = others if axis else first
+                sizes.setdefault(dim, min(max(low, wanted), max(high, low)))
+    return sizes
+
+
+def _random(spec: TensorSpec, sizes: Mapping[str, int], rng: np.random.Generator) -> np.ndarray:
     dtype = np.dtype(spec.dtype)
-    shape = tuple(1 if isinstance(dim, str) else dim for dim in spec.shape)
+    shape = tuple(sizes.get(dim, 1) if isinstance(dim, str) else dim for dim in spec.shape)
     if np.issubdtype(dtype, np.floating):
         return rng.standard_normal(shape).astype(dtype)
     if "mask" in spec.name.lower():
-        return np.ones(shape, dtype)
-    if "token_type" in spec.name.lower():
+        return _mask(shape, rng).astype(dtype)
+    if "token_type" in spec.name.lower() and spec.values is None:
         return np.zeros(shape, dtype)
-    return rng.integers(0, 2, shape).astype(dtype)
+    low, high = spec.values or _UNKNOWN_RANGE
+    return rng.integers(low, high, shape).astype(dtype)
+
+
+def _mask(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Return ones, with zeros at the end of about every other row."""
+    if len(shape) != 2:
+        return np.ones(shape)
+    rows, columns = shape
+    padding = rng.integers(0, columns // 2 + 1, rows) * rng.integers(0, 2, rows)
+    return np.arange(columns) < (columns - padding)[:, None]

@@ -71,6 +71,8 @@ class Model:
     ----------
     inputs, outputs : list[TensorSpec]
         Names, dtypes and shapes, in the model's order.
+    bounds : dict[str, tuple[int, int]]
+        Smallest and largest size of those symbolic dimensions that are bounded.
     manifest : dict[str, Any]
         Everything the compiler noted: target, layers, formats, reasons, versions.
     threads : int
@@ -88,8 +90,11 @@ class Model:
         self.path = path
         self.manifest = manifest
         self.threads = threads
-        self.inputs = [_spec(entry) for entry in manifest["inputs"]]
-        self.outputs = [_spec(entry) for entry in manifest["outputs"]]
+        self.inputs = [TensorSpec.from_json(entry) for entry in manifest["inputs"]]
+        self.outputs = [TensorSpec.from_json(entry) for entry in manifest["outputs"]]
+        self.bounds: dict[str, tuple[int, int]] = {
+            name: (low, high) for name, (low, high) in manifest.get("bounds", {}).items()
+        }
         self._machine = machine
         self._staged = [_Staged(spec) for spec in self.inputs]
         self._memory = MemoryBound()
@@ -162,7 +167,13 @@ class Model:
         ):
             raise self._wrong_names(inputs)
         sizes: dict[str, int] = {}
-        return [staged.checked(inputs[staged.spec.name], sizes) for staged in self._staged]
+        arrays = [staged.checked(inputs[staged.spec.name], sizes) for staged in self._staged]
+        for dimension, size in sizes.items():
+            low, high = self.bounds.get(dimension, (1, size))
+            if not low <= size <= max(low, high):
+                allowed = f"{low} to {high}" if dimension in self.bounds else "1 or more"
+                raise InputError(f"{self.path.name}: {dimension} is {size}, but must be {allowed}")
+        return arrays
 
     def _wrong_names(self, inputs: Mapping[str, Any]) -> InputError:
         names = [spec.name for spec in self.inputs]
@@ -299,7 +310,3 @@ def _weights_tuple(mapped: np.ndarray, entries: Sequence[Mapping[str, Any]]) -> 
         weight = raw.view(np.dtype(entry["dtype"])).reshape(entry["shape"])
         tensors.append(tvm_ffi.from_dlpack(weight))
     return tvm_ffi.convert(tensors)
-
-
-def _spec(entry: Mapping[str, Any]) -> TensorSpec:
-    return TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]))

@@ -149,6 +149,27 @@ def test_symbolic_dimensions_must_agree(path: Path, tmp_path: Path) -> None:
         model.run({**inputs, "x": inputs["x"][None]})
 
 
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"batch": [1, 7]}, "batch is 8, but must be 1 to 7"),
+        ({"batch": [9, 16]}, "must be 9 to 16"),
+    ],
+)
+def test_symbolic_dimensions_stay_in_bounds(
+    tmp_path: Path, bounds: dict[str, list[int]], message: str
+) -> None:
+    specs = artifacts.manifest()["inputs"]
+    specs[0]["shape"][0] = specs[1]["shape"][0] = "batch"
+    model = load(artifacts.write(tmp_path / "bounded.so", inputs=specs, bounds=bounds))
+    assert model.bounds == {"batch": tuple(bounds["batch"])}
+    with pytest.raises(InputError, match=message):
+        model.run(artifacts.inputs())
+    empty = {name: array[:0] for name, array in artifacts.inputs().items()}
+    with pytest.raises(InputError, match="batch is 0"):
+        model.run(empty)
+
+
 @pytest.mark.parametrize("copied_bytes", [0, 1 << 20])
 def test_outputs_belong_to_the_caller(
     path: Path, monkeypatch: pytest.MonkeyPatch, copied_bytes: int

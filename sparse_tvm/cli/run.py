@@ -36,13 +36,14 @@ def run(
     from sparse_tvm.cli.console import stdout_console
     from sparse_tvm.errors import OptionError
     from sparse_tvm.npz import read_npz, write_npz
-    from sparse_tvm.random_inputs import random_inputs
+    from sparse_tvm.random_inputs import random_inputs, typical_sizes
     from sparse_tvm.runtime import load
 
     if (inputs is None) != random:
         raise OptionError("give either -i FILE.npz or --random", hint="--random makes inputs up")
     loaded = load(model, threads=threads)
-    arrays = random_inputs(loaded.inputs, seed) if inputs is None else read_npz(inputs)
+    sizes = typical_sizes(loaded.inputs, loaded.bounds)
+    arrays = random_inputs(loaded.inputs, seed, sizes) if inputs is None else read_npz(inputs)
     outputs = loaded.run(arrays)
     if output is not None:
         write_npz(output, outputs)

@@ -68,6 +68,20 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
             self._nodes[name] = self.bb.normalize(value)
         return self._nodes[name]
 
+    def shape(self, name: str) -> list[Size]:
+        """Return the sizes of a value of the graph."""
+        grid = self.grids.get(name)
+        if name in self.known:
+            return list(self.known[name].elements.shape)
+        return list(grid.shape) if isinstance(grid, grids.Grid) else shape_of(self.tensor(name))
+
+    def dtype(self, name: str) -> str:
+        """Return the element type of a value of the graph."""
+        grid = self.grids.get(name)
+        if name in self.known:
+            return self.known[name].dtype
+        return grid.dtype if isinstance(grid, grids.Grid) else str(self.tensor(name).ty.dtype)
+
     def _parse_graph_initializers(self, graph: onnx.GraphProto) -> None:
         super()._parse_graph_initializers(graph)
         for tensor in graph.initializer:
@@ -103,16 +117,7 @@ class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
 
     def _evaluate(self, node: onnx.NodeProto) -> list[Known] | None:
         if node.op_type in ("Shape", "Size"):
-            data = node.input[0]
-            known = self.known.get(data)
-            grid = self.grids.get(data)
-            shape: list[Size]
-            if known is not None:
-                shape = list(known.elements.shape)
-            elif isinstance(grid, grids.Grid):
-                shape = list(grid.shape)
-            else:
-                shape = shape_of(self.tensor(data))
+            shape = self.shape(node.input[0])
             if node.op_type == "Size":
                 size = self.sizes.product(shape)
                 return [Known(Known.shape([size]).elements.reshape(()), "int64")]

@@ -60,8 +60,8 @@ def write_ir(source: Source, imported: ImportedModel, path: str | os.PathLike[st
         "sparse_tvm_ir": FORMAT_VERSION,
         "versions": {"sparse_tvm": __version__, "tvm": tvm.__version__},
         "model": source.describe(),
-        "inputs": [_spec_json(spec) for spec in imported.inputs],
-        "outputs": [_spec_json(spec) for spec in imported.outputs],
+        "inputs": [spec.as_json() for spec in imported.inputs],
+        "outputs": [spec.as_json() for spec in imported.outputs],
         "bounds": imported.bounds,
         "layers": imported.layers,
         "weights": list(imported.weights),
@@ -115,8 +115,8 @@ class IrSource(Source):
         return ImportedModel(
             module=module,
             weights=self._weights(),
-            inputs=[_spec(entry) for entry in document["inputs"]],
-            outputs=[_spec(entry) for entry in document["outputs"]],
+            inputs=[TensorSpec.from_json(entry) for entry in document["inputs"]],
+            outputs=[TensorSpec.from_json(entry) for entry in document["outputs"]],
             layers=document["layers"],
             source=self.name,
             bounds={name: (low, high) for name, (low, high) in document["bounds"].items()},
@@ -190,11 +190,3 @@ class TvmReference(ReferenceModel):
 
 def _weights_path(path: Path) -> Path:
     return path.with_suffix(".safetensors")
-
-
-def _spec_json(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
-
-
-def _spec(entry: dict[str, Any]) -> TensorSpec:
-    return TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]))

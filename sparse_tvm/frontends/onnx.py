@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 import numpy as np
@@ -18,6 +18,7 @@ from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.frontends.detach import as_array
 from sparse_tvm.frontends.importer import SUPPORTED_OPS, Importer, SameSize
 from sparse_tvm.frontends.input_shapes import InputShapes, Shapes, choose_shapes
+from sparse_tvm.frontends.ranges import Range, input_ranges
 from sparse_tvm.frontends.read import CONTRIB_DOMAIN, describe, first_few, one_line, read_onnx
 from sparse_tvm.frontends.simplify import input_specs, set_input_shapes, simplify
 from sparse_tvm.frontends.sizes import as_text
@@ -132,11 +133,11 @@ def _import(
     shapes = choose_shapes(input_specs(proto), input_shapes or {})
     program, tensors = simplify(proto, shapes.specs, definitions=_EXPANDED_OPS)
     _check_operators(program)
-    module = _import_program(program, shapes)
+    module, ranges = _import_program(program, shapes)
     return ImportedModel(
         module=module,
         weights={name: as_array(tensor) for name, tensor in tensors.items()},
-        inputs=shapes.specs,
+        inputs=[replace(spec, values=ranges.get(spec.name)) for spec in shapes.specs],
         outputs=_output_specs(module, program),
         layers=_layers(proto, program, tensors),
         source=source,
@@ -160,8 +161,10 @@ def _check_operators(program: onnx.ModelProto) -> None:
         raise ModelError(f"operators that cannot be compiled: {', '.join(found)}")
 
 
-def _import_program(program: onnx.ModelProto, shapes: Shapes) -> tvm.IRModule:
-    """Translate the graph; its last inputs are the weights.
+def _import_program(
+    program: onnx.ModelProto, shapes: Shapes
+) -> tuple[tvm.IRModule, dict[str, Range]]:
+    """Translate the graph, whose last inputs are the weights, and find its inputs' ranges.
 
     Symbolic dimensions that an operator demands to be the same become one in `shapes`, and what
     the graph demands of them is added to its bounds.
@@ -175,12 +178,15 @@ def _import_program(program: onnx.ModelProto, shapes: Shapes) -> tvm.IRModule:
         except SameSize as same:
             shapes.merge(*same.names)
             continue
+        ranges = input_ranges(program.graph, importer)
         _check_bounds(given, shapes)
         main = module["main"].with_attr("num_input", len(shapes.specs))
         module["main"] = main.with_attrs(_bound_attributes(shapes))
         module = relax.transform.EliminateCommonSubexpr()(module)
         module = relax.transform.DeadCodeElimination()(module)
-        return relax.transform.FoldConstant()(module) if _has_constant_calls(module) else module
+        if _has_constant_calls(module):
+            module = relax.transform.FoldConstant()(module)
+        return module, ranges
 
 
 def _translate(program: onnx.ModelProto, importer: Importer) -> tvm.IRModule:

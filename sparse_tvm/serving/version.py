@@ -159,8 +159,8 @@ class Version:
     async def _introduce(self, worker: WorkerProcess) -> None:
         """Learn the model's specs from its first worker, and see which requests may join."""
         ready = await worker.ready()
-        self.inputs = [_spec(entry) for entry in ready["inputs"]]
-        self.outputs = [_spec(entry) for entry in ready["outputs"]]
+        self.inputs = [TensorSpec.from_json(entry) for entry in ready["inputs"]]
+        self.outputs = [TensorSpec.from_json(entry) for entry in ready["outputs"]]
         self.limits = limits_of(ready, self.tokenizer, self.inputs)
         layout = Layout.of(self.inputs, self.outputs)
         if self._options.max_batch == 1:
@@ -311,10 +311,6 @@ class Version:
 def _set_exception(request: Request, error: Exception) -> None:
     if not request.result.done():
         request.result.set_exception(error)
-
-
-def _spec(entry: Mapping[str, object]) -> TensorSpec:
-    return TensorSpec(str(entry["name"]), str(entry["dtype"]), tuple(entry["shape"]))  # type: ignore[arg-type]
 
 
 def _sample(inputs: Sequence[TensorSpec], layout: Layout, rows: int, length: int) -> Tensors:
