@@ -49,8 +49,8 @@ class _FcTranspose(Rewrite):
         turned ^= transpose
         # One weight may be used both ways.
         fresh = f"{name}_fc" if turned else f"{name}_fc_as_is"
-        self.program.layers[fresh] = self.program.layers.get(name, name)
         weight = self.weight(fresh, array.T if turned else array)
+        self.program.layers[weight.name] = self.program.layers.get(name, name)
         return self.emit(relax.op.permute_dims(weight))
 
     def _weight(self, expr: Any) -> tuple[str, np.ndarray, bool] | None:

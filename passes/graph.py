@@ -175,11 +175,17 @@ class Rewrite:
         return self.builder.emit(expr, name)
 
     def weight(self, name: str, array: np.ndarray) -> relax.Var:
-        """Add a weight to the program, once per name, and return its parameter."""
+        """Add a weight to the program, once per name, and return its parameter.
+
+        The parameter is called otherwise where the model has a weight of that name.
+        """
         if name not in self._new_weights:
-            self.program.weights[name] = array
+            free = name
+            while free in self.program.weights:
+                free += "_"
+            self.program.weights[free] = array
             self._new_weights[name] = relax.Var(
-                name, relax.TensorType(array.shape, str(array.dtype))
+                free, relax.TensorType(array.shape, str(array.dtype))
             )
         return self._new_weights[name]
 

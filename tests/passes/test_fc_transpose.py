@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import apply, assert_becomes, assert_unchanged, evaluate, operators, program
+from helpers import (
+    apply,
+    assert_becomes,
+    assert_unchanged,
+    check_weights,
+    evaluate,
+    operators,
+    program,
+)
 from tvm.script import ir as I
 from tvm.script import relax as R
 
@@ -301,6 +309,34 @@ def test_weight_used_several_times_and_both_ways():
     before = program(Shared)
     after = assert_becomes(fc_transpose, before, SharedCanonical)
     assert {after.layers[name] for name in after.weights} == {"w"}
+    x = np.random.default_rng(1).standard_normal((5, 8)).astype("float32")
+    np.testing.assert_allclose(evaluate(after, x), evaluate(before, x), rtol=1e-4, atol=1e-4)
+
+
+@I.ir_module
+class Confusing:
+    """The name that a turned weight would get is taken."""
+
+    @R.function
+    def main(
+        x: R.Tensor(("tokens", 8), "float32"),
+        w: R.Tensor((8, 6), "float32"),
+        w_fc: R.Tensor((8, 6), "float32"),
+    ) -> R.Tensor(("tokens", 6), "float32"):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            a = R.matmul(x, w)
+            b = R.matmul(x, w_fc)
+            y = R.subtract(a, b)
+            R.output(y)
+        return y
+
+
+def test_names_that_are_taken():
+    before = program(Confusing)
+    after = apply(fc_transpose, before)
+    check_weights(after)
+    assert {after.layers[name] for name in after.weights} == {"w", "w_fc"}
     x = np.random.default_rng(1).standard_normal((5, 8)).astype("float32")
     np.testing.assert_allclose(evaluate(after, x), evaluate(before, x), rtol=1e-4, atol=1e-4)
 
