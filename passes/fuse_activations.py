@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from sparse_tvm.passes.graph import Rewrite, op_name, same, scalar_value
+from sparse_tvm.passes.graph import Rewrite, op_name, same, same_shape, scalar_value, shape_of
 from sparse_tvm.passes.program import Program
 
 _SAMPLES = np.concatenate([np.linspace(-12, 12, 193), np.linspace(-0.1, 0.1, 21)])
@@ -64,7 +64,7 @@ class _FuseActivations(Rewrite):
             return None
         for x in variables:
             values = self._evaluate(var, x)
-            if values is None:
+            if values is None or not same_shape(shape_of(x), shape_of(var)):
                 continue
             for reference, build in _KNOWN.values():
                 if np.allclose(values, reference(_SAMPLES), rtol=1e-5, atol=1e-6):
@@ -90,10 +90,16 @@ class _FuseActivations(Rewrite):
 
     def _evaluate(self, root: relax.Var, x: relax.Var) -> np.ndarray | None:
         """Values of ``root`` when ``x`` takes the sample values; None if it reads more than x."""
+        known: dict[Any, Any] = {x: _SAMPLES}
 
         def visit(expr: Any, depth: int) -> Any:
-            if same(expr, x):
-                return _SAMPLES
+            if not isinstance(expr, relax.Var):
+                return compute(expr, depth)
+            if expr not in known:
+                known[expr] = compute(expr, depth)
+            return known[expr]
+
+        def compute(expr: Any, depth: int) -> Any:
             number = scalar_value(expr)
             if number is not None:
                 return np.float64(number)

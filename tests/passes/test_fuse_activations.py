@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -132,6 +133,28 @@ def test_spelling(name):
 def test_near_miss_is_left_alone(name):
     before = formula(NEAR_MISSES[name])
     assert operators(apply(fuse_activations, before)) == operators(before)
+
+
+def test_constant_that_adds_a_dimension_is_left_alone():
+    def halved(x):
+        one = relax.const(np.ones((1, 1, 1), "float32"))
+        return OP.multiply(OP.multiply(x, const(0.5)), OP.add(erf_of(x), one))
+
+    before = formula(halved)
+    assert operators(apply(fuse_activations, before)) == operators(before)
+
+
+def test_long_chain_of_squares_takes_no_time():
+    def squares(emit, x):
+        y = emit(OP.tanh(x))
+        for _ in range(40):
+            y = emit(OP.multiply(y, y))
+        return OP.negative(y)
+
+    before = build(squares, {"x": ("tokens", 4)})
+    started = time.perf_counter()
+    assert operators(apply(fuse_activations, before)) == operators(before)
+    assert time.perf_counter() - started < 2
 
 
 @I.ir_module
