@@ -101,6 +101,8 @@ class _FuseAttention(Rewrite):
             raise _NotAttention("v is scaled")
         if (k.heads, v.heads) != (q.heads, q.heads) or not same_dim(k.rows, v.rows):
             raise _NotAttention("q, k and v have different heads or lengths")
+        if not (same_dim(k.batch, q.batch) and same_dim(v.batch, q.batch)):
+            raise _NotAttention("q, k and v have different batches")
         rows = product(shape_of(var)[:-1])
         if shape_of(var)[-1] != q.heads * v.size or not same_dim(rows, q.batch * q.rows):
             raise _NotAttention("heads are not merged back")

@@ -320,6 +320,17 @@ def test_near_miss_is_left_alone_with_a_note(name):
     assert note in after.notes[0]
 
 
+@pytest.mark.parametrize("shared", ["q", "kv"])
+def test_one_sequence_for_a_whole_batch_is_left_alone(shared):
+    def merged(emit, o, shape):
+        return OP.reshape(emit(OP.permute_dims(o, [0, 2, 1, 3])), (3, 5, HIDDEN))
+
+    inputs = {name: (1 if name in shared else 3, 5, HIDDEN) for name in "qkv"}
+    after = apply(fuse_attention, build(attention(order=merged), inputs))
+    assert calls(after, "attention") == []
+    assert len(after.notes) == 1
+
+
 def test_softmax_over_queries_is_no_attention():
     body = attention(softmax=lambda scores: OP.nn.softmax(scores, axis=2))
     after = apply(fuse_attention, build(body, QKV))
