@@ -95,12 +95,16 @@ async def fixed_rate(
     async def client(session: aiohttp.ClientSession) -> None:
         while (item := await queue.get()) is not None:
             due, number = item
+            if perf_counter() > last:
+                result.statuses["too late to send"] += 1
+                continue
             result.statuses[await _send(session, path, requests[number % len(requests)])] += 1
             result.latencies.append(perf_counter() - due)
 
     async with _session(url, clients) as session:
-        tasks = [asyncio.create_task(client(session)) for _ in range(clients)]
         started = perf_counter()
+        last = started + 1.5 * seconds
+        tasks = [asyncio.create_task(client(session)) for _ in range(clients)]
         for number in range(int(rate * seconds)):
             due = started + number / rate
             if (pause := due - perf_counter()) > 0:

@@ -98,14 +98,19 @@ def test_the_deployment_survives_the_kill_of_a_node(cluster: Cluster, tmp_path: 
             "target_ongoing_requests": 1,
             "upscale_delay_s": 1,
             "downscale_delay_s": 60,
+            "look_back_period_s": 2,
+            "metrics_interval_s": 0.5,
         },
     )
     serve.run(application)
     assert replicas() == 1
 
-    before = asyncio.run(load(10))
+    before: Counter = Counter()
+    deadline = monotonic() + 40
+    while replicas() < 2:  # on both nodes, as one node takes one
+        assert monotonic() < deadline
+        before += asyncio.run(load(2))
     assert set(before) == {200}, before
-    assert replicas() == 2  # on both nodes, as one node takes one
 
     async def kill_under_load() -> Counter:
         loading = asyncio.create_task(load(15))

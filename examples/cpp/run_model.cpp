@@ -55,7 +55,9 @@ class Artifact {
     manifest_ = json::Parse(ffi::String(data_ + offset, length)).cast<json::Object>();
   }
 
-  json::Array List(const char* key) const { return manifest_[ffi::String(key)].cast<json::Array>(); }
+  json::Array List(const char* key) const {
+    return manifest_[ffi::String(key)].cast<json::Array>();
+  }
   char* At(int64_t offset) const { return data_ + offset; }
 
  private:
@@ -79,7 +81,8 @@ struct Borrowed {
 struct Allocated {
   void AllocData(DLTensor* tensor) {
     size_t bytes = std::max<size_t>(ffi::GetDataSize(*tensor), 1);
-    tensor->data = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+    size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    tensor->data = std::aligned_alloc(kAlignment, rounded);
   }
   void FreeData(DLTensor* tensor) { std::free(tensor->data); }
 };
@@ -90,10 +93,13 @@ ffi::Array<ffi::Tensor> Weights(const Artifact& artifact) {
   ffi::Array<ffi::Tensor> weights;
   for (const ffi::Any& entry : artifact.List("weights")) {
     std::vector<int64_t> shape;
-    for (const ffi::Any& dim : Field<json::Array>(entry, "shape")) shape.push_back(dim.cast<int64_t>());
+    for (const ffi::Any& dim : Field<json::Array>(entry, "shape")) {
+      shape.push_back(dim.cast<int64_t>());
+    }
     Borrowed memory{artifact.At(Field<int64_t>(entry, "offset"))};
     DLDataType dtype = ffi::StringToDLDataType(Field<ffi::String>(entry, "dtype"));
-    weights.push_back(ffi::Tensor::FromNDAlloc(memory, ffi::ShapeView(shape.data(), shape.size()), dtype, kCPU));
+    ffi::ShapeView view(shape.data(), shape.size());
+    weights.push_back(ffi::Tensor::FromNDAlloc(memory, view, dtype, kCPU));
   }
   return weights;
 }
@@ -109,7 +115,8 @@ ffi::Tensor Input(const ffi::Any& entry, const std::map<std::string, int64_t>& s
     }
   }
   DLDataType dtype = ffi::StringToDLDataType(Field<ffi::String>(entry, "dtype"));
-  ffi::Tensor input = ffi::Tensor::FromNDAlloc(Allocated(), ffi::ShapeView(shape.data(), shape.size()), dtype, kCPU);
+  ffi::ShapeView view(shape.data(), shape.size());
+  ffi::Tensor input = ffi::Tensor::FromNDAlloc(Allocated(), view, dtype, kCPU);
   int64_t count = input.numel();
   if (dtype.code == kDLFloat && dtype.bits == 32) {
     std::fill_n(static_cast<float*>(input.data_ptr()), count, 0.5f);
@@ -152,7 +159,8 @@ int Run(int argc, char** argv) {
   ffi::Module library = ffi::Module::LoadFromFile(argv[1]);
   ffi::Module machine = (*library->GetFunction("vm_load_executable"))().cast<ffi::Module>();
   constexpr int kDeviceId = 0, kPooledAllocator = 2;
-  (*machine->GetFunction("vm_initialization"))(static_cast<int>(kDLCPU), kDeviceId, kPooledAllocator);
+  ffi::Function initialize = *machine->GetFunction("vm_initialization");
+  initialize(static_cast<int>(kDLCPU), kDeviceId, kPooledAllocator);
   ffi::Function main = *machine->GetFunction("main");
 
   // The program takes the inputs in order, and all weights as one last argument.
