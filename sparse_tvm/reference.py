@@ -6,13 +6,22 @@ Models from other frameworks bring their own (see ``frontends/``).
 from __future__ import annotations
 
 import os
+import re
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from sparse_tvm.errors import ModelError
+from sparse_tvm.frontends.older_opset import write_at_opset
+
+_TOO_NEW = re.compile(r"Unsupported model IR version|support for domain ai\.onnx is till opset")
 
 
 class ReferenceModel(ABC):
@@ -56,6 +65,8 @@ class ReferenceModel(ABC):
 class Reference(ReferenceModel):
     """A model in ONNX Runtime, with its default optimisations.
 
+    A model of a newer opset than it takes is converted for it.
+
     Parameters
     ----------
     model : path | bytes
@@ -80,14 +91,23 @@ class Reference(ReferenceModel):
         options.log_severity_level = 3
         source = model if isinstance(model, bytes) else os.fspath(model)
         try:
-            self._session = onnxruntime.InferenceSession(
-                source, options, providers=["CPUExecutionProvider"]
-            )
+            self._session = _session(source, options)
         except Exception as error:  # its exceptions have no base of their own
-            reason = str(error).partition("\n")[0]
-            raise ModelError(f"ONNX Runtime cannot load {self.name}: {reason}") from error
+            if not _TOO_NEW.search(str(error)):
+                raise self._refused(error) from error
+            with tempfile.TemporaryDirectory() as directory:
+                older = Path(directory) / "older.onnx"
+                write_at_opset(source, _newest_opset(), older)
+                try:
+                    self._session = _session(str(older), options)
+                except Exception as again:
+                    raise self._refused(again) from again
         self.inputs = [node.name for node in self._session.get_inputs()]
         self.outputs = [node.name for node in self._session.get_outputs()]
+
+    def _refused(self, error: Exception) -> ModelError:
+        reason = str(error).partition("\n")[0]
+        return ModelError(f"ONNX Runtime cannot load {self.name}: {reason}")
 
     def run(
         self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None
@@ -95,6 +115,25 @@ class Reference(ReferenceModel):
         """Run the model and return its outputs, or only those named, in that order."""
         names = self.outputs if outputs is None else list(outputs)
         return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+
+
+def _session(source: str | bytes, options: Any) -> Any:
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+@cache
+def _newest_opset() -> int:
+    """Return the newest opset that ONNX Runtime takes, which only its refusal of a newer tells."""
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    x, y = (onnx.helper.make_tensor_value_info(name, 1, [1]) for name in "xy")
+    graph = onnx.helper.make_graph([node], "newest", [x], [y])
+    opset = onnx.helper.make_opsetid("", 1000)
+    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
+    try:
+        _session(model.SerializeToString(), onnxruntime.SessionOptions())
+    except Exception as error:
+        return int(re.findall(r"till opset (\d+)", str(error))[0])
+    return opset.version
 
 
 def _max_abs_difference(output: np.ndarray, expected: np.ndarray) -> float:

@@ -6,7 +6,7 @@ model and fails beyond 2 GB. They get a model whose weights have become inputs i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 import onnx
@@ -92,6 +92,20 @@ def detach_weights(
         for name, tensor in weights.items()
     )
     return skeleton, weights
+
+
+def attach_weights(
+    skeleton: onnx.ModelProto, weights: Mapping[str, onnx.TensorProto]
+) -> onnx.ModelProto:
+    """Undo `detach_weights`, in place; tensors that were Constant nodes become initializers."""
+    inputs = [value for value in skeleton.graph.input if value.name not in weights]
+    del skeleton.graph.input[:]
+    skeleton.graph.input.extend(inputs)
+    for name, tensor in weights.items():
+        initializer = skeleton.graph.initializer.add()
+        initializer.CopyFrom(tensor)
+        initializer.name = name
+    return skeleton
 
 
 def _in_memory(tensor: onnx.TensorProto) -> onnx.TensorProto:

@@ -16,7 +16,13 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
 from sparse_tvm.errors import ModelError
-from sparse_tvm.frontends.detach import as_array, detach_weights, size_of, stored_tensors
+from sparse_tvm.frontends.detach import (
+    as_array,
+    attach_weights,
+    detach_weights,
+    size_of,
+    stored_tensors,
+)
 from sparse_tvm.frontends.external import load_external_data
 from sparse_tvm.frontends.weights import find_weights
 
@@ -230,15 +236,7 @@ def _inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     if not model.functions:
         return model
     skeleton, weights = detach_weights(model)
-    inlined = onnx.inliner.inline_local_functions(skeleton)
-    remaining = [i for i in inlined.graph.input if i.name not in weights]
-    del inlined.graph.input[:]
-    inlined.graph.input.extend(remaining)
-    for name, tensor in weights.items():
-        initializer = inlined.graph.initializer.add()
-        initializer.CopyFrom(tensor)
-        initializer.name = name
-    return inlined
+    return attach_weights(onnx.inliner.inline_local_functions(skeleton), weights)
 
 
 def _check_types(model: onnx.ModelProto, where: str) -> None:

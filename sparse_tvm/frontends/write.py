@@ -10,7 +10,7 @@ import onnx
 
 from sparse_tvm.errors import OutputError
 from sparse_tvm.files import replacing
-from sparse_tvm.frontends.detach import is_weight, size_of
+from sparse_tvm.frontends.detach import as_array, is_weight, size_of
 
 MAX_INLINE_BYTES = 1 << 31
 """Protobuf refuses messages from 2 GiB on."""
@@ -61,7 +61,7 @@ def write_onnx(
 
 def _move_out(tensor: onnx.TensorProto, file: BinaryIO, location: str) -> None:
     """Append a tensor's values to `file` and leave only a reference to them in the model."""
-    values = onnx.numpy_helper.to_array(tensor).astype("<f4", copy=False).tobytes()
+    values = as_array(tensor).astype("<f4", copy=False).tobytes()
     file.write(bytes(-file.tell() % _ALIGNMENT))
     tensor.raw_data = b""  # marks the values as raw, which ONNX wants of external data
     onnx.external_data_helper.set_external_data(
