@@ -31,8 +31,12 @@ class Result:
         return self.statuses[200] / self.seconds
 
     @property
+    def errors_by_kind(self) -> Counter:
+        return Counter({status: n for status, n in self.statuses.items() if status != 200})
+
+    @property
     def errors(self) -> int:
-        return sum(self.statuses.values()) - self.statuses[200]
+        return sum(self.errors_by_kind.values())
 
     def percentile(self, percent: float) -> float:
         return float(np.percentile(self.latencies, percent)) if self.latencies else float("nan")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -33,7 +34,7 @@ class Sample:
     p50: float  # ms
     p99: float  # ms
     answered: int
-    errors: int
+    errors: Counter
 
 
 def main(
@@ -69,7 +70,7 @@ def main(
                     1e3 * result.percentile(50),
                     1e3 * result.percentile(99),
                     result.statuses[200],
-                    result.errors,
+                    result.errors_by_kind,
                 )
             )
     plot.parent.mkdir(parents=True, exist_ok=True)
@@ -88,15 +89,15 @@ def report(samples: list[Sample], plot: Path) -> int:
     early, late = samples[quarter : 2 * quarter] or samples, samples[-quarter:]
     growth = median(late, "memory") / median(early, "memory")
     slower = median(late, "p50") / median(early, "p50")
-    errors = sum(sample.errors for sample in samples)
+    errors = sum((sample.errors for sample in samples), Counter())
     stdout_console().print(
-        f"{sum(sample.answered for sample in samples)} answered, {errors} errors; "
+        f"{sum(sample.answered for sample in samples)} answered, errors: {dict(errors) or 'none'}; "
         f"memory {median(early, 'memory'):.1f} -> {median(late, 'memory'):.1f} MiB, "
         f"p50 {median(early, 'p50'):.2f} -> {median(late, 'p50'):.2f} ms, "
         f"p99 {median(early, 'p99'):.2f} -> {median(late, 'p99'):.2f} ms; plot: {plot}",
         soft_wrap=True,
     )
-    return int(growth > MAX_GROWTH or slower > MAX_SLOWER or errors > 0)
+    return int(growth > MAX_GROWTH or slower > MAX_SLOWER or bool(errors))
 
 
 def median(samples: list[Sample], name: str) -> float:

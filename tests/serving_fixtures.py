@@ -69,13 +69,13 @@ def write_encoder(path: Path, seed: int = 0, longest: int = 512) -> Path:
         {"name": name, "dtype": "int64", "shape": ["batch", "sequence"]}
         for name in ("input_ids", "attention_mask")
     ]
-    ids[0]["values"] = [0, VOCABULARY - 1]
+    ids[0]["range"] = [0, VOCABULARY]
     hidden = {"name": "hidden", "dtype": "float32", "shape": ["batch", "sequence", FEATURES]}
     write_artifact(
         path,
         code,
         {"table": table(seed)},
-        manifest(inputs=ids, outputs=[hidden], sizes={"sequence": [1, longest]}),
+        manifest(inputs=ids, outputs=[hidden], bounds={"sequence": [1, longest]}),
     )
     code.unlink()
     return path

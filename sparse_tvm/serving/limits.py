@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from sparse_tvm.spec import TensorSpec
 
@@ -32,17 +31,19 @@ class Limits:
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def limits_of(manifest: Mapping[str, Any], tokenizer: Path, inputs: Sequence[TensorSpec]) -> Limits:
+def limits_of(
+    inputs: Sequence[TensorSpec], bounds: Mapping[str, Sequence[int]], tokenizer: Path
+) -> Limits:
     """Return the limits in a manifest, and those in the configuration beside the artifact.
 
     Parameters
     ----------
-    manifest : Mapping[str, Any]
-        ``values`` by input, ``sizes`` by symbolic dimension.
-    tokenizer : Path
-        The directory that may hold the model's ``config.json``.
     inputs : sequence of TensorSpec
         The model's inputs.
+    bounds : Mapping[str, sequence of int]
+        Smallest and largest sizes of symbolic dimensions.
+    tokenizer : Path
+        The directory that may hold the model's ``config.json``.
     """
     path = tokenizer / "config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
@@ -51,8 +52,9 @@ def limits_of(manifest: Mapping[str, Any], tokenizer: Path, inputs: Sequence[Ten
     for spec in inputs:
         if isinstance(length := config.get(_TABLES.get(spec.name, "")), int):
             values[spec.name] = 0, length - 1
+        elif spec.values is not None:
+            values[spec.name] = spec.values[0], spec.values[1] - 1
         if spec.name == "input_ids" and isinstance(config.get(_POSITIONS), int):
             sizes.update({d: (1, config[_POSITIONS]) for d in spec.shape[1:] if isinstance(d, str)})
-    for known, given in ((values, manifest["values"]), (sizes, manifest["sizes"])):
-        known.update({name: (low, high) for name, (low, high) in given.items()})
+    sizes.update({name: (low, high) for name, (low, high) in bounds.items()})
     return Limits(values, sizes)

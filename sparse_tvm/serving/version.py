@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 
@@ -161,7 +160,7 @@ class Version:
         ready = await worker.ready()
         self.inputs = [TensorSpec.from_json(entry) for entry in ready["inputs"]]
         self.outputs = [TensorSpec.from_json(entry) for entry in ready["outputs"]]
-        self.limits = limits_of(ready, self.tokenizer, self.inputs)
+        self.limits = limits_of(self.inputs, ready["bounds"], self.tokenizer)
         layout = Layout.of(self.inputs, self.outputs)
         if self._options.max_batch == 1:
             layout = layout.without_batching()
@@ -321,11 +320,7 @@ def _sample(inputs: Sequence[TensorSpec], layout: Layout, rows: int, length: int
         sizes[layout.batch] = rows
     if layout.sequence:
         sizes[layout.sequence] = length
-    specs = [
-        replace(spec, shape=tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape))
-        for spec in inputs
-    ]
-    return Tensors(tuple(random_inputs(specs, seed=length).values()), sizes)
+    return Tensors(tuple(random_inputs(inputs, seed=length, sizes=sizes).values()), sizes)
 
 
 def _close(one: np.ndarray, other: np.ndarray) -> bool:

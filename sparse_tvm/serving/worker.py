@@ -10,7 +10,6 @@ import json
 import signal
 import socket
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sparse_tvm.errors import InputError, SparseTvmError
-from sparse_tvm.random_inputs import random_inputs
+from sparse_tvm.random_inputs import random_inputs, typical_sizes
 from sparse_tvm.serving.channel import LENGTH, Arena, pack
 from sparse_tvm.serving.engines import Engine, open_engine
 
@@ -43,14 +42,9 @@ def main(arguments: list[str]) -> None:
         peer.sendall(
             pack(
                 {
-                    "inputs": [asdict(spec) for spec in engine.inputs],
-                    "outputs": [asdict(spec) for spec in engine.outputs],
-                    "values": {
-                        entry["name"]: entry["values"]
-                        for entry in engine.manifest.get("inputs", ())
-                        if "values" in entry
-                    },
-                    "sizes": engine.manifest.get("sizes", {}),
+                    "inputs": [spec.as_json() for spec in engine.inputs],
+                    "outputs": [spec.as_json() for spec in engine.outputs],
+                    "bounds": engine.manifest.get("bounds", {}),
                     "load_seconds": loaded - started,
                     "warm_up_seconds": ready - loaded,
                 }
@@ -60,7 +54,8 @@ def main(arguments: list[str]) -> None:
 
 
 def _warm_up(engine: Engine) -> None:
-    feed = random_inputs(engine.inputs)
+    sizes = typical_sizes(engine.inputs, engine.manifest.get("bounds", {}))
+    feed = random_inputs(engine.inputs, sizes=sizes)
     for _ in range(_WARM_UP_RUNS):
         engine.run(feed)
 
