@@ -17,7 +17,7 @@ from sparse_tvm.frontends.detect import read_json
 from sparse_tvm.frontends.read import first_few, one_line
 from sparse_tvm.frontends.source import Source, require
 from sparse_tvm.frontends.torch import export, output_names
-from sparse_tvm.frontends.torch_export import quiet, to_onnx
+from sparse_tvm.frontends.torch_export import quiet, to_onnx, without_collection
 from sparse_tvm.reference import ReferenceModel
 
 _COMPANIONS = (
@@ -110,7 +110,7 @@ class HuggingFaceSource(Source):
         checkpoint = self.checkpoint
         transformers.utils.logging.disable_progress_bar()
         try:
-            with quiet():
+            with quiet(), without_collection():
                 config = transformers.AutoConfig.from_pretrained(
                     self._directory, local_files_only=True, trust_remote_code=False
                 )

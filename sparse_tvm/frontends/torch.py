@@ -20,7 +20,7 @@ from sparse_tvm.frontends.masks import fold_masks
 from sparse_tvm.frontends.pickles import check_archive, load_pickle
 from sparse_tvm.frontends.read import one_line
 from sparse_tvm.frontends.source import Source, SourceOptions, require
-from sparse_tvm.frontends.torch_export import quiet, to_onnx
+from sparse_tvm.frontends.torch_export import quiet, to_onnx, without_collection
 from sparse_tvm.reference import ReferenceModel
 from sparse_tvm.sparsity.sources import torch_layout, torch_to_dense
 
@@ -46,7 +46,7 @@ class ProgramSource(Source):
         if self._returns_transformers_type():
             require("transformers.modeling_outputs", "huggingface", self.name)
         try:
-            with quiet():
+            with quiet(), without_collection():
                 return torch.export.load(str(self.path))
         except Exception as error:
             raise ModelError(
@@ -208,7 +208,7 @@ def export(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], **options
     """
     torch = require("torch", "torch", "a PyTorch model")
     try:
-        with quiet(), evaluating(module), torch.no_grad():
+        with quiet(), without_collection(), evaluating(module), torch.no_grad():
             return torch.export.export(module, args, kwargs, strict=False, **options)
     except Exception as error:
         raise ModelError(

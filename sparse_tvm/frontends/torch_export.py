@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import logging
 import re
 import warnings
@@ -57,7 +58,7 @@ def to_onnx(
     import onnx_ir
 
     try:
-        with quiet():
+        with quiet(), without_collection():
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -83,6 +84,18 @@ def to_onnx(
     _strip(proto.graph, strip)
     _name_dimensions(proto.graph)
     return proto
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Pause the garbage collector: tracing makes many objects, nearly all of which stay."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
