@@ -109,12 +109,13 @@ class _Search:
         return value if isinstance(value, int) else None
 
     def is_zero_or_one(self, name: str) -> bool:
-        """Whether a tensor was a bool."""
+        """Whether a tensor was a bool, or is a mask that the model takes."""
         node = self.producers.get(name)
         while node is not None and node.op_type == "Cast":
             name = node.input[0]
             node = self.producers.get(name)
-        return self.importer.dtype(name) == "bool"
+        is_mask = node is None and "mask" in name.lower()
+        return is_mask or self.importer.dtype(name) == "bool"
 
 
 _ARITHMETIC: Mapping[str, Callable[[int, int, int], Range]] = {
