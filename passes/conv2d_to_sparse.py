@@ -239,9 +239,8 @@ def _geometry(x: tuple[Any, ...], w: tuple[int, ...], attrs: Any) -> Conv2d:
     if len(size) == 1:
         size, kernel, stride, dilation = ([1, *v] for v in (size, kernel, stride, dilation))
         pads = [0, pads[0], 0, pads[1]]
-    return Conv2d(
-        channels, (size[0], size[1]), int(w[0]), *map(tuple, (kernel, stride, dilation, pads))
-    )
+    extents: list[Any] = [tuple(v) for v in (kernel, stride, dilation, pads)]
+    return Conv2d(channels, (size[0], size[1]), int(w[0]), *extents)
 
 
 def _block_diagonal(matrix: np.ndarray, groups: int) -> np.ndarray:

@@ -140,7 +140,10 @@ def _fresh(expr: Any, name: str) -> list[Any]:
 
 def _conv(found: dialect.DialectCall) -> Conv2d:
     extents = found.attributes["conv"]
-    return Conv2d(**{k: tuple(v) if isinstance(v, list) else v for k, v in extents.items()})
+    plain: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in extents.items()
+    }
+    return Conv2d(**plain)
 
 
 def _size(conv: Conv2d) -> str:

@@ -426,6 +426,40 @@ def test_convolution(case, tmp_path):
     check(model, tmp_path, tolerance=1e-4)
 
 
+@pytest.mark.parametrize("options", [{"format": "csr"}, {"format": "bsr", "block": "4x1"}])
+@pytest.mark.parametrize(
+    "name", ["1x1", "3x3 padded", "uneven", "7x7", "grouped", "signal strided"]
+)
+def test_sparse_convolution(name, options, tmp_path):
+    x, w, attributes = CONVOLUTIONS[name]
+    weight = normal(*w) * (np.random.default_rng(0).random(w) < 0.2)
+    conv = f"Conv<{attributes}>" if attributes else "Conv"
+    graph = f"(float{list(x)} x) => (float[N] y) {{ y = {conv}(x, w) }}"
+    result = check(build(graph, w=weight.astype(np.float32)), tmp_path, tolerance=1e-4, **options)
+    (layer,) = result.manifest["layers"]
+    assert (layer["op"], layer["format"]) == ("conv2d", options["format"])
+
+
+def test_what_follows_a_convolution_is_fused(tmp_path):
+    graph = """(float[1, 8, 14, 14] x) => (float[N] y) {
+        a = Conv<pads = [1, 1, 1, 1]>(x, v, b) c = Clip(a, low, high)
+        d = Conv(c, w) e = Add(x, d) y = Relu(e) }"""
+    tensors = {"v": normal(12, 8, 3, 3), "b": normal(12), "w": normal(8, 12, 1, 1)}
+    model = build(graph, **tensors, low=np.float32(0), high=np.float32(6))
+    layers = check(model, tmp_path, tolerance=1e-4).manifest["layers"]
+    assert layers[0]["epilogue"] == ["bias", "maximum:0.0", "minimum:6.0"]
+    assert layers[1]["epilogue"] == ["residual", "relu"]
+
+
+def test_layer_rules_choose_convolutions(tmp_path):
+    graph = """(float[1, 8, 9, 9] x) => (float[N] y) {
+        a = Conv(x, first) y = Conv<group = 16>(a, second) }"""
+    model = build(graph, first=normal(16, 8, 1, 1), second=normal(16, 1, 3, 3))
+    layers = check(model, tmp_path, tolerance=1e-4, layer_rules=["first=csr"]).manifest["layers"]
+    assert [layer["format"] for layer in layers] == ["csr", "dense"]
+    assert layers[1]["reason"].startswith("depthwise")
+
+
 OTHERS = {
     "transposed convolution": (
         "(float[1, 4, 7, 9] x) => (float[N] y) {"

@@ -36,6 +36,8 @@ from sparse_tvm.schedules.common.vector_math import ACTIVATIONS, constant, lanes
 _ENOUGH_JOBS = 16
 _MAX_PARTS = 8
 _UNROLLED_PHASES = 4
+_CHANNELS_TOGETHER = 16
+_DEPTHWISE_VECTORS = 8
 
 
 @dataclass(frozen=True)
@@ -276,7 +278,7 @@ class _Output:
             if step in ("bias", "residual")
         }
         self._y = flat(argument("y", shape))
-        self._steps = [
+        self._steps: list[tuple[str, Buffer]] = [
             (step, flat(arguments[i]) if step == "residual" else arguments.get(i))
             for i, step in enumerate(epilogue)
         ]
@@ -285,22 +287,40 @@ class _Output:
         self, acc: Registers, image: Expr, channel: Expr, tile: _Tile, pitch: int, first: Expr
     ) -> None:
         """Store a block of sums, one output channel per row, from pixel ``first`` on."""
-        if tile.rows == 1 and tile.columns % self._simd.lanes == 0:
-            for row in range(acc.rows):
-                for vector in range(acc.vectors):
-                    at = ramp(first + vector * self._simd.lanes, self._simd)
-                    self._store(acc.get(row, vector), [image, channel + row, at])
+        if self.is_whole(tile):
+            self.store_whole(acc, image, channel, first)
             return
         gathered = T.alloc_buffer((acc.vectors * self._simd.lanes,), "float32")
         for row in range(acc.rows):
+            self.gather(acc, row, gathered, 0)
+            self.scatter(gathered, 0, [image, channel + row], tile, pitch, first)
+
+    def is_whole(self, tile: _Tile) -> bool:
+        """Whether a tile's vectors hold nothing but pixels of one output row."""
+        return tile.rows == 1 and tile.columns % self._simd.lanes == 0
+
+    def store_whole(self, acc: Registers, image: Expr, channel: Expr, first: Expr) -> None:
+        """Store the sums of such a tile."""
+        for row in range(acc.rows):
             for vector in range(acc.vectors):
-                at = ramp(vector * self._simd.lanes, self._simd)
-                T.buffer_store(gathered, acc.get(row, vector), [at])
-            with T.serial(0, tile.rows) as line:
-                for start, lanes in _pieces(0, tile.columns, self._simd):
-                    value = gathered[span(line * pitch + start, lanes)]
-                    at = span(first + line * self._width + start, lanes)
-                    self._store(value, [image, channel + row, at])
+                at = ramp(first + vector * self._simd.lanes, self._simd)
+                self._store(acc.get(row, vector), [image, channel + row, at])
+
+    def gather(self, acc: Registers, row: int, buffer: Buffer, start: Expr) -> None:
+        """Put one channel's sums into memory, gaps between output rows included."""
+        for vector in range(acc.vectors):
+            at = ramp(start + vector * self._simd.lanes, self._simd)
+            T.buffer_store(buffer, acc.get(row, vector), [at])
+
+    def scatter(
+        self, buffer: Buffer, base: Expr, to: list[Expr], tile: _Tile, pitch: int, first: Expr
+    ) -> None:
+        """Store one channel's output rows from there."""
+        with T.serial(0, tile.rows) as line:
+            for start, lanes in _pieces(0, tile.columns, self._simd):
+                value = buffer[span(base + line * pitch + start, lanes)]
+                at = span(first + line * self._width + start, lanes)
+                self._store(value, [*to, at])
 
     def _store(self, value: Expr, at: Sequence[Expr]) -> None:
         lanes = lanes_of(value)
@@ -417,10 +437,12 @@ def depthwise_conv2d(
     Arguments of the PrimFunc: x and y of ``shapes``, between them the weight
     ``[out_channels, taps]`` and one argument per ``bias`` or ``residual``.
     """
-    tiling = Tiling(conv, min(8, simd.accumulators), simd, 1)
+    multiplier = conv.out_channels // conv.channels
+    together = next(g for g in range(_CHANNELS_TOGETHER, 0, -1) if conv.out_channels % g == 0)
+    tiling = Tiling(conv, min(_DEPTHWISE_VECTORS, simd.accumulators), simd, together)
     taps = conv.kernel[0] * conv.kernel[1]
     offsets = [int(offset) for offset in tiling.offsets()[:taps]]
-    multiplier = conv.out_channels // conv.channels
+    per_channel = len(conv.phases) * tiling.plane
 
     with prim_func() as result:
         x = argument("x", shapes[0])
@@ -428,24 +450,43 @@ def depthwise_conv2d(
         output = _Output(conv, batch, shapes[1], epilogue, simd)
         x = T.decl_buffer((batch, conv.channels, *conv.size), "float32", data=x.data)
 
-        with T.parallel(0, batch * conv.out_channels) as job:
-            image = scalar(job // conv.out_channels)
-            channel = scalar(job % conv.out_channels)
+        with T.parallel(0, batch * (conv.out_channels // together)) as job:
+            image = scalar(job // (conv.out_channels // together))
+            first = scalar(job % (conv.out_channels // together) * together)
             planes = T.alloc_buffer((tiling.elements,), "float32")
             copy = _Copy(tiling, x, planes, simd)
 
             def body(tile: _Tile, row: Expr, column: Expr) -> None:
-                copy.channel(tile, (image, channel // multiplier), row, column, 0)
-                acc = Registers(1, tiling.vectors(tile, simd), simd)
-                acc.fill(lambda row, vector: zero(simd))
-                for tap, offset in enumerate(offsets):
-
-                    def load(vector: int, offset: int = offset) -> Expr:
-                        return planes[ramp(offset + vector * simd.lanes, simd)]
-
-                    acc.multiply_add(lambda _, tap=tap: w[channel, tap], load)
+                # Loads that overlap several recent stores wait for them to reach the cache:
+                # hence each step for all channels before the next step.
+                vectors = tiling.vectors(tile, simd)
+                width = vectors * simd.lanes
+                gathered = T.alloc_buffer((together * width,), "float32")
                 pixel = scalar(row * conv.out_size[1] + column)
-                output.store(acc, image, channel, tile, tiling.pitch, pixel)
+                with T.serial(0, together) as i:
+                    source = (image, (first + i) // multiplier)
+                    copy.channel(tile, source, row, column, i)
+                with T.serial(0, together) as i:
+                    acc = Registers(1, vectors, simd)
+                    acc.fill(lambda row, vector: zero(simd))
+                    for tap, offset in enumerate(offsets):
+
+                        def load(vector: int, offset: int = offset) -> Expr:
+                            start = i * per_channel + (offset + vector * simd.lanes)
+                            return planes[ramp(start, simd)]
+
+                        def weight(row: int, tap: int = tap) -> Expr:
+                            return w[first + i, tap]
+
+                        acc.multiply_add(weight, load)
+                    if output.is_whole(tile):
+                        output.store_whole(acc, image, first + i, pixel)
+                    else:
+                        output.gather(acc, 0, gathered, i * width)
+                if not output.is_whole(tile):
+                    with T.serial(0, together) as i:
+                        to = [image, first + i]
+                        output.scatter(gathered, i * width, to, tile, tiling.pitch, pixel)
 
             with T.serial(0, tiling.count) as index:
                 tiling.visit(index, body)

@@ -227,6 +227,8 @@ def _schedule_reduction(schedule: Any, nest: _Nest, simd: Simd) -> None:
     work = nest.work(schedule)
     outer, inner = list(nest.spatial), []  # inside of the reduction: rows, then lanes
     along_memory = _along_memory(schedule, nest)
+    # TVM vectorises no loop inside of a symbolic reduction; `vectorise_innermost` will.
+    symbolic = any(not _extent(schedule, loop) for loop in nest.reduction)
     factor = _vector_factor(_extent(schedule, outer[-1]), simd) if outer else 1
     if factor > 1 and not along_memory:
         outer[-1], lanes = schedule.split(outer[-1], [None, factor])
@@ -243,6 +245,7 @@ def _schedule_reduction(schedule: Any, nest: _Nest, simd: Simd) -> None:
     if not inner:
         return
     for loops in (inner, schedule.get_loops(init)[-len(inner) :]):
-        schedule.vectorize(loops[-1])
+        if not symbolic:
+            schedule.vectorize(loops[-1])
         for loop in loops[:-1]:
             schedule.unroll(loop)
