@@ -8,6 +8,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 pip() { .venv-doors/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
 # TORCH_INDEX may name PyTorch's index of CPU builds: without GPU libraries it is 2 GB smaller.
 .venv-doors/bin/python -c "import torch" 2>/dev/null ||
-    pip torch ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
+    pip torch==2.13.0 ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
 pip -e ".[doors-test]"
 exec .venv-doors/bin/python -m pytest tests/test_doors*.py "$@"
