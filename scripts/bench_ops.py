@@ -210,7 +210,7 @@ def measure(name: str, directory: Path, threads: int, duration: float) -> tuple[
 
     def run_ours() -> None:
         (calls,) = ours.trace(inputs)
-        kernel_times.append(sum(seconds for kernel, seconds in calls if "vm." not in kernel))
+        kernel_times.append(sum(call.seconds for call in calls if "vm." not in call.function))
 
     times = interleave(
         {"ours": run_ours, "reference": lambda: session.run_with_iobinding(binding)},

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -19,13 +18,12 @@ import numpy as np
 from sparse_tvm.cpu import cpu_model
 from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.interleave import interleave, time_runs
+from sparse_tvm.profiling import Profile, profile_model
 from sparse_tvm.random_inputs import random_inputs, typical_sizes
 from sparse_tvm.runtime import Model, load
 
 if TYPE_CHECKING:
     from sparse_tvm.reference import ReferenceModel
-
-PROFILE_RUNS = 10
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -54,18 +52,6 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class KernelTime:
-    """Mean time per run of one function of the program, for one layer where that is known."""
-
-    function: str
-    kind: str
-    layer: str | None
-    calls: int
-    seconds: float
-    share: float
-
-
-@dataclass(frozen=True)
 class BenchResult:
     """What :func:`bench` measured; `to_dict` gives it as JSON types."""
 
@@ -76,7 +62,7 @@ class BenchResult:
     reference: Timing | None
     speedup: float | None
     max_abs_diff: dict[str, float] | None
-    profile: list[KernelTime] | None
+    profile: Profile | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as nested dictionaries and lists."""
@@ -144,42 +130,8 @@ def bench(
         reference=timings[1] if against is not None else None,
         speedup=timings[1].p50 / timings[0].p50 if against is not None else None,
         max_abs_diff=differences,
-        profile=kernel_times(model, feed) if profile else None,
+        profile=profile_model(model, feed) if profile else None,
     )
-
-
-def kernel_times(
-    model: Model, inputs: Mapping[str, np.ndarray], runs: int = PROFILE_RUNS
-) -> list[KernelTime]:
-    """Return the mean time per run of every kernel, the slowest first.
-
-    A kernel that serves several layers has one entry for each, as the manifest names them.
-    """
-    kernels = model.manifest.get("kernels", {})
-    seconds: defaultdict[tuple[str, str | None], float] = defaultdict(float)
-    calls: Counter[tuple[str, str | None]] = Counter()
-    for trace in model.trace(inputs, runs):
-        seen: Counter[str] = Counter()
-        for function, elapsed in trace:
-            layers = kernels.get(function, {}).get("layers", [])
-            layer = layers[seen[function]] if seen[function] < len(layers) else None
-            seen[function] += 1
-            name = "vm.builtin" if function.startswith("vm.builtin.") else function
-            seconds[name, layer] += elapsed
-            calls[name, layer] += 1
-    total = sum(seconds.values())
-    times = [
-        KernelTime(
-            function=function,
-            kind=kernels.get(function, {}).get("kind", ""),
-            layer=layer,
-            calls=calls[function, layer] // runs,
-            seconds=elapsed / runs,
-            share=elapsed / total,
-        )
-        for (function, layer), elapsed in seconds.items()
-    ]
-    return sorted(times, key=lambda kernel: kernel.seconds, reverse=True)
 
 
 class _Engine(Generic[_Loaded]):

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -60,6 +60,17 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Model:
         # DLPack of older NumPy exports no read-only memory.
         mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
     return Model(Path(path), manifest, machine, mapped, count)
+
+
+class Call(NamedTuple):
+    """One call of a function by a program: seconds, and the shapes of its tensors in order.
+
+    A kernel's last tensor is its output.
+    """
+
+    function: str
+    seconds: float
+    shapes: tuple[tuple[int, ...], ...]
 
 
 class Model:
@@ -132,24 +143,24 @@ class Model:
         results = self._machine.call(self._execute, self._machine.main, arrays)
         return {spec.name: result for spec, result in zip(self.outputs, results, strict=True)}
 
-    def trace(self, inputs: Mapping[str, Any], runs: int = 1) -> list[list[tuple[str, float]]]:
+    def trace(self, inputs: Mapping[str, Any], runs: int = 1) -> list[list[Call]]:
         """Run the model and time every function that the program calls.
 
         Returns
         -------
-        list[list[tuple[str, float]]]
-            Per run, (function name, seconds) in the order of the calls. Observing a call adds a
-            few microseconds to it.
+        list[list[Call]]
+            Per run, in the order of the calls. Observing a call adds a microsecond to it.
         """
         arrays = self._checked(inputs)
-        calls: list[tuple[str, float]] = []
+        calls: list[Call] = []
         started = 0.0
 
-        def observe(_function: Any, name: str, is_before: bool, *_: Any) -> None:
+        def observe(_function: Any, name: str, is_before: bool, _result: Any, *args: Any) -> None:
             nonlocal started
             now = perf_counter()
             if not is_before:
-                calls.append((name, now - started))
+                shapes = tuple(tuple(arg.shape) for arg in args if hasattr(arg, "shape"))
+                calls.append(Call(name, now - started, shapes))
             started = perf_counter()
 
         main = self._machine.instrumented(observe)

@@ -9,11 +9,13 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from sparse_tvm import bench, interleave
-from sparse_tvm.benchmark import kernel_times
+from sparse_tvm import bench, compile, interleave, prune
 from sparse_tvm.cli import main
 from sparse_tvm.errors import ModelError, OptionError
+from sparse_tvm.models.bert import BertConfig, build_bert
 from sparse_tvm.npz import read_npz, write_npz
+from sparse_tvm.profiling import profile_model
+from sparse_tvm.random_inputs import random_inputs
 from sparse_tvm.reference import Reference
 from sparse_tvm.runtime import load
 
@@ -96,7 +98,7 @@ def test_bench_refuses_another_model(path: Path, tmp_path: Path) -> None:
 
 
 def test_profile_names_layers(path: Path) -> None:
-    kernels = kernel_times(load(path), artifacts.inputs(), runs=4)
+    kernels = profile_model(load(path), artifacts.inputs(), runs=4).kernels
     assert sum(kernel.share for kernel in kernels) == pytest.approx(1)
     by_name = {kernel.function: kernel for kernel in kernels}
     assert set(by_name) == {"matmul", "epilogue", "vm.builtin"}
@@ -104,6 +106,24 @@ def test_profile_names_layers(path: Path) -> None:
     assert by_name["epilogue"].calls == 1
     assert by_name["matmul"].layer is None
     assert kernels == sorted(kernels, key=lambda kernel: -kernel.seconds)
+
+
+def test_profile_counts_flops_in_groups(tmp_path: Path) -> None:
+    config = BertConfig(layers=1, hidden=32, heads=2, intermediate=48, vocabulary=40)
+    dense, pruned, path = (tmp_path / name for name in ("dense.onnx", "pruned.onnx", "model.so"))
+    onnx.save(build_bert(config, sequence=16), dense)
+    prune(dense, pruned, sparsity=0.75, layers="query|intermediate")
+    rules = ["query=csr", "intermediate=bsr:2x1"]
+    compile(pruned, path, layer_rules=rules, verify=False)
+    model = load(path)
+    profile = profile_model(model, random_inputs(model.inputs))
+    groups = {group.group: group for group in profile.groups}
+    assert list(groups) == ["sparse layers", "dense layers", "attention", "the rest"]
+    assert groups["sparse layers"].flops == 2 * 16 * (32 * 32 + 48 * 32) / 4
+    assert groups["dense layers"].flops == 2 * 16 * (3 * 32 * 32 + 48 * 32)
+    assert groups["attention"].flops == 4 * 16 * 16 * 32
+    assert groups["the rest"].flops == 0
+    assert sum(group.share for group in groups.values()) == pytest.approx(1)
 
 
 def test_engines_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,4 +196,4 @@ def test_bench_verb(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert words in printed
     result = json.loads(figures.read_text())
     assert result["max_abs_diff"]["y"] < 1e-4
-    assert result["profile"][0]["seconds"] > 0
+    assert result["profile"]["kernels"][0]["seconds"] > 0

@@ -303,9 +303,11 @@ def test_trace_names_every_kernel(model: Model) -> None:
     traces = model.trace(artifacts.inputs(), runs=3)
     assert len(traces) == 3
     for calls in traces:
-        names = [name for name, _ in calls]
+        names = [call.function for call in calls]
         assert names.index("matmul") < names.index("epilogue")
-        assert all(seconds > 0 for _, seconds in calls)
+        assert all(call.seconds > 0 for call in calls)
+        output = calls[names.index("matmul")].shapes[-1]
+        assert output == (artifacts.TOKENS, artifacts.FEATURES)
 
 
 def target(**changes: object) -> dict:

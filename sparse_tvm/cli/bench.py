@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from sparse_tvm.benchmark import BenchResult, KernelTime
+    from sparse_tvm.benchmark import BenchResult
+    from sparse_tvm.profiling import GroupTime, KernelTime
 
 
 def bench(
@@ -83,7 +84,8 @@ def _print(console: Console, result: BenchResult) -> None:
     for name, difference in (result.max_abs_diff or {}).items():
         console.print(f"largest difference of {name}: {difference:.2e}", markup=False)
     if result.profile is not None:
-        console.print(_profile(result.profile))
+        console.print(_kernels(result.profile.kernels))
+        console.print(_groups(result.profile.groups))
 
 
 def _timings(result: BenchResult) -> Table:
@@ -105,11 +107,27 @@ def _timings(result: BenchResult) -> Table:
     return table
 
 
-def _profile(kernels: Sequence[KernelTime]) -> Table:
+def _groups(groups: Sequence[GroupTime]) -> Table:
+    from sparse_tvm.cli.tables import plain_table
+    from sparse_tvm.report.tables import human_percent
+
+    figures = ("per run", "share", "speed")
+    table = plain_table("part", *figures, numbers=figures)
+    for group in groups:
+        table.add_row(
+            group.group,
+            f"{1e3 * group.seconds:.3f} ms",
+            human_percent(group.share),
+            _speed(group),
+        )
+    return table
+
+
+def _kernels(kernels: Sequence[KernelTime]) -> Table:
     from sparse_tvm.cli.tables import name_cell, plain_table
     from sparse_tvm.report.tables import human_percent
 
-    figures = ("calls", "per run", "share")
+    figures = ("calls", "per run", "share", "speed")
     table = plain_table("layer", "kernel", "kind", *figures, numbers=figures)
     for kernel in kernels:
         table.add_row(
@@ -119,5 +137,10 @@ def _profile(kernels: Sequence[KernelTime]) -> Table:
             str(kernel.calls),
             f"{1e3 * kernel.seconds:.3f} ms",
             human_percent(kernel.share),
+            _speed(kernel),
         )
     return table
+
+
+def _speed(part: GroupTime | KernelTime) -> str:
+    return f"{part.flops / part.seconds / 1e9:.0f} GFLOP/s" if part.flops else ""
