@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+
+if not all(map(find_spec, ("torch", "transformers", "tensorflow"))):
+    pytest.skip("these tests run by scripts/test_doors.sh", allow_module_level=True)
+
+from sparse_tvm.frontends.tensorflow import require_tensorflow
+
+require_tensorflow("the tests")  # before anything else can load it
 
 LAYERS, HIDDEN, HEADS, INTERMEDIATE, VOCABULARY, POSITIONS = 2, 64, 4, 128, 100, 32
 SEQUENCE, SIZE = 12, 32

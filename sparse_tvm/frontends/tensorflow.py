@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -156,6 +157,10 @@ def require_tensorflow(what: str) -> Any:
     if loaded := sys.modules.get("tensorflow"):
         return loaded
     with quiet(), _silent_stderr():
+        # PyTorch's GPU builds load Triton, which aborts the process when TensorFlow's LLVM is
+        # there before its own.
+        with contextlib.suppress(ImportError):
+            importlib.import_module("triton")
         return require("tensorflow", _EXTRA, what)
 
 
