@@ -148,7 +148,7 @@ def test_compile_passes_its_options_on_and_shows_the_result(
     assert "wrote model.so" in captured.out
 
 
-@pytest.mark.parametrize("value", ["ids", "ids:", ":1,2", "ids:1,y", "ids:1,0", "ids:1,,2"])
+@pytest.mark.parametrize("value", ["ids", "ids:", ":1,2", "ids:1,0", "ids:1,,2"])
 def test_bad_input_shape_is_refused(
     value: str, fake_compile: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:

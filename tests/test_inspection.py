@@ -75,6 +75,7 @@ def test_model(model: Path) -> None:
     assert (fills["4x1"], fills["1x1"]) == (1.0, 1.0)
     assert fills["8x1"] < 0.7
     assert first == {
+        "origin": "zeros in a dense weight",
         "name": "hidden",
         "op": "Gemm",
         "nodes": ["fc1"],
