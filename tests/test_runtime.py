@@ -278,16 +278,24 @@ def test_models_go_away(tmp_path: Path) -> None:
 
 
 def test_interrupted_run_does_not_harm_the_next(model: Model) -> None:
-    release = threading.Event()
-    blocker = threading.Thread(target=model._machine.call, args=(release.wait,))
+    blocked, release = threading.Event(), threading.Event()
+
+    def block() -> None:
+        blocked.set()
+        release.wait(60)
+
+    blocker = threading.Thread(target=model._machine.call, args=(block,))
     blocker.start()
+    assert blocked.wait(60)
     inputs = artifacts.inputs()
     main_thread = threading.get_ident()
     threading.Timer(0.1, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        model.run(artifacts.inputs(seed=2))
-    release.set()
-    blocker.join()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            model.run(artifacts.inputs(seed=2))
+    finally:
+        release.set()
+        blocker.join()
     np.testing.assert_allclose(
         model.run(inputs)["y"], artifacts.expected(inputs), rtol=1e-5, atol=1e-5
     )
