@@ -74,8 +74,7 @@ def to_onnx(
     for value in graph.initializers.values():
         value.const_value = None  # what has no value cannot be folded
     graph.initializers.clear()
-    if any(node.op_type.startswith("SplitToSequence") for node in graph):
-        optimizer.fold_constants(exported.model)  # makes Split of it
+    optimizer.fold_constants(exported.model)
     _name_layers(graph)
     proto: onnx.ModelProto = onnx_ir.serde.serialize_model(exported.model)
     proto.graph.name = name
