@@ -289,11 +289,14 @@ def test_interrupted_run_does_not_harm_the_next(model: Model) -> None:
     assert blocked.wait(60)
     inputs = artifacts.inputs()
     main_thread = threading.get_ident()
+    # A background job inherits that SIGINT is ignored.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Timer(0.1, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
     try:
         with pytest.raises(KeyboardInterrupt):
             model.run(artifacts.inputs(seed=2))
     finally:
+        signal.signal(signal.SIGINT, previous)
         release.set()
         blocker.join()
     np.testing.assert_allclose(
