@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from onnx_models import assert_same_as_onnxruntime, build, calls, normal
 
+from sparse_tvm.frontends.onnx import import_onnx
+
 SIZES = ({"batch": 1, "sequence": 7}, {"batch": 3, "sequence": 12}, {"batch": 2, "sequence": 1})
 
 CONSTANTS = {
@@ -90,7 +92,7 @@ def test_mask_along_other_axes():
     assert sorted(calls(imported)) == ["astype", "permute_dims", "reshape", "reshape"]
 
 
-def test_sequences_without_a_mask_are_not_packed():
+def test_sequences_without_a_mask_are_not_packed(capfd):
     """GPT-2 looks for positions that do not follow each other; here all do."""
     nodes = """
         positions = Unsqueeze(count_s, first)
@@ -117,6 +119,13 @@ def test_sequences_without_a_mask_are_not_packed():
     """
     expected = ["arange", "reshape", "reshape", "less_equal", "where", "broadcast_to"]
     check("float[batch,1,sequence,sequence] y", nodes, expected, second2=np.array([1, 2]))
+    fixed = build(
+        f"(int64[2,8] m) => (float[2,1,8,8] y) {{ {INDICES} {nodes} }}",
+        **CONSTANTS,
+        second2=np.array([1, 2]),
+    )
+    assert calls(import_onnx(fixed)) == []
+    assert capfd.readouterr() == ("", "")
 
 
 def test_token_types_gathered_from_a_table_of_zeros():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import onnx
 import onnxsim
@@ -66,7 +68,7 @@ def simplify(
     try:
         skeleton = expand(modernise(skeleton), definitions)
         # It prints to stdout when it falls back to a slower way.
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), _silent_stderr():
             simplified, valid = onnxsim.simplify(skeleton)
     except Exception as error:
         raise ModelError(f"the graph cannot be simplified: {' '.join(str(error).split())}") from (
@@ -77,6 +79,20 @@ def simplify(
     constants_to_initializers(simplified)
     program, folded = detach_weights(simplified, _weight_names(simplified))
     return _drop_unused(program, {**weights, **folded}, len(specs))
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop what C++ writes to stderr: onnxsim warns of each node that it does not fold."""
+    sys.stderr.flush()
+    saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(sink)
 
 
 def _weight_names(model: onnx.ModelProto) -> set[str]:
