@@ -20,7 +20,6 @@ from sparse_tvm.passes.graph import (
     is_tensor,
     op_name,
     same,
-    same_dim,
     same_shape,
     shape_of,
 )
@@ -86,8 +85,9 @@ class _FuseEpilogue(Rewrite):
         if name in ACTIVATIONS:
             chain = self._ending(value.args[0])
             return chain.then(ACTIVATIONS[name]) if chain else None
-        if name == "relax.reshape" and same_dim(shape_of(value)[-1], shape_of(value.args[0])[-1]):
-            return self._ending(value.args[0])  # the rows keep their order
+        if name == "relax.reshape":
+            keeps_rows = same_shape(shape_of(value)[-1:], shape_of(value.args[0])[-1:])
+            return self._ending(value.args[0]) if keeps_rows else None
         if name != "relax.add":
             return None
         for end, other in (tuple(value.args), tuple(value.args)[::-1]):

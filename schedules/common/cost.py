@@ -32,6 +32,9 @@ _SPARSE_CYCLES = 0.4
 _FAR_CYCLES = 0.6
 """Per block, for an X that takes up more than half of the second cache."""
 
+_STREAMED_BYTES = 8.0
+"""Bytes of weights per cycle: in a whole model they come from the last cache, or memory."""
+
 _ROW_CYCLES = 12.0
 _SPILLED_SUMS = 2.0
 _SPILLED_WEIGHTS = 1.15
@@ -57,7 +60,8 @@ def matmul_cycles(
     block_rows = -(-shape[0] // rows)
     compute = blocks * block + block_rows * (_ROW_CYCLES + rows * vectors)
     stored_bytes = blocks * (4 * rows * columns + (4 if layout.sparse else 0))
-    return max(compute, stored_bytes / target.bytes_per_cycle_memory) / tiles
+    streamed = compute + stored_bytes / _STREAMED_BYTES
+    return max(streamed, stored_bytes / target.bytes_per_cycle_memory) / tiles
 
 
 def _spilling(rows: int, simd: Simd) -> float:
