@@ -91,7 +91,7 @@ class Machine:
             np.full((2, simd.lanes), 0.5, np.float32),
             np.zeros((_JOBS, simd.lanes), np.float32),
         ]
-        seconds = build(result["func"], arrays, self.target).seconds(threads)
+        seconds = build(result["func"], arrays, self.target).seconds(threads, rounds=3)
         return 2 * _JOBS * steps * simd.accumulators * simd.lanes / seconds
 
     def _bandwidth(self, size: int, pattern: str, threads: int) -> float:
@@ -125,7 +125,7 @@ class Machine:
             rng.permutation(rows).astype(np.int32),
             np.zeros((_JOBS, simd.lanes), np.float32),
         ]
-        seconds = build(result["func"], arrays, self.target).seconds(threads)
+        seconds = build(result["func"], arrays, self.target).seconds(threads, rounds=3)
         return _JOBS * steps * (count // 2 * 2) * ROW_BYTES / seconds
 
 
@@ -263,7 +263,7 @@ def epilogue_rows(machine: Machine, counts: Sequence[int]) -> Iterator[list[str]
     for steps in (["bias", "residual"], ["bias", "gelu"]):
         fused = seconds_of(steps)
         extra = [1e3 * (fused(n) - plain(n)) for n in counts]
-        cells = [text for ms in extra for text in (f"+{ms:.3f} ms", "")]
+        cells = [text for ms in extra for text in (f"{ms:+.3f} ms", "")]
         yield [f"{steps[-1]} behind {HIDDEN} to {INTERMEDIATE}", "", "", *cells]
 
 
