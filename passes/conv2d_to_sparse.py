@@ -150,7 +150,7 @@ class _Conv2dToSparse(Rewrite):
     def _choice(self, name: str, matrix: np.ndarray, groups: int) -> Choice:
         layer = self.program.layers.get(name, name)
         structure = analyse(matrix)
-        choice = choose(layer, matrix, structure, self._options, self._target)
+        choice = choose(layer, matrix, structure, self._options, self._target, in_parts=False)
         rows, columns = choice.layout.block
         if groups > 1 and not choice.layout.sparse:
             per_group = len(matrix) // groups

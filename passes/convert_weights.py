@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from sparse_tvm.errors import OptionError
-from sparse_tvm.schedules.common.cost import dense_rows, matmul_cycles
+from sparse_tvm.schedules.common.cost import dense_rows, matmul_cycles, part_counts
 from sparse_tvm.schedules.common.lane_tiles import Simd
 from sparse_tvm.schedules.common.matmul import JOBS_PER_GROUP, WeightLayout
 from sparse_tvm.sparsity.analysis import Structure
@@ -114,8 +114,12 @@ def choose(
     structure: Structure,
     options: FormatOptions,
     target: Target,
+    in_parts: bool = True,
 ) -> Choice:
-    """Choose the stored form of the weight ``[N, K]`` of one layer."""
+    """Choose the stored form of the weight ``[N, K]`` of one layer.
+
+    `in_parts` tells whether its kernel takes a sparse weight in parts of columns.
+    """
     simd = Simd(target.lanes, target.registers)
     n, k = w.shape
     dense = WeightLayout("dense", (dense_rows(n, simd), 1))
@@ -127,7 +131,11 @@ def choose(
     dense_cycles = cycles(dense, -(-n // dense.block[0]) * k)
 
     def priced(layout: WeightLayout) -> tuple[float, WeightLayout]:
-        return cycles(layout, int(np.count_nonzero(occupied_blocks(mask, layout.block)))), layout
+        """The layout in as many parts as cost least."""
+        stored = int(np.count_nonzero(occupied_blocks(mask, layout.block)))
+        counts = part_counts(k, layout.block[0], target) if in_parts else [1]
+        split = [replace(layout, parts=count) for count in counts]
+        return min(((cycles(layout, stored), layout) for layout in split), key=lambda p: p[0])
 
     def candidates(format: str, block: tuple[int, int] | None) -> list[WeightLayout]:
         if format == "csr":
@@ -200,6 +208,38 @@ def stored_arrays(w: np.ndarray, layout: WeightLayout) -> dict[str, np.ndarray]:
         "indices": first_column.astype(np.int32),
         "indptr": bsr.indptr.astype(np.int32),
         "partition": balanced_partition(bsr.indptr),
+    }
+
+
+def split_arrays(w: np.ndarray, layout: WeightLayout) -> dict[str, np.ndarray]:
+    """The arguments of ``schedules.common.matmul`` for the weight ``[N, K]``.
+
+    Those of `stored_arrays`; a sparse weight's blocks part by part, in each part job by job, and
+    in each job the block rows by their number of blocks, with ``rows`` to tell which they are.
+    """
+    arrays = stored_arrays(w, layout)
+    if not layout.sparse:
+        return arrays
+    indptr, partition, k = arrays["indptr"], arrays["partition"], w.shape[1]
+    block_rows = len(indptr) - 1
+    row_of = np.repeat(np.arange(block_rows), np.diff(indptr))
+    part_of = arrays["indices"][: len(row_of)].astype(np.int64) * layout.parts // k
+    counts = np.zeros((layout.parts, block_rows), np.int64)
+    np.add.at(counts, (part_of, row_of), 1)
+    job_of = np.searchsorted(partition, np.arange(block_rows), side="right")
+    rows = np.stack([np.lexsort((of_part, job_of)) for of_part in counts])
+    place = np.empty_like(rows)
+    np.put_along_axis(place, rows, np.arange(block_rows)[None], axis=1)
+    order = np.lexsort((place[part_of, row_of], part_of))
+    if not len(order):
+        order = np.arange(len(arrays["data"]))  # the one block of a weight without any
+    ends = np.cumsum(np.take_along_axis(counts, rows, axis=1))
+    return {
+        "data": np.ascontiguousarray(arrays["data"][order]),
+        "indices": arrays["indices"][order].astype(layout.index_dtype(k)),
+        "indptr": np.concatenate([[0], ends]).astype(np.int32),
+        "rows": rows.astype(np.int32).ravel(),
+        "partition": partition,
     }
 
 

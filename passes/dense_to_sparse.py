@@ -1,9 +1,10 @@
 """DenseToSparse: dense layers whose weight pays in a sparse form become sparse layers.
 
 Matches every ``sparse_tvm.dense`` and gives its weight the form that ``convert_weights`` chose:
-``sparse_tvm.sparse_dense`` with ``data``, ``indices``, ``indptr`` and ``partition`` in place of
-the weight, or ``sparse_tvm.dense`` with the weight in register blocks. Both record in the layer's
-report what was chosen and why. The dense weight then has no reader left and leaves the program.
+``sparse_tvm.sparse_dense`` with ``data``, ``indices``, ``indptr``, ``rows`` and ``partition`` in
+place of the weight, or ``sparse_tvm.dense`` with the weight in register blocks. Both record in
+the layer's report what was chosen and why. The dense weight then has no reader left and leaves
+the program.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from tvm import relax
 
 from sparse_tvm.passes import dialect
-from sparse_tvm.passes.convert_weights import Choice, FormatOptions, choose, stored_arrays
+from sparse_tvm.passes.convert_weights import Choice, FormatOptions, choose, split_arrays
 from sparse_tvm.passes.graph import Rewrite, shape_of
 from sparse_tvm.passes.program import LayerReport, Program
 from sparse_tvm.sparsity.analysis import Structure, analyse
@@ -48,6 +49,7 @@ class _DenseToSparse(Rewrite):
             **attributes,
             format=choice.layout.format,
             block=list(choice.layout.block),
+            parts=choice.layout.parts,
             weight=[n, k],
         )
 
@@ -57,7 +59,7 @@ class _DenseToSparse(Rewrite):
             array = self.program.weights[w.name]
             structure = analyse(array)
             choice = choose(attributes["layer"], array, structure, self._options, self._target)
-            arrays = stored_arrays(array, choice.layout)
+            arrays = split_arrays(array, choice.layout)
             params = [self.weight(f"{w.name}.{key}", value) for key, value in arrays.items()]
             self._chosen[w.name] = choice, params
             self._report(attributes, array, structure, choice, arrays)

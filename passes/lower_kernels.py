@@ -68,12 +68,13 @@ class _LowerKernels(Rewrite):
     def _dense(self, found: dialect.DialectCall, var: relax.Var) -> _Kernel:
         attributes = found.attributes
         n, k = attributes["weight"]
-        layout = WeightLayout(attributes["format"], tuple(attributes["block"]))
+        layout = WeightLayout(attributes["format"], tuple(attributes["block"]), attributes["parts"])
         tiles = _tiles(found.args[0])
         rows, columns = layout.block
         steps = attributes["epilogue"]
         size = f"_{rows}x{columns}" if layout.format != "csr" else ""
-        title = "_".join([layout.format + size, f"{n}x{k}", *steps])
+        parts = [f"{layout.parts}parts"] if layout.parts > 1 else []
+        title = "_".join([layout.format + size, f"{n}x{k}", *parts, *steps])
         return title, matmul(tiles, n, k, layout, steps, self._simd)
 
     _sparse_dense = _dense

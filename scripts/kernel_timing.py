@@ -17,7 +17,7 @@ runtime()  # sets the other defaults of the thread pool, before TVM loads
 import tvm  # noqa: E402
 
 from sparse_tvm.cpu import usable_cores  # noqa: E402
-from sparse_tvm.passes.convert_weights import stored_arrays  # noqa: E402
+from sparse_tvm.passes.convert_weights import split_arrays  # noqa: E402
 from sparse_tvm.schedules.common.intrinsics import FAST_MATH  # noqa: E402
 from sparse_tvm.schedules.common.lane_tiles import LANES, Simd, Tiles  # noqa: E402
 from sparse_tvm.schedules.common.matmul import WeightLayout, matmul  # noqa: E402
@@ -85,4 +85,4 @@ def matmul_kernel(
     ]
     x = rng.standard_normal((1, tiles, k, LANES), np.float32)
     y = np.zeros((1, tiles, n, LANES), np.float32)
-    return build(function, [x, *stored_arrays(w, layout).values(), *extras, y], target)
+    return build(function, [x, *split_arrays(w, layout).values(), *extras, y], target)

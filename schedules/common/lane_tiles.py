@@ -112,7 +112,8 @@ def symbol(name: str) -> Expr:
 
 def local(size: int, dtype: str = "float32") -> Buffer:
     """Registers: a small buffer whose every index is a constant after unrolling."""
-    return T.alloc_buffer((size,), dtype, scope="local")
+    # On the stack, where LLVM makes it registers: left to TVM, it is memory from a pool.
+    return T.alloc_buffer((size,), dtype, annotations={"disable_lower_builtin": 1})
 
 
 def scalar(value: Expr, dtype: str = "int32") -> Expr:
@@ -122,6 +123,14 @@ def scalar(value: Expr, dtype: str = "int32") -> Expr:
     cell = local(1, dtype)
     T.buffer_store(cell, T.Cast(dtype, value), [0])
     return cell[0]
+
+
+def prefetch(buffer: Buffer, index: tuple[Expr, ...]) -> None:
+    """Ask for the cache line of an element, which may lie behind the buffer's end."""
+    read, all_levels, data = 0, 3, 1  # of LLVM's intrinsic
+    numbers = [tirx.const(number, "int32") for number in (read, all_levels, data)]
+    address = tirx.address_of(buffer[index])
+    T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, *numbers))
 
 
 def splat(value: Expr, simd: Simd) -> Expr:

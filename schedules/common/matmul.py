@@ -5,6 +5,12 @@ of them) stays in registers while the stored blocks stream past once, linearly; 
 multiplies the vectors of X at its column. A dense W is the same loop with every block present and
 no indices. Rows are split over jobs by the number of stored blocks, so that threads finish
 together.
+
+A sparse W with few rows per block does little with each vector of X, so what counts is where X
+comes from. Such a W is stored in parts of columns (K-splitting): the part of X that one part
+multiplies stays in the first cache while all rows of a thread pass over it, and the sums wait in Y
+from part to part. Within a part and a job, block rows are sorted by their number of blocks, for
+the CPU to foresee where the inner loop ends.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.common.lane_tiles import (
+    LANES,
     Buffer,
     Expr,
     Registers,
@@ -25,6 +32,7 @@ from sparse_tvm.schedules.common.lane_tiles import (
     argument,
     for_group_sizes,
     groups_of,
+    prefetch,
     prim_func,
     scalar,
     splat,
@@ -39,6 +47,9 @@ JOBS_PER_GROUP = 16
 MAX_GROUP = 4
 """Tiles whose accumulators share a pass over W: enough to reuse each weight 64 times."""
 
+_PREFETCH_BYTES = 4096
+"""How far ahead of its use a weight is asked for: the CPU's own prefetchers stop at each page."""
+
 
 @dataclass(frozen=True)
 class WeightLayout:
@@ -50,15 +61,22 @@ class WeightLayout:
         ``dense``, ``csr`` or ``bsr``.
     block : tuple[int, int]
         Output rows by input columns of one stored block. ``dense`` has one block per column.
+    parts : int
+        Ranges of input columns, of equal width, that are stored and multiplied one after another.
     """
 
     format: str
     block: tuple[int, int]
+    parts: int = 1
 
     @property
     def sparse(self) -> bool:
         """Whether blocks carry indices."""
         return self.format != "dense"
+
+    def index_dtype(self, k_in: int) -> str:
+        """Type of the column indices: the smaller, the less streams from memory."""
+        return "uint16" if k_in <= 1 << 16 else "int32"
 
 
 def group_limit(rows: int, simd: Simd) -> int:
@@ -79,10 +97,12 @@ def matmul(
     Arguments of the PrimFunc, in order:
     X ``[lead, tiles, k_in, LANES]``; then the weight: ``data`` (dense
     ``[ceil(n_out / r), k_in, r]``; sparse ``[blocks, c, r]``) and, if sparse, ``indices``
-    int32 ``[blocks]`` (first input column of each block), ``indptr`` int32
-    ``[ceil(n_out / r) + 1]`` and ``partition`` int32 ``[JOBS_PER_GROUP + 1]`` (first block row of
-    each job); then one argument per ``bias`` (``[n_out]``) or ``residual`` (like Y) step of the
-    epilogue; last Y ``[lead, tiles, n_out, LANES]``.
+    ``[blocks]`` (first input column of each block), ``indptr`` int32
+    ``[parts * ceil(n_out / r) + 1]`` (first block of each block row of each part), ``rows`` int32
+    ``[parts * ceil(n_out / r)]`` (which block row that is) and ``partition`` int32
+    ``[JOBS_PER_GROUP + 1]`` (first of a part's block rows for each job); then one argument per
+    ``bias`` (``[n_out]``) or ``residual`` (like Y) step of the epilogue; last Y
+    ``[lead, tiles, n_out, LANES]``.
 
     Epilogue steps apply in order: ``bias``, ``residual``, or a name in ``ACTIVATIONS``.
     """
@@ -95,8 +115,9 @@ def matmul(
         if layout.sparse:
             blocks = symbol("blocks")
             data = argument("data", (blocks, columns, rows))
-            indices = argument("indices", (blocks,), "int32")
-            indptr = argument("indptr", (block_rows + 1,), "int32")
+            indices = argument("indices", (blocks,), layout.index_dtype(k_in))
+            indptr = argument("indptr", (layout.parts * block_rows + 1,), "int32")
+            order = argument("rows", (layout.parts * block_rows,), "int32")
             partition = argument("partition", (JOBS_PER_GROUP + 1,), "int32")
         else:
             data = argument("data", (block_rows, k_in, rows))
@@ -115,14 +136,25 @@ def matmul(
             extra = next(operands) if step in ("bias", "residual") else None
             steps.append((step, tiles.flat(extra, n_out) if step == "residual" else extra))
 
-        def accumulate(acc: Registers, block_row: Expr, load: Callable[[Expr, int], Expr]) -> None:
-            """Stream the stored blocks of one block row."""
+        def prefetch_as_many(first: Expr, count: Expr) -> None:
+            """Ask for as much of the weight, a little further on, as the next blocks will use."""
+            size = rows * columns
+            ahead = first + _PREFETCH_BYTES // (4 * size)
+            with T.serial(0, (count * size + (LANES - 1)) // LANES) as line:
+                prefetch(data, (ahead + line * LANES // size, 0, 0))
+            with T.serial(0, (count + 2 * LANES - 1) // (2 * LANES)) as line:
+                prefetch(indices, (ahead + line * 2 * LANES,))
+
+        def accumulate(acc: Registers, segment: Expr, load: Callable[[Expr, int], Expr]) -> None:
+            """Stream the stored blocks of one block row of one part."""
             if not layout.sparse:
                 with T.serial(0, k_in) as k:
-                    acc.multiply_add(lambda row: data[block_row, k, row], lambda v: load(k, v))
+                    acc.multiply_add(lambda row: data[segment, k, row], lambda v: load(k, v))
                 return
-            first = scalar(indptr[block_row])
-            with T.serial(0, scalar(indptr[block_row + 1]) - first) as p:
+            first = scalar(indptr[segment])
+            count = scalar(indptr[segment + 1] - first)
+            prefetch_as_many(first, count)
+            with T.serial(0, count) as p:
                 at = first + p
                 column = scalar(indices[at])
                 for c in range(columns):
@@ -135,56 +167,93 @@ def matmul(
 
                     acc.multiply_add(weight, operand)
 
+        def at_y(first_row: Expr, row: int, vector: int, vectors: TileVectors) -> list[Expr]:
+            tile, lanes = vectors.at(vector)
+            return [tile, first_row + row, lanes]
+
         def finish(acc: Registers, first_row: Expr, vectors: TileVectors) -> None:
             """Apply the epilogue in registers and store."""
             for row in range(acc.rows):
                 for vector in range(acc.vectors):
-                    tile, lanes = vectors.at(vector)
-                    at = [tile, first_row + row, lanes]
+                    at = at_y(first_row, row, vector, vectors)
                     for step, extra in steps:
                         acc.set(row, vector, _apply(step, acc.get(row, vector), extra, at, simd))
                     T.buffer_store(y, acc.get(row, vector), at)
 
-        def block_row_kernel(block_row: Expr, live: int, vectors: TileVectors) -> None:
-            """Compute the ``live`` rows of one block row for one group of tiles."""
+        def block_row_kernel(
+            part: Expr, segment: Expr, block_row: Expr, live: int, vectors: TileVectors
+        ) -> None:
+            """Add one part's product to the ``live`` rows of a block row, for a group of tiles."""
+            first_row = block_row * rows
+            acc = Registers(live, vectors.count, simd)
 
             def load(k: Expr, vector: int) -> Expr:
                 tile, lanes = vectors.at(vector)
                 return x[tile, k, lanes]
 
-            acc = Registers(live, vectors.count, simd)
-            acc.fill(lambda row, vector: zero(simd))
-            accumulate(acc, block_row, load)
-            finish(acc, block_row * rows, vectors)
+            def sums_so_far(row: int, vector: int) -> Expr:
+                return y[tuple(at_y(first_row, row, vector, vectors))]
 
-        def job_kernel(first_tile: Expr, size: int, start: Expr, stop: Expr) -> None:
-            """Compute a range of block rows for one group of tiles."""
+            if layout.parts == 1:
+                acc.fill(lambda row, vector: zero(simd))
+                accumulate(acc, segment, load)
+                finish(acc, first_row, vectors)
+                return
+            with T.If(part == 0):
+                with T.Then():
+                    acc.fill(lambda row, vector: zero(simd))
+                with T.Else():
+                    acc.fill(sums_so_far)
+            accumulate(acc, segment, load)
+            with T.If(part == layout.parts - 1):
+                with T.Then():
+                    finish(acc, first_row, vectors)
+                with T.Else():
+                    for row in range(acc.rows):
+                        for vector in range(acc.vectors):
+                            at = at_y(first_row, row, vector, vectors)
+                            T.buffer_store(y, acc.get(row, vector), at)
+
+        def rows_kernel(first_tile: Expr, size: int, start: Expr, stop: Expr) -> None:
+            """Compute a range of a part's block rows, part by part, for one group of tiles."""
             vectors = TileVectors(first_tile, size, simd)
             remainder = n_out % rows
-            with T.serial(0, stop - start) as i:
-                block_row = scalar(start + i)
+            with T.serial(0, layout.parts) as part, T.serial(0, stop - start) as i:
+                segment = scalar(part * block_rows + start + i)
+                block_row = scalar(order[segment]) if layout.sparse else segment
                 if remainder == 0:
-                    block_row_kernel(block_row, rows, vectors)
+                    block_row_kernel(part, segment, block_row, rows, vectors)
                 else:
                     with T.If(block_row < block_rows - 1):
                         with T.Then():
-                            block_row_kernel(block_row, rows, vectors)
+                            block_row_kernel(part, segment, block_row, rows, vectors)
                         with T.Else():
-                            block_row_kernel(block_row, remainder, vectors)
+                            block_row_kernel(part, segment, block_row, remainder, vectors)
 
-        # Group-major: a thread keeps the same tokens through the whole model, in its own cache.
-        with T.parallel(0, groups_of(tiles.count, limit) * JOBS_PER_GROUP) as job:
-            part = scalar(job % JOBS_PER_GROUP)
-            if layout.sparse:
-                start, stop = scalar(partition[part]), scalar(partition[part + 1])
-            else:
-                start = scalar(part * block_rows // JOBS_PER_GROUP)
-                stop = scalar((part + 1) * block_rows // JOBS_PER_GROUP)
+        # Each thread takes one range of the jobs of all groups. Group-major, so that it keeps the
+        # same tokens through the whole model, in its own cache; and as one range, so that a part
+        # of X serves all its rows.
+        threads = scalar(tirx.call_packed("runtime.NumThreads"))
+        jobs = scalar(groups_of(tiles.count, limit) * JOBS_PER_GROUP)
+        with T.parallel(0, threads) as thread:
+            begin = scalar(thread * jobs // threads)
+            end = scalar((thread + 1) * jobs // threads)
+            first_group = scalar(begin // JOBS_PER_GROUP)
+            group_stop = (end + (JOBS_PER_GROUP - 1)) // JOBS_PER_GROUP
+            with T.serial(0, scalar(group_stop - first_group)) as i:
+                group = scalar(first_group + i)
+                job = scalar(tirx.max(begin - group * JOBS_PER_GROUP, 0))
+                last_job = scalar(tirx.min(end - group * JOBS_PER_GROUP, JOBS_PER_GROUP))
+                if layout.sparse:
+                    start, stop = scalar(partition[job]), scalar(partition[last_job])
+                else:
+                    start = scalar(job * block_rows // JOBS_PER_GROUP)
+                    stop = scalar(last_job * block_rows // JOBS_PER_GROUP)
 
-            def body(first_tile: Expr, size: int) -> None:
-                job_kernel(first_tile, size, start, stop)
+                def body(first: Expr, size: int, start: Expr = start, stop: Expr = stop) -> None:
+                    rows_kernel(first, size, start, stop)
 
-            for_group_sizes(tiles.count, limit, job // JOBS_PER_GROUP, body)
+                for_group_sizes(tiles.count, limit, group, body)
     return result["func"]
 
 

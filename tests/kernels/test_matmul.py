@@ -10,7 +10,7 @@ from harness import KERNELS, from_tiles, run, simd, targets, thread_counts, tile
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sparse_tvm.passes.convert_weights import stored_arrays
+from sparse_tvm.passes.convert_weights import split_arrays
 from sparse_tvm.schedules.common.matmul import WeightLayout, matmul
 from sparse_tvm.targets import TARGETS
 
@@ -34,6 +34,7 @@ problems = st.fixed_dictionaries(
         "sparsity": st.sampled_from([0.0, 0.5, 0.9, 0.98, 1.0]),
         "empty_rows": st.booleans(),
         "block": st.tuples(st.integers(1, 16), st.integers(1, 8)),
+        "parts": st.sampled_from([1, 1, 2, 3, 5]),
         "epilogue": st.lists(st.sampled_from(STEPS), max_size=4),
         "symbolic": st.booleans(),
         "target": targets,
@@ -44,7 +45,20 @@ problems = st.fixed_dictionaries(
 
 
 def check(
-    format, lead, rows, n, k, sparsity, empty_rows, block, epilogue, symbolic, target, threads, seed
+    format,
+    lead,
+    rows,
+    n,
+    k,
+    sparsity,
+    empty_rows,
+    block,
+    parts,
+    epilogue,
+    symbolic,
+    target,
+    threads,
+    seed,
 ):
     rng = np.random.default_rng(seed)
     w = rng.standard_normal((n, k)) * (rng.random((n, k)) >= sparsity)
@@ -62,11 +76,12 @@ def check(
     layout = WeightLayout(
         format,
         {"dense": (block_rows, 1), "csr": (1, 1), "bsr": (block_rows, columns)}[format],
+        1 if format == "dense" else parts,
     )
     kernel = matmul(tiles_for(lead, rows, symbolic), n, k, layout, epilogue, simd(target))
     arguments = [
         to_tiles(x),
-        *stored_arrays(w, layout).values(),
+        *split_arrays(w, layout).values(),
         *(extra if extra.ndim == 1 else to_tiles(extra) for extra in extras),
     ]
     tiled = run(kernel, target, threads, arguments, (lead, -(-rows // 16), n, 16))
@@ -87,6 +102,7 @@ SMALLEST = {
     "sparsity": 0.0,
     "empty_rows": False,
     "block": (1, 1),
+    "parts": 1,
     "epilogue": [],
     "symbolic": False,
     "target": TARGETS["x86-64-v2"],
@@ -107,6 +123,8 @@ def test_dense(problem):
 
 @given(problems)
 @example(ALL_ZERO)
+@example({**ALL_ZERO, "parts": 5})
+@example({**EVERY_STEP, "sparsity": 0.5, "parts": 3})
 @KERNELS
 def test_csr(problem):
     check("csr", **problem)

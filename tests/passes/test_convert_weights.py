@@ -14,6 +14,7 @@ from sparse_tvm.passes.convert_weights import (
     FormatOptions,
     balanced_partition,
     choose,
+    split_arrays,
     stored_arrays,
 )
 from sparse_tvm.schedules.common.matmul import JOBS_PER_GROUP, WeightLayout
@@ -198,6 +199,49 @@ def test_stored_arrays_are_the_weight(shape, block, sparsity, format, seed):
     if layout.sparse:
         assert {str(arrays[name].dtype) for name in ("indices", "indptr", "partition")} == {"int32"}
         assert arrays["partition"][-1] == len(arrays["indptr"]) - 1
+
+
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    block=st.tuples(st.integers(1, 8), st.integers(1, 4)),
+    parts=st.integers(1, 6),
+    sparsity=st.sampled_from([0.0, 0.3, 0.8, 0.97, 1.0]),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=200)
+def test_split_arrays_are_the_weight_in_order(shape, block, parts, sparsity, seed):
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal(shape).astype("float32") * (rng.random(shape) >= sparsity)
+    w = w.astype("float32")
+    layout = WeightLayout("bsr", (min(block[0], shape[0]), min(block[1], shape[1])), parts)
+    arrays = split_arrays(w, layout)
+    (n, k), (rows, columns) = shape, layout.block
+    block_rows = -(-n // rows)
+    indptr, partition = arrays["indptr"], arrays["partition"]
+    order = arrays["rows"].reshape(parts, block_rows)
+    counts = np.diff(indptr).reshape(parts, block_rows)
+    padded = np.zeros((block_rows * rows, k), "float64")
+    for part, segment in np.ndindex(parts, block_rows):
+        at = part * block_rows + segment
+        first_row = order[part, segment] * rows
+        for block_index in range(indptr[at], indptr[at + 1]):
+            first = int(arrays["indices"][block_index])
+            assert first * parts // k == part
+            columns_of = slice(first, first + columns)
+            padded[first_row : first_row + rows, columns_of] += arrays["data"][block_index].T
+    np.testing.assert_array_equal(padded[:n], w)
+    for start, stop in pairwise(partition):  # a job has the same rows in every part, few first
+        for part in range(parts):
+            assert sorted(order[part, start:stop]) == list(range(start, stop))
+            assert np.all(np.diff(counts[part, start:stop]) >= 0)
+    assert arrays["indices"].dtype == np.uint16
+    assert all(array.flags.c_contiguous and array.size for array in arrays.values())
+
+
+def test_unstructured_weights_are_split_and_blocks_are_not():
+    assert chosen(weight((768, 768), 0.9)).layout.parts > 1
+    assert chosen(weight((768, 768), 0.9, "4x1")).layout.parts == 1
+    assert chosen(weight((64, 64), 0.9)).layout.parts == 1  # X is in the first cache as it is
 
 
 @given(

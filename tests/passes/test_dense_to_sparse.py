@@ -58,12 +58,14 @@ def test_each_layer_gets_its_form(tokens):
         "epilogue": ["bias", "relu"],
         "format": "bsr",
         "block": [4, 1],
+        "parts": 1,
         "weight": [64, 64],
     }
     assert [arg.name for arg in sparse.args[1:]] == [
         "sparse_fc.data",
         "sparse_fc.indices",
         "sparse_fc.indptr",
+        "sparse_fc.rows",
         "sparse_fc.partition",
         "b",
     ]
@@ -77,7 +79,7 @@ def test_dense_weights_leave_the_program():
     assert set(after.weights) == {
         "b",
         "plain_fc.data",
-        *(f"sparse_fc.{key}" for key in ("data", "indices", "indptr", "partition")),
+        *(f"sparse_fc.{key}" for key in ("data", "indices", "indptr", "rows", "partition")),
     }
 
 
@@ -125,7 +127,7 @@ def test_shared_weight_is_stored_and_reported_once():
     first, second = calls(after, "sparse_dense")
     assert [a.name for a in first.args[1:]] == [a.name for a in second.args[1:]]
     assert list(after.reports) == ["w"]
-    assert len(after.weights) == 4
+    assert len(after.weights) == 5
 
 
 def test_two_forms_of_one_weight_have_reports_of_their_own():
