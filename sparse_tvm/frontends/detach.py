@@ -13,6 +13,8 @@ import onnx
 from google.protobuf.message import Message
 from onnx import numpy_helper
 
+from sparse_tvm.frontends.held import find_held
+
 MIN_WEIGHT_SIZE = 64
 """Float tensors with fewer elements are constants of the program, not weights."""
 
@@ -45,8 +47,10 @@ def is_weight(tensor: onnx.TensorProto) -> bool:
 
 
 def as_array(tensor: onnx.TensorProto) -> np.ndarray:
-    """Return the tensor's values: read-only, copied once from the model or mapped from a file."""
+    """Return the values, read-only: as held, mapped from a file, or copied from the model."""
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        if (array := find_held(tensor)) is not None:
+            return array
         where = {entry.key: entry.value for entry in tensor.external_data}
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).newbyteorder("<")
         return np.memmap(where["location"], dtype, "r", int(where["offset"]), tuple(tensor.dims))

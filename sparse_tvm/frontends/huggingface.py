@@ -14,6 +14,7 @@ import onnx
 from sparse_tvm.errors import ModelError, OutputError
 from sparse_tvm.frontends.checkpoint import Checkpoint
 from sparse_tvm.frontends.detect import read_json
+from sparse_tvm.frontends.held import Held
 from sparse_tvm.frontends.read import first_few, one_line
 from sparse_tvm.frontends.source import Source, require
 from sparse_tvm.frontends.torch import export, output_names
@@ -53,6 +54,7 @@ class HuggingFaceSource(Source):
     def __init__(self, path: Path) -> None:
         super().__init__(str(path), path)
         self._directory = path
+        self._held = Held()
 
     @classmethod
     def from_hub(cls, hub_id: str) -> HuggingFaceSource:
@@ -165,7 +167,7 @@ class HuggingFaceSource(Source):
     @cached_property
     def _onnx(self) -> onnx.ModelProto:
         names = output_names(self._program)
-        return to_onnx(self._program, self.name, names, {}, strip=_WRAPPED)
+        return to_onnx(self._program, self.name, names, {}, self._held, strip=_WRAPPED)
 
     def as_onnx(self) -> onnx.ModelProto:
         """See `Source.as_onnx`."""

@@ -24,6 +24,7 @@ from sparse_tvm.frontends.detach import (
     stored_tensors,
 )
 from sparse_tvm.frontends.external import load_external_data
+from sparse_tvm.frontends.held import find_held
 from sparse_tvm.frontends.weights import find_weights
 
 OLDEST_OPSET = 11
@@ -224,7 +225,7 @@ def _check_domains(model: onnx.ModelProto, where: str) -> None:
 
 def _check_data_is_present(model: onnx.ModelProto, where: str) -> None:
     for name, tensor in stored_tensors(model.graph):
-        if tensor.data_location == TensorProto.EXTERNAL:
+        if tensor.data_location == TensorProto.EXTERNAL and find_held(tensor) is None:
             raise ModelError(
                 f"{where}: the data of initializer {name} is in another file and not loaded",
                 hint="give the model's path, or load it with onnx.load",

@@ -15,6 +15,7 @@ import onnx
 
 from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.files import replacing
+from sparse_tvm.frontends.held import Held
 from sparse_tvm.frontends.input_shapes import Dimension
 from sparse_tvm.frontends.masks import fold_masks
 from sparse_tvm.frontends.pickles import check_archive, load_pickle
@@ -35,6 +36,7 @@ class ProgramSource(Source):
     def __init__(self, path: Path, options: SourceOptions) -> None:
         super().__init__(str(path), path)
         self._allow_pickle = options.allow_pickle
+        self._held = Held()
 
     @cached_property
     def program(self) -> Any:
@@ -71,7 +73,8 @@ class ProgramSource(Source):
 
     @cached_property
     def _imported(self) -> tuple[onnx.ModelProto, dict[str, str]]:
-        model = to_onnx(self.program, self.name, output_names(self.program), {})
+        names = output_names(self.program)
+        model = to_onnx(self.program, self.name, names, {}, self._held)
         return model, fold_masks(model)
 
     def reference(self, threads: int) -> ReferenceModel:
@@ -92,6 +95,7 @@ class ModuleSource(Source):
         super().__init__(str(path) if path else type(module).__name__, path)
         self._module = module
         self._options = options
+        self._held = Held()
 
     @classmethod
     def from_pickle(cls, path: Path, options: SourceOptions) -> ModuleSource:
@@ -136,7 +140,8 @@ class ModuleSource(Source):
         weights: dict[str, Callable[[], np.ndarray]] = {
             name: partial(_decode, tensor) for name, tensor in sparse.items()
         }
-        model = to_onnx(self.program, self.name, output_names(self.program), weights)
+        names = output_names(self.program)
+        model = to_onnx(self.program, self.name, names, weights, self._held)
         origins = {name: str(torch_layout(tensor)) for name, tensor in sparse.items()}
         return model, {**origins, **fold_masks(model)}
 

@@ -15,8 +15,11 @@ import numpy as np
 import onnx
 
 from sparse_tvm.errors import ModelError
+from sparse_tvm.frontends.detach import is_weight
+from sparse_tvm.frontends.held import Held
 from sparse_tvm.frontends.read import first_few, one_line
 from sparse_tvm.frontends.source import require
+from sparse_tvm.frontends.torch_decompose import without_second_trace
 
 OPSET = 20
 
@@ -28,6 +31,7 @@ def to_onnx(
     name: str,
     outputs: Sequence[str],
     weights: Mapping[str, Callable[[], np.ndarray]],
+    held: Held,
     *,
     strip: str = "",
 ) -> onnx.ModelProto:
@@ -45,6 +49,8 @@ def to_onnx(
         Names of the outputs.
     weights : Mapping[str, Callable[[], np.ndarray]]
         What returns the values of weights that are placeholders in `program`.
+    held : Held
+        Keeps the weights that the model refers to.
     strip : str
         Prefix that weights have in the program and not in the model.
 
@@ -60,7 +66,7 @@ def to_onnx(
     try:
         with quiet(), without_collection():
             exported = torch.onnx.export(
-                program,
+                without_second_trace(program),
                 dynamo=True,
                 optimize=False,
                 verbose=False,
@@ -80,7 +86,11 @@ def to_onnx(
     proto.graph.name = name
     for key, tensor in tensors.items():
         values = weights[key]() if key in weights else _values(name, key, tensor)
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, key))
+        referred = held.tensor(values, key)
+        large = is_weight(referred)
+        proto.graph.initializer.append(
+            referred if large else onnx.numpy_helper.from_array(values, key)
+        )
     _strip(proto.graph, strip)
     _name_dimensions(proto.graph)
     return proto

@@ -15,6 +15,7 @@ import onnx
 from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.frontends.detach import as_array, stored_tensors
 from sparse_tvm.frontends.detect import open_source
+from sparse_tvm.frontends.held import find_held
 from sparse_tvm.frontends.onnx_source import OnnxSource
 from sparse_tvm.frontends.read import first_few, read_onnx
 from sparse_tvm.frontends.source import SourceOptions
@@ -355,6 +356,9 @@ def _own_copy(model: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProt
         return checked
     copy = onnx.ModelProto()
     copy.CopyFrom(checked)
+    for _, tensor in stored_tensors(copy.graph):
+        if (array := find_held(tensor)) is not None:
+            replace_data(tensor, array)
     return copy
 
 
