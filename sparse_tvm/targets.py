@@ -59,9 +59,6 @@ class Target:
     def tvm_target(self) -> dict[str, Any]:
         """The target as TVM takes it."""
         target: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.cpu}
-        # Our loops are unrolled as they should be; a remainder loop is a branch mispredicted per
-        # row of a sparse weight.
-        target["cl-opt"] = ["-unroll-runtime:bool=false"]
         return {**target, "mattr": list(self.attributes)} if self.attributes else target
 
     def as_json(self) -> dict[str, Any]:
