@@ -113,6 +113,21 @@ def test_every_extent(extent):
     np.testing.assert_allclose(run(x), x.var(1), rtol=2e-5, atol=2e-6)
 
 
+def test_values_read_often_do_not_grow():
+    """Each step reads the last one four times: inlined, this would be 4**24 operations."""
+
+    def build(x):
+        for _ in range(24):
+            x = relax.op.tanh(relax.op.add(relax.op.multiply(x, x), relax.op.abs(x)))
+        return x
+
+    run = compile_function(build, ("a", 33))
+    x = expected = normal(5, 33)
+    for _ in range(24):
+        expected = np.tanh(expected * expected + abs(expected))
+    np.testing.assert_allclose(run(x), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_vectors_are_used():
     """A reduction along rows of odd length is no scalar loop."""
     from sparse_tvm.schedules.common.generic import schedule_generic

@@ -20,7 +20,8 @@ from math import prod
 from typing import Any
 
 from tvm import s_tir, tirx
-from tvm_ffi import structural_equal
+from tvm.ir import Expr, TensorLoad
+from tvm_ffi import structural_equal, structural_walk
 
 from sparse_tvm.schedules.common.lane_tiles import Simd
 from sparse_tvm.schedules.common.loops import vectorise_innermost
@@ -30,6 +31,10 @@ _WORTH_PARALLEL = 1 << 14
 
 _UNKNOWN = 1 << 7
 """What a symbolic extent counts as."""
+
+_REPEATED = 64
+"""Nodes that inlining may repeat. LLVM computes equal expressions once, but TVM simplifies each
+copy, and a few values that are read several times each grow exponentially."""
 
 _ROWS = 4
 _TILE = 16
@@ -79,11 +84,11 @@ def schedule_generic(function: tirx.PrimFunc, simd: Simd) -> tirx.PrimFunc:
 
 
 def _inlined(schedule: Any, block: Any) -> bool:
-    """Inline a block, unless a reduction would compute its elements several times."""
+    """Inline a block, unless a reduction or long code would compute its elements again."""
     if _is_reduction(schedule.get(block)):
         return False
     consumers = schedule.get_consumers(block)
-    if not consumers:
+    if not consumers or _repeated(schedule, block, consumers) > _REPEATED:
         return False
     for consumer in consumers:
         if _is_reduction(schedule.get(consumer)):
@@ -96,6 +101,23 @@ def _inlined(schedule: Any, block: Any) -> bool:
     except s_tir.ScheduleError:  # an output, say
         return False
     return True
+
+
+def _repeated(schedule: Any, block: Any, consumers: Sequence[Any]) -> int:
+    """Nodes of a block's expression that inlining writes down more than once."""
+    definition = schedule.get(block)
+    written = [region.source for region in definition.writes]
+    reads: list[Any] = []
+    for consumer in consumers:
+        structural_walk(schedule.get(consumer).body, (TensorLoad, reads.append))
+    times = sum(_same(load.source, buffer) for load in reads for buffer in written)
+    return (times - 1) * _size(definition.body)
+
+
+def _size(code: Any) -> int:
+    nodes: list[Any] = []
+    structural_walk(code, (Expr, nodes.append))
+    return len(nodes)
 
 
 def _is_reduction(definition: Any) -> bool:
