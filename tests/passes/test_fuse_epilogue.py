@@ -182,6 +182,16 @@ def test_reshape_that_splits_the_features_ends_the_chain():
     assert fused(body, {"x": (5, 8)}) == (["dense", "reshape", "nn.relu"], [["bias"]])
 
 
+def test_reshape_to_a_scalar_ends_the_chain():
+    def body(emit, x, w):
+        scalar = emit(OP.reshape(dense(emit, x, w), ()))
+        return OP.nn.relu(emit(OP.reshape(scalar, ())))
+
+    names, epilogues = fused(body, {"x": (1, 8)}, {"w": (1, 8)})
+    assert names == ["dense", "reshape", "reshape", "nn.relu"]
+    assert epilogues == [[]]
+
+
 def test_vector_that_is_no_weight_is_no_bias():
     def body(emit, x, v, w):
         return OP.add(dense(emit, x, w), v)
