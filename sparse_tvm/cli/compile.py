@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sparse_tvm.cli.options import AllowPickle, InputShapes
+from sparse_tvm.collection import without_collection
 
 
 def compile(
@@ -82,7 +83,8 @@ def compile(
 
     for path in report or ():
         check_report_path(path)
-    with PhaseProgress(stderr_console(), quiet=quiet) as progress:
+    # Little of a compiler is garbage before its process ends.
+    with without_collection(), PhaseProgress(stderr_console(), quiet=quiet) as progress:
         progress("load the compiler")
         from sparse_tvm.compiler import compile
         from sparse_tvm.frontends.input_shapes import parse_input_shapes

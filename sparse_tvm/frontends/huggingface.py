@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from sparse_tvm.collection import without_collection
 from sparse_tvm.errors import ModelError, OutputError
 from sparse_tvm.frontends.checkpoint import Checkpoint
 from sparse_tvm.frontends.detect import read_json
@@ -18,7 +19,7 @@ from sparse_tvm.frontends.held import Held
 from sparse_tvm.frontends.read import first_few, one_line
 from sparse_tvm.frontends.source import Source, require
 from sparse_tvm.frontends.torch import export, output_names
-from sparse_tvm.frontends.torch_export import quiet, to_onnx, without_collection
+from sparse_tvm.frontends.torch_export import quiet, to_onnx
 from sparse_tvm.reference import ReferenceModel
 
 _COMPANIONS = (
@@ -105,10 +106,10 @@ class HuggingFaceSource(Source):
     @cached_property
     def model(self) -> Any:
         """The transformers model with the head that ``config.json`` names, in float32."""
-        with quiet():
+        with quiet(), without_collection():
             transformers = require("transformers", "huggingface", self.name)
             torch = require("torch", "huggingface", self.name)
-        head = self._head(transformers)
+            head = self._head(transformers)
         checkpoint = self.checkpoint
         transformers.utils.logging.disable_progress_bar()
         try:

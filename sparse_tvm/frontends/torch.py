@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from sparse_tvm.collection import without_collection
 from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.files import replacing
 from sparse_tvm.frontends.held import Held
@@ -21,7 +22,7 @@ from sparse_tvm.frontends.masks import fold_masks
 from sparse_tvm.frontends.pickles import check_archive, load_pickle
 from sparse_tvm.frontends.read import one_line
 from sparse_tvm.frontends.source import Source, SourceOptions, require
-from sparse_tvm.frontends.torch_export import quiet, to_onnx, without_collection
+from sparse_tvm.frontends.torch_export import quiet, to_onnx
 from sparse_tvm.reference import ReferenceModel
 from sparse_tvm.sparsity.sources import torch_layout, torch_to_dense
 

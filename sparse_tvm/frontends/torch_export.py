@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import gc
 import logging
 import re
 import warnings
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from sparse_tvm.collection import without_collection
 from sparse_tvm.errors import ModelError
 from sparse_tvm.frontends.detach import is_weight
 from sparse_tvm.frontends.held import Held
@@ -94,18 +94,6 @@ def to_onnx(
     _strip(proto.graph, strip)
     _name_dimensions(proto.graph)
     return proto
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """Pause the garbage collector: tracing makes many objects, nearly all of which stay."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager
