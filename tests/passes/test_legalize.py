@@ -1,0 +1,54 @@
+"""Legalisation: TVM's operators become TIR, fused where elementwise; ours pass through."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import apply, build, compile_and_run, operators
+from tvm import relax, tirx
+
+from sparse_tvm.passes.batch_matmul import batch_matmul
+from sparse_tvm.passes.legalize import legalize
+from sparse_tvm.passes.lower_kernels import KERNEL_ATTRIBUTE
+from sparse_tvm.targets import get_target
+
+OP = relax.op
+TARGET = get_target()
+
+
+def legalized(body, inputs):
+    return legalize(build(body, inputs), TARGET)
+
+
+def functions(subject):
+    return [f for f in subject.module.functions.values() if isinstance(f, tirx.PrimFunc)]
+
+
+@pytest.mark.parametrize("rows", [3, "rows"])
+def test_elementwise_chain_is_one_function(rows):
+    def body(emit, x, y):
+        return OP.tanh(emit(OP.multiply(emit(OP.add(x, y)), x)))
+
+    after = legalized(body, {"x": (rows, 8), "y": (rows, 8)})
+    assert operators(after) == ["call_tir"]
+    assert len(functions(after)) == 1
+
+
+def test_operators_of_ours_pass_through_and_nothing_is_fused_into_them():
+    def body(emit, a, b):
+        return OP.exp(emit(OP.matmul(emit(OP.tanh(a)), b)))
+
+    before = apply(batch_matmul, build(body, {"a": (3, 40, 64), "b": (3, 64, 48)}))
+    assert operators(legalize(before, TARGET)) == ["call_tir", "matmul", "call_tir"]
+
+
+def test_top_k_has_a_kernel():
+    after = legalized(lambda emit, x: OP.topk(x, 3, 1, "values"), {"x": (4, 9)})
+    (kernel,) = functions(after)
+    assert kernel.attrs[KERNEL_ATTRIBUTE] == "top_k"
+
+
+def test_cumulative_sum():
+    x = np.random.default_rng(0).standard_normal((4, 9)).astype(np.float32)
+    y = compile_and_run(build(lambda emit, x: OP.cumsum(x, 1), {"x": (4, 9)}), x)
+    np.testing.assert_allclose(y, x.cumsum(1), rtol=1e-5, atol=1e-5)
