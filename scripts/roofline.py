@@ -11,42 +11,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
-from kernel_timing import Kernel, build, matmul_kernel, random_weight, simd_of
-from tvm.script.ir_builder import tirx as T
+from kernel_timing import matmul_kernel, random_weight, simd_of
 
 from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.cli.tables import plain_table
 from sparse_tvm.cpu import cpu_model, usable_cores
+from sparse_tvm.limits import ROW_BYTES, Kernel, Machine, build
 from sparse_tvm.report.tables import human_bytes
 from sparse_tvm.schedules.common.attention import attention
 from sparse_tvm.schedules.common.cost import dense_rows
-from sparse_tvm.schedules.common.lane_tiles import (
-    LANES,
-    Registers,
-    Tiles,
-    argument,
-    prim_func,
-    ramp,
-    scalar,
-)
+from sparse_tvm.schedules.common.lane_tiles import LANES, Tiles
 from sparse_tvm.schedules.common.matmul import WeightLayout, group_limit
 from sparse_tvm.schedules.common.normalize import layer_norm
-from sparse_tvm.targets import Target, get_target
+from sparse_tvm.targets import get_target
 
 TOKENS = 128
 HIDDEN, HEADS, INTERMEDIATE = 768, 12, 3072
 LAYERS = ((HIDDEN, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
-ROW_BYTES = 256
 SIZES = (16 << 10, 192 << 10, 768 << 10, 8 << 20, 256 << 20)
-_JOBS = 8  # of the machine's kernels: threads share them
-_READS = 64 << 20
-"""Bytes that a call of a bandwidth kernel reads."""
 
 
 def main(
@@ -63,77 +50,6 @@ def main(
     lines += show(header, kernel_rows(machine, counts))
     if markdown:
         markdown.write_text("\n".join(lines), encoding="utf-8")
-
-
-class Machine:
-    """What this machine can do; every figure is measured once."""
-
-    def __init__(self, target: Target) -> None:
-        self.target = target
-        self.flops = cache(self._flops)
-        self.bandwidth = cache(self._bandwidth)
-
-    def _flops(self, threads: int) -> float:
-        """FLOP/s of independent FMAs between registers."""
-        simd, steps = simd_of(self.target), 20000
-        with prim_func() as result:
-            factors = argument("factors", (2, simd.lanes))
-            y = argument("y", (_JOBS, simd.lanes))
-            with T.parallel(0, _JOBS) as job:
-                acc = Registers(simd.accumulators, 1, simd)
-                factor, term = (factors[i, ramp(0, simd)] for i in range(2))
-                acc.fill(lambda row, _: term * T.broadcast(T.float32(row), simd.lanes))
-                with T.serial(0, steps):
-                    for row in range(acc.rows):
-                        acc.set(row, 0, acc.get(row, 0) * factor + term)
-                T.buffer_store(y, _sum(acc), [job, ramp(0, simd)])
-        arrays = [
-            np.full((2, simd.lanes), 0.5, np.float32),
-            np.zeros((_JOBS, simd.lanes), np.float32),
-        ]
-        seconds = build(result["func"], arrays, self.target).seconds(threads, rounds=3)
-        return 2 * _JOBS * steps * simd.accumulators * simd.lanes / seconds
-
-    def _bandwidth(self, size: int, pattern: str, threads: int) -> float:
-        """Bytes/s of reading rows of an array of ``size`` bytes, again and again.
-
-        Each job reads all of it, as each job of a layer does with its input, but no more than
-        its share of ``_READS``.
-        """
-        simd, rows = simd_of(self.target), size // ROW_BYTES
-        vectors = ROW_BYTES // (4 * simd.lanes)
-        share = _READS // _JOBS // ROW_BYTES
-        count, steps = min(rows, share), max(1, share // rows)
-        rng = np.random.default_rng(0)
-        with prim_func() as result:
-            x = argument("x", (rows, ROW_BYTES // 4))
-            order = argument("order", (rows,), "int32")
-            y = argument("y", (_JOBS, simd.lanes))
-            with T.parallel(0, _JOBS) as job:
-                acc = Registers(2, vectors, simd)
-                acc.fill(lambda row, vector: T.broadcast(T.float32(0), simd.lanes))
-                with T.serial(0, steps), T.serial(0, count // 2) as i:
-                    for half in range(2):
-                        at = job * count % rows + i * 2 + half
-                        row = scalar(order[at]) if pattern == "random" else at
-                        for v in range(vectors):
-                            operand = x[row, ramp(v * simd.lanes, simd)]
-                            acc.set(half, v, acc.get(half, v) + operand)
-                T.buffer_store(y, _sum(acc), [job, ramp(0, simd)])
-        arrays = [
-            rng.standard_normal((rows, ROW_BYTES // 4), np.float32),
-            rng.permutation(rows).astype(np.int32),
-            np.zeros((_JOBS, simd.lanes), np.float32),
-        ]
-        seconds = build(result["func"], arrays, self.target).seconds(threads, rounds=3)
-        return _JOBS * steps * (count // 2 * 2) * ROW_BYTES / seconds
-
-
-def _sum(acc: Registers) -> Any:
-    total = acc.get(0, 0)
-    for i in range(1, acc.rows * acc.vectors):
-        total = total + acc.get(*divmod(i, acc.vectors))
-    return total
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy as np
 from sparse_tvm.cpu import cpu_model
 from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.interleave import interleave, time_runs
+from sparse_tvm.limits import measured_limits
 from sparse_tvm.profiling import Profile, profile_model
 from sparse_tvm.random_inputs import random_inputs, typical_sizes
 from sparse_tvm.runtime import Model, load
@@ -98,7 +99,7 @@ def bench(
     inputs : Mapping[str, np.ndarray] | None
         Inputs by name; random ones by default.
     profile : bool
-        Also time every kernel.
+        Also time every kernel, and measure this machine's limits for their rooflines.
 
     Raises
     ------
@@ -130,8 +131,13 @@ def bench(
         reference=timings[1] if against is not None else None,
         speedup=timings[1].p50 / timings[0].p50 if against is not None else None,
         max_abs_diff=differences,
-        profile=profile_model(model, feed) if profile else None,
+        profile=_profile(model, feed) if profile else None,
     )
+
+
+def _profile(model: Model, feed: Mapping[str, np.ndarray]) -> Profile:
+    limits = measured_limits(model.manifest["target"]["name"], model.threads)
+    return profile_model(model, feed, limits=limits)
 
 
 class _Engine(Generic[_Loaded]):

@@ -1,4 +1,9 @@
-"""Where a compiled model spends its time: per kernel and layer, and in groups."""
+"""Where a compiled model spends its time, per kernel and in groups, beside what bounds it.
+
+The roofline of a call is the longest of three times: its FMAs at the machine's peak; the loads of
+activations that a sparse layer cannot share between rows, from the first cache; and all its
+operands, each read or written once, at the bandwidth of the second cache.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sparse_tvm.limits import Limits
 from sparse_tvm.runtime import Call, Model
 
 RUNS = 10
@@ -24,7 +30,8 @@ class KernelTime:
 
     `flops` counts two for every multiplication of a value with a weight that is not zero, or in
     attention; it is 0 for kernels whose work is not of that kind. Tokens that only fill up the
-    last tile count, since they are computed.
+    last tile count, since they are computed. `bound` is the roofline, in seconds: None where the
+    machine's limits are not known.
     """
 
     function: str
@@ -35,16 +42,18 @@ class KernelTime:
     seconds: float
     share: float
     flops: float
+    bound: float | None
 
 
 @dataclass(frozen=True)
 class GroupTime:
-    """Mean time per run of a group of kernels, and their FLOPs as in :class:`KernelTime`."""
+    """Mean time per run of a group of kernels; FLOPs and bound as in :class:`KernelTime`."""
 
     group: str
     seconds: float
     share: float
     flops: float
+    bound: float | None
 
 
 @dataclass(frozen=True)
@@ -55,14 +64,19 @@ class Profile:
     groups: list[GroupTime]
 
 
-def profile_model(model: Model, inputs: Mapping[str, np.ndarray], runs: int = RUNS) -> Profile:
+def profile_model(
+    model: Model,
+    inputs: Mapping[str, np.ndarray],
+    runs: int = RUNS,
+    limits: Limits | None = None,
+) -> Profile:
     """Time every kernel of a model.
 
     A kernel that serves several layers has one entry for each, as the manifest names them. The
     virtual machine's own functions, named ``vm.builtin``, hardly take time; observing a call
     does, and what that takes, measured by the shortest call of a run, is taken off every call.
     """
-    totals = _Totals(model.manifest)
+    totals = _Totals(model.manifest, limits)
     model.trace(inputs)  # the first run of a new machine allocates
     for trace in model.trace(inputs, runs):
         totals.add(trace)
@@ -74,10 +88,14 @@ class _Totals:
     """Sums over all runs, by function and layer."""
 
     manifest: Mapping[str, Any]
+    limits: Limits | None
     seconds: defaultdict[tuple[str, str | None], float] = field(
         default_factory=lambda: defaultdict(float)
     )
     flops: defaultdict[tuple[str, str | None], float] = field(
+        default_factory=lambda: defaultdict(float)
+    )
+    bounds: defaultdict[tuple[str, str | None], float] = field(
         default_factory=lambda: defaultdict(float)
     )
     calls: Counter[tuple[str, str | None]] = field(default_factory=Counter)
@@ -98,7 +116,10 @@ class _Totals:
             key = ("vm.builtin" if builtin else call.function), layer
             self.seconds[key] += call.seconds - observing
             self.calls[key] += 1
-            self.flops[key] += self._flops(call, layer)
+            flops = self._flops(call, layer)
+            self.flops[key] += flops
+            if self.limits is not None and not builtin:
+                self.bounds[key] += self._bound(self.limits, call, layer, flops)
 
     def profile(self, runs: int) -> Profile:
         """Return means per run."""
@@ -113,6 +134,7 @@ class _Totals:
                 seconds=seconds / runs,
                 share=seconds / total,
                 flops=self.flops[function, layer] / runs,
+                bound=None if self.limits is None else self.bounds[function, layer] / runs,
             )
             for (function, layer), seconds in self.seconds.items()
         ]
@@ -124,6 +146,7 @@ class _Totals:
                 sum(kernel.seconds for kernel in found),
                 sum(kernel.share for kernel in found),
                 sum(kernel.flops for kernel in found),
+                None if self.limits is None else sum(kernel.bound or 0.0 for kernel in found),
             )
             for group, found in members.items()
             if found
@@ -147,3 +170,11 @@ class _Totals:
             _, tiles, _, lanes = keys
             return 2.0 * (math.prod(queries) + math.prod(output)) * tiles * lanes
         return 0.0
+
+    def _bound(self, limits: Limits, call: Call, layer: str | None, flops: float) -> float:
+        operands = 4.0 * sum(map(math.prod, call.shapes))
+        loads = 0.0
+        if layer in self.layers and self.layers[layer]["format"] != "dense":
+            rows, _ = self.layers[layer]["block"] or (1, 1)
+            loads = 2.0 * flops / rows  # four bytes for two FLOPs on each row of a block
+        return max(flops / limits.flops, loads / limits.near, operands / limits.far)

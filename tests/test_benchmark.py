@@ -12,6 +12,7 @@ from onnx import helper, numpy_helper
 from sparse_tvm import bench, compile, interleave, prune
 from sparse_tvm.cli import main
 from sparse_tvm.errors import ModelError, OptionError
+from sparse_tvm.limits import Limits, measured_limits
 from sparse_tvm.models.bert import BertConfig, build_bert
 from sparse_tvm.npz import read_npz, write_npz
 from sparse_tvm.profiling import profile_model
@@ -116,14 +117,27 @@ def test_profile_counts_flops_in_groups(tmp_path: Path) -> None:
     rules = ["query=csr", "intermediate=bsr:2x1"]
     compile(pruned, path, layer_rules=rules, verify=False)
     model = load(path)
-    profile = profile_model(model, random_inputs(model.inputs))
+    limits = Limits(flops=1e3, near=1e3, far=1e12)
+    profile = profile_model(model, random_inputs(model.inputs), limits=limits)
     groups = {group.group: group for group in profile.groups}
     assert list(groups) == ["sparse layers", "dense layers", "attention", "the rest"]
     assert groups["sparse layers"].flops == 2 * 16 * (32 * 32 + 48 * 32) / 4
     assert groups["dense layers"].flops == 2 * 16 * (3 * 32 * 32 + 48 * 32)
     assert groups["attention"].flops == 4 * 16 * 16 * 32
     assert groups["the rest"].flops == 0
+    loads = 16 * (4 * 32 * 32 + 2 * 48 * 32) / 4  # a 2x1 block loads once for two rows
+    assert groups["sparse layers"].bound == loads / 1e3
+    assert groups["attention"].bound == groups["attention"].flops / 1e3
+    assert 0 < groups["the rest"].bound < 1e-6
     assert sum(group.share for group in groups.values()) == pytest.approx(1)
+
+
+def test_limits_are_measured_in_another_process() -> None:
+    limits = measured_limits("native", 1)
+    assert limits is not None
+    assert limits.near > limits.far > 1e9
+    assert limits.flops > 1e9
+    assert measured_limits("no such target", 1) is None
 
 
 def test_engines_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

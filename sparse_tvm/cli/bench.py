@@ -111,7 +111,7 @@ def _groups(groups: Sequence[GroupTime]) -> Table:
     from sparse_tvm.cli.tables import plain_table
     from sparse_tvm.report.tables import human_percent
 
-    figures = ("per run", "share", "speed")
+    figures = ("per run", "share", "speed", "of roofline")
     table = plain_table("part", *figures, numbers=figures)
     for group in groups:
         table.add_row(
@@ -119,6 +119,7 @@ def _groups(groups: Sequence[GroupTime]) -> Table:
             f"{1e3 * group.seconds:.3f} ms",
             human_percent(group.share),
             _speed(group),
+            _of_roofline(group),
         )
     return table
 
@@ -127,7 +128,7 @@ def _kernels(kernels: Sequence[KernelTime]) -> Table:
     from sparse_tvm.cli.tables import name_cell, plain_table
     from sparse_tvm.report.tables import human_percent
 
-    figures = ("calls", "per run", "share", "speed")
+    figures = ("calls", "per run", "share", "speed", "of roofline")
     table = plain_table("layer", "kernel", "kind", *figures, numbers=figures)
     for kernel in kernels:
         table.add_row(
@@ -138,9 +139,16 @@ def _kernels(kernels: Sequence[KernelTime]) -> Table:
             f"{1e3 * kernel.seconds:.3f} ms",
             human_percent(kernel.share),
             _speed(kernel),
+            _of_roofline(kernel),
         )
     return table
 
 
 def _speed(part: GroupTime | KernelTime) -> str:
     return f"{part.flops / part.seconds / 1e9:.0f} GFLOP/s" if part.flops else ""
+
+
+def _of_roofline(part: GroupTime | KernelTime) -> str:
+    from sparse_tvm.report.tables import human_percent
+
+    return human_percent(part.bound / part.seconds) if part.bound else ""
