@@ -24,6 +24,9 @@ from sparse_tvm.targets import Target
 FORMATS = ("auto", "dense", "csr", "bsr")
 _AUTO_BLOCKS = ((2, 1), (4, 1), (8, 1), (16, 1))
 _MAX_BLOCK_ROWS = 16
+_MARGIN = 1.1
+"""How much faster a sparse form must be predicted: never slower than dense, on more threads too,
+which share what their weights stream through."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ def choose(
     layout, prediction = best(
         [*([] if options.block else candidates("csr", None)), *candidates("bsr", options.block)]
     )
-    if priced(layout)[0] >= dense_cycles:
+    if priced(layout)[0] * _MARGIN >= dense_cycles:
         return Choice(dense, f"sparsity {structure.sparsity:.1%} does not pay: {prediction}")
     return Choice(layout, prediction, options.block)
 
