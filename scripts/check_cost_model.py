@@ -8,6 +8,7 @@ or clearly slower than the best.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -19,7 +20,7 @@ from kernel_timing import matmul_kernel, random_weight, simd_of
 from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.cli.tables import plain_table
 from sparse_tvm.cpu import cpu_model, host_features
-from sparse_tvm.schedules.common.cost import dense_rows, matmul_cycles
+from sparse_tvm.schedules.common.cost import dense_rows, matmul_cycles, part_counts
 from sparse_tvm.schedules.common.lane_tiles import LANES
 from sparse_tvm.schedules.common.matmul import WeightLayout
 from sparse_tvm.sparsity.formats import occupied_blocks
@@ -114,13 +115,20 @@ def measure(
     mask = w != 0
     predicted = {
         layout: _cycles(target, shape, layout, int(occupied_blocks(mask, layout.block).sum()))
-        for layout in LAYOUTS
+        for each in LAYOUTS
+        for layout in in_parts(each, shape[1], target)
     }
     limit = HOPELESS * min(*predicted.values(), dense_cycles_predicted(target, shape))
     for layout, cycles in predicted.items():
         if cycles <= limit:
             name = "csr" if layout.format == "csr" else f"{layout.block[0]}x1"
+            name += f" in {layout.parts}" if layout.parts > 1 else ""
             yield name, (cycles, matmul_kernel(w, layout, TOKENS, target).seconds())
+
+
+def in_parts(layout: WeightLayout, k_in: int, target: Target) -> list[WeightLayout]:
+    """The layout in every number of parts that the compiler would consider."""
+    return [replace(layout, parts=n) for n in part_counts(k_in, layout.block[0], target)]
 
 
 def dense_cycles(target: Target, shape: tuple[int, int]) -> tuple[float, float]:

@@ -22,12 +22,13 @@ from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.cli.tables import plain_table
 from sparse_tvm.cpu import cpu_model, usable_cores
 from sparse_tvm.limits import ROW_BYTES, Kernel, Machine, build
+from sparse_tvm.passes.convert_weights import FormatOptions, choose
 from sparse_tvm.report.tables import human_bytes
 from sparse_tvm.schedules.common.attention import attention
-from sparse_tvm.schedules.common.cost import dense_rows
 from sparse_tvm.schedules.common.lane_tiles import LANES, Tiles
 from sparse_tvm.schedules.common.matmul import WeightLayout, group_limit
 from sparse_tvm.schedules.common.normalize import layer_norm
+from sparse_tvm.sparsity.analysis import analyse
 from sparse_tvm.targets import get_target
 
 TOKENS = 128
@@ -89,22 +90,25 @@ class Work:
 
 
 def layer_work(
-    machine: Machine, shape: tuple[int, int], sparsity: float, layout: WeightLayout, structure: str
+    machine: Machine, shape: tuple[int, int], sparsity: float, format: str, structure: str
 ) -> Work:
-    """One linear layer, with its bias."""
+    """One linear layer, with its bias, in the layout that the compiler chooses for this format."""
     w = random_weight(shape, sparsity, structure)
+    options = FormatOptions(format, (4, 1) if format == "bsr" else None)
+    layout = choose("layer", w, analyse(w), options, machine.target).layout
     kernel = matmul_kernel(w, layout, TOKENS, machine.target, ["bias"])
     groups = TOKENS // LANES // group_limit(layout.block[0], simd_of(machine.target))
     nnz = np.count_nonzero(w)
     name = layout.format + (f" {layout.block[0]}x1" if layout.format == "bsr" else "")
     name += f" {sparsity:.0%}" if layout.sparse else ""
+    name += f" in {layout.parts} parts" if layout.parts > 1 else ""
     return Work(
         f"{name}, {shape[1]} to {shape[0]}",
         kernel,
         flops=2.0 * TOKENS * nnz,
         loads=4.0 * TOKENS * nnz / layout.block[0],
-        rows=shape[1],
-        weights=float(groups * (nnz * 4 + (nnz / layout.block[0] * 4 if layout.sparse else 0))),
+        rows=shape[1] // layout.parts // 2 * 2,
+        weights=float(groups * (nnz * 4 + (nnz / layout.block[0] * 2 if layout.sparse else 0))),
     )
 
 
@@ -112,12 +116,11 @@ def works(machine: Machine) -> Iterator[Work]:
     """The kernels of BERT-base."""
     simd = simd_of(machine.target)
     for shape in LAYERS:
-        dense = WeightLayout("dense", (dense_rows(shape[0], simd), 1))
-        yield layer_work(machine, shape, 0, dense, "unstructured")
+        yield layer_work(machine, shape, 0, "dense", "unstructured")
         for sparsity in (0.8, 0.9, 0.95):
-            yield layer_work(machine, shape, sparsity, WeightLayout("csr", (1, 1)), "unstructured")
+            yield layer_work(machine, shape, sparsity, "csr", "unstructured")
         for sparsity in (0.8, 0.9, 0.95):
-            yield layer_work(machine, shape, sparsity, WeightLayout("bsr", (4, 1)), "4x1")
+            yield layer_work(machine, shape, sparsity, "bsr", "4x1")
     rng = np.random.default_rng(0)
     tiles, shape = Tiles(1, TOKENS // LANES), (1, TOKENS // LANES, HIDDEN, LANES)
     x = [rng.standard_normal(shape, np.float32) for _ in range(4)]
