@@ -140,6 +140,11 @@ def matmul(
             """Ask for as much of the weight, a little further on, as the next blocks will use."""
             size = rows * columns
             ahead = first + _PREFETCH_BYTES // (4 * size)
+            if size == 1:  # a row of a part is too short for a loop
+                for line in range(2):
+                    prefetch(data, (ahead + line * LANES, 0, 0))
+                prefetch(indices, (ahead,))
+                return
             with T.serial(0, (count * size + (LANES - 1)) // LANES) as line:
                 prefetch(data, (ahead + line * LANES // size, 0, 0))
             with T.serial(0, (count + 2 * LANES - 1) // (2 * LANES)) as line:
