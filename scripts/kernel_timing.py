@@ -12,7 +12,7 @@ from sparse_tvm.vm import runtime
 os.environ["TVM_BIND_THREADS"] = "1"  # the scheduler may leave two threads on one core for long
 runtime()  # sets the other defaults of the thread pool, before TVM loads
 
-from sparse_tvm.limits import Kernel, build  # noqa: E402
+from sparse_tvm.machine import Kernel, build  # noqa: E402
 from sparse_tvm.passes.convert_weights import split_arrays  # noqa: E402
 from sparse_tvm.schedules.common.lane_tiles import LANES, Simd, Tiles  # noqa: E402
 from sparse_tvm.schedules.common.matmul import WeightLayout, matmul  # noqa: E402

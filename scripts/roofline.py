@@ -21,7 +21,7 @@ from kernel_timing import matmul_kernel, random_weight, simd_of
 from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.cli.tables import plain_table
 from sparse_tvm.cpu import cpu_model, usable_cores
-from sparse_tvm.limits import ROW_BYTES, Kernel, Machine, build
+from sparse_tvm.machine import ROW_BYTES, Kernel, Machine, build
 from sparse_tvm.passes.convert_weights import FormatOptions, choose
 from sparse_tvm.report.tables import human_bytes
 from sparse_tvm.schedules.common.attention import attention

@@ -2,7 +2,7 @@
 
 The roofline of a call is the longest of three times: its FMAs at the machine's peak; the loads of
 activations that a sparse layer cannot share between rows, from the first cache; and all its
-operands, each read or written once, at the bandwidth of the second cache.
+operands, each read or written once as four bytes an element, at the second cache's bandwidth.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_tvm.limits import Limits
+from sparse_tvm.machine import MachineLimits
 from sparse_tvm.runtime import Call, Model
 
 RUNS = 10
@@ -68,7 +68,7 @@ def profile_model(
     model: Model,
     inputs: Mapping[str, np.ndarray],
     runs: int = RUNS,
-    limits: Limits | None = None,
+    limits: MachineLimits | None = None,
 ) -> Profile:
     """Time every kernel of a model.
 
@@ -88,7 +88,7 @@ class _Totals:
     """Sums over all runs, by function and layer."""
 
     manifest: Mapping[str, Any]
-    limits: Limits | None
+    limits: MachineLimits | None
     seconds: defaultdict[tuple[str, str | None], float] = field(
         default_factory=lambda: defaultdict(float)
     )
@@ -171,7 +171,7 @@ class _Totals:
             return 2.0 * (math.prod(queries) + math.prod(output)) * tiles * lanes
         return 0.0
 
-    def _bound(self, limits: Limits, call: Call, layer: str | None, flops: float) -> float:
+    def _bound(self, limits: MachineLimits, call: Call, layer: str | None, flops: float) -> float:
         operands = 4.0 * sum(map(math.prod, call.shapes))
         loads = 0.0
         if layer in self.layers and self.layers[layer]["format"] != "dense":

@@ -34,8 +34,6 @@ class Target:
         Architectural vector registers.
     l1_bytes : int
         First-level data cache of a core, on most CPUs meant.
-    l2_bytes : int
-        Second-level cache of one core.
     bytes_per_cycle_memory : float
         Measured bandwidth of one core from memory.
     """
@@ -48,7 +46,6 @@ class Target:
     vector_bits: int
     registers: int
     l1_bytes: int
-    l2_bytes: int
     bytes_per_cycle_memory: float
 
     @property
@@ -88,7 +85,6 @@ TARGETS = {
             vector_bits=512,
             registers=32,
             l1_bytes=48 << 10,
-            l2_bytes=1 << 20,
             bytes_per_cycle_memory=6.0,
         ),
         Target(
@@ -100,7 +96,6 @@ TARGETS = {
             vector_bits=256,
             registers=16,
             l1_bytes=32 << 10,
-            l2_bytes=512 << 10,
             bytes_per_cycle_memory=6.0,
         ),
         Target(
@@ -112,7 +107,6 @@ TARGETS = {
             vector_bits=128,
             registers=16,
             l1_bytes=32 << 10,
-            l2_bytes=256 << 10,
             bytes_per_cycle_memory=6.0,
         ),
     )

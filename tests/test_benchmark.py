@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 from sparse_tvm import bench, compile, interleave, prune
 from sparse_tvm.cli import main
 from sparse_tvm.errors import ModelError, OptionError
-from sparse_tvm.limits import Limits, measured_limits
+from sparse_tvm.machine import MachineLimits, measured_limits
 from sparse_tvm.models.bert import BertConfig, build_bert
 from sparse_tvm.npz import read_npz, write_npz
 from sparse_tvm.profiling import profile_model
@@ -117,7 +117,7 @@ def test_profile_counts_flops_in_groups(tmp_path: Path) -> None:
     rules = ["query=csr", "intermediate=bsr:2x1"]
     compile(pruned, path, layer_rules=rules, verify=False)
     model = load(path)
-    limits = Limits(flops=1e3, near=1e3, far=1e12)
+    limits = MachineLimits(flops=1e3, near=1e3, far=1e12)
     profile = profile_model(model, random_inputs(model.inputs), limits=limits)
     groups = {group.group: group for group in profile.groups}
     assert list(groups) == ["sparse layers", "dense layers", "attention", "the rest"]

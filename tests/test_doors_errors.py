@@ -118,7 +118,7 @@ def test_torch_control_flow(module: nn.Module, tmp_path: Path) -> None:
 
 
 def test_torch_custom_operator(tmp_path: Path) -> None:
-    @torch.library.custom_op("doors::twice", mutates_args=())
+    @torch.library.custom_op("example::twice", mutates_args=())
     def twice(x: torch.Tensor) -> torch.Tensor:
         return 2 * x
 

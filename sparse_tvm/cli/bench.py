@@ -86,6 +86,9 @@ def _print(console: Console, result: BenchResult) -> None:
     if result.profile is not None:
         console.print(_kernels(result.profile.kernels))
         console.print(_groups(result.profile.groups))
+        if all(group.bound is None for group in result.profile.groups):
+            console.print("no rooflines: this machine's limits could not be measured; to see why,")
+            console.print("run python -m sparse_tvm.machine native", result.threads)
 
 
 def _timings(result: BenchResult) -> Table:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import count
+from uuid import uuid4
 from weakref import WeakValueDictionary
 
 import numpy as np
 import onnx
 
 _arrays: WeakValueDictionary[str, np.ndarray] = WeakValueDictionary()
-_numbers = count()
 
 
 class Held:
@@ -23,7 +22,7 @@ class Held:
         view = array.view()
         view.flags.writeable = False
         self._views.append(view)
-        location = f"memory:{next(_numbers)}"
+        location = f"memory:{uuid4()}"  # which no file can name
         _arrays[location] = view
         element_type = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
         tensor = onnx.TensorProto(name=name, data_type=element_type, dims=array.shape)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import onnx
 import onnxsim
@@ -19,6 +17,7 @@ from sparse_tvm.frontends.detach import (
     stored_tensors,
 )
 from sparse_tvm.frontends.respell import constants_to_initializers, expand, modernise
+from sparse_tvm.frontends.silence import silent_stderr
 from sparse_tvm.frontends.specs import tensor_spec
 from sparse_tvm.frontends.weights import find_weights
 from sparse_tvm.spec import TensorSpec
@@ -67,8 +66,8 @@ def simplify(
     _set_shapes(skeleton, specs)
     try:
         skeleton = expand(modernise(skeleton), definitions)
-        # It prints to stdout when it falls back to a slower way.
-        with contextlib.redirect_stdout(io.StringIO()), _silent_stderr():
+        # It prints when it falls back to a slower way, and warns of each node it does not fold.
+        with contextlib.redirect_stdout(io.StringIO()), silent_stderr():
             simplified, valid = onnxsim.simplify(skeleton)
     except Exception as error:
         raise ModelError(f"the graph cannot be simplified: {' '.join(str(error).split())}") from (
@@ -79,20 +78,6 @@ def simplify(
     constants_to_initializers(simplified)
     program, folded = detach_weights(simplified, _weight_names(simplified))
     return _drop_unused(program, {**weights, **folded}, len(specs))
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Drop what C++ writes to stderr: onnxsim warns of each node that it does not fold."""
-    sys.stderr.flush()
-    saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(sink, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(sink)
 
 
 def _weight_names(model: onnx.ModelProto) -> set[str]:

@@ -20,6 +20,7 @@ import onnx
 from sparse_tvm.errors import ModelError
 from sparse_tvm.frontends.gelu import spell_gelu
 from sparse_tvm.frontends.read import first_few, one_line
+from sparse_tvm.frontends.silence import silent_stderr
 from sparse_tvm.frontends.source import Source, require
 from sparse_tvm.frontends.torch_export import quiet
 from sparse_tvm.reference import ReferenceModel
@@ -156,26 +157,12 @@ def require_tensorflow(what: str) -> Any:
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     if loaded := sys.modules.get("tensorflow"):
         return loaded
-    with quiet(), _silent_stderr():
+    with quiet(), silent_stderr():
         # PyTorch's GPU builds load Triton, which aborts the process when TensorFlow's LLVM is
         # there before its own.
         with contextlib.suppress(ImportError):
             importlib.import_module("triton")
         return require("tensorflow", _EXTRA, what)
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Keep out what C++ code prints, whatever it was told."""
-    sys.stderr.flush()
-    saved, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nothing)
 
 
 def convert_function(

@@ -2,8 +2,8 @@
 
 Measured are the FMA peak, and the bandwidth of reading sequentially and of reading rows of 256
 bytes in random order, which is what a sparse layer does with its input. The thread pool is
-configured for it, so another process measures: ``python -m sparse_tvm.limits TARGET THREADS``
-prints a :class:`Limits` as JSON.
+configured for it, so another process measures: ``python -m sparse_tvm.machine TARGET THREADS``
+prints a :class:`MachineLimits` as JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ONE_CORE_PER_THREAD = -2
 
 
 @dataclass(frozen=True)
-class Limits:
+class MachineLimits:
     """What bounds kernels on so many threads.
 
     Attributes
@@ -51,14 +51,14 @@ class Limits:
     far: float
 
 
-def measured_limits(target: str, threads: int) -> Limits | None:
+def measured_limits(target: str, threads: int) -> MachineLimits | None:
     """Measure in a process of its own; None where that fails, as without the compiler."""
-    command = [sys.executable, "-m", "sparse_tvm.limits", target, str(threads)]
+    command = [sys.executable, "-m", "sparse_tvm.machine", target, str(threads)]
     environment = {**os.environ, "TVM_BIND_THREADS": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if ended.returncode:
         return None
-    return Limits(**json.loads(ended.stdout.splitlines()[-1]))
+    return MachineLimits(**json.loads(ended.stdout.splitlines()[-1]))
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def main(arguments: Sequence[str]) -> None:
     """Print the limits of this machine as JSON."""
     target, threads = arguments
     machine = Machine(get_target(target))
-    limits = Limits(
+    limits = MachineLimits(
         machine.flops(int(threads)),
         machine.bandwidth(_NEAR, "random", int(threads)),
         machine.bandwidth(_FAR, "sequential", int(threads)),
