@@ -128,7 +128,7 @@ def test_torch_custom_operator(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return twice(x)
 
-    assert "doors.twice" in refusal(Custom(), tmp_path, example_inputs=(torch.ones(4),))
+    assert "example.twice" in refusal(Custom(), tmp_path, example_inputs=(torch.ones(4),))
 
 
 def test_torch_half_precision_program(tmp_path: Path) -> None:
