@@ -14,7 +14,7 @@ from tvm import relax
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.graph import Rewrite, dtype_of, is_tensor, op_name, shape_of
 from sparse_tvm.passes.program import Program
-from sparse_tvm.schedules.common.batch_matmul import Operand, worthwhile
+from sparse_tvm.schedules.cpu.batch_matmul import Operand, worthwhile
 
 
 def batch_matmul(program: Program) -> Program:

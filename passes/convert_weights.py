@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from sparse_tvm.errors import OptionError
-from sparse_tvm.schedules.common.cost import dense_rows, matmul_cycles, part_counts
-from sparse_tvm.schedules.common.lane_tiles import Simd
-from sparse_tvm.schedules.common.matmul import JOBS_PER_GROUP, WeightLayout
+from sparse_tvm.schedules.cpu.cost import dense_rows, matmul_cycles, part_counts
+from sparse_tvm.schedules.cpu.lane_tiles import Simd
+from sparse_tvm.schedules.cpu.matmul import JOBS_PER_GROUP, WeightLayout
 from sparse_tvm.sparsity.analysis import Structure
 from sparse_tvm.sparsity.formats import BSR, occupied_blocks, parse_block
 from sparse_tvm.targets import Target
@@ -188,7 +188,7 @@ def _kernel_block(block: tuple[int, int], shape: tuple[int, int]) -> tuple[int, 
 
 
 def stored_arrays(w: np.ndarray, layout: WeightLayout) -> dict[str, np.ndarray]:
-    """The kernel's arguments for the weight ``[N, K]`` (see ``schedules.common.matmul``)."""
+    """The kernel's arguments for the weight ``[N, K]`` (see ``schedules.cpu.matmul``)."""
     rows, columns = layout.block
     n, k = w.shape
     if not layout.sparse:
@@ -215,7 +215,7 @@ def stored_arrays(w: np.ndarray, layout: WeightLayout) -> dict[str, np.ndarray]:
 
 
 def split_arrays(w: np.ndarray, layout: WeightLayout) -> dict[str, np.ndarray]:
-    """The arguments of ``schedules.common.matmul`` for the weight ``[N, K]``.
+    """The arguments of ``schedules.cpu.matmul`` for the weight ``[N, K]``.
 
     Those of `stored_arrays`; a sparse weight's blocks part by part, in each part job by job, and
     in each job the block rows by their number of blocks, with ``rows`` to tell which they are.

@@ -2,7 +2,7 @@
 
 Matches ``sparse_tvm.dense`` and ``sparse_tvm.attention``, layer norms, and the elementwise
 operators between them, and turns them into the same operations on lane tiles
-``[lead, tiles, features, LANES]`` (see ``schedules.common.lane_tiles``), so that the layers need
+``[lead, tiles, features, LANES]`` (see ``schedules.cpu.lane_tiles``), so that the layers need
 neither gathers nor transposes. Every activation has two forms, logical and tiled; each is made
 from the other (``pack``, ``unpack``) only when somebody asks for it, which in a transformer is
 once at each end. A reshape that keeps the feature axis costs nothing in tiled form.
@@ -30,7 +30,7 @@ from sparse_tvm.passes.graph import (
     shape_of,
 )
 from sparse_tvm.passes.program import Program
-from sparse_tvm.schedules.common.lane_tiles import LANES, tiles_of
+from sparse_tvm.schedules.cpu.lane_tiles import LANES, tiles_of
 
 _UNARY = {
     f"relax.{name}"

@@ -14,7 +14,7 @@ from tvm import relax
 from sparse_tvm.passes.graph import dtype_of, shape_of
 from sparse_tvm.passes.lower_kernels import KERNEL_ATTRIBUTE
 from sparse_tvm.passes.program import Program
-from sparse_tvm.schedules.common.top_k import top_k
+from sparse_tvm.schedules.cpu.top_k import top_k
 from sparse_tvm.targets import Target
 
 

@@ -14,13 +14,13 @@ from tvm import relax, tirx
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.graph import Rewrite, shape_of
 from sparse_tvm.passes.program import Program
-from sparse_tvm.schedules.common.attention import Mask, attention
-from sparse_tvm.schedules.common.batch_matmul import Operand, batch_matmul
-from sparse_tvm.schedules.common.conv2d import Conv2d, conv2d, depthwise_conv2d
-from sparse_tvm.schedules.common.lane_tiles import Simd, Tiles, symbol
-from sparse_tvm.schedules.common.matmul import WeightLayout, matmul
-from sparse_tvm.schedules.common.normalize import layer_norm
-from sparse_tvm.schedules.common.pack import pack, unpack
+from sparse_tvm.schedules.cpu.attention import Mask, attention
+from sparse_tvm.schedules.cpu.batch_matmul import Operand, batch_matmul
+from sparse_tvm.schedules.cpu.conv2d import Conv2d, conv2d, depthwise_conv2d
+from sparse_tvm.schedules.cpu.lane_tiles import Simd, Tiles, symbol
+from sparse_tvm.schedules.cpu.matmul import WeightLayout, matmul
+from sparse_tvm.schedules.cpu.normalize import layer_norm
+from sparse_tvm.schedules.cpu.pack import pack, unpack
 from sparse_tvm.targets import Target
 
 KERNEL_ATTRIBUTE = "sparse_tvm.kernel"

@@ -1,7 +1,7 @@
 """Schedule the rest: every operator without a kernel of ours gets a parallel, vectorised loop.
 
 Matches the PrimFuncs that TVM's legalisation and fusion made, and applies
-``schedules.common.generic``. A function that cannot be scheduled keeps TVM's loops, and a note
+``schedules.cpu.generic``. A function that cannot be scheduled keeps TVM's loops, and a note
 names it.
 """
 
@@ -11,8 +11,8 @@ from tvm import s_tir, tirx
 
 from sparse_tvm.passes.lower_kernels import KERNEL_ATTRIBUTE
 from sparse_tvm.passes.program import Program
-from sparse_tvm.schedules.common.generic import schedule_generic
-from sparse_tvm.schedules.common.lane_tiles import Simd
+from sparse_tvm.schedules.cpu.generic import schedule_generic
+from sparse_tvm.schedules.cpu.lane_tiles import Simd
 from sparse_tvm.targets import Target
 
 

@@ -1,4 +1,4 @@
-"""Check ``schedules/common/cost.py``: predicted against measured cycles, and the choices made.
+"""Check ``schedules/cpu/cost.py``: predicted against measured cycles, and the choices made.
 
 For BERT-base's layer shapes, pruned more and more, every format the compiler would consider is
 predicted and timed. A choice is wrong where the format predicted to be best is slower than dense,
@@ -20,9 +20,9 @@ from kernel_timing import matmul_kernel, random_weight, simd_of
 from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.cli.tables import plain_table
 from sparse_tvm.cpu import cpu_model, host_features
-from sparse_tvm.schedules.common.cost import dense_rows, matmul_cycles, part_counts
-from sparse_tvm.schedules.common.lane_tiles import LANES
-from sparse_tvm.schedules.common.matmul import WeightLayout
+from sparse_tvm.schedules.cpu.cost import dense_rows, matmul_cycles, part_counts
+from sparse_tvm.schedules.cpu.lane_tiles import LANES
+from sparse_tvm.schedules.cpu.matmul import WeightLayout
 from sparse_tvm.sparsity.formats import occupied_blocks
 from sparse_tvm.targets import TARGETS, Target
 

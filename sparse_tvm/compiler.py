@@ -43,7 +43,7 @@ from sparse_tvm.passes.program import Program
 from sparse_tvm.passes.schedule_rest import schedule_rest
 from sparse_tvm.random_inputs import random_inputs, typical_sizes
 from sparse_tvm.report import check_report_path, write_report
-from sparse_tvm.schedules.common.intrinsics import FAST_MATH
+from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
 from sparse_tvm.targets import Target, get_target
 
 PathLike = str | os.PathLike[str]

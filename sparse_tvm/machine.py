@@ -83,7 +83,7 @@ def build(function: Any, arguments: Sequence[np.ndarray], target: Target) -> Ker
     """Compile a PrimFunc, and copy its arguments to where TVM wants them."""
     import tvm
 
-    from sparse_tvm.schedules.common.intrinsics import FAST_MATH
+    from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
 
     context = tvm.transform.PassContext(opt_level=3, config=FAST_MATH)
     with tvm.target.Target(target.tvm_target()) as tvm_target, context:
@@ -105,7 +105,7 @@ class Machine:
     """What this machine can do; every figure is measured once."""
 
     def __init__(self, target: Target) -> None:
-        from sparse_tvm.schedules.common.lane_tiles import Simd
+        from sparse_tvm.schedules.cpu.lane_tiles import Simd
 
         self.target, self.simd = target, Simd(target.lanes, target.registers)
         self.flops = cache(self._flops)
@@ -115,7 +115,7 @@ class Machine:
         """FLOP/s of independent FMAs between registers."""
         from tvm.script.ir_builder import tirx as T
 
-        from sparse_tvm.schedules.common.lane_tiles import Registers, argument, prim_func, ramp
+        from sparse_tvm.schedules.cpu.lane_tiles import Registers, argument, prim_func, ramp
 
         simd, steps = self.simd, 20000
         with prim_func() as result:
@@ -144,7 +144,7 @@ class Machine:
         """
         from tvm.script.ir_builder import tirx as T
 
-        from sparse_tvm.schedules.common.lane_tiles import (
+        from sparse_tvm.schedules.cpu.lane_tiles import (
             Registers,
             argument,
             prim_func,

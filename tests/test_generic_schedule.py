@@ -13,7 +13,7 @@ from sparse_tvm.passes.legalize import legalize
 from sparse_tvm.passes.lower_kernels import lower_kernels
 from sparse_tvm.passes.program import Program
 from sparse_tvm.passes.schedule_rest import schedule_rest
-from sparse_tvm.schedules.common.intrinsics import FAST_MATH
+from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
 from sparse_tvm.targets import get_target
 
 TARGET = get_target()
@@ -130,8 +130,8 @@ def test_values_read_often_do_not_grow():
 
 def test_vectors_are_used():
     """A reduction along rows of odd length is no scalar loop."""
-    from sparse_tvm.schedules.common.generic import schedule_generic
-    from sparse_tvm.schedules.common.lane_tiles import Simd
+    from sparse_tvm.schedules.cpu.generic import schedule_generic
+    from sparse_tvm.schedules.cpu.lane_tiles import Simd
 
     x = tvm.te.placeholder((5, 37), name="x")
     k = tvm.te.reduce_axis((0, 37))

@@ -8,7 +8,7 @@ import tvm
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from sparse_tvm.schedules.common import vector_math
+from sparse_tvm.schedules.cpu import vector_math
 
 erf64 = np.vectorize(math.erf)
 

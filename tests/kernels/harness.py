@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tvm import tirx
 
 from sparse_tvm.cpu import host_features
-from sparse_tvm.schedules.common.intrinsics import FAST_MATH
-from sparse_tvm.schedules.common.lane_tiles import LANES, Simd, Tiles, symbol
+from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
+from sparse_tvm.schedules.cpu.lane_tiles import LANES, Simd, Tiles, symbol
 from sparse_tvm.targets import TARGETS, Target
 from sparse_tvm.vm import _set_pool
 

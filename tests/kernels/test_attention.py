@@ -9,8 +9,8 @@ from harness import KERNELS, from_tiles, run, simd, targets, thread_counts, tile
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sparse_tvm.schedules.common.attention import Mask, attention
-from sparse_tvm.schedules.common.lane_tiles import Tiles
+from sparse_tvm.schedules.cpu.attention import Mask, attention
+from sparse_tvm.schedules.cpu.lane_tiles import Tiles
 from sparse_tvm.targets import TARGETS
 
 LOWEST = np.finfo(np.float32).min

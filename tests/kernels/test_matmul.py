@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparse_tvm.passes.convert_weights import split_arrays
-from sparse_tvm.schedules.common.matmul import WeightLayout, matmul
+from sparse_tvm.schedules.cpu.matmul import WeightLayout, matmul
 from sparse_tvm.targets import TARGETS
 
 ACTIVATIONS = {

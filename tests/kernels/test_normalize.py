@@ -7,7 +7,7 @@ from harness import KERNELS, from_tiles, run, simd, targets, thread_counts, tile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_tvm.schedules.common.normalize import layer_norm
+from sparse_tvm.schedules.cpu.normalize import layer_norm
 
 
 @given(

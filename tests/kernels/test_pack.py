@@ -7,8 +7,8 @@ from harness import KERNELS, from_tiles, run, targets, thread_counts, to_tiles
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_tvm.schedules.common.lane_tiles import symbol
-from sparse_tvm.schedules.common.pack import pack, unpack
+from sparse_tvm.schedules.cpu.lane_tiles import symbol
+from sparse_tvm.schedules.cpu.pack import pack, unpack
 
 problems = {
     "lead": st.integers(1, 4),

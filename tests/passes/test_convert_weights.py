@@ -17,7 +17,7 @@ from sparse_tvm.passes.convert_weights import (
     split_arrays,
     stored_arrays,
 )
-from sparse_tvm.schedules.common.matmul import JOBS_PER_GROUP, WeightLayout
+from sparse_tvm.schedules.cpu.matmul import JOBS_PER_GROUP, WeightLayout
 from sparse_tvm.sparsity.analysis import analyse
 from sparse_tvm.sparsity.pruning import prune_array
 from sparse_tvm.targets import get_target

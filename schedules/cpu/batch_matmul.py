@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from sparse_tvm.schedules.common.cost import dense_rows
-from sparse_tvm.schedules.common.lane_tiles import (
+from sparse_tvm.schedules.cpu.cost import dense_rows
+from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
     Registers,
@@ -25,7 +25,7 @@ from sparse_tvm.schedules.common.lane_tiles import (
     span,
     zero,
 )
-from sparse_tvm.schedules.common.matmul import group_limit
+from sparse_tvm.schedules.cpu.matmul import group_limit
 
 _FEW_ROWS = 4
 _BLOCKS_PER_JOB = 16

@@ -15,8 +15,8 @@ import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from sparse_tvm.schedules.common import vector_math
-from sparse_tvm.schedules.common.lane_tiles import (
+from sparse_tvm.schedules.cpu import vector_math
+from sparse_tvm.schedules.cpu.lane_tiles import (
     LANES,
     Buffer,
     Expr,

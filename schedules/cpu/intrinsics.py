@@ -11,7 +11,7 @@ from typing import Any
 
 from tvm import tirx
 
-from sparse_tvm.schedules.common import vector_math
+from sparse_tvm.schedules.cpu import vector_math
 
 FAST_MATH = {"tirx.enable_fast_math": True}
 """PassContext configuration that turns these rules on."""

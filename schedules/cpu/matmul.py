@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from sparse_tvm.schedules.common.lane_tiles import (
+from sparse_tvm.schedules.cpu.lane_tiles import (
     LANES,
     Buffer,
     Expr,
@@ -39,7 +39,7 @@ from sparse_tvm.schedules.common.lane_tiles import (
     symbol,
     zero,
 )
-from sparse_tvm.schedules.common.vector_math import ACTIVATIONS
+from sparse_tvm.schedules.cpu.vector_math import ACTIVATIONS
 
 JOBS_PER_GROUP = 16
 """Row partitions per group of tiles: enough to balance up to sixteen threads on one group."""

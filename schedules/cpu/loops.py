@@ -19,7 +19,7 @@ from tvm.ir import TensorLoad
 from tvm.sym import Analyzer
 from tvm_ffi import structural_map, structural_walk
 
-from sparse_tvm.schedules.common.lane_tiles import Expr, Simd
+from sparse_tvm.schedules.cpu.lane_tiles import Expr, Simd
 
 _Stmt = Any
 _ANALYZER = Analyzer()

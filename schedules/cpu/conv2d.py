@@ -17,7 +17,7 @@ import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from sparse_tvm.schedules.common.lane_tiles import (
+from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
     Registers,
@@ -30,8 +30,8 @@ from sparse_tvm.schedules.common.lane_tiles import (
     symbol,
     zero,
 )
-from sparse_tvm.schedules.common.matmul import WeightLayout, group_limit
-from sparse_tvm.schedules.common.vector_math import ACTIVATIONS, constant, lanes_of
+from sparse_tvm.schedules.cpu.matmul import WeightLayout, group_limit
+from sparse_tvm.schedules.cpu.vector_math import ACTIVATIONS, constant, lanes_of
 
 _ENOUGH_JOBS = 16
 _MAX_PARTS = 8
@@ -350,7 +350,7 @@ def conv2d(
     Arguments of the PrimFunc, in order: the image, of ``shapes[0]``; the weight (dense: ``data``
     ``[ceil(out_channels / r), K, r]`` and ``offsets`` int32 ``[K]``; sparse: ``data``
     ``[blocks, 1, r]``, ``indices`` int32 ``[blocks]`` (offsets, not columns), ``indptr`` and
-    ``partition`` as for :func:`~sparse_tvm.schedules.common.matmul.matmul`, but into
+    ``partition`` as for :func:`~sparse_tvm.schedules.cpu.matmul.matmul`, but into
     ``Tiling.jobs`` parts); one argument per ``bias`` or ``residual`` of the epilogue; the output,
     of ``shapes[1]``.
     """

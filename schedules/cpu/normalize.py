@@ -7,7 +7,7 @@ from collections.abc import Callable
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from sparse_tvm.schedules.common.lane_tiles import (
+from sparse_tvm.schedules.cpu.lane_tiles import (
     Expr,
     Registers,
     Simd,

@@ -8,7 +8,7 @@ from math import prod
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from sparse_tvm.schedules.common.lane_tiles import Expr, argument, prim_func
+from sparse_tvm.schedules.cpu.lane_tiles import Expr, argument, prim_func
 
 
 def top_k(
