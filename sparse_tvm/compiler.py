@@ -22,9 +22,9 @@ from sparse_tvm.artifact import read_manifest, rewrite_manifest, write_artifact
 from sparse_tvm.errors import BuildError, OptionError, OutputError, VerificationError
 from sparse_tvm.files import check_writable, replacing
 from sparse_tvm.frontends.detect import open_source
+from sparse_tvm.frontends.importer.model import ImportedModel
 from sparse_tvm.frontends.input_shapes import InputShapes
-from sparse_tvm.frontends.ir import check_ir_path, write_ir
-from sparse_tvm.frontends.onnx import ImportedModel
+from sparse_tvm.frontends.ir.source import check_ir_path, write_ir
 from sparse_tvm.frontends.source import Source, SourceOptions, copy_companions
 from sparse_tvm.linker import fcompile
 from sparse_tvm.passes.batch_matmul import batch_matmul

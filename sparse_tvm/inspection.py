@@ -9,12 +9,12 @@ from typing import Any
 import onnx
 
 from sparse_tvm.artifact import read_manifest
-from sparse_tvm.frontends.detach import as_array, model_inputs, size_of, stored_tensors
 from sparse_tvm.frontends.detect import open_source
-from sparse_tvm.frontends.read import read_onnx
+from sparse_tvm.frontends.onnx.detach import as_array, model_inputs, size_of, stored_tensors
+from sparse_tvm.frontends.onnx.read import read_onnx
+from sparse_tvm.frontends.onnx.specs import tensor_spec
+from sparse_tvm.frontends.onnx.weights import WeightRef, canonical, find_weights
 from sparse_tvm.frontends.source import Source, SourceOptions
-from sparse_tvm.frontends.specs import tensor_spec
-from sparse_tvm.frontends.weights import WeightRef, canonical, find_weights
 from sparse_tvm.sparsity.analysis import analyse
 
 DENSE_ORIGIN = "zeros in a dense weight"

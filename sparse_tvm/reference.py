@@ -19,7 +19,7 @@ import onnx
 import onnxruntime
 
 from sparse_tvm.errors import ModelError
-from sparse_tvm.frontends.older_opset import write_at_opset
+from sparse_tvm.frontends.onnx.older_opset import write_at_opset
 
 _TOO_NEW = re.compile(r"Unsupported model IR version|support for domain ai\.onnx is till opset")
 

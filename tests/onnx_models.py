@@ -10,8 +10,8 @@ import tvm
 from onnx import numpy_helper, parser
 from tvm import relax
 
-from sparse_tvm.frontends.onnx import import_onnx
-from sparse_tvm.frontends.read import NEWEST_OPSET
+from sparse_tvm.frontends.importer.model import import_onnx
+from sparse_tvm.frontends.onnx.read import NEWEST_OPSET
 
 ORT_NEWEST_OPSET = 26
 FAST_TO_COMPILE = tvm.target.Target({"kind": "llvm", "opt-level": 0})

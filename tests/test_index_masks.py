@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from onnx_models import assert_same_as_onnxruntime, build, calls, normal
 
-from sparse_tvm.frontends.onnx import import_onnx
+from sparse_tvm.frontends.importer.model import import_onnx
 
 SIZES = ({"batch": 1, "sequence": 7}, {"batch": 3, "sequence": 12}, {"batch": 2, "sequence": 1})
 

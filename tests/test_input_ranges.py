@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from onnx_models import build, normal
 
-from sparse_tvm.frontends.onnx import import_onnx
+from sparse_tvm.frontends.importer.model import import_onnx
 from sparse_tvm.models.bert import BertConfig, build_bert
 
 

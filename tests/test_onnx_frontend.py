@@ -16,8 +16,8 @@ from onnx_models import (
 )
 
 from sparse_tvm.errors import ModelError
-from sparse_tvm.frontends.onnx import import_onnx
-from sparse_tvm.frontends.read import NEWEST_OPSET
+from sparse_tvm.frontends.importer.model import import_onnx
+from sparse_tvm.frontends.onnx.read import NEWEST_OPSET
 from sparse_tvm.models.bert import BertConfig, Style, build_bert
 from sparse_tvm.spec import TensorSpec
 

@@ -12,10 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 import sparse_tvm
 from sparse_tvm.cli import main
 from sparse_tvm.errors import ModelError, OptionError, OutputError
-from sparse_tvm.frontends import write
-from sparse_tvm.frontends.detach import as_array
-from sparse_tvm.frontends.weights import canonical, find_weights
-from sparse_tvm.frontends.write import write_onnx
+from sparse_tvm.frontends.onnx import write
+from sparse_tvm.frontends.onnx.detach import as_array
+from sparse_tvm.frontends.onnx.weights import canonical, find_weights
+from sparse_tvm.frontends.onnx.write import write_onnx
 from sparse_tvm.sparsity.formats import BSR
 from sparse_tvm.sparsity.pruning import Pattern, prune, prune_array
 

@@ -8,8 +8,8 @@ import pytest
 from onnx_models import build, normal
 
 from sparse_tvm.errors import ModelError
-from sparse_tvm.frontends import write
-from sparse_tvm.frontends.read import NEWEST_OPSET
+from sparse_tvm.frontends.onnx import write
+from sparse_tvm.frontends.onnx.read import NEWEST_OPSET
 from sparse_tvm.reference import Reference
 
 DENSE = """(float[2,16] x) => (float[2,80] y) {

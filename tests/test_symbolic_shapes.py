@@ -8,8 +8,8 @@ from onnx_models import assert_same_as_onnxruntime, build, calls, normal
 from tvm import relax
 
 from sparse_tvm.errors import ModelError, OptionError
+from sparse_tvm.frontends.importer.model import import_onnx
 from sparse_tvm.frontends.input_shapes import choose_shapes, parse_input_shapes
-from sparse_tvm.frontends.onnx import import_onnx
 from sparse_tvm.spec import TensorSpec
 
 SIZES = ({"batch": 1, "sequence": 7}, {"batch": 3, "sequence": 16})

@@ -7,8 +7,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sparse_tvm.frontends.detach import as_array
-from sparse_tvm.frontends.weights import (
+from sparse_tvm.frontends.onnx.detach import as_array
+from sparse_tvm.frontends.onnx.weights import (
     WeightRef,
     canonical,
     find_weights,

@@ -1,1 +1,1 @@
-"""Doors through which models come in: one module per kind of model."""
+"""Where models come from: one package per framework, and one importer for all."""

@@ -1,4 +1,4 @@
-"""Which door a model comes in by: told by its content, not by its name."""
+"""What a model is: told by its content, not by its name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MAX_IR_HEADER = 64
 
 
 def open_source(model: Any, options: SourceOptions | None = None) -> Source:
-    """Open a model through its door.
+    """Open a model as the source that it is.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ def open_source(model: Any, options: SourceOptions | None = None) -> Source:
         A file or directory of any kind that ``docs/sources.md`` lists, a Hugging Face hub id, or
         a model in memory.
     options : SourceOptions | None
-        What else the door needs to know.
+        What else there is to know.
 
     Raises
     ------
@@ -38,13 +38,13 @@ def open_source(model: Any, options: SourceOptions | None = None) -> Source:
     """
     options = options or SourceOptions()
     if isinstance(model, onnx.ModelProto):
-        from sparse_tvm.frontends.onnx_source import OnnxSource
+        from sparse_tvm.frontends.onnx.source import OnnxSource
 
         return OnnxSource(model)
     if not isinstance(model, str | os.PathLike):
         return _open_object(model, options)
     if hub_id := _hub_id(model):
-        from sparse_tvm.frontends.huggingface import HuggingFaceSource
+        from sparse_tvm.frontends.huggingface.source import HuggingFaceSource
 
         return HuggingFaceSource.from_hub(hub_id)
     path = Path(model)
@@ -54,11 +54,11 @@ def open_source(model: Any, options: SourceOptions | None = None) -> Source:
 def _open_object(model: Any, options: SourceOptions) -> Source:
     bases = {f"{base.__module__}.{base.__name__}" for base in type(model).__mro__}
     if "torch.nn.modules.module.Module" in bases:
-        from sparse_tvm.frontends.torch import ModuleSource
+        from sparse_tvm.frontends.torch.source import ModuleSource
 
         return ModuleSource(model, options)
     if any(base.startswith("keras.") and base.endswith(".Model") for base in bases):
-        from sparse_tvm.frontends.keras import KerasSource
+        from sparse_tvm.frontends.tensorflow.keras import KerasSource
 
         return KerasSource.from_model(model)
     raise ModelError(
@@ -69,11 +69,11 @@ def _open_object(model: Any, options: SourceOptions) -> Source:
 
 def _open_directory(path: Path) -> Source:
     if (path / "saved_model.pb").is_file():
-        from sparse_tvm.frontends.tensorflow import SavedModelSource
+        from sparse_tvm.frontends.tensorflow.saved_model import SavedModelSource
 
         return SavedModelSource(path)
     if (path / "config.json").is_file():
-        from sparse_tvm.frontends.huggingface import HuggingFaceSource
+        from sparse_tvm.frontends.huggingface.source import HuggingFaceSource
 
         return HuggingFaceSource(path)
     raise ModelError(
@@ -87,15 +87,15 @@ def _open_file(path: Path, options: SourceOptions) -> Source:
     if head.startswith(b"PK\x03\x04"):
         return _open_zip(path, options)
     if head[4:8] == b"TFL3":
-        from sparse_tvm.frontends.tflite import TfliteSource
+        from sparse_tvm.frontends.tensorflow.tflite import TfliteSource
 
         return TfliteSource(path)
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        from sparse_tvm.frontends.torch import ModuleSource
+        from sparse_tvm.frontends.torch.source import ModuleSource
 
         return ModuleSource.from_pickle(path, options)
     if head[:_MAX_IR_HEADER].startswith(b'{"sparse_tvm_ir":'):
-        from sparse_tvm.frontends.ir import IrSource
+        from sparse_tvm.frontends.ir.source import IrSource
 
         return IrSource(path)
     if head.startswith(b"\x89HDF"):
@@ -108,7 +108,7 @@ def _open_file(path: Path, options: SourceOptions) -> Source:
             f"{path}: not a model: it has weights without a graph",
             hint="give the Hugging Face directory that has config.json beside it",
         )
-    from sparse_tvm.frontends.onnx_source import OnnxSource
+    from sparse_tvm.frontends.onnx.source import OnnxSource
 
     return OnnxSource(path)
 
@@ -127,11 +127,11 @@ def _open_zip(path: Path, options: SourceOptions) -> Source:
     if "serialized_exported_program.json" in names or any(
         name.startswith("models/") and name.endswith(".json") for name in inner | set(names)
     ):
-        from sparse_tvm.frontends.torch import ProgramSource
+        from sparse_tvm.frontends.torch.source import ProgramSource
 
         return ProgramSource(path, options)
     if {"config.json", "model.weights.h5"} <= set(names):
-        from sparse_tvm.frontends.keras import KerasSource
+        from sparse_tvm.frontends.tensorflow.keras import KerasSource
 
         return KerasSource(path, options)
     if any(name.startswith("code/") for name in inner):
@@ -140,10 +140,10 @@ def _open_zip(path: Path, options: SourceOptions) -> Source:
             hint="export the model with torch.export.save",
         )
     if "data.pkl" in inner:
-        from sparse_tvm.frontends.torch import ModuleSource
+        from sparse_tvm.frontends.torch.source import ModuleSource
 
         return ModuleSource.from_pickle(path, options)
-    from sparse_tvm.frontends.onnx_source import OnnxSource
+    from sparse_tvm.frontends.onnx.source import OnnxSource
 
     return OnnxSource(path)  # its reader says what other archives are
 

@@ -1,4 +1,4 @@
-"""What every door opens: a model as ONNX in memory, with its own framework as the reference."""
+"""What every source is: a model as ONNX in memory, with its own framework as the reference."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sparse_tvm.errors import ModelError, OptionError, OutputError
 from sparse_tvm.files import replacing
 
 if TYPE_CHECKING:
+    from sparse_tvm.frontends.importer.model import ImportedModel
     from sparse_tvm.frontends.input_shapes import InputShapes
-    from sparse_tvm.frontends.onnx import ImportedModel
     from sparse_tvm.reference import ReferenceModel
 
 
@@ -78,7 +78,7 @@ class Source(ABC):
         ModelError, OptionError
             When it cannot be read or compiled, or `input_shapes` do not fit.
         """
-        from sparse_tvm.frontends.onnx import import_onnx
+        from sparse_tvm.frontends.importer.model import import_onnx
 
         return import_onnx(self.as_onnx(), input_shapes)
 

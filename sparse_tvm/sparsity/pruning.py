@@ -13,13 +13,12 @@ import numpy as np
 import onnx
 
 from sparse_tvm.errors import ModelError, OptionError
-from sparse_tvm.frontends.detach import as_array, stored_tensors
 from sparse_tvm.frontends.detect import open_source
-from sparse_tvm.frontends.held import find_held
-from sparse_tvm.frontends.onnx_source import OnnxSource
-from sparse_tvm.frontends.read import first_few, read_onnx
-from sparse_tvm.frontends.source import SourceOptions
-from sparse_tvm.frontends.weights import (
+from sparse_tvm.frontends.onnx.detach import as_array, stored_tensors
+from sparse_tvm.frontends.onnx.in_memory import find_array
+from sparse_tvm.frontends.onnx.read import first_few, read_onnx
+from sparse_tvm.frontends.onnx.source import OnnxSource
+from sparse_tvm.frontends.onnx.weights import (
     WeightRef,
     canonical,
     find_weights,
@@ -27,7 +26,8 @@ from sparse_tvm.frontends.weights import (
     replace_data,
     stored,
 )
-from sparse_tvm.frontends.write import weight_bytes, write_onnx
+from sparse_tvm.frontends.onnx.write import weight_bytes, write_onnx
+from sparse_tvm.frontends.source import SourceOptions
 from sparse_tvm.sparsity.analysis import analyse
 from sparse_tvm.sparsity.formats import parse_block, reduce_blocks
 
@@ -357,7 +357,7 @@ def _own_copy(model: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProt
     copy = onnx.ModelProto()
     copy.CopyFrom(checked)
     for _, tensor in stored_tensors(copy.graph):
-        if (array := find_held(tensor)) is not None:
+        if (array := find_array(tensor)) is not None:
             replace_data(tensor, array)
     return copy
 

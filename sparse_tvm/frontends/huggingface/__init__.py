@@ -1,0 +1,1 @@
+"""Hugging Face: directories of a configuration and safetensors."""

@@ -1,0 +1,73 @@
+"""Weights of a Hugging Face directory: dense or compressed safetensors, in one file or many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparse_tvm.errors import ModelError
+from sparse_tvm.frontends.safetensors_file import TensorFile
+from sparse_tvm.sparsity.sources import (
+    bitmask_origin,
+    bitmask_parts,
+    decode_bitmask,
+    find_bitmasks,
+)
+
+
+class Checkpoint:
+    """The weights in a directory.
+
+    Parameters
+    ----------
+    directory : Path
+        With ``*.safetensors``.
+    sparsity_config : Mapping[str, Any]
+        What compressed-tensors wrote in ``config.json``, if it did.
+
+    Raises
+    ------
+    ModelError
+        When there is no safetensors file, or one is damaged.
+    """
+
+    def __init__(self, directory: Path, sparsity_config: Mapping[str, Any]) -> None:
+        self.files = {path: TensorFile(path) for path in sorted(directory.glob("*.safetensors"))}
+        if not self.files:
+            raise ModelError(
+                f"{directory}: has no *.safetensors file", hint=_pickle_hint(directory)
+            )
+        self._format = str(sparsity_config.get("format", ""))
+        self._home = {name: file for file in self.files.values() for name in file.names()}
+        self.compressed = find_bitmasks(set(self._home))
+
+    def names(self) -> set[str]:
+        """Return the names of all weights."""
+        parts = {p for name in self.compressed for p in bitmask_parts(name, set(self._home))}
+        return (set(self._home) - parts) | self.compressed
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Return a weight: mapped, or decoded."""
+        if name not in self.compressed:
+            return self._home[name][name]
+        try:
+            return decode_bitmask(lambda part: self._home[part][part], name)
+        except (ValueError, KeyError) as error:
+            path = self._home[f"{name}.bitmask"].path
+            raise ModelError(f"{path}: compressed weight cannot be decoded: {error}") from error
+
+    def origin(self, name: str) -> str | None:
+        """Tell how a weight is stored, if it is stored sparse."""
+        return bitmask_origin(self[name], self._format) if name in self.compressed else None
+
+
+def _pickle_hint(directory: Path) -> str | None:
+    if any(directory.glob("*.bin")):
+        return (
+            "its weights are pickles (*.bin), which are never opened here: convert them with "
+            "model.save_pretrained(directory, safe_serialization=True)"
+        )
+    return "weights are read from safetensors files"

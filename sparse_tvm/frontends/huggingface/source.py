@@ -1,0 +1,348 @@
+"""Hugging Face as a source: a local model directory, or a hub id where there is network."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from sparse_tvm.collection import without_collection
+from sparse_tvm.errors import ModelError, OutputError
+from sparse_tvm.frontends.detect import read_json
+from sparse_tvm.frontends.huggingface.checkpoint import Checkpoint
+from sparse_tvm.frontends.onnx.in_memory import InMemoryTensors
+from sparse_tvm.frontends.onnx.read import first_few, one_line
+from sparse_tvm.frontends.source import Source, require
+from sparse_tvm.frontends.torch.export import quiet, to_onnx
+from sparse_tvm.frontends.torch.source import export, output_names
+from sparse_tvm.reference import ReferenceModel
+
+_COMPANIONS = (
+    "added_tokens.json",
+    "bpe.codes",
+    "config.json",
+    "config_sentence_transformers.json",
+    "merges.txt",
+    "modules.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentence_bert_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "1_Pooling/config.json",
+    "2_Normalize/config.json",
+)
+_EXAMPLE_BATCH, _EXAMPLE_SEQUENCE = 2, 16
+_WRAPPED = "model."
+
+
+class HuggingFaceSource(Source):
+    """A directory with ``config.json`` and safetensors."""
+
+    kind = "Hugging Face model"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), path)
+        self._directory = path
+        self._arrays = InMemoryTensors()
+
+    @classmethod
+    def from_hub(cls, hub_id: str) -> HuggingFaceSource:
+        """Download a model, or find it in the hub's cache.
+
+        Raises
+        ------
+        ModelError
+            When there is no network, or no such model.
+        """
+        hub = require("huggingface_hub", "huggingface", hub_id)
+        patterns = ["*.safetensors", "*.safetensors.index.json", *_COMPANIONS]
+        try:
+            return cls(Path(hub.snapshot_download(hub_id, allow_patterns=patterns)))
+        except Exception as error:
+            raise ModelError(
+                f"{hub_id}: no such file or directory, and it cannot be downloaded from the "
+                f"Hugging Face hub: {one_line(error, 160)}",
+                hint="give a local directory, or check the name and the network",
+            ) from error
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The contents of ``config.json``."""
+        return read_json(self._directory / "config.json")
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The weights as they are stored."""
+        quantisation = self.config.get("quantization_config") or {}
+        compression = self.config.get("compression_config") or {}
+        if quantisation.get("quant_method", "compressed-tensors") != "compressed-tensors" or (
+            quantisation.get("config_groups") or compression.get("config_groups")
+        ):
+            raise ModelError(
+                f"{self.name}: quantised models are not supported: quant_method "
+                f"{quantisation.get('quant_method', 'compressed-tensors')}",
+                hint="give the float32 model",
+            )
+        sparsity = (
+            quantisation.get("sparsity_config")
+            or compression.get("sparsity_config")
+            or self.config.get("sparsity_config")
+            or {}
+        )
+        return Checkpoint(self._directory, sparsity)
+
+    @cached_property
+    def model(self) -> Any:
+        """The transformers model with the head that ``config.json`` names, in float32."""
+        with quiet(), without_collection():
+            transformers = require("transformers", "huggingface", self.name)
+            torch = require("torch", "huggingface", self.name)
+            head = self._head(transformers)
+        checkpoint = self.checkpoint
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            with quiet(), without_collection():
+                config = transformers.AutoConfig.from_pretrained(
+                    self._directory, local_files_only=True, trust_remote_code=False
+                )
+                weights: dict[str, Any] = {"local_files_only": True}
+                where: Path | None = self._directory
+                if checkpoint.compressed:
+                    config = head.config_class.from_dict(_without_compression(config.to_dict()))
+                    where = None
+                    weights = {
+                        "state_dict": {
+                            name: torch.from_numpy(np.array(checkpoint[name], np.float32))
+                            for name in checkpoint.names()
+                        }
+                    }
+                model, loading = head.from_pretrained(
+                    where,
+                    config=config,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    **weights,
+                )
+        except Exception as error:
+            raise ModelError(
+                f"{self.name}: transformers {transformers.__version__} cannot load it: "
+                f"{one_line(error)}"
+            ) from error
+        if missing := sorted(loading["missing_keys"]):
+            raise ModelError(
+                f"{self.name}: {len(missing)} weights of {head.__name__} are missing: "
+                f"{first_few(missing)}",
+                hint="the checkpoint must have the head that config.json names in architectures",
+            )
+        return model.eval()
+
+    def _head(self, transformers: Any) -> Any:
+        names = self.config.get("architectures") or []
+        head = getattr(transformers, names[0], None) if names else None
+        if head is None:
+            raise ModelError(
+                f"{self.name}: config.json names "
+                + (f"the unknown architecture {names[0]}" if names else "no architecture"),
+                hint=f"transformers {transformers.__version__} is installed; models with code of "
+                "their own are not supported",
+            )
+        return head
+
+    @cached_property
+    def _program(self) -> Any:
+        wrapper, examples, dynamic = _wrap(self.model, self.name)
+        return export(wrapper, (), examples, dynamic_shapes=dynamic)
+
+    @cached_property
+    def _onnx(self) -> onnx.ModelProto:
+        names = output_names(self._program)
+        return to_onnx(self._program, self.name, names, {}, self._arrays, strip=_WRAPPED)
+
+    def as_onnx(self) -> onnx.ModelProto:
+        """See `Source.as_onnx`."""
+        return self._onnx
+
+    def origins(self) -> Mapping[str, str]:
+        """See `Source.origins`."""
+        stored = self._stored_names()
+        found = {name: self.checkpoint.origin(key) for name, key in stored.items()}
+        return {name: origin for name, origin in found.items() if origin}
+
+    def _stored_names(self) -> dict[str, str]:
+        """Match the model's names to the checkpoint's, which may lack the base model's prefix."""
+        stored = self.checkpoint.names()
+        prefix = f"{self.model.base_model_prefix}."
+        names = {}
+        for tensor in self.as_onnx().graph.initializer:
+            for key in (tensor.name, tensor.name.removeprefix(prefix), prefix + tensor.name):
+                if key in stored:
+                    names[tensor.name] = key
+                    break
+        return names
+
+    def companions(self) -> list[Path]:
+        """Return the tokenizer's files."""
+        return [Path(name) for name in _COMPANIONS if (self._directory / name).is_file()]
+
+    def reference(self, threads: int) -> ReferenceModel:
+        """Return the model in transformers."""
+        return TransformersReference(self.model, self._program, threads)
+
+    def write_pruned(self, weights: Mapping[str, np.ndarray], output: Path) -> None:
+        """Write a directory, with tokenizer and all, and the pruned weights in safetensors."""
+        import torch
+
+        if output.exists() and output.samefile(self._directory):
+            raise OutputError(f"cannot write {output}: it is the model's own directory")
+        state = self.model.state_dict()
+        with quiet():
+            pruned = {n: torch.from_numpy(np.array(values)) for n, values in weights.items()}
+            self.model.load_state_dict({**state, **pruned})
+            try:
+                # It undoes the renaming of weights that loading does.
+                self.model.save_pretrained(output)
+                self._copy_others(output)
+            except OSError as error:
+                raise OutputError(f"cannot write {output}: {error.strerror or error}") from error
+
+    def _copy_others(self, output: Path) -> None:
+        """Copy what is neither weights nor written already: the tokenizer, the model card."""
+        for path in self._directory.rglob("*"):
+            target = output / path.relative_to(self._directory)
+            hidden = any(part.startswith(".") for part in target.relative_to(output).parts)
+            if path.is_file() and not (hidden or target.exists()) and not _is_weights(path):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+
+
+class TransformersReference(ReferenceModel):
+    """A model in transformers, called as its documentation says."""
+
+    engine = "transformers"
+
+    def __init__(self, model: Any, program: Any, threads: int) -> None:
+        import torch
+        import transformers
+
+        self.version = transformers.__version__
+        self.inputs = list(program.graph_signature.user_inputs)
+        self.outputs = output_names(program)
+        self._model = model
+        torch.set_num_threads(threads)
+
+    def run(
+        self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """See `ReferenceModel.run`."""
+        import torch
+
+        tensors = {name: torch.from_numpy(np.array(inputs[name])) for name in self.inputs}
+        with torch.no_grad():
+            found = self._model(**tensors, **_call_options(self._model))
+        names = self.outputs if outputs is None else list(outputs)
+        return {name: found[name].numpy() for name in names}
+
+
+def _is_weights(path: Path) -> bool:
+    return path.suffix in (".safetensors", ".bin", ".h5", ".msgpack") or path.name.endswith(
+        (".safetensors.index.json", ".bin.index.json")
+    )
+
+
+def _without_compression(config: dict[str, Any]) -> dict[str, Any]:
+    dropped = ("quantization_config", "compression_config", "sparsity_config")
+    return {key: value for key, value in config.items() if key not in dropped}
+
+
+def _wrap(model: Any, name: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Return a module to trace, example inputs, and which of their dimensions are symbolic.
+
+    Attention masks come in as the tokenizer makes them and reach the model as what they become
+    there anyway: the general code that transformers has for that traces to much slower programs.
+    """
+    import torch
+
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name}: {type(model).__name__} has an encoder and a decoder",
+            hint="encoders can be compiled: text encoders and image models",
+        )
+    dynamic = torch.export.Dim.DYNAMIC
+    options = _call_options(model)
+    causal = any(getattr(module, "is_causal", False) for module in model.modules())
+
+    class Pixels(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values: Any) -> dict[str, Any]:
+            return _tensors(self.model(pixel_values=pixel_values, **options))
+
+    class Tokens(Pixels):
+        def forward(  # type: ignore[override]
+            self, input_ids: Any, attention_mask: Any, token_type_ids: Any = None
+        ) -> dict[str, Any]:
+            mask = attention_mask if causal else _additive(attention_mask)
+            segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+            return _tensors(
+                self.model(input_ids=input_ids, attention_mask=mask, **segments, **options)
+            )
+
+    if model.main_input_name == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        channels = getattr(config, "num_channels", 3)
+        pixels = torch.zeros(_EXAMPLE_BATCH, channels, height, width)
+        return Pixels().eval(), {"pixel_values": pixels}, {"pixel_values": {0: dynamic}}
+    if model.main_input_name != "input_ids":
+        raise ModelError(
+            f"{name}: {type(model).__name__} takes {model.main_input_name}",
+            hint="text encoders (input_ids) and image models (pixel_values) can be compiled",
+        )
+    shape = (_EXAMPLE_BATCH, _EXAMPLE_SEQUENCE)
+    names = ["input_ids", "attention_mask"]
+    if getattr(config, "type_vocab_size", 0) > 1 and _takes(model, "token_type_ids"):
+        names.append("token_type_ids")
+    examples = {key: torch.ones(shape, dtype=torch.int64) for key in names}
+    return Tokens().eval(), examples, {key: {0: dynamic, 1: dynamic} for key in names}
+
+
+def _additive(attention_mask: Any) -> Any:
+    """Return what is added to attention scores: 0 where a token counts, else a huge negative."""
+    import torch
+
+    lowest = torch.finfo(torch.float32).min
+    return (1.0 - attention_mask[:, None, None, :].to(torch.float32)) * lowest
+
+
+def _takes(model: Any, name: str) -> bool:
+    import inspect
+
+    return name in inspect.signature(model.forward).parameters
+
+
+def _call_options(model: Any) -> dict[str, Any]:
+    options: dict[str, Any] = {"return_dict": True}
+    if _takes(model, "use_cache"):
+        options["use_cache"] = False
+    return options
+
+
+def _tensors(outputs: Any) -> dict[str, Any]:
+    import torch
+
+    return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}

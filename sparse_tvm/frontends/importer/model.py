@@ -1,0 +1,280 @@
+"""Import an ONNX model into TVM's Relax, with its weights kept beside the program."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+
+import numpy as np
+import onnx
+import tvm
+from tvm import relax
+
+from sparse_tvm.errors import ModelError, OptionError
+from sparse_tvm.frontends.importer.graph import SUPPORTED_OPS, Importer, SameSize
+from sparse_tvm.frontends.importer.input_ranges import Range, input_ranges
+from sparse_tvm.frontends.importer.sizes import as_text
+from sparse_tvm.frontends.input_shapes import InputShapes, Shapes, choose_shapes
+from sparse_tvm.frontends.onnx.detach import as_array
+from sparse_tvm.frontends.onnx.read import CONTRIB_DOMAIN, describe, first_few, one_line, read_onnx
+from sparse_tvm.frontends.onnx.simplify import input_specs, set_input_shapes, simplify
+from sparse_tvm.frontends.onnx.weights import find_weights
+from sparse_tvm.spec import TensorSpec
+
+_SUPPORTED_CONTRIB_OPS = {
+    "BiasGelu",
+    "EmbedLayerNormalization",
+    "FastGelu",
+    "SkipLayerNormalization",
+}
+
+# The ONNX standard defines these by other operators, and TVM does not know them (its Attention
+# is ONNX Runtime's, another operator).
+_EXPANDED_OPS = {"Attention", "Celu", "RotaryEmbedding", "SwiGLU", "Swish"}
+
+# TVM imports these, but what comes of it cannot be compiled here.
+_UNSUPPORTED_OPS = {
+    "control flow": {"If", "Loop", "Scan"},
+    "a sequence or an optional": {
+        "ConcatFromSequence",
+        "Optional",
+        "OptionalGetElement",
+        "OptionalHasElement",
+        "SequenceAt",
+        "SequenceConstruct",
+        "SequenceEmpty",
+        "SequenceErase",
+        "SequenceInsert",
+        "SequenceLength",
+        "SplitToSequence",
+    },
+    "an output whose shape depends on data": {
+        "AllClassNMS",
+        "Compress",
+        "NonMaxSuppression",
+        "NonZero",
+        "Unique",
+    },
+}
+_REASONS = {op: reason for reason, ops in _UNSUPPORTED_OPS.items() for op in ops}
+
+
+@dataclass
+class ImportedModel:
+    """A model as a Relax program and its weights.
+
+    Parameters
+    ----------
+    module : tvm.IRModule
+        ``main(inputs..., weights...)``; its attribute ``num_input`` counts the inputs, and
+        ``tir_var_upper_bound`` holds the largest sizes of symbolic dimensions, where there are.
+        All shapes are known, as expressions of the inputs' symbolic dimensions. It returns a
+        bare tensor when the model has one output, else a tuple.
+    weights : dict[str, np.ndarray]
+        Read-only arrays by parameter name, in the order of the parameters.
+    inputs, outputs : list[TensorSpec]
+        With the model's names, in the model's order. Symbolic dimensions have names, sizes
+        computed from them are expressions: ``"sequence + 1"``.
+    layers : dict[str, str]
+        Names of layers by the parameter that is their weight.
+    source : path or onnx.ModelProto
+        What the model was imported from.
+    bounds : dict[str, tuple[int, int]]
+        Smallest and largest size of those symbolic dimensions that are bounded.
+    """
+
+    module: tvm.IRModule
+    weights: dict[str, np.ndarray]
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    layers: dict[str, str]
+    source: str | os.PathLike[str] | onnx.ModelProto
+    bounds: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def import_onnx(
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    input_shapes: InputShapes | None = None,
+) -> ImportedModel:
+    """Read, simplify and import a model.
+
+    Parameters
+    ----------
+    model : path or onnx.ModelProto
+        A float32 model.
+    input_shapes : InputShapes | None
+        Shapes of inputs by name, to fix symbolic dimensions, name or bound them.
+
+    Raises
+    ------
+    ModelError
+        When the model cannot be read or holds operators that cannot be compiled (all are
+        named).
+    OptionError
+        When `input_shapes` does not fit the model.
+    """
+    proto = read_onnx(model, mapped=True)
+    try:
+        return _import(proto, input_shapes, source=model)
+    except ModelError as error:
+        message = f"{describe(model)}: {error.message}"
+        raise ModelError(message, hint=error.hint) from error.__cause__
+
+
+def _import(
+    proto: onnx.ModelProto,
+    input_shapes: InputShapes | None,
+    source: str | os.PathLike[str] | onnx.ModelProto,
+) -> ImportedModel:
+    shapes = choose_shapes(input_specs(proto), input_shapes or {})
+    program, tensors = simplify(proto, shapes.specs, definitions=_EXPANDED_OPS)
+    _check_operators(program)
+    module, ranges = _import_program(program, shapes)
+    return ImportedModel(
+        module=module,
+        weights={name: as_array(tensor) for name, tensor in tensors.items()},
+        inputs=[replace(spec, values=ranges.get(spec.name)) for spec in shapes.specs],
+        outputs=_output_specs(module, program),
+        layers=_layers(proto, program, tensors),
+        source=source,
+        bounds=shapes.bounds,
+    )
+
+
+def _check_operators(program: onnx.ModelProto) -> None:
+    """Refuse a model that holds operators that cannot be compiled, and name them all."""
+    refused: dict[str, list[str]] = {}
+    for node in program.graph.node:
+        known = _SUPPORTED_CONTRIB_OPS if node.domain == CONTRIB_DOMAIN else SUPPORTED_OPS
+        if node.op_type not in known or node.op_type in _REASONS:
+            op = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+            refused.setdefault(op, []).append(node.name or node.output[0])
+    if refused:
+        found = [
+            f"{op} ({_REASONS[op] + '; ' if op in _REASONS else ''}node {first_few(nodes)})"
+            for op, nodes in refused.items()
+        ]
+        raise ModelError(f"operators that cannot be compiled: {', '.join(found)}")
+
+
+def _import_program(
+    program: onnx.ModelProto, shapes: Shapes
+) -> tuple[tvm.IRModule, dict[str, Range]]:
+    """Translate the graph, whose last inputs are the weights, and find its inputs' ranges.
+
+    Symbolic dimensions that an operator demands to be the same become one in `shapes`, and what
+    the graph demands of them is added to its bounds.
+    """
+    given = dict(shapes.bounds)
+    while True:
+        set_input_shapes(program, shapes.specs)
+        importer = Importer(shapes.bounds)
+        try:
+            module = _translate(program, importer)
+        except SameSize as same:
+            shapes.merge(*same.names)
+            continue
+        ranges = input_ranges(program.graph, importer)
+        _check_bounds(given, shapes)
+        main = module["main"].with_attr("num_input", len(shapes.specs))
+        module["main"] = main.with_attrs(_bound_attributes(shapes))
+        module = relax.transform.EliminateCommonSubexpr()(module)
+        module = relax.transform.DeadCodeElimination()(module)
+        if _has_constant_calls(module):
+            module = relax.transform.FoldConstant()(module)
+        return module, ranges
+
+
+def _translate(program: onnx.ModelProto, importer: Importer) -> tvm.IRModule:
+    opset = next(entry.version for entry in program.opset_import if entry.domain in ("", "ai.onnx"))
+    try:
+        # It prints the operator that failed.
+        with contextlib.redirect_stdout(io.StringIO()):
+            return importer.from_onnx(program.graph, opset)
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            importer.bb._end_block()  # or TVM prints that it is open
+        if isinstance(error, SameSize):
+            raise
+        node = _failing_node(error.__traceback__)
+        what = f"node {node.name or node.output[0]} ({node.op_type})" if node else "the graph"
+        raise ModelError(f"TVM cannot import {what}: {one_line(error)}") from error
+
+
+def _check_bounds(given: Mapping[str, tuple[int, int]], shapes: Shapes) -> None:
+    """Refuse sizes that the user wants but the model does not allow."""
+    for name, (_, wanted) in given.items():
+        _, largest = shapes.bounds.get(name, (1, wanted))
+        if wanted > largest:
+            raise OptionError(
+                f"--input-shape has {name} up to {wanted}, but the model allows at most {largest}"
+            )
+
+
+def _bound_attributes(shapes: Shapes) -> dict[str, dict[str, int]]:
+    """Return the bounds of dimensions as TVM's memory planner reads them."""
+    if not shapes.bounds:
+        return {}
+    return {
+        "tir_var_lower_bound": {name: low for name, (low, _) in shapes.bounds.items()},
+        "tir_var_upper_bound": {name: high for name, (_, high) in shapes.bounds.items()},
+    }
+
+
+def _has_constant_calls(module: tvm.IRModule) -> bool:
+    found = False
+
+    def visit(expr: relax.Expr) -> None:
+        nonlocal found
+        if isinstance(expr, relax.Call) and expr.args:
+            found |= all(isinstance(arg, tvm.ir.GenericConst) for arg in expr.args)
+
+    relax.analysis.post_order_visit(module["main"].body, visit)
+    return found
+
+
+def _failing_node(traceback: TracebackType | None) -> onnx.NodeProto | None:
+    """Find the node that the importer was at when it raised."""
+    frames = []
+    while traceback is not None:
+        frames.append(traceback.tb_frame)
+        traceback = traceback.tb_next
+    nodes = [f.f_locals.get("node") for f in frames if f.f_code.co_name == "_construct_nodes"]
+    return next((node for node in nodes if isinstance(node, onnx.NodeProto)), None)
+
+
+def _output_specs(module: tvm.IRModule, program: onnx.ModelProto) -> list[TensorSpec]:
+    """Return the outputs with the shapes that the program gives them."""
+    result = module["main"].ret_ty
+    types = result.fields if isinstance(result, relax.TupleType) else [result]
+    return [
+        TensorSpec(
+            value.name,
+            str(type_.dtype),
+            tuple(as_text(size) for size in type_.shape.values),
+        )
+        for value, type_ in zip(program.graph.output, types, strict=True)
+    ]
+
+
+def _layers(
+    model: onnx.ModelProto, program: onnx.ModelProto, weights: Mapping[str, onnx.TensorProto]
+) -> dict[str, str]:
+    """Name the layers as in the model that was read, whatever became of their weights."""
+    by_tensor: dict[str, str] = {}
+    by_node: dict[str, str] = {}
+    for ref in find_weights(model):
+        by_tensor[ref.initializer] = ref.layer
+        by_node |= dict.fromkeys(ref.nodes, ref.layer)
+    layers = {name: by_tensor[name] for name in weights if name in by_tensor}
+    for node in program.graph.node:
+        # A node without a name went by its output, and simplification may have named it.
+        layer = by_node.get(node.name) or by_node.get(node.output[0])
+        for name in node.input[1:2]:
+            if layer and name in weights:
+                layers.setdefault(name, layer)
+    return layers

@@ -1,0 +1,1 @@
+"""Imported modules that were saved, with their weights beside them."""

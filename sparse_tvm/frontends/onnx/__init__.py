@@ -1,0 +1,1 @@
+"""ONNX: files and models in memory, read, checked, simplified and written."""

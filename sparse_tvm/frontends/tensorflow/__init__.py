@@ -1,0 +1,1 @@
+"""TensorFlow: SavedModel, Keras and TensorFlow Lite."""

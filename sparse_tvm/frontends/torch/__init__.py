@@ -1,0 +1,1 @@
+"""PyTorch: exported programs, modules, and (if asked) their pickles."""
