@@ -37,8 +37,8 @@ from sparse_tvm.passes.graph import (
 )
 from sparse_tvm.passes.program import LayerReport, Program
 from sparse_tvm.schedules.cpu.conv2d import Conv2d, tiling_of
-from sparse_tvm.schedules.cpu.lane_tiles import Simd
 from sparse_tvm.schedules.cpu.matmul import WeightLayout
+from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.sparsity.analysis import analyse
 from sparse_tvm.targets import Target
 

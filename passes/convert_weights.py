@@ -15,8 +15,8 @@ import numpy as np
 
 from sparse_tvm.errors import OptionError
 from sparse_tvm.schedules.cpu.cost import dense_rows, matmul_cycles, part_counts
-from sparse_tvm.schedules.cpu.lane_tiles import Simd
 from sparse_tvm.schedules.cpu.matmul import JOBS_PER_GROUP, WeightLayout
+from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.sparsity.analysis import Structure
 from sparse_tvm.sparsity.formats import BSR, occupied_blocks, parse_block
 from sparse_tvm.targets import Target

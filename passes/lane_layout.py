@@ -30,7 +30,7 @@ from sparse_tvm.passes.graph import (
     shape_of,
 )
 from sparse_tvm.passes.program import Program
-from sparse_tvm.schedules.cpu.lane_tiles import LANES, tiles_of
+from sparse_tvm.schedules.cpu.simd import LANES, tiles_of
 
 _UNARY = {
     f"relax.{name}"

@@ -17,10 +17,11 @@ from sparse_tvm.passes.program import Program
 from sparse_tvm.schedules.cpu.attention import Mask, attention
 from sparse_tvm.schedules.cpu.batch_matmul import Operand, batch_matmul
 from sparse_tvm.schedules.cpu.conv2d import Conv2d, conv2d, depthwise_conv2d
-from sparse_tvm.schedules.cpu.lane_tiles import Simd, Tiles, symbol
+from sparse_tvm.schedules.cpu.lane_tiles import Tiles, symbol
 from sparse_tvm.schedules.cpu.matmul import WeightLayout, matmul
 from sparse_tvm.schedules.cpu.normalize import layer_norm
 from sparse_tvm.schedules.cpu.pack import pack, unpack
+from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.targets import Target
 
 KERNEL_ATTRIBUTE = "sparse_tvm.kernel"

@@ -12,7 +12,7 @@ from tvm import s_tir, tirx
 from sparse_tvm.passes.lower_kernels import KERNEL_ATTRIBUTE
 from sparse_tvm.passes.program import Program
 from sparse_tvm.schedules.cpu.generic import schedule_generic
-from sparse_tvm.schedules.cpu.lane_tiles import Simd
+from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.targets import Target
 
 

@@ -21,8 +21,8 @@ from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.cli.tables import plain_table
 from sparse_tvm.cpu import cpu_model, host_features
 from sparse_tvm.schedules.cpu.cost import dense_rows, matmul_cycles, part_counts
-from sparse_tvm.schedules.cpu.lane_tiles import LANES
 from sparse_tvm.schedules.cpu.matmul import WeightLayout
+from sparse_tvm.schedules.cpu.simd import LANES
 from sparse_tvm.sparsity.formats import occupied_blocks
 from sparse_tvm.targets import TARGETS, Target
 

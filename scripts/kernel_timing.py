@@ -14,8 +14,9 @@ runtime()  # sets the other defaults of the thread pool, before TVM loads
 
 from sparse_tvm.machine import Kernel, build  # noqa: E402
 from sparse_tvm.passes.convert_weights import split_arrays  # noqa: E402
-from sparse_tvm.schedules.cpu.lane_tiles import LANES, Simd, Tiles  # noqa: E402
+from sparse_tvm.schedules.cpu.lane_tiles import Tiles  # noqa: E402
 from sparse_tvm.schedules.cpu.matmul import WeightLayout, matmul  # noqa: E402
+from sparse_tvm.schedules.cpu.simd import LANES, Simd  # noqa: E402
 from sparse_tvm.sparsity.pruning import prune_array  # noqa: E402
 from sparse_tvm.targets import Target  # noqa: E402
 

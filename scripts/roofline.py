@@ -25,9 +25,10 @@ from sparse_tvm.machine import ROW_BYTES, Kernel, Machine, build
 from sparse_tvm.passes.convert_weights import FormatOptions, choose
 from sparse_tvm.report.tables import human_bytes
 from sparse_tvm.schedules.cpu.attention import attention
-from sparse_tvm.schedules.cpu.lane_tiles import LANES, Tiles
-from sparse_tvm.schedules.cpu.matmul import WeightLayout, group_limit
+from sparse_tvm.schedules.cpu.lane_tiles import Tiles
+from sparse_tvm.schedules.cpu.matmul import WeightLayout
 from sparse_tvm.schedules.cpu.normalize import layer_norm
+from sparse_tvm.schedules.cpu.simd import LANES, group_limit
 from sparse_tvm.sparsity.analysis import analyse
 from sparse_tvm.targets import get_target
 

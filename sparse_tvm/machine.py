@@ -105,7 +105,7 @@ class Machine:
     """What this machine can do; every figure is measured once."""
 
     def __init__(self, target: Target) -> None:
-        from sparse_tvm.schedules.cpu.lane_tiles import Simd
+        from sparse_tvm.schedules.cpu.simd import Simd
 
         self.target, self.simd = target, Simd(target.lanes, target.registers)
         self.flops = cache(self._flops)

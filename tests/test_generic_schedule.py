@@ -131,7 +131,7 @@ def test_values_read_often_do_not_grow():
 def test_vectors_are_used():
     """A reduction along rows of odd length is no scalar loop."""
     from sparse_tvm.schedules.cpu.generic import schedule_generic
-    from sparse_tvm.schedules.cpu.lane_tiles import Simd
+    from sparse_tvm.schedules.cpu.simd import Simd
 
     x = tvm.te.placeholder((5, 37), name="x")
     k = tvm.te.reduce_axis((0, 37))

@@ -17,11 +17,9 @@ from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.cpu import vector_math
 from sparse_tvm.schedules.cpu.lane_tiles import (
-    LANES,
     Buffer,
     Expr,
     Registers,
-    Simd,
     Tiles,
     TileVectors,
     argument,
@@ -34,6 +32,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     symbol,
     zero,
 )
+from sparse_tvm.schedules.cpu.simd import LANES, Simd
 
 _LOWEST = float(np.finfo(np.float32).min)
 _KEY_BLOCK = 8

@@ -17,7 +17,6 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
     Registers,
-    Simd,
     argument,
     prim_func,
     ramp,
@@ -25,7 +24,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     span,
     zero,
 )
-from sparse_tvm.schedules.cpu.matmul import group_limit
+from sparse_tvm.schedules.cpu.simd import Simd, group_limit
 
 _FEW_ROWS = 4
 _BLOCKS_PER_JOB = 16

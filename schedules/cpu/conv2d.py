@@ -21,7 +21,6 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
     Registers,
-    Simd,
     argument,
     prim_func,
     ramp,
@@ -30,7 +29,8 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     symbol,
     zero,
 )
-from sparse_tvm.schedules.cpu.matmul import WeightLayout, group_limit
+from sparse_tvm.schedules.cpu.matmul import WeightLayout
+from sparse_tvm.schedules.cpu.simd import Simd, group_limit
 from sparse_tvm.schedules.cpu.vector_math import ACTIVATIONS, constant, lanes_of
 
 _ENOUGH_JOBS = 16

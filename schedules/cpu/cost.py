@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparse_tvm.schedules.cpu.lane_tiles import LANES, Simd
-from sparse_tvm.schedules.cpu.matmul import WeightLayout, group_limit
+from sparse_tvm.schedules.cpu.matmul import WeightLayout
+from sparse_tvm.schedules.cpu.simd import LANES, Simd, group_limit
 from sparse_tvm.targets import Target
 
 _TILES = 8

@@ -23,8 +23,8 @@ from tvm import s_tir, tirx
 from tvm.ir import Expr, TensorLoad
 from tvm_ffi import structural_equal, structural_walk
 
-from sparse_tvm.schedules.cpu.lane_tiles import Simd
 from sparse_tvm.schedules.cpu.loops import vectorise_innermost
+from sparse_tvm.schedules.cpu.simd import Simd
 
 _WORTH_PARALLEL = 1 << 14
 """Iterations below which starting threads costs more than it saves."""

@@ -21,44 +21,12 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from sparse_tvm.schedules.cpu.simd import LANES, Simd
+
 Expr = Any
 """A TIR expression or a Python number."""
 
 Buffer = Any
-
-LANES = 16
-"""Rows per tile: 16 float32 are one cache line."""
-
-
-@dataclass(frozen=True)
-class Simd:
-    """What a kernel needs to know of a CPU's vector unit.
-
-    Attributes
-    ----------
-    lanes : int
-        float32 elements in one vector register (8 for AVX2, 16 for AVX-512).
-    registers : int
-        Architectural vector registers (16 for AVX2, 32 for AVX-512).
-    """
-
-    lanes: int
-    registers: int
-
-    @property
-    def accumulators(self) -> int:
-        """Registers an inner loop may keep sums in, leaving some for its operands."""
-        return self.registers - max(4, self.registers // 4)
-
-    @property
-    def per_tile(self) -> int:
-        """Vectors in one tile."""
-        return LANES // self.lanes
-
-
-def tiles_of(rows: Expr) -> Expr:
-    """Tiles that hold this many rows."""
-    return (rows + (LANES - 1)) // LANES
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from tvm.ir import TensorLoad
 from tvm.sym import Analyzer
 from tvm_ffi import structural_map, structural_walk
 
-from sparse_tvm.schedules.cpu.lane_tiles import Expr, Simd
+from sparse_tvm.schedules.cpu.lane_tiles import Expr
+from sparse_tvm.schedules.cpu.simd import Simd
 
 _Stmt = Any
 _ANALYZER = Analyzer()

@@ -22,11 +22,9 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.cpu.lane_tiles import (
-    LANES,
     Buffer,
     Expr,
     Registers,
-    Simd,
     Tiles,
     TileVectors,
     argument,
@@ -39,13 +37,11 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     symbol,
     zero,
 )
+from sparse_tvm.schedules.cpu.simd import LANES, Simd, group_limit
 from sparse_tvm.schedules.cpu.vector_math import ACTIVATIONS
 
 JOBS_PER_GROUP = 16
 """Row partitions per group of tiles: enough to balance up to sixteen threads on one group."""
-
-MAX_GROUP = 4
-"""Tiles whose accumulators share a pass over W: enough to reuse each weight 64 times."""
 
 _PREFETCH_BYTES = 4096
 """How far ahead of its use a weight is asked for: the CPU's own prefetchers stop at each page."""
@@ -77,11 +73,6 @@ class WeightLayout:
     def index_dtype(self, k_in: int) -> str:
         """Type of the column indices: the smaller, the less streams from memory."""
         return "uint16" if k_in <= 1 << 16 else "int32"
-
-
-def group_limit(rows: int, simd: Simd) -> int:
-    """Tiles per group whose accumulators fit into the registers beside each other."""
-    return max(1, min(MAX_GROUP, simd.accumulators // (rows * simd.per_tile)))
 
 
 def matmul(

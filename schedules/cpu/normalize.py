@@ -10,7 +10,6 @@ from tvm.script.ir_builder import tirx as T
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Expr,
     Registers,
-    Simd,
     Tiles,
     argument,
     prim_func,
@@ -18,6 +17,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     splat,
     zero,
 )
+from sparse_tvm.schedules.cpu.simd import Simd
 
 _UNROLL = 4
 """Partial sums per lane: hides the latency of the additions."""

@@ -11,15 +11,8 @@ from collections.abc import Callable
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from sparse_tvm.schedules.cpu.lane_tiles import (
-    LANES,
-    Expr,
-    argument,
-    prim_func,
-    scalar,
-    symbol,
-    tiles_of,
-)
+from sparse_tvm.schedules.cpu.lane_tiles import Expr, argument, prim_func, scalar, symbol
+from sparse_tvm.schedules.cpu.simd import LANES, tiles_of
 
 _SQUARE = 16
 """Features moved at a time: one 64-byte cache line."""

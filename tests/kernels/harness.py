@@ -14,7 +14,8 @@ from tvm import tirx
 
 from sparse_tvm.cpu import host_features
 from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
-from sparse_tvm.schedules.cpu.lane_tiles import LANES, Simd, Tiles, symbol
+from sparse_tvm.schedules.cpu.lane_tiles import Tiles, symbol
+from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.targets import TARGETS, Target
 from sparse_tvm.vm import _set_pool
 

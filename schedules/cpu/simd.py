@@ -1,0 +1,52 @@
+"""A CPU's vector registers, and how many tiles of tokens share a pass over a weight.
+
+Needs no TVM: kernels, families and the cost model ask here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+LANES = 16
+"""Rows per tile: 16 float32 are one cache line."""
+
+
+@dataclass(frozen=True)
+class Simd:
+    """What a kernel needs to know of a CPU's vector unit.
+
+    Attributes
+    ----------
+    lanes : int
+        float32 elements in one vector register (8 for AVX2, 16 for AVX-512).
+    registers : int
+        Architectural vector registers (16 for AVX2, 32 for AVX-512).
+    """
+
+    lanes: int
+    registers: int
+
+    @property
+    def accumulators(self) -> int:
+        """Registers an inner loop may keep sums in, leaving some for its operands."""
+        return self.registers - max(4, self.registers // 4)
+
+    @property
+    def per_tile(self) -> int:
+        """Vectors in one tile."""
+        return LANES // self.lanes
+
+
+def tiles_of(rows: Any) -> Any:
+    """Tiles that hold this many rows."""
+    return (rows + (LANES - 1)) // LANES
+
+
+MAX_GROUP = 4
+"""Tiles whose accumulators share a pass over W: enough to reuse each weight 64 times."""
+
+
+def group_limit(rows: int, simd: Simd) -> int:
+    """Tiles per group whose accumulators fit into the registers beside each other."""
+    return max(1, min(MAX_GROUP, simd.accumulators // (rows * simd.per_tile)))
