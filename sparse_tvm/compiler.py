@@ -201,7 +201,7 @@ def compile(
     with replacing(output) as unverified:
         with phases("link"), tempfile.TemporaryDirectory() as directory:
             library = Path(directory) / "library.so"
-            executable.export_library(str(library), fcompile=fcompile)
+            executable.export_library(str(library), fcompile=fcompile, triple=chosen_target.triple)
             write_artifact(unverified, library, program.weights, manifest)
         if verify:
             with phases("verify"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from pathlib import Path
@@ -33,11 +34,27 @@ _LLVM_NAMES = {  # Linux's name -> LLVM's, where they differ
     "sha_ni": "sha",
     "sse4_1": "sse4.1",
     "sse4_2": "sse4.2",
-    # aarch64
-    "asimd": "neon",
-    "asimddp": "dotprod",
-    "asimdhp": "fullfp16",
-    "crc32": "crc",
+}
+_ARM_BITS = {  # of what the kernel tells a process: by word, LLVM's names
+    16: {  # AT_HWCAP
+        "neon": 1,
+        "aes": 3,
+        "sha2": 6,
+        "crc": 7,
+        "lse": 8,
+        "fullfp16": 10,
+        "rdm": 12,
+        "complxnum": 14,
+        "rcpc": 15,
+        "dotprod": 20,
+        "sve": 22,
+        "fp16fml": 23,
+    },
+    26: {  # AT_HWCAP2
+        "sve2": 1,
+        "i8mm": 13,
+        "bf16": 14,
+    },
 }
 _BASELINE = {"x86_64": {"sse", "sse2"}, "aarch64": {"neon"}}
 _ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
@@ -52,11 +69,33 @@ def architecture() -> str:
 def host_features() -> frozenset[str]:
     """Return the CPU's features by LLVM's names, such as ``avx2``, ``fma``, ``avx512f``.
 
-    Where ``/proc/cpuinfo`` does not exist, only what every CPU of the architecture has.
+    Where the system does not tell, only what every CPU of the architecture has.
     """
-    flags = _cpuinfo("flags") or _cpuinfo("Features")
     baseline = _BASELINE.get(architecture(), set())
-    return frozenset(_LLVM_NAMES.get(flag, flag) for flag in flags.split()) | baseline
+    if architecture() == "aarch64":  # in an emulator, /proc/cpuinfo is the host's
+        return _arm_features() | baseline
+    flags = _cpuinfo("flags").split()
+    return frozenset(_LLVM_NAMES.get(flag, flag) for flag in flags) | baseline
+
+
+def _arm_features() -> frozenset[str]:
+    try:
+        ask = ctypes.CDLL(None).getauxval
+    except AttributeError:
+        return frozenset()
+    ask.argtypes, ask.restype = [ctypes.c_ulong], ctypes.c_ulong
+    return frozenset(
+        name
+        for word, bits in _ARM_BITS.items()
+        for name, bit in bits.items()
+        if ask(word) >> bit & 1
+    )
+
+
+def cpu_part() -> int | None:
+    """Return the part number of an Arm CPU, such as 0xD08 for Cortex-A72, where Linux tells."""
+    part = _cpuinfo("CPU part")
+    return int(part, 16) if part else None
 
 
 def cpu_model() -> str:

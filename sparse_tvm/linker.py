@@ -11,23 +11,24 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from sparse_tvm.cpu import architecture
 from sparse_tvm.errors import BuildError
-
-DEFAULT_TRIPLE = "x86_64-linux-gnu"
 
 _COMPILERS = ("gcc", "clang", "cc")
 _HINT = "install gcc or clang, or run `pip install ziglang`, which brings a linker"
+_CROSS_HINT = "install gcc-{}-linux-gnu, or run `pip install ziglang`, which links for any machine"
 
 
 def link(
     objects: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
-    triple: str = DEFAULT_TRIPLE,
+    triple: str | None = None,
 ) -> None:
     """Link `objects` into the shared library `output`, without debug information.
 
     The linker is ``$CC`` when set; otherwise the first that works of gcc, clang, cc and the
-    ``ziglang`` package.
+    ``ziglang`` package. For another architecture than this machine's, which `triple` tells, it
+    is the cross gcc (``aarch64-linux-gnu-gcc``), clang or ``ziglang``.
 
     Raises
     ------
@@ -38,27 +39,43 @@ def link(
     arguments += [os.fspath(path) for path in objects]
     arguments += ["-lm"]
     failures = []
-    for name, command in _linkers(triple):
+    wanted = triple or f"{architecture()}-linux-gnu"
+    for name, command in _linkers(wanted):
         failure = _run([*command, *arguments]) if command else "not found"
         if failure is None:
             return
         failures.append(f"{name}: {failure}")
-    raise BuildError(f"cannot link the model; tried {'; '.join(failures)}", hint=_HINT)
+    machine = wanted.split("-")[0]
+    raise BuildError(
+        f"cannot link the model for {machine}; tried {'; '.join(failures)}",
+        hint=_HINT if machine == architecture() else _CROSS_HINT.format(machine),
+    )
 
 
-def fcompile(output: str, objects: Sequence[str], options: Sequence[str] | None = None) -> None:
+def fcompile(
+    output: str,
+    objects: Sequence[str],
+    options: Sequence[str] | None = None,
+    triple: str | None = None,
+) -> None:
     """Link the way ``tvm.runtime.Module.export_library(output, fcompile=...)`` asks for it.
 
     `options` are include paths for C sources, which our modules do not hold.
     """
-    link(objects, output)
+    link(objects, output, triple)
 
 
 def _linkers(triple: str) -> list[tuple[str, list[str]]]:
     """Return (name, command) in order of preference; the command is empty where missing."""
     if chosen := os.environ.get("CC"):
         return [(f"$CC ({chosen})", _found(shlex.split(chosen)))]
-    linkers = [(name, _found([name])) for name in _COMPILERS]
+    machine = triple.split("-")[0]
+    if machine == architecture():
+        linkers = [(name, _found([name])) for name in _COMPILERS]
+    else:
+        clang = ["clang", f"--target={triple}", "-fuse-ld=lld"]
+        cross = [f"{machine}-linux-gnu-gcc"]
+        linkers = [(command[0], _found(command)) for command in (cross, clang)]
     zig = [sys.executable, "-m", "ziglang", "cc", "-target", _zig_target(triple)]
     linkers.append(("ziglang", zig if find_spec("ziglang") else []))
     return linkers

@@ -21,6 +21,10 @@ _COPIED_BYTES = 64 * 1024
 """Outputs up to this size are copied, which costs nothing and covers outputs that are constants
 of the program; larger ones are handed over as the program allocated them."""
 
+_OTHER_TARGET = (
+    "compile it with --target native on this machine; `sparse-tvm targets` lists what runs here"
+)
+
 
 def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Model:
     """Load a compiled model.
@@ -301,14 +305,14 @@ def _check_machine(path: str | os.PathLike[str], target: Mapping[str, Any]) -> N
     if compiled_for != architecture():
         raise ArtifactError(
             f"{path} was compiled for {compiled_for}; this machine is {architecture()}",
-            hint="compile the model again on this machine",
+            hint=_OTHER_TARGET,
         )
     missing = sorted(set(target["features"]) - host_features())
     if missing:
         raise ArtifactError(
             f"{path} was compiled for {target['name']} and needs CPU features that {cpu_model()} "
             f"lacks: {', '.join(missing)}",
-            hint="compile it with --target native on this machine, or --target x86-64-v3",
+            hint=_OTHER_TARGET,
         )
 
 

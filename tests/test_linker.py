@@ -10,9 +10,11 @@ import pytest
 
 from sparse_tvm import linker
 from sparse_tvm.errors import BuildError
+from sparse_tvm.targets import get_target
 
 LINKERS = [name for name in ("gcc", "clang", "cc") if shutil.which(name)]
 ZIG = find_spec("ziglang") is not None
+EM_AARCH64 = 183  # of ELF
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,43 @@ def test_links_with_zig_where_there_is_no_compiler(
     only_zig(monkeypatch)
     linker.link(objects, tmp_path / "one.so", "x86_64-conda-linux-gnu")
     assert_loads(tmp_path / "one.so")
+
+
+CROSS = {"aarch64-linux-gnu-gcc": shutil.which("aarch64-linux-gnu-gcc"), "ziglang": ZIG or None}
+
+
+@pytest.mark.parametrize("name", [name for name, found in CROSS.items() if found])
+def test_links_for_another_architecture(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tvm
+    from tvm.script import tirx as T
+
+    @T.prim_func
+    def one(x: T.Buffer((1,), "float32"), y: T.Buffer((1,), "float32")):
+        T.func_attr({"global_symbol": "one"})
+        y[0] = T.exp(x[0])
+
+    target = get_target("cortex-a72")
+    module = tvm.compile(one, target=tvm.target.Target(target.tvm_target())).mod
+    module.write_to_file(str(tmp_path / "one.o"))
+    if name == "ziglang":
+        only_zig(monkeypatch)
+    monkeypatch.delenv("CC", raising=False)
+    linker.link([tmp_path / "one.o"], tmp_path / "one.so", target.triple)
+    library = (tmp_path / "one.so").read_bytes()
+    assert library[:4] == b"\x7fELF"
+    assert int.from_bytes(library[18:20], "little") == EM_AARCH64
+    assert b"__tvm_ffi_one" in library
+
+
+def test_no_linker_for_another_architecture_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_zig(monkeypatch)
+    monkeypatch.setattr(linker, "find_spec", lambda _: None)
+    with pytest.raises(BuildError, match=r"for aarch64; tried aarch64-linux-gnu-gcc: not found;"):
+        linker.link([], tmp_path / "one.so", "aarch64-unknown-linux-gnu")
 
 
 def test_no_linker_names_what_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from sparse_tvm.cli.inspect import inspect
 from sparse_tvm.cli.prune import prune
 from sparse_tvm.cli.run import run
 from sparse_tvm.cli.serve import serve
+from sparse_tvm.cli.targets import targets
 from sparse_tvm.errors import OutputError, SparseTvmError
 
 EXIT_BROKEN_PIPE = 1
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (compile, run, bench, serve, inspect, prune):
+for verb in (compile, run, bench, serve, inspect, prune, targets):
     app.command()(verb)
 
 

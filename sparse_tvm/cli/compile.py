@@ -19,7 +19,7 @@ def compile(
     target: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="native, x86-64-v4 (AVX-512), x86-64-v3 (AVX2) or x86-64-v2."
+            metavar="NAME", help="native, or a CPU or board that `sparse-tvm targets` lists."
         ),
     ] = "native",
     threshold: Annotated[

@@ -12,14 +12,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from tvm import tirx
 
-from sparse_tvm.cpu import host_features
 from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
 from sparse_tvm.schedules.cpu.lane_tiles import Tiles, symbol
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
-from sparse_tvm.targets import TARGETS, Target
+from sparse_tvm.targets import TARGETS, Target, runs_here
 from sparse_tvm.vm import _set_pool
 
-RUNNABLE = [target for target in TARGETS.values() if host_features().issuperset(target.features)]
+RUNNABLE = [target for target in TARGETS.values() if runs_here(target)]
 KERNELS = settings(
     deadline=None, max_examples=25, suppress_health_check=[HealthCheck.data_too_large]
 )

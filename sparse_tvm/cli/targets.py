@@ -1,0 +1,76 @@
+"""``sparse-tvm targets``: what models can be compiled for, and what this machine has."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+
+def targets(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the targets, which of them run here, and what this machine has."""
+    import json
+
+    from sparse_tvm.cli.console import stdout_console
+
+    found = _found()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        _print(stdout_console(), found)
+
+
+def _found() -> dict[str, Any]:
+    from sparse_tvm.cpu import architecture, cpu_model, host_features, usable_cores
+    from sparse_tvm.errors import TargetError
+    from sparse_tvm.targets import TARGETS, get_target, runs_here
+
+    used = {feature for target in TARGETS.values() for feature in target.features}
+    try:
+        native = get_target().name
+    except TargetError:  # a machine that none fits still may compile for others
+        native = None
+    return {
+        "machine": {
+            "cpu": cpu_model(),
+            "architecture": architecture(),
+            "cores": usable_cores(),
+            "features": sorted(used & host_features()),
+            "native": native,
+        },
+        "targets": [
+            {
+                **target.as_json(),
+                "description": target.description,
+                "aliases": list(target.aliases),
+                "runs_here": runs_here(target),
+            }
+            for target in TARGETS.values()
+        ],
+    }
+
+
+def _print(console: Any, found: dict[str, Any]) -> None:
+    from sparse_tvm.cli.tables import plain_table
+    from sparse_tvm.report.tables import fact_table
+
+    machine = found["machine"]
+    table = plain_table("target", "vectors", "runs here", "for", "also called")
+    for target in found["targets"]:
+        native = target["name"] == machine["native"]
+        runs = "native" if native else "yes" if target["runs_here"] else "no"
+        aliases = ", ".join(target["aliases"])
+        width = f"{target['vector_bits']} bits"
+        table.add_row(target["name"], width, runs, target["description"], aliases)
+    console.print(table)
+    console.print(
+        fact_table(
+            [
+                ("This machine", f"{machine['cpu']} ({machine['architecture']})"),
+                ("Cores", str(machine["cores"])),
+                ("Features", " ".join(machine["features"])),
+            ]
+        )
+    )

@@ -1,0 +1,144 @@
+"""What a target is: a CPU family as code generation, kernels and the cost model see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Caches:
+    """Data caches, in bytes, as most CPUs of a family have them.
+
+    Attributes
+    ----------
+    l1, l2 : int
+        Of one core.
+    l3 : int
+        What one core has of the last cache when all cores share it; 0 without one.
+    """
+
+    l1: int
+    l2: int
+    l3: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a core takes for the steps of a kernel: the cost model's parameters.
+
+    Attributes
+    ----------
+    ghz : float
+        Sustained clock, which turns cycles into seconds.
+    fma : float
+        Cycles per vector multiply-add, where many are independent.
+    load : float
+        Cycles per load that hits the first cache, of a vector or of scalars.
+    scalars_per_load : int
+        Weights that one load brings: 1 where each is broadcast from memory, 4 where
+        multiply-adds take their factor from an element of a vector.
+    l2_line : float
+        Cycles that a 64-byte line takes longer from the second cache than from the first.
+    streamed : float
+        Bytes per cycle of weights that come from the last cache, or memory, while the core
+        computes.
+    memory : float
+        Bytes per cycle of one core from memory when it does nothing else.
+    row : float
+        Cycles to begin and end a block row.
+    sum : float
+        Cycles per vector to load a sum and store it again, between parts of columns.
+    index : float
+        Cycles that a stored block takes longer for being sparse.
+    """
+
+    ghz: float
+    fma: float
+    load: float
+    scalars_per_load: int
+    l2_line: float
+    streamed: float
+    memory: float
+    row: float
+    sum: float
+    index: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """A CPU family.
+
+    Attributes
+    ----------
+    name : str
+        As ``--target`` takes it.
+    description : str
+        What users know it by: CPUs that are of the family.
+    aliases : tuple[str, ...]
+        Other names that ``--target`` takes.
+    cpu : str
+        LLVM's ``mcpu``.
+    triple : str
+        LLVM's target triple.
+    features : tuple[str, ...]
+        Features (LLVM's names) that the code may use, and without which it does not run.
+    attributes : tuple[str, ...]
+        LLVM's ``mattr``, beyond what ``cpu`` implies.
+    vector_bits : int
+        Width of a vector register.
+    registers : int
+        Architectural vector registers.
+    caches : Caches
+        Sizes.
+    costs : Costs
+        The cost model's parameters.
+    parts : tuple[int, ...]
+        Part numbers of the CPUs that it is made for; ``native`` prefers it on these.
+    """
+
+    name: str
+    description: str
+    aliases: tuple[str, ...]
+    cpu: str
+    triple: str
+    features: tuple[str, ...]
+    attributes: tuple[str, ...]
+    vector_bits: int
+    registers: int
+    caches: Caches
+    costs: Costs
+    parts: tuple[int, ...] = ()
+
+    @property
+    def architecture(self) -> str:
+        """As the triple begins: ``x86_64``, ``aarch64``."""
+        return self.triple.split("-")[0]
+
+    @property
+    def lanes(self) -> int:
+        """float32 elements in a vector register."""
+        return self.vector_bits // 32
+
+    def has(self, *features: str) -> bool:
+        """Whether its code may use all of these features (LLVM's names, as ``amx-int8``)."""
+        return set(features) <= set(self.features)
+
+    def seconds(self, cycles: float) -> float:
+        """Seconds that so many cycles of a core take."""
+        return cycles / (self.costs.ghz * 1e9)
+
+    def tvm_target(self) -> dict[str, Any]:
+        """The target as TVM takes it."""
+        target: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.cpu}
+        return {**target, "mattr": list(self.attributes)} if self.attributes else target
+
+    def as_json(self) -> dict[str, Any]:
+        """The target as the manifest stores it."""
+        return {
+            "name": self.name,
+            "triple": self.triple,
+            "cpu": self.cpu,
+            "features": list(self.features),
+            "vector_bits": self.vector_bits,
+        }
