@@ -72,7 +72,7 @@ class _Conv2dToSparse(Rewrite):
         super().__init__(program)
         self._options = options
         self._target = target
-        self._simd = Simd(target.lanes, target.registers)
+        self._simd = Simd.of(target)
         self._chains: dict[Any, _Chain] = {}
 
     def rewrite(self, var: relax.Var, value: Any) -> Any:

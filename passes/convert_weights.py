@@ -123,7 +123,7 @@ def choose(
 
     `in_parts` tells whether its kernel takes a sparse weight in parts of columns.
     """
-    simd = Simd(target.lanes, target.registers)
+    simd = Simd.of(target)
     n, k = w.shape
     dense = WeightLayout("dense", (dense_rows(n, simd), 1))
 

@@ -35,7 +35,7 @@ _OPAQUE = 8  # relax.op_pattern: nothing may be fused into it
 
 def lower_kernels(program: Program, target: Target) -> Program:
     """Apply the pass."""
-    return _LowerKernels(program, Simd(target.lanes, target.registers)).run()
+    return _LowerKernels(program, Simd.of(target)).run()
 
 
 class _LowerKernels(Rewrite):

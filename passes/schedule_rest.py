@@ -18,7 +18,7 @@ from sparse_tvm.targets import Target
 
 def schedule_rest(program: Program, target: Target) -> Program:
     """Apply the pass."""
-    simd = Simd(target.lanes, target.registers)
+    simd = Simd.of(target)
     for var, function in program.module.functions.items():
         if not isinstance(function, tirx.PrimFunc) or KERNEL_ATTRIBUTE in function.attrs:
             continue

@@ -22,7 +22,7 @@ from sparse_tvm.targets import Target  # noqa: E402
 
 
 def simd_of(target: Target) -> Simd:
-    return Simd(target.lanes, target.registers)
+    return Simd.of(target)
 
 
 def random_weight(shape: tuple[int, int], sparsity: float, structure: str) -> np.ndarray:

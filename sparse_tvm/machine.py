@@ -107,7 +107,7 @@ class Machine:
     def __init__(self, target: Target) -> None:
         from sparse_tvm.schedules.cpu.simd import Simd
 
-        self.target, self.simd = target, Simd(target.lanes, target.registers)
+        self.target, self.simd = target, Simd.of(target)
         self.flops = cache(self._flops)
         self.bandwidth = cache(self._bandwidth)
 

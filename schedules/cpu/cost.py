@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from sparse_tvm.schedules.cpu.matmul import WeightLayout
-from sparse_tvm.schedules.cpu.simd import LANES, Simd, group_limit
+from sparse_tvm.schedules.cpu.simd import LANES, Simd, group_limit, tiles_of
 from sparse_tvm.targets import Target
 
 TOKENS = 128
@@ -37,7 +37,7 @@ def matmul_cycles(
     tokens: int = TOKENS,
 ) -> float:
     """Cycles per tile of tokens for a weight of ``shape`` with this many stored blocks."""
-    simd, costs = Simd(target.lanes, target.registers), target.costs
+    simd, costs = Simd.of(target), target.costs
     rows, columns = layout.block
     tiles = _tiles_per_group(rows, simd, tokens)
     vectors = tiles * simd.per_tile
@@ -65,22 +65,18 @@ def matmul_seconds(
     tokens: int = TOKENS,
 ) -> float:
     """Seconds for all ``tokens`` on one core."""
-    return target.seconds(_tiles(tokens) * matmul_cycles(shape, layout, blocks, target, tokens))
-
-
-def _tiles(tokens: int) -> int:
-    return -(-tokens // LANES)
+    return target.seconds(tiles_of(tokens) * matmul_cycles(shape, layout, blocks, target, tokens))
 
 
 def _tiles_per_group(rows: int, simd: Simd, tokens: int) -> float:
     """Mean tiles that share a pass over W: of eight, three groups of at most three have 2.7."""
-    tiles = _tiles(tokens)
-    return tiles / -(-tiles // group_limit(rows, simd))
+    tiles = tiles_of(tokens)
+    return float(tiles / -(-tiles // group_limit(rows, simd)))
 
 
 def _spilling(rows: int, simd: Simd, tokens: int, scalars_per_load: int) -> float:
     """How much slower FMAs are, for want of registers, with full groups."""
-    sums = rows * min(group_limit(rows, simd), _tiles(tokens)) * simd.per_tile
+    sums = rows * min(group_limit(rows, simd), tiles_of(tokens)) * simd.per_tile
     if sums > simd.accumulators:
         return _SPILLED_SUMS
     weights = -(-rows // scalars_per_load)
@@ -100,7 +96,7 @@ def _line_cycles(x_bytes: float, target: Target) -> float:
 
 def part_counts(k_in: int, rows: int, target: Target, tokens: int = TOKENS) -> list[int]:
     """Numbers of parts worth a look: one, and those with X about as large as the first cache."""
-    tiles = min(group_limit(rows, Simd(target.lanes, target.registers)), _tiles(tokens))
+    tiles = min(group_limit(rows, Simd.of(target)), tiles_of(tokens))
     caches = _x_bytes(k_in, tiles) / target.caches.l1
     return sorted({1, *(max(1, round(caches * share)) for share in (0.75, 1.0, 1.5))})
 
@@ -109,7 +105,7 @@ def dense_rows(n_out: int, simd: Simd, tokens: int = TOKENS) -> int:
     """Rows of the register block of a dense kernel: the most FMAs per load that fit."""
 
     def fmas_per_load(rows: int) -> float:
-        vectors = min(group_limit(rows, simd), _tiles(tokens)) * simd.per_tile
+        vectors: int = min(group_limit(rows, simd), tiles_of(tokens)) * simd.per_tile
         if rows * vectors > simd.accumulators:
             return 0.0
         return rows * vectors / (rows + vectors)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sparse_tvm.targets import Target
+
 LANES = 16
 """Rows per tile: 16 float32 are one cache line."""
 
@@ -21,11 +23,19 @@ class Simd:
     lanes : int
         float32 elements in one vector register (8 for AVX2, 16 for AVX-512).
     registers : int
-        Architectural vector registers (16 for AVX2, 32 for AVX-512).
+        Architectural vector registers (16 for AVX2, 32 for AVX-512 and NEON).
+    by_element : bool
+        Whether a multiply-add takes a factor from any element of a vector, as on Arm.
     """
 
     lanes: int
     registers: int
+    by_element: bool = False
+
+    @classmethod
+    def of(cls, target: Target) -> Simd:
+        """The vector unit of a target."""
+        return cls(target.lanes, target.registers, target.architecture == "aarch64")
 
     @property
     def accumulators(self) -> int:

@@ -31,7 +31,7 @@ _SENTINEL = np.float32(12345.0)
 
 
 def simd(target: Target) -> Simd:
-    return Simd(target.lanes, target.registers)
+    return Simd.of(target)
 
 
 def tiles_for(lead: int, rows: int, symbolic: bool) -> Tiles:
