@@ -65,7 +65,7 @@ class _Search:
 
     def narrow(self, name: str, low: int, high: int) -> None:
         """Demand ``low <= value < high`` of a tensor's elements."""
-        if name in self.importer.known or name in self.importer.grids:
+        if name in self.importer.known or name in self.importer.index_expressions:
             return
         known_low, known_high = self.found.get(name, (low, high))
         low, high = max(low, known_low), min(high, known_high)

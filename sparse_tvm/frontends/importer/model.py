@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 
 import numpy as np
 import onnx
@@ -15,9 +12,10 @@ import tvm
 from tvm import relax
 
 from sparse_tvm.errors import ModelError, OptionError
-from sparse_tvm.frontends.importer.graph import SUPPORTED_OPS, Importer, SameSize
+from sparse_tvm.frontends.importer.graph import SUPPORTED_OPS, Importer, NodeError, SameSize
 from sparse_tvm.frontends.importer.input_ranges import Range, input_ranges
 from sparse_tvm.frontends.importer.sizes import as_text
+from sparse_tvm.frontends.importer.tvm_adapter import abandon
 from sparse_tvm.frontends.input_shapes import InputShapes, Shapes, choose_shapes
 from sparse_tvm.frontends.onnx.detach import as_array
 from sparse_tvm.frontends.onnx.read import CONTRIB_DOMAIN, describe, first_few, one_line, read_onnx
@@ -170,11 +168,12 @@ def _import_program(
     the graph demands of them is added to its bounds.
     """
     given = dict(shapes.bounds)
+    opset = next(entry.version for entry in program.opset_import if entry.domain in ("", "ai.onnx"))
     while True:
         set_input_shapes(program, shapes.specs)
-        importer = Importer(shapes.bounds)
+        importer = Importer(program.graph, opset, shapes.bounds)
         try:
-            module = _translate(program, importer)
+            module = _build(importer)
         except SameSize as same:
             shapes.merge(*same.names)
             continue
@@ -189,20 +188,19 @@ def _import_program(
         return module, ranges
 
 
-def _translate(program: onnx.ModelProto, importer: Importer) -> tvm.IRModule:
-    opset = next(entry.version for entry in program.opset_import if entry.domain in ("", "ai.onnx"))
+def _build(importer: Importer) -> tvm.IRModule:
     try:
-        # It prints the operator that failed.
-        with contextlib.redirect_stdout(io.StringIO()):
-            return importer.from_onnx(program.graph, opset)
-    except Exception as error:
-        with contextlib.suppress(Exception):
-            importer.bb._end_block()  # or TVM prints that it is open
-        if isinstance(error, SameSize):
-            raise
-        node = _failing_node(error.__traceback__)
-        what = f"node {node.name or node.output[0]} ({node.op_type})" if node else "the graph"
-        raise ModelError(f"TVM cannot import {what}: {one_line(error)}") from error
+        return importer.build()
+    except NodeError as error:
+        abandon(importer.builder)
+        node, cause = error.node, error.__cause__ or error
+        raise ModelError(
+            f"node {node.name or node.output[0]} ({node.op_type}) cannot be imported: "
+            f"{one_line(cause)}"
+        ) from cause
+    except SameSize:
+        abandon(importer.builder)
+        raise
 
 
 def _check_bounds(given: Mapping[str, tuple[int, int]], shapes: Shapes) -> None:
@@ -235,16 +233,6 @@ def _has_constant_calls(module: tvm.IRModule) -> bool:
 
     relax.analysis.post_order_visit(module["main"].body, visit)
     return found
-
-
-def _failing_node(traceback: TracebackType | None) -> onnx.NodeProto | None:
-    """Find the node that the importer was at when it raised."""
-    frames = []
-    while traceback is not None:
-        frames.append(traceback.tb_frame)
-        traceback = traceback.tb_next
-    nodes = [f.f_locals.get("node") for f in frames if f.f_code.co_name == "_construct_nodes"]
-    return next((node for node in nodes if isinstance(node, onnx.NodeProto)), None)
 
 
 def _output_specs(module: tvm.IRModule, program: onnx.ModelProto) -> list[TensorSpec]:

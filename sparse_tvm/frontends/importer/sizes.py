@@ -59,9 +59,9 @@ class Sizes:
 
     def compare(self, relation: str, left: Size, right: Size) -> bool | None:
         """Return what an ONNX comparison always gives; None when it depends on the inputs."""
-        on_ints, holds, fails = _COMPARISONS[relation]
-        if isinstance(left, int) and isinstance(right, int):
-            return on_ints(left, right)
+        on_numbers, holds, fails = _COMPARISONS[relation]
+        if isinstance(left, int | float) and isinstance(right, int | float):
+            return on_numbers(left, right)
         left, right = as_expr(left), as_expr(right)
         if relation == "Equal" and self._analyzer.can_prove_equal(left, right):
             return True
@@ -133,6 +133,15 @@ class Sizes:
             return extent
         return position if self.fits(position, extent) else self.minimum(position, extent)
 
+    def broadcast(self, shapes: Sequence[Sequence[Size]]) -> tuple[Size, ...]:
+        """Return the shape that ONNX broadcasts shapes to."""
+        rank = max(map(len, shapes))
+        padded = [[1] * (rank - len(shape)) + list(shape) for shape in shapes]
+        return tuple(
+            next((size for size in column if not self.equal(size, 1)), 1)
+            for column in zip(*padded, strict=True)
+        )
+
     def limit(self, size: Size, largest: int) -> bool:
         """Demand that ``size <= largest``, and return whether that bounds a dimension.
 
@@ -146,6 +155,11 @@ class Sizes:
                 self.declare(dimension)
                 return True
         return False
+
+
+def is_number(size: Size, number: int) -> bool:
+    """Whether a size is a certain number."""
+    return isinstance(size, int) and size == number
 
 
 def as_expr(size: Size) -> Any:

@@ -1,0 +1,12 @@
+"""The rules of ONNX's operators, by kind. Importing this registers them all."""
+
+from sparse_tvm.frontends.importer.operators import (  # noqa: F401
+    creation,
+    elementwise,
+    indexing,
+    movement,
+    reduction,
+)
+from sparse_tvm.frontends.importer.rules import RULES
+
+__all__ = ["RULES"]

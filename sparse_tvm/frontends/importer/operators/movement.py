@@ -1,0 +1,154 @@
+"""Operators that move elements and change none: other shapes, orders and parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+from tvm import relax
+
+from sparse_tvm.frontends.importer.forms import Form, NotInForm
+from sparse_tvm.frontends.importer.known import Known
+from sparse_tvm.frontends.importer.rules import Node, rule
+from sparse_tvm.frontends.importer.sizes import Size, is_number
+from sparse_tvm.frontends.importer.tensors import Tensor
+from sparse_tvm.frontends.input_shapes import LARGEST
+
+
+@rule("Identity")
+def _identity(node: Node) -> Any:
+    return node.input(0)
+
+
+@rule("Reshape")
+def _reshape(node: Node) -> Form:
+    data, target = node.shape(0), node.vector(1)
+    if not node.attributes.get("allowzero", 0):
+        target = [data[axis] if is_number(size, 0) else size for axis, size in enumerate(target)]
+    given = [size for size in target if not is_number(size, -1)]
+    if len(given) < len(target):
+        rest = node.sizes.quotient(data, given)
+        target = [rest if is_number(size, -1) else size for size in target]
+    result: Form = node.input(0).reshape(target)
+    return result
+
+
+@rule("Flatten")
+def _flatten(node: Node) -> Form:
+    data, axis = node.shape(0), node.attributes.get("axis", 1)
+    axis = axis if axis >= 0 else axis + len(data)
+    rows, columns = node.sizes.product(data[:axis]), node.sizes.product(data[axis:])
+    result: Form = node.input(0).reshape([rows, columns])
+    return result
+
+
+@rule("Squeeze")
+def _squeeze(node: Node) -> Form:
+    axes = node.axes(1)
+    if axes is None:
+        axes = [axis for axis, size in enumerate(node.shape(0)) if is_number(size, 1)]
+    result: Form = node.input(0).squeeze(axes)
+    return result
+
+
+@rule("Unsqueeze")
+def _unsqueeze(node: Node) -> Form:
+    added = node.attributes.get("axes") or node.integers(1)
+    rank = len(node.shape(0)) + len(added)
+    result: Form = node.input(0).expand_dims(sorted(axis % rank for axis in added))
+    return result
+
+
+@rule("Transpose")
+def _transpose(node: Node) -> Form:
+    order = node.attributes.get("perm", range(len(node.shape(0)))[::-1])
+    result: Form = node.input(0).transpose(list(order))
+    return result
+
+
+@rule("Expand")
+def _expand(node: Node) -> Form:
+    """Broadcast both ways: a size of 1 in the target leaves the tensor's own size."""
+    shape = node.sizes.broadcast([node.vector(1), node.shape(0)])
+    result: Form = node.input(0).broadcast_to(shape)
+    return result
+
+
+@rule("Tile")
+def _tile(node: Node) -> Form:
+    """Broadcast along a new axis before each that is repeated."""
+    data, repeats = node.shape(0), node.vector(1)
+    split: list[Size] = []
+    tiled: list[Size] = []
+    for size, repeat in zip(data, repeats, strict=True):
+        split += [1, size]
+        tiled += [repeat, size]
+    whole = [node.sizes.product(pair) for pair in zip(data, repeats, strict=True)]
+    result: Form = node.input(0).reshape(split).broadcast_to(tiled).reshape(whole)
+    return result
+
+
+@rule("Concat")
+def _concat(node: Node) -> Any:
+    first, *others = node.inputs()
+    return first.concat(others, node.axis()) if others else first
+
+
+@rule("Split")
+def _split(node: Node) -> tuple[Form, ...]:
+    axis, data = node.axis(0), node.input(0)
+    extent = node.shape(0)[axis]
+    parts: list[Size] = list(node.attributes.get("split", ())) or node.vector(1, default=())
+    if not parts:
+        size = node.sizes.floordiv(extent + node.outputs - 1, node.outputs)
+        parts = [size] * (node.outputs - 1)
+        parts.append(node.sizes.simplify(extent - size * (node.outputs - 1)))
+    bounds = [node.sizes.simplify(bound) for bound in accumulate(parts, initial=0)]
+    if node.form is Tensor and all(isinstance(p, int) and p > 0 for p in parts):
+        return (node.emit(relax.op.split(data.value, bounds[1:-1], axis)),)
+    return tuple(data.slice({axis: (begin, end, 1)}) for begin, end in pairwise(bounds))
+
+
+@rule("Slice")
+def _slice(node: Node) -> Form:
+    starts, ends = node.vector(1), node.vector(2)
+    axes = node.integers(3, default=range(len(starts)))
+    steps = node.integers(4, default=[1] * len(starts))
+    shape = node.shape(0)
+    bounds = zip(axes, starts, ends, steps, strict=True)
+    window = {
+        axis % len(shape): _window(node, shape[axis], start, end, step)
+        for axis, start, end, step in bounds
+    }
+    result: Form = node.input(0).slice(window)
+    return result
+
+
+def _window(node: Node, extent: Size, start: Size, end: Size, step: int) -> tuple[Size, Size, int]:
+    """Return first and last of a slice within an axis; the last is -1 before the first element."""
+    if step > 0:
+        first = node.sizes.slice_bound(start, extent)
+        last = node.sizes.slice_bound(end, extent)
+        if node.sizes.compare("Less", last, first):
+            last = first
+        return first, last, step
+    if all(isinstance(bound, int) for bound in (extent, start, end)):
+        first, last, _ = slice(start, end, step).indices(extent)
+        return first, last, step
+    if node.form is not Tensor:
+        raise NotInForm
+    return _within(start), _within(end), step
+
+
+def _within(bound: Size) -> Size:
+    """Leave a bound that is compared with a symbolic size at run time to TVM."""
+    return max(min(bound, LARGEST), -LARGEST) if isinstance(bound, int) else bound
+
+
+@rule("Shape", "Size")
+def _shape(node: Node) -> Known:
+    shape: Sequence[Size] = node.shape(0)
+    if node.op == "Size":
+        return Known.scalar(node.sizes.product(shape), "int64")
+    return Known.shape(shape[node.attributes.get("start", 0) : node.attributes.get("end")])
