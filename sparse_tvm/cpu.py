@@ -12,6 +12,9 @@ _TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # version 2: "<quota|max> <period>"
 _CGROUP1 = Path("/sys/fs/cgroup/cpu")
 
+# Of x86-64 Linux: the system call, its code ARCH_REQ_XCOMP_PERM, and the state that tiles are.
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
+
 _LLVM_NAMES = {  # Linux's name -> LLVM's, where they differ
     "3dnowprefetch": "prfchw",
     "abm": "lzcnt",
@@ -101,6 +104,14 @@ def cpu_part() -> int | None:
 def cpu_model() -> str:
     """Return the CPU's model name, such as ``AMD EPYC 7763``, or its architecture."""
     return _cpuinfo("model name") or platform.processor() or architecture()
+
+
+def allow_amx() -> bool:
+    """Ask Linux to let this process use AMX's tiles; tell whether it may."""
+    if not {"amx-tile"} <= host_features():
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    return bool(libc.syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
 
 
 def usable_cores() -> int:

@@ -84,6 +84,12 @@ def local(size: int, dtype: str = "float32") -> Buffer:
     return T.alloc_buffer((size,), dtype, annotations={"disable_lower_builtin": 1})
 
 
+def scratch(size: int, dtype: str = "float32") -> Buffer:
+    """Memory on the stack, for indices that are not constant."""
+    # Through a view: TVM would shrink the buffer to what an inner loop touches, and then fail.
+    return T.decl_buffer((size,), dtype, data=local(size, dtype).data)
+
+
 def scalar(value: Expr, dtype: str = "int32") -> Expr:
     """Evaluate ``value`` once, here, and return it for repeated use; numbers stay numbers."""
     if isinstance(value, int):

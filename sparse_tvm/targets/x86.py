@@ -19,6 +19,7 @@ _AVX512_BF16 = (*_AVX512_VNNI, "avx512bf16")
 _SAPPHIRE_RAPIDS = (
     *_AVX512_BF16,
     *_AVX_VNNI,
+    "avx512vbmi2",
     "avx512fp16",
     "amx-tile",
     "amx-int8",

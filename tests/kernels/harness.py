@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from tvm import tirx
 
+from sparse_tvm.cpu import allow_amx
 from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
 from sparse_tvm.schedules.cpu.lane_tiles import Tiles, symbol
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
@@ -19,6 +20,7 @@ from sparse_tvm.targets import TARGETS, Target, runs_here
 from sparse_tvm.vm import _set_pool
 
 RUNNABLE = [target for target in TARGETS.values() if runs_here(target)]
+allow_amx()
 KERNELS = settings(
     deadline=None, max_examples=25, suppress_health_check=[HealthCheck.data_too_large]
 )
@@ -62,18 +64,24 @@ def run(
     threads: int,
     arguments: Sequence[np.ndarray | int],
     out_shape: Sequence[int],
+    dtype: str = "float32",
 ) -> np.ndarray:
-    """Compile a kernel, run it on so many threads, and check that it wrote its output only."""
+    """Compile a kernel, run it on so many threads, and check that it wrote its output only.
+
+    Outputs are of 32 bits; memory starts out as NaN.
+    """
     with tvm.transform.PassContext(opt_level=3, config=FAST_MATH):
         library = tvm.compile(
             kernel.with_attr("global_symbol", "kernel"), target=target.tvm_target()
         )
     memory, out = _guarded(out_shape)
     values = [tvm.runtime.tensor(a) if isinstance(a, np.ndarray) else a for a in arguments]
-    _pool(threads).submit(library["kernel"], *values, tvm.runtime.from_dlpack(out)).result()
+    _pool(threads).submit(
+        library["kernel"], *values, tvm.runtime.from_dlpack(out.view(dtype))
+    ).result()
     assert np.all(memory[:_GUARD] == _SENTINEL), "written in front of the output"
     assert np.all(memory[_GUARD + out.size :] == _SENTINEL), "written behind the output"
-    return out
+    return out.view(dtype)
 
 
 def _guarded(shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,182 @@
+"""Y = epilogue(W X) in int8 by dot product instructions, for W dense or in blocks of quads.
+
+The family of ``schedules.cpu.matmul`` in words: a block is some rows of W by one line of X, four
+inputs; its weight, broadcast, multiplies vectors of tokens, and the sums stay in registers. An
+unstructured W is stored as every quad that holds a non-zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from sparse_tvm.schedules.cpu.lane_tiles import (
+    Buffer,
+    Expr,
+    TileVectors,
+    argument,
+    for_group_sizes,
+    groups_of,
+    local,
+    prefetch,
+    prim_func,
+    ramp,
+    scalar,
+    symbol,
+)
+from sparse_tvm.schedules.cpu.low_matmul import (
+    PREFETCH_BYTES,
+    LowMatmul,
+    Rows,
+    SparseWeight,
+    for_job_ranges,
+    index_dtype,
+    row_range,
+)
+from sparse_tvm.schedules.cpu.low_precision import words_like
+from sparse_tvm.schedules.cpu.simd import Simd
+
+MAX_GROUP = 8
+"""Tiles whose sums share a pass over W."""
+
+_WORDS_PER_LINE = 16
+
+
+class DotInstruction(Protocol):
+    """What this family needs of an instruction (see ``schedules.x86.instructions.Dot``)."""
+
+    @property
+    def lanes(self) -> int:
+        """Words in a vector."""
+
+    @property
+    def registers(self) -> int:
+        """Vector registers."""
+
+    @property
+    def multiply_add(self) -> Callable[[Expr, Expr, Expr], Expr]:
+        """``(acc, x, w)`` to acc plus the products."""
+
+
+def simd_of(dot: DotInstruction) -> Simd:
+    """The vector unit of an instruction."""
+    return Simd(dot.lanes, dot.registers)
+
+
+def group_limit(rows: int, simd: Simd) -> int:
+    """Tiles per group whose sums fit into the registers beside each other."""
+    return max(1, min(MAX_GROUP, simd.accumulators // (rows * simd.per_tile)))
+
+
+def dot_matmul(problem: LowMatmul, rows: int, sparse: bool, dot: DotInstruction) -> tirx.PrimFunc:
+    """Build the kernel for blocks of ``rows`` outputs by one quad of inputs.
+
+    Arguments of the PrimFunc, in order: x; the weight: ``data`` int32, dense
+    ``[ceil(n_out / rows), lines, rows]``, sparse ``[blocks, rows]`` with the arguments of
+    :class:`SparseWeight`; then those of :class:`Rows`.
+    """
+    simd = simd_of(dot)
+    limit = group_limit(rows, simd)
+    block_rows = -(-problem.n_out // rows)
+    lines = -(-problem.k_in // problem.precision.unit)
+
+    with prim_func() as result:
+        outputs = Rows(problem, simd)
+        x = outputs.x
+        weight = None
+        if sparse:
+            blocks = symbol("blocks")
+            data = argument("data", (blocks, rows), "int32")
+            weight = SparseWeight.arguments(blocks, 1, block_rows, index_dtype(lines))
+        else:
+            data = argument("data", (block_rows, lines, rows), "int32")
+        outputs.declare()
+
+        def block_row_kernel(
+            segment: Expr, block_row: Expr, live: int, vectors: TileVectors
+        ) -> None:
+            """Compute the ``live`` rows of a block row for a group of tiles."""
+            acc = local(live * vectors.count * simd.lanes, "int32")
+
+            def at(row: int, vector: int) -> Expr:
+                return ramp((row * vectors.count + vector) * simd.lanes, simd)
+
+            every = [(row, vector) for row in range(live) for vector in range(vectors.count)]
+            for row, vector in every:
+                T.buffer_store(acc, words_like(0, simd.lanes), [at(row, vector)])
+
+            def step(line: Expr, weight_of: Callable[[int], Expr]) -> None:
+                operands = []
+                for vector in range(vectors.count):
+                    tile, lanes = vectors.at(vector)
+                    operands.append(x.get(tile, line, lanes.base, simd.lanes))
+                for row in range(live):
+                    w = T.broadcast(weight_of(row), simd.lanes)
+                    for vector, operand in enumerate(operands):
+                        total = dot.multiply_add(acc[at(row, vector)], operand, w)
+                        T.buffer_store(acc, total, [at(row, vector)])
+
+            if weight is None:
+                with T.serial(0, lines) as line:
+                    step(line, lambda row: data[segment, line, row])
+            else:
+                _for_blocks(data, weight, rows, segment, step)
+            for row, vector in every:
+                tile, lanes = vectors.at(vector)
+                first_row = block_row * rows
+                outputs.finish(acc[at(row, vector)], first_row + row, tile, lanes.base)
+
+        def rows_kernel(first_tile: Expr, size: int, start: Expr, stop: Expr) -> None:
+            vectors = TileVectors(first_tile, size, simd)
+            remainder = problem.n_out % rows
+            with T.serial(0, stop - start) as i:
+                segment = scalar(start + i)
+                block_row = segment if weight is None else scalar(weight.rows[segment])
+                if remainder == 0:
+                    block_row_kernel(segment, block_row, rows, vectors)
+                    return
+                with T.If(block_row < block_rows - 1):
+                    with T.Then():
+                        block_row_kernel(segment, block_row, rows, vectors)
+                    with T.Else():
+                        block_row_kernel(segment, block_row, remainder, vectors)
+
+        def jobs_kernel(group: Expr, job: Expr, last_job: Expr) -> None:
+            start, stop = row_range(weight, block_rows, job, last_job)
+
+            def body(first: Expr, size: int) -> None:
+                rows_kernel(first, size, start, stop)
+
+            for_group_sizes(problem.tiles.count, limit, group, body)
+
+        for_job_ranges(groups_of(problem.tiles.count, limit), jobs_kernel)
+        outputs.close()
+    return result["func"]
+
+
+def _for_blocks(
+    data: Buffer,
+    weight: SparseWeight,
+    rows: int,
+    segment: Expr,
+    step: Callable[[Expr, Callable[[int], Expr]], None],
+) -> None:
+    """Call ``step(line, weight of a row)`` for the stored blocks of a block row."""
+    first = scalar(weight.indptr[segment])
+    count = scalar(weight.indptr[segment + 1] - first)
+    ahead = first + PREFETCH_BYTES // (4 * rows)
+    if rows == 1:  # too short for a loop
+        for line in range(2):
+            prefetch(data, (ahead + line * _WORDS_PER_LINE, 0))
+        prefetch(weight.indices, (ahead, 0))
+    else:
+        with T.serial(0, (count * rows + _WORDS_PER_LINE - 1) // _WORDS_PER_LINE) as line:
+            prefetch(data, (ahead + line * _WORDS_PER_LINE // rows, 0))
+        with T.serial(0, (count + 2 * _WORDS_PER_LINE - 1) // (2 * _WORDS_PER_LINE)) as line:
+            prefetch(weight.indices, (ahead + line * 2 * _WORDS_PER_LINE, 0))
+    with T.serial(0, count) as p:
+        at = first + p
+        step(scalar(weight.indices[at, 0]), lambda row: data[at, row])

@@ -1,0 +1,322 @@
+"""x86's low-precision instructions, one small function each, and their twins in plain arithmetic.
+
+Kernels are written once, against a :class:`Dot` or a :class:`TileUnit`; which one they get decides
+what they compile to. The plain ones run on any CPU, so that packing and indexing are tested
+everywhere, and the native ones against them.
+
+Words are 32 bits: four bytes or two bf16. Vectors of words are int32 for LLVM's sake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from sparse_tvm.schedules.cpu.lane_tiles import Buffer, Expr, local, scratch
+from sparse_tvm.schedules.cpu.low_precision import LINES, Precision, words_like
+from sparse_tvm.schedules.cpu.vector_math import lanes_of
+
+TILE_WORDS = 256
+"""Words of a full AMX tile: 16 rows of 64 bytes."""
+
+TILES = 8
+"""Tile registers."""
+
+
+# Dot products: acc[lane] += sum over the four bytes of x[lane] * w[lane]
+
+
+def plain_dot(acc: Expr, x: Expr, w: Expr) -> Expr:
+    """The twin of ``vpdpbusd``: unsigned bytes of x by signed bytes of w."""
+    lanes = lanes_of(acc)
+    for byte in range(4):
+        unsigned = T.bitwise_and(
+            T.shift_right(x, words_like(8 * byte, lanes)), words_like(255, lanes)
+        )
+        raised = T.shift_left(w, words_like(24 - 8 * byte, lanes))
+        acc = acc + unsigned * T.shift_right(raised, words_like(24, lanes))
+    return acc
+
+
+def vpdpbusd(acc: Expr, x: Expr, w: Expr) -> Expr:
+    """``vpdpbusd`` of VNNI, in the width of its operands."""
+    lanes = lanes_of(acc)
+    x, w = (T.reinterpret(f"int8x{4 * lanes}", value) for value in (x, w))
+    name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
+    return T.call_llvm_pure_intrin(f"int32x{lanes}", name, acc, x, w)
+
+
+def vpmaddubsw(acc: Expr, x: Expr, w: Expr) -> Expr:
+    """``vpmaddubsw`` and ``vpmaddwd``: exact for weights within -64 to 64.
+
+    ``vpmaddubsw`` adds two products in 16 bits, where 2 * 255 * 64 still fits.
+    """
+    return _madd(acc, *(T.reinterpret(f"int8x{4 * lanes_of(acc)}", value) for value in (x, w)))
+
+
+def signed_vpmaddubsw(acc: Expr, x: Expr, w: Expr) -> Expr:
+    """The same on the value of x without its zero point: exact for weights within -127 to 127.
+
+    What is multiplied is the magnitude of x, and w takes the sign: 2 * 128 * 127 fits.
+    """
+    lanes = lanes_of(acc)
+    bytes_ = f"int8x{4 * lanes}"
+    as_signed = words_like(-0x7F7F7F80, lanes)  # 0x80808080: minus 128 in each byte
+    x = T.reinterpret(bytes_, T.bitwise_xor(x, as_signed))
+    magnitude = T.call_llvm_pure_intrin(bytes_, "llvm.abs", x, tirx.const(False, "bool"))
+    sign = "llvm.x86.ssse3.psign.b.128" if lanes == 4 else "llvm.x86.avx2.psign.b"
+    w = T.call_llvm_pure_intrin(bytes_, sign, T.reinterpret(bytes_, w), x)
+    return _madd(acc, magnitude, w)
+
+
+def _madd(acc: Expr, x: Expr, w: Expr) -> Expr:
+    lanes = lanes_of(acc)
+    if lanes == 4:
+        to_pairs, to_words = "llvm.x86.ssse3.pmadd.ub.sw.128", "llvm.x86.sse2.pmadd.wd"
+    else:
+        to_pairs, to_words = "llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"
+    pairs = T.call_llvm_pure_intrin(f"int16x{2 * lanes}", to_pairs, x, w)
+    ones = T.broadcast(tirx.const(1, "int16"), 2 * lanes)
+    return acc + T.call_llvm_pure_intrin(f"int32x{lanes}", to_words, pairs, ones)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A dot product instruction of bytes.
+
+    Attributes
+    ----------
+    name : str
+        For titles of kernels.
+    lanes : int
+        Words in a vector.
+    registers : int
+        Vector registers.
+    features : tuple[str, ...]
+        What a CPU must have, by LLVM's names.
+    multiply_add : callable
+        ``(acc, x, w)`` to acc plus the products.
+    largest_weight : int
+        Of the weights that it multiplies exactly.
+    signed : bool
+        Whether it takes the zero point off x; else the product of the zero point and the weights
+        is left to subtract.
+    """
+
+    name: str
+    lanes: int
+    registers: int
+    features: tuple[str, ...]
+    multiply_add: Callable[[Expr, Expr, Expr], Expr]
+    largest_weight: int = 127
+    signed: bool = False
+
+
+AVX512_VNNI = Dot("avx512vnni", 16, 32, ("avx512vnni", "avx512vl", "avx512bw"), vpdpbusd)
+AVX_VNNI = Dot("avxvnni", 8, 16, ("avxvnni", "avx2"), vpdpbusd)
+AVX2 = Dot("avx2", 8, 16, ("avx2",), vpmaddubsw, largest_weight=64)
+AVX2_SIGNED = Dot("avx2-signed", 8, 16, ("avx2",), signed_vpmaddubsw, signed=True)
+SSSE3 = Dot("ssse3", 4, 16, ("ssse3",), vpmaddubsw, largest_weight=64)
+SSSE3_SIGNED = Dot("ssse3-signed", 4, 16, ("ssse3",), signed_vpmaddubsw, signed=True)
+DOTS = (AVX512_VNNI, AVX_VNNI, AVX2, AVX2_SIGNED, SSSE3, SSSE3_SIGNED)
+"""The fastest first: those with smaller weights lose a bit of them, and are twice as fast."""
+
+
+def plain(lanes: int, registers: int) -> Dot:
+    """The twin in vectors of any width."""
+    return Dot("plain", lanes, registers, (), plain_dot)
+
+
+# Expansion: the set bits of a mask say where in a line the next packed elements go
+
+
+def plain_expand(
+    precision: Precision, packed: Buffer, first: Expr, mask: Expr, out: Buffer, at: Expr
+) -> None:
+    """The twin of ``vpexpandb`` and ``vpexpandw``: one line of 16 words to ``out[at]``."""
+    size = 4 // precision.unit
+    cursor, word = local(1, "int32"), local(1, "int32")
+    T.buffer_store(cursor, first, [0])
+    one = tirx.const(1, mask.ty.dtype)
+    with T.serial(0, LINES) as i:
+        T.buffer_store(word, T.int32(0), [0])
+        for u in range(precision.unit):
+            bit = T.shift_right(mask, T.Cast(mask.ty.dtype, i * precision.unit + u))
+            with T.If(T.bitwise_and(bit, one) == one), T.Then():
+                for byte in range(size):
+                    value = T.bitwise_and(T.Cast("int32", packed[cursor[0] + byte]), T.int32(255))
+                    place = 8 * (u * size + byte)
+                    T.buffer_store(
+                        word, T.bitwise_or(word[0], T.shift_left(value, T.int32(place))), [0]
+                    )
+                T.buffer_store(cursor, cursor[0] + size, [0])
+        T.buffer_store(out, word[0], [at + i])
+
+
+def vpexpand(
+    precision: Precision, packed: Buffer, first: Expr, mask: Expr, out: Buffer, at: Expr
+) -> None:
+    """``vpexpandb`` or ``vpexpandw``: one line of 16 words to ``out[at]``.
+
+    Reads 64 bytes from ``packed[first]``, however few are used.
+    """
+    count = LINES * precision.unit
+    bits = 512 // count
+    vector = f"int{bits}x{count}"
+    expanded = T.call_llvm_pure_intrin(
+        vector,
+        f"llvm.x86.avx512.mask.expand.v{count}i{bits}",
+        T.reinterpret(vector, packed[T.ramp(first, 1, 64)]),
+        T.broadcast(tirx.const(0, f"int{bits}"), count),
+        T.reinterpret(f"uint1x{count}", mask),
+    )
+    T.buffer_store(out, T.reinterpret("int32x16", expanded), [T.ramp(at, 1, LINES)])
+
+
+def bits_set(mask: Expr) -> Expr:
+    """Set bits of a mask, as int32."""
+    return T.Cast("int32", T.call_llvm_pure_intrin(mask.ty.dtype, "llvm.ctpop", mask))
+
+
+# Tiles: 16 rows of 64 bytes, c[r, token] += sum over a line's words of a[r, line] * b[line, token]
+
+
+class TileUnit(Protocol):
+    """A matrix unit with eight tile registers of 16 rows by 16 words."""
+
+    features: tuple[str, ...]
+
+    def configure(self) -> None:
+        """Make the tiles usable on this thread."""
+
+    def release(self) -> None:
+        """Give the tiles back."""
+
+    def zero(self, tile: int) -> None:
+        """Clear a tile."""
+
+    def load(self, tile: int, words: Buffer, at: Expr) -> None:
+        """Load a tile from 256 consecutive words of flat memory."""
+
+    def store(self, tile: int, words: Buffer, at: Expr) -> None:
+        """Store a tile to 256 consecutive words of flat memory."""
+
+    def multiply_add(self, precision: Precision, c: int, a: int, b: int) -> None:
+        """Add the product of tiles ``a`` (weights) and ``b`` (activations) to ``c``."""
+
+    def expand(
+        self, precision: Precision, packed: Buffer, first: Expr, mask: Expr, out: Buffer, at: Expr
+    ) -> None:
+        """Expand packed elements to a line of 16 words."""
+
+
+class Amx:
+    """Intel AMX. Linux lets a process use it only after asking (see ``sparse_tvm.cpu``)."""
+
+    features = ("amx-tile", "amx-int8", "amx-bf16", "avx512vbmi2", "avx512bw", "avx512vl")
+    expand = staticmethod(vpexpand)
+    _stride = 64
+
+    def configure(self) -> None:
+        """``ldtilecfg`` of palette 1: all tiles 16 rows of 64 bytes."""
+        config = scratch(8, "int64")
+        row_bytes, rows = 0x0040004000400040, 0x1010101010101010
+        for i, word in enumerate([1, 0, row_bytes, row_bytes, 0, 0, rows, 0]):
+            T.buffer_store(config, T.int64(word), [i])
+        self._emit("ldtilecfg", tirx.address_of(config[0]))
+
+    def release(self) -> None:
+        """``tilerelease``: a thread with live tiles is slow to switch."""
+        self._emit("tilerelease")
+
+    def zero(self, tile: int) -> None:
+        """``tilezero``."""
+        self._emit("tilezero", self._number(tile))
+
+    def load(self, tile: int, words: Buffer, at: Expr) -> None:
+        """``tileloadd``."""
+        address = tirx.address_of(words[at])
+        self._emit("tileloadd64", self._number(tile), address, T.int64(self._stride))
+
+    def store(self, tile: int, words: Buffer, at: Expr) -> None:
+        """``tilestored``."""
+        address = tirx.address_of(words[at])
+        self._emit("tilestored64", self._number(tile), address, T.int64(self._stride))
+
+    def multiply_add(self, precision: Precision, c: int, a: int, b: int) -> None:
+        """``tdpbsud`` or ``tdpbf16ps``."""
+        name = "tdpbsud" if precision.scaled else "tdpbf16ps"
+        self._emit(name, *map(self._number, (c, a, b)))
+
+    @staticmethod
+    def _number(tile: int) -> Any:
+        return tirx.const(tile, "int8")
+
+    @staticmethod
+    def _emit(name: str, *operands: Any) -> None:
+        T.evaluate(tirx.call_llvm_intrin("void", f"llvm.x86.{name}", *operands))
+
+
+class PlainTiles:
+    """The twin of AMX: tiles in memory, products in loops."""
+
+    features = ()
+    expand = staticmethod(plain_expand)
+
+    def __init__(self) -> None:
+        self._tiles: Buffer = None
+
+    def configure(self) -> None:
+        """Take memory for the tiles."""
+        self._tiles = scratch(TILES * TILE_WORDS, "int32")
+
+    def release(self) -> None:
+        """Nothing to do."""
+
+    def zero(self, tile: int) -> None:
+        """Clear a tile."""
+        with T.serial(0, LINES) as row:
+            T.buffer_store(self._tiles, words_like(0, LINES), [self._row(tile, row)])
+
+    def load(self, tile: int, words: Buffer, at: Expr) -> None:
+        """Copy a tile in."""
+        with T.serial(0, LINES) as row:
+            line = words[T.ramp(at + row * LINES, 1, LINES)]
+            T.buffer_store(self._tiles, line, [self._row(tile, row)])
+
+    def store(self, tile: int, words: Buffer, at: Expr) -> None:
+        """Copy a tile out."""
+        with T.serial(0, LINES) as row:
+            line = self._tiles[self._row(tile, row)]
+            T.buffer_store(words, line, [T.ramp(at + row * LINES, 1, LINES)])
+
+    def multiply_add(self, precision: Precision, c: int, a: int, b: int) -> None:
+        """Row by row of ``c``, line by line of ``b``."""
+        multiply = plain_dot if precision.name == "int8" else _plain_bf16_dot
+        with T.serial(0, LINES) as row, T.serial(0, LINES) as line:
+            at = self._row(c, row)
+            weight = T.broadcast(self._tiles[a * TILE_WORDS + row * LINES + line], LINES)
+            x = self._tiles[self._row(b, line)]
+            T.buffer_store(self._tiles, multiply(self._tiles[at], x, weight), [at])
+
+    @staticmethod
+    def _row(tile: int, row: Expr) -> Expr:
+        return T.ramp(tile * TILE_WORDS + row * LINES, 1, LINES)
+
+
+def _plain_bf16_dot(acc: Expr, x: Expr, w: Expr) -> Expr:
+    """The twin of a line of ``tdpbf16ps``, on words that hold float32 and pairs of bf16."""
+    lanes = lanes_of(acc)
+    real = f"float32x{lanes}"
+    total = T.reinterpret(real, acc)
+    for half in range(2):
+        if half == 0:
+            values = [T.shift_left(v, words_like(16, lanes)) for v in (x, w)]
+        else:
+            values = [T.bitwise_and(v, words_like(-0x10000, lanes)) for v in (x, w)]
+        total = total + T.reinterpret(real, values[0]) * T.reinterpret(real, values[1])
+    return T.reinterpret(f"int32x{lanes}", total)

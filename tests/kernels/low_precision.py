@@ -1,0 +1,66 @@
+"""What tests of low-precision kernels share: instructions to test with, and NumPy's rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+from harness import RUNNABLE, to_tiles
+from hypothesis import strategies as st
+
+from sparse_tvm.schedules.cpu.low_precision import BF16, INT8, LINES, ZERO_POINT, Precision
+from sparse_tvm.schedules.x86.instructions import DOTS, Amx, Dot, PlainTiles, plain
+from sparse_tvm.sparsity.quantise import as_words, bf16_values, quantise_rows, round_to_bf16
+from sparse_tvm.targets import TARGETS, Target
+
+ANY = TARGETS["x86-64-v2"]
+precisions = st.sampled_from([INT8, BF16])
+
+
+def runnable(features: tuple[str, ...]) -> Target | None:
+    """The best target of this machine with these features."""
+    able = [target for target in RUNNABLE if set(features) <= set(target.features)]
+    return able[0] if able else None
+
+
+DOT_TARGETS: list[tuple[Dot, Target]] = [(plain(4, 16), ANY), (plain(8, 16), ANY)]
+DOT_TARGETS += [(dot, target) for dot in DOTS if (target := runnable(dot.features))]
+TILE_TARGETS = [(PlainTiles, ANY)]
+TILE_TARGETS += [(Amx, target) for target in [runnable(Amx.features)] if target]
+
+
+def rounded(x: np.ndarray, precision: Precision) -> np.ndarray:
+    """What an activation ``[lead, rows, features]`` is worth after rounding."""
+    if precision is BF16:
+        return bf16_values(round_to_bf16(x)).reshape(x.shape)
+    values, scales = quantise_rows(x.reshape(-1, x.shape[-1]))
+    return (values * scales[:, None].astype("float64")).reshape(x.shape)
+
+
+def to_lines(x: np.ndarray, precision: Precision) -> np.ndarray:
+    """``[lead, rows, features]`` as a low-precision activation; the padding holds garbage."""
+    lead, rows, features = x.shape
+    flat = x.reshape(-1, features)
+    if precision is INT8:
+        values, scales = quantise_rows(flat)
+        stored = (values.astype(np.int16) + ZERO_POINT).astype(np.uint8)
+    else:
+        stored = round_to_bf16(flat)
+    words = as_words(stored).reshape(lead, rows, -1)
+    lines = np.pad(words, ((0, 0), (0, 0), (0, -words.shape[2] % LINES))).view(np.float32)
+    tiled = to_tiles(lines).view(np.int32)
+    if precision is BF16:
+        return tiled
+    scale_lines = to_tiles(scales.reshape(lead, rows, 1)).view(np.int32)
+    return np.concatenate([tiled, scale_lines], axis=2)
+
+
+def from_lines(lines: np.ndarray, rows: int, features: int, precision: Precision) -> np.ndarray:
+    """What ``[lead, rows, features]`` a low-precision activation is worth."""
+    lead = len(lines)
+    data = lines[:, :, : precision.data_lines(features)]
+    words = np.ascontiguousarray(data.swapaxes(2, 3)).reshape(lead, -1, data.shape[2])[:, :rows]
+    words = np.ascontiguousarray(words)
+    if precision is BF16:
+        return bf16_values(words.view(np.uint16))[..., :features]
+    scales = np.ascontiguousarray(lines[:, :, -1]).view(np.float32).reshape(lead, -1)[:, :rows]
+    values = words.view(np.uint8).astype("float64") - ZERO_POINT
+    return values[..., :features] * scales[..., None]

@@ -1,0 +1,234 @@
+"""Low-precision kernels against NumPy: shapes, tails, sparsity, scales, instructions, threads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from harness import KERNELS, from_tiles, run, simd, targets, thread_counts, tiles_for, to_tiles
+from hypothesis import example, given
+from hypothesis import strategies as st
+from low_precision import (
+    DOT_TARGETS,
+    TILE_TARGETS,
+    from_lines,
+    precisions,
+    rounded,
+    to_lines,
+)
+from test_matmul import ACTIVATIONS
+
+from sparse_tvm.schedules.cpu import word_weights
+from sparse_tvm.schedules.cpu.dot_matmul import dot_matmul
+from sparse_tvm.schedules.cpu.low_matmul import LowMatmul
+from sparse_tvm.schedules.cpu.low_precision import BF16, INT8, ZERO_POINT, quantise
+from sparse_tvm.schedules.x86.tile_matmul import FORMS, TileLayout, tile_matmul
+from sparse_tvm.sparsity.quantise import as_words, bf16_values, round_to_bf16
+
+STEPS = ["bias", "residual", "relu", "gelu"]
+extents = st.one_of(st.sampled_from([1, 2, 15, 16, 17, 33, 64]), st.integers(1, 150))
+problems = {
+    "lead": st.integers(1, 2),
+    "rows": st.one_of(st.sampled_from([1, 16, 17, 33, 128]), st.integers(1, 150)),
+    "n": extents,
+    "k": extents,
+    "sparsity": st.sampled_from([0.0, 0.5, 0.9, 0.98, 1.0]),
+    "epilogue": st.lists(st.sampled_from(STEPS), max_size=3),
+    "out": st.sampled_from([None, None, INT8, BF16]),
+    "magnitude": st.sampled_from([1e-6, 1.0, 1e4]),
+    "symbolic": st.booleans(),
+    "threads": thread_counts,
+    "seed": st.integers(0, 2**16),
+}
+
+
+class Case:
+    """A layer with random numbers, and what it must compute."""
+
+    def __init__(self, precision, lead, rows, n, k, sparsity, epilogue, out, magnitude, seed):
+        rng = np.random.default_rng(seed)
+        self.precision, self.epilogue, self.out = precision, tuple(epilogue), out
+        self.lead, self.rows, self.n, self.k = lead, rows, n, k
+        x = rng.standard_normal((lead, rows, k)) * rng.uniform(0.1, 3, (lead, rows, 1))
+        self.x = (x * magnitude).astype("float32")
+        w = rng.standard_normal((n, k)) * (rng.random((n, k)) >= sparsity)
+        self.w = w.astype("float32")
+        self.extras = [
+            rng.standard_normal(n if step == "bias" else (lead, rows, n)).astype("float32")
+            for step in self.epilogue
+            if step in ("bias", "residual")
+        ]
+
+    def problem(self, symbolic):
+        tiles = tiles_for(self.lead, self.rows, symbolic)
+        return LowMatmul(tiles, self.n, self.k, self.precision, self.epilogue, self.out)
+
+    def check(self, kernel, weight, elements, of_rows, target, threads):
+        arguments = [
+            to_lines(self.x, self.precision),
+            *weight.values(),
+            *of_rows.values(),
+            *(extra if extra.ndim == 1 else to_tiles(extra) for extra in self.extras),
+        ]
+        tiles = -(-self.rows // 16)
+        if self.out is None:
+            tiled = run(kernel, target, threads, arguments, (self.lead, tiles, self.n, 16))
+            result = from_tiles(tiled, self.rows)
+        else:
+            shape = (self.lead, tiles, self.out.lines(self.n), 16)
+            lines = run(kernel, target, threads, arguments, shape, "int32")
+            result = from_lines(lines, self.rows, self.n, self.out)
+        self.compare(result, elements, of_rows)
+
+    def compare(self, result, elements, of_rows):
+        if self.precision is INT8:
+            w = elements * of_rows["scale"][:, None].astype("float64")
+        else:
+            w = bf16_values(elements)
+        expected = rounded(self.x, self.precision).astype("float64") @ w.T.astype("float64")
+        extras, largest = iter(self.extras), np.abs(expected)
+        for step in self.epilogue:
+            known = ACTIVATIONS.get(step)
+            expected = known(expected) if known else expected + next(extras)
+            largest = np.maximum(largest, np.abs(expected))
+        quantum = {None: 0.0, INT8: 0.51 / 127, BF16: 2.0**-8}[self.out]
+        allowed = np.abs(expected).max(axis=-1, keepdims=True) * quantum
+        allowed = allowed + 3e-5 * largest.max(axis=-1, keepdims=True)
+        error = np.abs(result - expected)
+        assert (error <= allowed).all(), f"off by {(error / allowed).max():.2f} of what is allowed"
+
+
+def case_of(precision, values):
+    names = ("lead", "rows", "n", "k", "sparsity", "epilogue", "out", "magnitude", "seed")
+    return Case(precision, *(values[name] for name in names))
+
+
+SMALLEST = {
+    "lead": 1,
+    "rows": 1,
+    "n": 1,
+    "k": 1,
+    "sparsity": 0.0,
+    "epilogue": [],
+    "out": None,
+    "magnitude": 1.0,
+    "symbolic": False,
+    "threads": 1,
+    "seed": 0,
+}
+LARGER = {
+    **SMALLEST,
+    "lead": 2,
+    "rows": 130,
+    "n": 150,
+    "k": 900,
+    "epilogue": ["bias", "gelu", "residual"],
+    "threads": 2,
+    "symbolic": True,
+}
+
+
+def problems_with(**more):
+    return st.fixed_dictionaries({**problems, **more})
+
+
+dots = problems_with(
+    rows_of_block=st.sampled_from([1, 2, 4, 6]),
+    sparse=st.booleans(),
+    native=st.sampled_from(DOT_TARGETS),
+)
+
+
+@given(dots)
+@example({**LARGER, "sparsity": 0.9, "rows_of_block": 4, "sparse": True, "native": DOT_TARGETS[-1]})
+@KERNELS
+def test_dot(values):
+    case = case_of(INT8, values)
+    dot, target = values["native"]
+    rows = min(values["rows_of_block"], case.n)
+    elements, of_rows = rounded_for(dot, case.w)
+    pack = word_weights.sparse_rows if values["sparse"] else word_weights.dense_rows
+    kernel = dot_matmul(case.problem(values["symbolic"]), rows, values["sparse"], dot)
+    case.check(kernel, pack(as_words(elements), rows), elements, of_rows, target, values["threads"])
+
+
+def rounded_for(dot, w):
+    zero_point = 0 if dot.signed else ZERO_POINT
+    return word_weights.rounded(w, INT8, dot.largest_weight, zero_point)
+
+
+def pack_tiles(elements, layout):
+    if layout.form == "expand":
+        return word_weights.expanded_tiles(elements, layout.height)
+    pack = {
+        "dense": word_weights.dense_tiles,
+        "skip": word_weights.skipped_tiles,
+        "gather": word_weights.gathered_tiles,
+    }[layout.form]
+    return pack(as_words(elements), layout.height)
+
+
+tile_problems = problems_with(
+    precision=precisions,
+    form=st.sampled_from(FORMS),
+    height=st.sampled_from([1, 2]),
+    native=st.sampled_from(TILE_TARGETS),
+)
+
+
+def check_tiles(values):
+    case = case_of(values["precision"], values)
+    unit, target = values["native"]
+    layout = TileLayout(values["form"], values["height"])
+    elements, of_rows = word_weights.rounded(case.w, case.precision)
+    kernel = tile_matmul(case.problem(values["symbolic"]), layout, simd(target), unit())
+    case.check(kernel, pack_tiles(elements, layout), elements, of_rows, target, values["threads"])
+
+
+@given(tile_problems)
+@KERNELS
+def test_tiles(values):
+    check_tiles(values)
+
+
+@pytest.mark.parametrize("native", TILE_TARGETS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("precision", [INT8, BF16])
+def test_many_tiles(native, form, precision):
+    more = {"sparsity": 0.5, "form": form, "precision": precision, "native": native, "height": 2}
+    check_tiles({**LARGER, **more})
+
+
+@given(problems_with(target=targets, precision=precisions))
+@example({**SMALLEST, "magnitude": 0.0, "precision": INT8, "target": DOT_TARGETS[0][1]})
+@KERNELS
+def test_quantise(values):
+    precision, target = values["precision"], values["target"]
+    rng = np.random.default_rng(values["seed"])
+    x = rng.standard_normal((values["lead"], values["rows"], values["k"])) * values["magnitude"]
+    x = x.astype("float32")
+    tiles = tiles_for(values["lead"], values["rows"], values["symbolic"])
+    kernel = quantise(tiles, values["k"], precision, simd(target))
+    shape = (len(x), -(-values["rows"] // 16), precision.lines(values["k"]), 16)
+    lines = run(kernel, target, values["threads"], [to_tiles(x)], shape, "int32")
+    result = from_lines(lines, values["rows"], values["k"], precision)
+    peaks = np.abs(x).max(axis=-1, keepdims=True)
+    quantum = 0.501 / 127 * peaks if precision is INT8 else 2.0**-8 * np.abs(x)
+    assert (np.abs(result - x) <= quantum + 1e-30).all()
+    words = lines[:, :, -(-values["k"] // precision.unit) : precision.data_lines(values["k"])]
+    assert (words == 0).all(), "padding is not zero"
+
+
+def test_dot_of_the_largest_values_does_not_saturate():
+    for dot, target in DOT_TARGETS:
+        case = Case(INT8, 1, 16, 3, 64, 0.0, [], None, 1.0, 0)
+        case.x, case.w = np.full_like(case.x, -5.0), np.full_like(case.w, 2.0)
+        elements, of_rows = rounded_for(dot, case.w)
+        assert np.abs(elements).max() == dot.largest_weight
+        kernel = dot_matmul(case.problem(False), 1, False, dot)
+        weight = word_weights.dense_rows(as_words(elements), 1)
+        case.check(kernel, weight, elements, of_rows, target, 1)
+
+
+def test_bf16_rounds_to_nearest_even_and_clears_negative_zero():
+    x = np.array([1.0, -0.0, -1e-45, 1.00390625, 1.01171875], np.float32)
+    assert round_to_bf16(x).tolist() == [0x3F80, 0, 0, 0x3F80, 0x3F82]
