@@ -88,7 +88,7 @@ class Reference(ReferenceModel):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what is fatal; errors are raised
         source = model if isinstance(model, bytes) else os.fspath(model)
         try:
             self._session = _session(source, options)
@@ -114,7 +114,12 @@ class Reference(ReferenceModel):
     ) -> dict[str, np.ndarray]:
         """Run the model and return its outputs, or only those named, in that order."""
         names = self.outputs if outputs is None else list(outputs)
-        return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+        try:
+            results = self._session.run(names, dict(inputs))
+        except Exception as error:  # its exceptions have no base of their own
+            reason = str(error).partition("\n")[0]
+            raise ModelError(f"ONNX Runtime cannot run {self.name}: {reason}") from error
+        return dict(zip(names, results, strict=True))
 
 
 def _session(source: str | bytes, options: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 
 from sparse_tvm.errors import ModelError
+from sparse_tvm.frontends.guard import check_links
 from sparse_tvm.frontends.source import Source, SourceOptions
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -43,6 +44,13 @@ def open_source(model: Any, options: SourceOptions | None = None) -> Source:
         return OnnxSource(model)
     if not isinstance(model, str | os.PathLike):
         return _open_object(model, options)
+    try:
+        Path(model).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # perhaps a hub id; the reader says what is wrong otherwise
+    except (OSError, ValueError) as error:  # a name that is too long, or has a zero byte
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(f"{os.fspath(model)}: cannot be opened: {reason}") from error
     if hub_id := _hub_id(model):
         from sparse_tvm.frontends.huggingface.source import HuggingFaceSource
 
@@ -68,6 +76,7 @@ def _open_object(model: Any, options: SourceOptions) -> Source:
 
 
 def _open_directory(path: Path) -> Source:
+    check_links(path)
     if (path / "saved_model.pb").is_file():
         from sparse_tvm.frontends.tensorflow.saved_model import SavedModelSource
 
@@ -180,7 +189,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not a readable JSON file: {error}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path}: not a JSON object")

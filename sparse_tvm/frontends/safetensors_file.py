@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -30,6 +32,7 @@ _DTYPES: dict[str, np.dtype] = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000
 _ALIGNMENT = 64
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 class TensorFile:
@@ -55,12 +58,12 @@ class TensorFile:
                 if not 2 <= length <= min(size - 8, _MAX_HEADER):
                     raise ValueError("its header is cut off")
                 header = json.loads(file.read(length))
-        except (OSError, ValueError) as error:
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            end = max((_end(name, entry) for name, entry in header.items()), default=0)
+        except _UNREADABLE as error:
             raise ModelError(f"{path}: not a readable safetensors file: {error}") from error
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self._start = 8 + length
         self._entries = header
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if self._start + end > size:
             raise ModelError(f"{path}: truncated", hint="copy or download it again")
 
@@ -79,6 +82,16 @@ class TensorFile:
             return np.zeros(shape, dtype)
         offset = self._start + entry["data_offsets"][0]
         return np.memmap(self.path, dtype, "r", offset, shape or (1,)).reshape(shape)
+
+
+def _end(name: str, entry: Mapping[str, Any]) -> int:
+    """Return where a tensor ends; raise what `_UNREADABLE` lists if it cannot be as it says."""
+    start, end = (int(offset) for offset in entry["data_offsets"])
+    shape = [int(size) for size in entry["shape"]]
+    dtype = _DTYPES.get(entry["dtype"])
+    if min(start, *shape) < 0 or (dtype and math.prod(shape) * dtype.itemsize != end - start):
+        raise ValueError(f"tensor {name} has shape {shape} and bytes {start} to {end}")
+    return end
 
 
 def write_tensors(

@@ -12,6 +12,7 @@ import tvm
 from tvm import relax
 
 from sparse_tvm.errors import ModelError, OptionError
+from sparse_tvm.frontends.guard import bounded_memory
 from sparse_tvm.frontends.importer.graph import SUPPORTED_OPS, Importer, NodeError, SameSize
 from sparse_tvm.frontends.importer.input_ranges import Range, input_ranges
 from sparse_tvm.frontends.importer.sizes import as_text
@@ -117,7 +118,8 @@ def import_onnx(
     """
     proto = read_onnx(model, mapped=True)
     try:
-        return _import(proto, input_shapes, source=model)
+        with bounded_memory(proto):
+            return _import(proto, input_shapes, source=model)
     except ModelError as error:
         message = f"{describe(model)}: {error.message}"
         raise ModelError(message, hint=error.hint) from error.__cause__

@@ -9,6 +9,7 @@ from onnx import TensorProto
 from onnx.external_data_helper import ExternalDataInfo
 
 from sparse_tvm.errors import ModelError
+from sparse_tvm.frontends.guard import lies_inside
 from sparse_tvm.frontends.onnx.detach import is_weight, size_of, stored_tensors
 
 
@@ -51,12 +52,18 @@ def load_external_data(model: onnx.ModelProto, path: Path, *, mapped: bool = Fal
 
 def _data_file(path: Path, location: str, name: str) -> Path:
     relative = Path(location)
-    if relative.is_absolute() or ".." in relative.parts:
+    file = path.parent / relative
+    # A model that is a link itself, as in a download cache, has its data beside what it links to.
+    homes = (path.parent, path.resolve().parent)
+    if (
+        relative.is_absolute()
+        or ".." in relative.parts
+        or not any(lies_inside(file, home) for home in homes)
+    ):
         raise ModelError(
             f"{path}: external data of initializer {name} lies outside of the model's folder: "
             f"{location}"
         )
-    file = path.parent / relative
     if not file.is_file():
         raise ModelError(
             f"{path}: its external data file {location} is missing "

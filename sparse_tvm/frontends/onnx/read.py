@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
 from sparse_tvm.errors import ModelError
+from sparse_tvm.frontends.guard import check_graph
 from sparse_tvm.frontends.onnx.detach import (
     as_array,
     attach_weights,
@@ -92,14 +93,15 @@ def read_onnx(
     """
     where = describe(model)
     if isinstance(model, onnx.ModelProto):
+        check_graph(model, where)
         _check_versions(model, where)
         _check_data_is_present(model, where)
     else:
         path = Path(model)
-        model = _parse(path)
+        model = parse_onnx(path)
         _check_versions(model, where)
         load_external_data(model, path, mapped=mapped)
-    model = _inline_functions(model)
+    model = _inline_functions(model, where)
     _check_types(model, where)
     _check_structure(model, where)
     _check_values(model, where)
@@ -113,8 +115,14 @@ def describe(model: str | os.PathLike[str] | onnx.ModelProto) -> str:
     return str(Path(model))
 
 
-def _parse(path: Path) -> onnx.ModelProto:
-    """Read the file's protobuf, without its external data."""
+def parse_onnx(path: Path) -> onnx.ModelProto:
+    """Read a file's protobuf, without its external data.
+
+    Raises
+    ------
+    ModelError
+        When it is no ONNX file, or `check_graph` refuses it.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -137,6 +145,7 @@ def _parse(path: Path) -> onnx.ModelProto:
         # The first field of every ONNX file is ir_version: tag 0x08.
         state = "truncated or damaged" if data[0] == 0x08 else "not an ONNX file"
         raise ModelError(f"{path}: {state}") from None
+    check_graph(model, str(path))
     return model
 
 
@@ -232,12 +241,16 @@ def _check_data_is_present(model: onnx.ModelProto, where: str) -> None:
             )
 
 
-def _inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+def _inline_functions(model: onnx.ModelProto, where: str) -> onnx.ModelProto:
     """Replace calls of the model's own functions by their bodies."""
     if not model.functions:
         return model
     skeleton, weights = detach_weights(model)
-    return attach_weights(onnx.inliner.inline_local_functions(skeleton), weights)
+    try:
+        inlined = onnx.inliner.inline_local_functions(skeleton)
+    except Exception as error:  # of ONNX's C++ code, without a base of their own
+        raise ModelError(f"{where}: its functions cannot be inlined: {one_line(error)}") from error
+    return attach_weights(inlined, weights)
 
 
 def _check_types(model: onnx.ModelProto, where: str) -> None:

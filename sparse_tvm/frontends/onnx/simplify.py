@@ -10,6 +10,7 @@ import onnx
 import onnxsim
 
 from sparse_tvm.errors import ModelError
+from sparse_tvm.frontends.guard import check_sizes
 from sparse_tvm.frontends.onnx.detach import (
     detach_weights,
     is_weight,
@@ -64,17 +65,21 @@ def simplify(
     # Folding a batch norm into its convolution needs the values of both.
     skeleton, weights = detach_weights(model, _weight_names(model) - _foldable(model))
     _set_shapes(skeleton, specs)
+    check_sizes(skeleton)
     try:
         skeleton = expand(modernise(skeleton), definitions)
         # It prints when it falls back to a slower way, and warns of each node it does not fold.
         with contextlib.redirect_stdout(io.StringIO()), silent_stderr():
             simplified, valid = onnxsim.simplify(skeleton)
+    except MemoryError:
+        raise
     except Exception as error:
         raise ModelError(f"the graph cannot be simplified: {' '.join(str(error).split())}") from (
             error
         )
     if not valid:
         raise ModelError("the graph cannot be simplified: onnxsim's own check failed")
+    check_sizes(simplified)
     constants_to_initializers(simplified)
     program, folded = detach_weights(simplified, _weight_names(simplified))
     return _drop_unused(program, {**weights, **folded}, len(specs))

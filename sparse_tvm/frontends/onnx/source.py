@@ -12,6 +12,9 @@ import onnx
 from onnx import numpy_helper
 
 from sparse_tvm.errors import ModelError
+from sparse_tvm.frontends.guard import check_graph
+from sparse_tvm.frontends.onnx.external_data import load_external_data
+from sparse_tvm.frontends.onnx.read import one_line, parse_onnx
 from sparse_tvm.frontends.source import Source
 from sparse_tvm.reference import Reference
 
@@ -46,11 +49,13 @@ class OnnxSource(Source):
         if isinstance(self._model, Path):
             if not has_sparse_initializers(self._model):
                 return self._model, {}
-            model = onnx.load(self._model)
+            model = parse_onnx(self._model)
+            load_external_data(model, self._model)
             model.graph.name = self.name
         else:
             if not self._model.graph.sparse_initializer:
                 return self._model, {}
+            check_graph(self._model, self.name)
             model = onnx.ModelProto()
             model.CopyFrom(self._model)
         return model, decode_sparse_initializers(model)
@@ -78,18 +83,20 @@ def decode_sparse_initializers(model: onnx.ModelProto) -> dict[str, str]:
     origins = {}
     for sparse in model.graph.sparse_initializer:
         name = sparse.values.name
-        values, indices = (
-            numpy_helper.to_array(sparse.values),
-            numpy_helper.to_array(sparse.indices),
-        )
-        dense = np.zeros(tuple(sparse.dims), values.dtype)
         try:
+            values = numpy_helper.to_array(sparse.values)
+            indices = numpy_helper.to_array(sparse.indices)
+            if indices.min(initial=0) < 0:
+                raise ValueError(f"index {indices.min()} is negative")
+            dense = np.zeros(tuple(sparse.dims), values.dtype)
             if indices.ndim == 1:
                 dense.ravel()[indices] = values
             else:
                 dense[tuple(indices.T)] = values
-        except (IndexError, ValueError) as error:
-            raise ModelError(f"sparse initializer {name} does not fit its shape: {error}") from None
+        except (IndexError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"sparse initializer {name} does not fit its shape: {one_line(error)}"
+            ) from None
         model.graph.initializer.append(numpy_helper.from_array(dense, name))
         origins[name] = SPARSE_INITIALIZER
     del model.graph.sparse_initializer[:]
