@@ -25,7 +25,6 @@ _L1_SHARE = 0.85
 """Share of the first cache that keeps X, beside weights and sums."""
 
 _DENSE_LOOP = 1.04
-_SPILLED_SUMS = 2.0
 _SPILLED_WEIGHTS = 1.15
 
 
@@ -41,7 +40,7 @@ def matmul_cycles(
     rows, columns = layout.block
     tiles = _tiles_per_group(rows, simd, tokens)
     vectors = tiles * simd.per_tile
-    fmas = rows * vectors * costs.fma * _spilling(rows, simd, tokens, costs.scalars_per_load)
+    fmas = rows * vectors * _fma_cycles(rows, target, tokens)
     weights = -(-rows // costs.scalars_per_load) * costs.load
     if layout.sparse:
         lines = tiles * _line_cycles(_x_bytes(shape[1], tiles) / layout.parts, target)
@@ -74,13 +73,14 @@ def _tiles_per_group(rows: int, simd: Simd, tokens: int) -> float:
     return float(tiles / -(-tiles // group_limit(rows, simd)))
 
 
-def _spilling(rows: int, simd: Simd, tokens: int, scalars_per_load: int) -> float:
-    """How much slower FMAs are, for want of registers, with full groups."""
+def _fma_cycles(rows: int, target: Target, tokens: int) -> float:
+    """Cycles per multiply-add, more where registers are missing with full groups."""
+    simd, costs = Simd.of(target), target.costs
     sums = rows * min(group_limit(rows, simd), tiles_of(tokens)) * simd.per_tile
     if sums > simd.accumulators:
-        return _SPILLED_SUMS
-    weights = -(-rows // scalars_per_load)
-    return _SPILLED_WEIGHTS if sums + weights + 1 > simd.registers else 1.0
+        return costs.spilled
+    weights = -(-rows // costs.scalars_per_load)
+    return costs.fma * (_SPILLED_WEIGHTS if sums + weights + 1 > simd.registers else 1.0)
 
 
 def _x_bytes(k_in: int, tiles: float) -> float:

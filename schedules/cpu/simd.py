@@ -39,8 +39,12 @@ class Simd:
 
     @property
     def accumulators(self) -> int:
-        """Registers an inner loop may keep sums in, leaving some for its operands."""
-        return self.registers - max(4, self.registers // 4)
+        """Registers an inner loop may keep sums in, leaving some for its operands.
+
+        At least for a tile, a weight, and a product where that and its sum are two instructions:
+        a sum on the stack makes a loop twice as slow.
+        """
+        return self.registers - max(4, self.registers // 4, self.per_tile + 2)
 
     @property
     def per_tile(self) -> int:

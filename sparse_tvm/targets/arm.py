@@ -33,10 +33,11 @@ _CORTEX_A72 = Target(
     costs=Costs(
         ghz=1.5,
         fma=1.0,
+        spilled=1.85,
         load=1.0,
         scalars_per_load=4,
         l2_line=5.0,
-        streamed=2.5,
+        streamed=8.0,
         memory=2.5,
         row=16.0,
         sum=2.0,
@@ -57,9 +58,10 @@ _CORTEX_A76 = replace(
         _CORTEX_A72.costs,
         ghz=2.4,
         fma=0.5,
+        spilled=1.5,
         load=0.5,
         l2_line=2.5,
-        streamed=4.0,
+        streamed=12.0,
         memory=4.0,
         row=12.0,
         sum=1.5,
@@ -74,7 +76,7 @@ _NEOVERSE_N1 = replace(
     description="Armv8.2, dot products, fp16: Graviton 2, Ampere Altra",
     aliases=("armv8.2-a", "graviton2", "ampere-altra"),
     caches=Caches(l1=64 << 10, l2=1 << 20, l3=512 << 10),
-    costs=replace(_CORTEX_A76.costs, ghz=2.5, streamed=6.0, memory=6.0),
+    costs=replace(_CORTEX_A76.costs, ghz=2.5, streamed=16.0, memory=8.0),
     parts=(0xD0C,),
 )
 
@@ -87,7 +89,14 @@ _NEOVERSE_V1 = replace(
     attributes=_attributes(_V8_4),
     caches=Caches(l1=64 << 10, l2=1 << 20, l3=512 << 10),
     costs=replace(
-        _NEOVERSE_N1.costs, ghz=2.6, fma=0.25, load=1 / 3, l2_line=2.0, streamed=8.0, memory=8.0
+        _NEOVERSE_N1.costs,
+        ghz=2.6,
+        fma=0.25,
+        spilled=0.7,
+        load=1 / 3,
+        l2_line=2.0,
+        streamed=32.0,
+        memory=10.0,
     ),
     parts=(0xD40,),
 )
@@ -107,7 +116,7 @@ _NEOVERSE_N2 = replace(
     name="neoverse-n2",
     description="Armv9.0, int8 and bfloat16 matrices: Cobalt 100, Yitian 710",
     aliases=("cobalt100", "yitian710"),
-    costs=replace(_NEOVERSE_V1.costs, ghz=3.0, fma=0.5, streamed=6.0, memory=6.0),
+    costs=replace(_NEOVERSE_V1.costs, ghz=3.0, fma=0.5, spilled=1.5, streamed=16.0),
     parts=(0xD49,),
 )
 

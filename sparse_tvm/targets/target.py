@@ -33,6 +33,8 @@ class Costs:
         Sustained clock, which turns cycles into seconds.
     fma : float
         Cycles per vector multiply-add, where many are independent.
+    spilled : float
+        The same, where the sum did not fit into the registers.
     load : float
         Cycles per load that hits the first cache, of a vector or of scalars.
     scalars_per_load : int
@@ -41,8 +43,8 @@ class Costs:
     l2_line : float
         Cycles that a 64-byte line takes longer from the second cache than from the first.
     streamed : float
-        Bytes per cycle of weights that come from the last cache, or memory, while the core
-        computes.
+        Bytes of weights that take a computing core another cycle: most of the way from the last
+        cache, or memory, they come beside its work.
     memory : float
         Bytes per cycle of one core from memory when it does nothing else.
     row : float
@@ -55,6 +57,7 @@ class Costs:
 
     ghz: float
     fma: float
+    spilled: float
     load: float
     scalars_per_load: int
     l2_line: float

@@ -40,6 +40,7 @@ _LEVEL_4 = Target(
     costs=Costs(
         ghz=3.0,
         fma=0.5,
+        spilled=1.0,
         load=0.5,
         scalars_per_load=1,
         l2_line=0.95,
@@ -74,6 +75,7 @@ _LEVEL_2 = replace(
     features=_V2,
     vector_bits=128,
     caches=Caches(l1=32 << 10, l2=256 << 10, l3=2 << 20),
+    costs=replace(_LEVEL_3.costs, fma=0.75),  # two instructions, on three ports
 )
 
 

@@ -1,0 +1,108 @@
+"""The cost model's sense, on every target: what it may never conclude from any parameters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sparse_tvm.passes.convert_weights import FormatOptions, choose
+from sparse_tvm.schedules.cpu.cost import dense_rows, matmul_cycles, matmul_seconds, part_counts
+from sparse_tvm.schedules.cpu.matmul import WeightLayout
+from sparse_tvm.schedules.cpu.simd import Simd
+from sparse_tvm.sparsity.analysis import analyse
+from sparse_tvm.sparsity.pruning import prune_array
+from sparse_tvm.targets import TARGETS
+
+EVERY_TARGET = pytest.mark.parametrize(
+    "target", TARGETS.values(), ids=[target.name for target in TARGETS.values()]
+)
+SHAPES = pytest.mark.parametrize("shape", [(768, 768), (3072, 768), (768, 3072)])
+SPARSE = [WeightLayout("csr", (1, 1)), *(WeightLayout("bsr", (n, 1)) for n in (2, 4, 8, 16))]
+
+
+def weight(shape, sparsity, structure):
+    w = np.random.default_rng(0).standard_normal(shape).astype("float32")
+    return prune_array(w, sparsity, structure) if sparsity else w
+
+
+def chosen(w, target):
+    return choose("layer", w, analyse(w), FormatOptions(), target)
+
+
+def blocks_of(shape, layout, density=0.1):
+    return int(density * shape[0] * shape[1] / layout.block[0])
+
+
+@EVERY_TARGET
+@SHAPES
+@pytest.mark.parametrize("layout", SPARSE, ids=str)
+def test_a_smaller_or_slower_cache_never_helps(target, shape, layout):
+    def cycles(target):
+        return matmul_cycles(shape, layout, blocks_of(shape, layout), target)
+
+    assert target.costs.l2_line > 0
+    smaller = replace(target, caches=replace(target.caches, l1=target.caches.l1 // 2))
+    slower = replace(target, costs=replace(target.costs, l2_line=2 * target.costs.l2_line))
+    assert cycles(smaller) >= cycles(target)
+    assert cycles(slower) >= cycles(target)
+
+
+@EVERY_TARGET
+def test_parts_pay_where_the_second_cache_is_far(target):
+    shape, layout = (4096, 4096), WeightLayout("csr", (1, 1))
+    blocks = blocks_of(shape, layout)
+    target = replace(target, costs=replace(target.costs, l2_line=20.0))
+    whole, *split = (
+        matmul_cycles(shape, replace(layout, parts=parts), blocks, target)
+        for parts in part_counts(shape[1], 1, target)
+    )
+    assert min(split) < whole
+
+
+@EVERY_TARGET
+@SHAPES
+def test_dense_with_one_zero_stays_dense(target, shape):
+    w = weight(shape, 0, "")
+    w[3, 5] = 0
+    assert chosen(w, target).layout.format == "dense"
+
+
+@EVERY_TARGET
+@SHAPES
+@pytest.mark.parametrize("sparsity", [0.8, 0.9, 0.95])
+def test_4x1_stays_in_blocks(target, shape, sparsity):
+    layout = chosen(weight(shape, sparsity, "4x1"), target).layout
+    if target.name == "x86-64-v2":  # eight sums in sixteen registers: single rows are as fast
+        assert layout.block in [(1, 1), (2, 1), (4, 1)]
+        return
+    assert layout.format == "bsr"
+    assert layout.block in [(2, 1), (4, 1)]  # no zeros are stored
+
+
+@EVERY_TARGET
+@SHAPES
+def test_unstructured_95_percent_is_sparse(target, shape):
+    assert chosen(weight(shape, 0.95, "unstructured"), target).layout.format == "csr"
+
+
+@EVERY_TARGET
+def test_more_tokens_take_longer(target):
+    shape, layout = (768, 768), WeightLayout("csr", (1, 1))
+    blocks = blocks_of(shape, layout)
+    seconds = [
+        matmul_seconds(shape, layout, blocks, target, tokens) for tokens in (1, 16, 64, 128, 512)
+    ]
+    assert seconds == sorted(seconds)
+    assert seconds[0] == seconds[1]  # one tile
+    cycles = matmul_cycles(shape, layout, blocks, target, 16)
+    assert seconds[1] == pytest.approx(cycles / (target.costs.ghz * 1e9))
+
+
+@EVERY_TARGET
+def test_few_tokens_leave_registers_for_more_rows(target):
+    simd = Simd.of(target)
+    few, many = dense_rows(1024, simd, 16), dense_rows(1024, simd, 128)
+    assert few >= many
+    assert few * simd.per_tile <= simd.accumulators
