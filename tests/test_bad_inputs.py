@@ -119,7 +119,7 @@ Content = bytes | Callable[[], bytes | onnx.ModelProto] | None
 BAD_MODELS: dict[str, tuple[Content, tuple[str, ...]]] = {
     "missing": (None, ("no such file",)),
     "empty": (b"", ("empty",)),
-    "text": (b"hello, this is a letter\n" * 20, ("not an ONNX file",)),
+    "text": (b"hello, this is a letter\n" * 20, ("a text file",)),
     "image": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), ("not an ONNX file",)),
     "truncated": (lambda: tiny_model().SerializeToString()[:-200], ("truncated",)),
     "old opset": (lambda: tiny_model(opset=9), ("opset 9",)),
@@ -285,7 +285,7 @@ def test_cpu_without_the_features(verb: str, artifact: Path, refused: Refused) -
     ("options", "code", "words"),
     [
         ("--against missing.onnx", 1, ("missing.onnx",)),
-        ("--against good.so", 1, ("good.so", "ONNX")),
+        ("--against good.so", 1, ("good.so", "shared library")),
         ("--threads 0", 2, ("threads", "0")),
         ("--duration=-1", 2, ("duration", "-1")),
         ("--json missing/out.json", 1, ("missing/out.json",)),

@@ -11,6 +11,7 @@ import pytest
 from onnx import numpy_helper, parser
 
 from sparse_tvm.errors import ModelError
+from sparse_tvm.frontends.detect import file_kind, open_source
 from sparse_tvm.frontends.onnx.read import NEWEST_OPSET, read_onnx
 
 DENSE = "(float[2,16] x) => (float[2,8] y) { y = MatMul(x, w) }"
@@ -75,38 +76,62 @@ def test_truncated_file_says_so(saved):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "the file is empty"),
         (b"import onnx\nprint('hello')\n", "a text file"),
         ("größe = 1\n".encode() * 100, "a text file"),
-        (pickle.dumps({"weights": [1, 2]}), "a Python pickle"),
         (b"\x7fELF\x02\x01\x01", "a shared library"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-        (b"\x10\x00\x00\x00\x00\x00\x00\x00" + b'{"weight":{}}', "a safetensors file"),
-        (b"\x1c\x00\x00\x00TFL3\x14\x00", "a TensorFlow Lite model"),
-        (bytes(range(128, 256)), "not an ONNX file"),
+        (b"\x10\x00\x00\x00\x00\x00\x00\x00" + b'{"weight":{}}', "weights without a graph"),
+        (b"\x93NUMPY\x01\x00", "a NumPy array"),
     ],
 )
-def test_other_files(tmp_path, content, expected):
+def test_files_that_are_no_models(tmp_path, content, expected):
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
-    message = refusal(path)
-    assert message.startswith(f"{path}: ")
-    assert expected in message
+    with pytest.raises(ModelError) as caught:
+        open_source(path)
+    assert str(caught.value).startswith(f"{path}: not a model: it is {expected}")
 
 
 @pytest.mark.parametrize(
-    ("member", "expected"),
+    ("content", "expected"),
+    [(b"", "the file is empty"), (bytes(range(128, 256)), "not an ONNX file")],
+)
+def test_what_is_no_known_file(tmp_path, content, expected):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    assert refusal(path) == f"{path}: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
     [
-        ("archive/data.pkl", "a PyTorch checkpoint"),
-        ("arr_0.npy", "a NumPy .npz archive"),
-        ("readme", "a zip archive"),
+        (pickle.dumps({"weights": [1, 2]}), "pickle"),
+        (b"\x1c\x00\x00\x00TFL3\x14\x00", "tflite"),
+        (b'{"sparse_tvm_ir": 1}', "ir"),
+        (build().SerializeToString(), "onnx"),
     ],
 )
-def test_zip_files(tmp_path, member, expected):
+def test_models_are_told_by_their_content(tmp_path, content, kind):
+    path = tmp_path / "model.txt"
+    path.write_bytes(content)
+    assert file_kind(path) == kind
+
+
+@pytest.mark.parametrize(
+    ("member", "kind"),
+    [
+        ("archive/data.pkl", "pickle"),
+        ("archive/models/model.json", "program"),
+        ("archive/code/model.py", "torchscript"),
+        ("arr_0.npy", "numpy"),
+        ("readme", "zip"),
+    ],
+)
+def test_archives_are_told_by_their_members(tmp_path, member, kind):
     path = tmp_path / "model.pt"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(member, b"")
-    assert expected in refusal(path)
+    assert file_kind(path) == kind
 
 
 def test_external_data(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -18,7 +19,6 @@ from sparse_tvm.frontends.source import Source, SourceOptions
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_PREFIX = "hf://"
 _MODEL_SUFFIXES = {".onnx", ".pt2", ".pt", ".pth", ".keras", ".tflite", ".h5", ".json", ".so"}
-_MAX_IR_HEADER = 64
 
 
 def open_source(model: Any, options: SourceOptions | None = None) -> Source:
@@ -92,40 +92,109 @@ def _open_directory(path: Path) -> Source:
 
 
 def _open_file(path: Path, options: SourceOptions) -> Source:
-    head = _head(path)
-    if head.startswith(b"PK\x03\x04"):
-        return _open_zip(path, options)
-    if head[4:8] == b"TFL3":
-        from sparse_tvm.frontends.tensorflow.tflite import TfliteSource
+    kind = file_kind(path)
+    if kind in _REFUSED:
+        what, hint = _REFUSED[kind]
+        raise ModelError(f"{path}: not a model: it is {what}", hint=hint)
+    if kind == "program":
+        from sparse_tvm.frontends.torch.source import ProgramSource
 
-        return TfliteSource(path)
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return ProgramSource(path, options)
+    if kind == "pickle":
         from sparse_tvm.frontends.torch.source import ModuleSource
 
         return ModuleSource.from_pickle(path, options)
-    if head[:_MAX_IR_HEADER].startswith(b'{"sparse_tvm_ir":'):
+    if kind == "keras":
+        from sparse_tvm.frontends.tensorflow.keras import KerasSource
+
+        return KerasSource(path, options)
+    if kind == "tflite":
+        from sparse_tvm.frontends.tensorflow.tflite import TfliteSource
+
+        return TfliteSource(path)
+    if kind == "ir":
         from sparse_tvm.frontends.ir.source import IrSource
 
         return IrSource(path)
-    if head.startswith(b"\x89HDF"):
-        raise ModelError(
-            f"{path}: is an HDF5 file, perhaps of an old Keras model",
-            hint="load it with Keras and save it as .keras",
-        )
-    if path.name.endswith(".safetensors.index.json") or _is_safetensors(head):
-        raise ModelError(
-            f"{path}: not a model: it has weights without a graph",
-            hint="give the Hugging Face directory that has config.json beside it",
-        )
     from sparse_tvm.frontends.onnx.source import OnnxSource
 
     return OnnxSource(path)
 
 
-def _open_zip(path: Path, options: SourceOptions) -> Source:
+_REFUSED: dict[str, tuple[str, str | None]] = {
+    "library": (
+        "a shared library, perhaps an artifact that was compiled already",
+        "give the model that it was compiled from",
+    ),
+    "hdf5": ("an HDF5 file, perhaps an old Keras model", "load it with Keras, save it as .keras"),
+    "gzip": ("a gzip archive", "unpack it"),
+    "gguf": ("a GGUF model, quantised weights for llama.cpp", "give the float32 model"),
+    "numpy": ("a NumPy array or archive", None),
+    "lfs": ("a Git LFS pointer", "the model itself was not downloaded: git lfs pull"),
+    "safetensors": (
+        "weights without a graph",
+        "give the Hugging Face directory that has config.json beside it",
+    ),
+    "torchscript": (
+        "a TorchScript archive, which PyTorch no longer develops",
+        "export the model with torch.export.save",
+    ),
+    "zip": ("a zip archive", "unpack it"),
+    "text": ("a text file", None),
+}
+"""What cannot be opened, by `file_kind`, and what to do."""
+
+_SIGNATURES = (
+    (b"\x7fELF", "library"),
+    (b"\x80\x02", "pickle"),
+    (b"\x80\x03", "pickle"),
+    (b"\x80\x04", "pickle"),
+    (b"\x80\x05", "pickle"),
+    (b"\x89HDF", "hdf5"),
+    (b"\x1f\x8b", "gzip"),
+    (b"GGUF", "gguf"),
+    (b"\x93NUMPY", "numpy"),
+    (b"version https://git-lfs", "lfs"),
+    (b'{"sparse_tvm_ir":', "ir"),
+)
+
+
+def file_kind(path: Path) -> str:
+    """Tell what a file is, by its content.
+
+    Returns
+    -------
+    str
+        ``program``, ``pickle``, ``keras``, ``tflite``, ``ir``, a key of the table of what is
+        refused, or ``onnx`` for everything else: its reader says what is wrong with it.
+
+    Raises
+    ------
+    ModelError
+        When it is a damaged archive.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError:
+        return "onnx"
+    if head.startswith(b"PK\x03\x04"):
+        return _archive_kind(path)
+    for signature, kind in _SIGNATURES:
+        if head.startswith(signature):
+            return kind
+    if head[4:8] == b"TFL3":
+        return "tflite"
+    header = int.from_bytes(head[:8], "little")
+    if path.name.endswith(".safetensors.index.json") or (head[8:9] == b"{" and header < 1 << 32):
+        return "safetensors"
+    return "text" if head and _is_text(head) else "onnx"
+
+
+def _archive_kind(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+            names = set(archive.namelist())
             # A truncated archive may end in an archive that was its member.
             if min(entry.header_offset for entry in archive.infolist()) > 0:
                 raise ValueError("its end is missing")
@@ -134,39 +203,25 @@ def _open_zip(path: Path, options: SourceOptions) -> Source:
     # The archive's folder has any name; PT2 archives have models/, older ones do not.
     inner = {name.partition("/")[2] for name in names}
     if "serialized_exported_program.json" in names or any(
-        name.startswith("models/") and name.endswith(".json") for name in inner | set(names)
+        name.startswith("models/") and name.endswith(".json") for name in inner | names
     ):
-        from sparse_tvm.frontends.torch.source import ProgramSource
-
-        return ProgramSource(path, options)
-    if {"config.json", "model.weights.h5"} <= set(names):
-        from sparse_tvm.frontends.tensorflow.keras import KerasSource
-
-        return KerasSource(path, options)
+        return "program"
+    if names >= {"config.json", "model.weights.h5"}:
+        return "keras"
     if any(name.startswith("code/") for name in inner):
-        raise ModelError(
-            f"{path}: is a TorchScript archive, which PyTorch no longer develops",
-            hint="export the model with torch.export.save",
-        )
+        return "torchscript"
     if "data.pkl" in inner:
-        from sparse_tvm.frontends.torch.source import ModuleSource
-
-        return ModuleSource.from_pickle(path, options)
-    from sparse_tvm.frontends.onnx.source import OnnxSource
-
-    return OnnxSource(path)  # its reader says what other archives are
+        return "pickle"
+    return "numpy" if any(name.endswith(".npy") for name in names) else "zip"
 
 
-def _head(path: Path) -> bytes:
+def _is_text(head: bytes) -> bool:
     try:
-        with path.open("rb") as file:
-            return file.read(512)
-    except OSError:
-        return b""  # the ONNX reader says what is wrong
-
-
-def _is_safetensors(head: bytes) -> bool:
-    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
+        # Incremental: the last bytes may be half a character.
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return all(c.isprintable() or c in "\r\n\t" for c in text)
 
 
 def _hub_id(model: str | os.PathLike[str]) -> str | None:

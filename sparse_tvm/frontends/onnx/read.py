@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
-import contextlib
 import os
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -33,19 +30,6 @@ NEWEST_OPSET = onnx.defs.onnx_opset_version()
 
 CONTRIB_DOMAIN = "com.microsoft"
 """ONNX Runtime's own operators; the onnx package does not know them, but models have them."""
-
-_SIGNATURES = (
-    (b"\x7fELF", "a shared library, perhaps an already compiled artifact"),
-    (b"\x80\x02", "a Python pickle, perhaps an old PyTorch checkpoint"),
-    (b"\x80\x03", "a Python pickle"),
-    (b"\x80\x04", "a Python pickle"),
-    (b"\x80\x05", "a Python pickle"),
-    (b"\x89HDF", "an HDF5 file, perhaps a Keras model"),
-    (b"\x1f\x8b", "a gzip archive"),
-    (b"GGUF", "a GGUF model"),
-    (b"\x93NUMPY", "a NumPy array"),
-    (b"version https://git-lfs", "a Git LFS pointer: the model itself was not downloaded"),
-)
 
 _HALF_TYPES = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
 _QUANTISED_OPS = {
@@ -135,9 +119,6 @@ def parse_onnx(path: Path) -> onnx.ModelProto:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
     if not data:
         raise ModelError(f"{path}: the file is empty")
-    looks_like = _recognise(path, data[:512])
-    if looks_like:
-        raise ModelError(f"{path}: not an ONNX file; it looks like {looks_like}")
     model = onnx.ModelProto()
     try:
         model.ParseFromString(data)
@@ -147,43 +128,6 @@ def parse_onnx(path: Path) -> onnx.ModelProto:
         raise ModelError(f"{path}: {state}") from None
     check_graph(model, str(path))
     return model
-
-
-def _recognise(path: Path, head: bytes) -> str | None:
-    """Name the format of a file that cannot be ONNX, by its first bytes."""
-    if head.startswith(b"PK\x03\x04"):
-        return _recognise_zip(path)
-    for signature, description in _SIGNATURES:
-        if head.startswith(signature):
-            return description
-    if head[4:8] == b"TFL3":
-        return "a TensorFlow Lite model"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
-        return "a safetensors file: weights without a graph"
-    if _is_text(head):
-        return "a text file"
-    return None
-
-
-def _recognise_zip(path: Path) -> str:
-    with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        if any(name.endswith("data.pkl") for name in names):
-            return "a PyTorch checkpoint (.pt): export it with torch.onnx.export"
-        if any(name.endswith(".npy") for name in names):
-            return "a NumPy .npz archive"
-        if any(name.endswith("model.weights.h5") for name in names):
-            return "a Keras model: convert it with tf2onnx"
-    return "a zip archive"
-
-
-def _is_text(head: bytes) -> bool:
-    try:
-        # Incremental: the last bytes may be half a character.
-        text = codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeDecodeError:
-        return False
-    return all(c.isprintable() or c in "\r\n\t" for c in text)
 
 
 def _check_versions(model: onnx.ModelProto, where: str) -> None:

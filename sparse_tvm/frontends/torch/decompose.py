@@ -52,18 +52,41 @@ def without_second_trace(program: Any) -> Any:
     )
     if not plain or any(node.op == "get_attr" for node in program.graph.nodes):
         return program
-    graph = copy.deepcopy(program.graph)
-    for copied, node in zip(graph.nodes, program.graph.nodes, strict=True):
-        copied.name = node.name  # copying evades Python's own names, such as input
+    graph = copied_graph(program)
     for node in list(graph.nodes):
         rewrite = rewrites.get(str(node.target))
         if rewrite is not None and not rewrite(node):
             return program
     graph.eliminate_dead_code()
-    plain_program = copy.copy(program)
-    plain_program._graph_module = torch.fx.GraphModule(program.graph_module, graph)
-    plain_program.run_decompositions = lambda *_, **__: plain_program
-    return plain_program
+
+    class Decomposed(torch.export.ExportedProgram):  # type: ignore[misc]
+        def run_decompositions(self, *_: Any, **__: Any) -> Any:
+            return self
+
+    return Decomposed(**{**parts_of(program), "graph": graph})
+
+
+def copied_graph(program: Any) -> Any:
+    """Return a copy of a program's graph with the same names."""
+    graph = copy.deepcopy(program.graph)
+    for copied, node in zip(graph.nodes, program.graph.nodes, strict=True):
+        copied.name = node.name  # copying evades Python's own names, such as input
+    return graph
+
+
+def parts_of(program: Any) -> dict[str, Any]:
+    """Return what an ``ExportedProgram`` is built from, to build another like it."""
+    return {
+        "root": program.graph_module,
+        "graph": program.graph,
+        "graph_signature": program.graph_signature,
+        "state_dict": program.state_dict,
+        "range_constraints": program.range_constraints,
+        "module_call_graph": program.module_call_graph,
+        "example_inputs": program.example_inputs,
+        "constants": program.constants,
+        "verifiers": program.verifiers,
+    }
 
 
 def _rewrites() -> Mapping[str, Callable[[Any], bool]]:

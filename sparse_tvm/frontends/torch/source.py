@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from sparse_tvm.frontends.input_shapes import Dimension
 from sparse_tvm.frontends.onnx.in_memory import InMemoryTensors
 from sparse_tvm.frontends.onnx.read import one_line
 from sparse_tvm.frontends.source import Source, SourceOptions, require
+from sparse_tvm.frontends.torch.decompose import copied_graph, parts_of
 from sparse_tvm.frontends.torch.export import quiet, to_onnx
 from sparse_tvm.frontends.torch.masks import fold_masks
 from sparse_tvm.frontends.torch.pickles import check_archive, load_pickle
@@ -242,7 +242,6 @@ def write_program(program: Any, weights: Mapping[str, np.ndarray], output: Path)
     """Save a program with other values of its weights; masks give way to the values."""
     import torch
 
-    program = copy.copy(program)
     state = dict(program.state_dict)
     for name, values in weights.items():
         stem = name.rpartition(".")[0]
@@ -255,7 +254,8 @@ def write_program(program: Any, weights: Mapping[str, np.ndarray], output: Path)
         tensor = torch.from_numpy(np.array(values, np.float32))
         stored_as_parameter = isinstance(state[owner], torch.nn.Parameter)
         state[owner] = torch.nn.Parameter(tensor) if stored_as_parameter else tensor
-    program._state_dict = state
+    changed = {"graph": copied_graph(program), "state_dict": state}
+    program = torch.export.ExportedProgram(**{**parts_of(program), **changed})
     with replacing(output) as temporary, quiet():
         renamed = temporary.with_suffix(".pt2")
         torch.export.save(program, str(renamed))
