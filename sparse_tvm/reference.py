@@ -21,6 +21,7 @@ import onnxruntime
 from sparse_tvm.errors import ModelError
 from sparse_tvm.frontends.onnx.older_opset import write_at_opset
 
+_NOT_IMPLEMENTED = re.compile(r"Could not find an implementation for (\w+)\((\d+)\)")
 _TOO_NEW = re.compile(r"Unsupported model IR version|support for domain ai\.onnx is till opset")
 
 
@@ -65,7 +66,8 @@ class ReferenceModel(ABC):
 class Reference(ReferenceModel):
     """A model in ONNX Runtime, with its default optimisations.
 
-    A model of a newer opset than it takes is converted for it.
+    A model of a newer opset than it takes is converted for it, and operators that it lacks are
+    replaced by their definitions.
 
     Parameters
     ----------
@@ -77,7 +79,7 @@ class Reference(ReferenceModel):
     Raises
     ------
     ModelError
-        When ONNX Runtime cannot load the model.
+        When ONNX Runtime cannot load the model, or (later) run it.
     """
 
     engine = "ONNX Runtime"
@@ -89,25 +91,35 @@ class Reference(ReferenceModel):
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # what is fatal; errors are raised
-        source = model if isinstance(model, bytes) else os.fspath(model)
-        try:
-            self._session = _session(source, options)
-        except Exception as error:  # its exceptions have no base of their own
-            if not _TOO_NEW.search(str(error)):
-                raise self._refused(error) from error
-            with tempfile.TemporaryDirectory() as directory:
-                older = Path(directory) / "older.onnx"
-                write_at_opset(source, _newest_opset(), older)
-                try:
-                    self._session = _session(str(older), options)
-                except Exception as again:
-                    raise self._refused(again) from again
+        self._session = self._open(model if isinstance(model, bytes) else self.name, options)
         self.inputs = [node.name for node in self._session.get_inputs()]
         self.outputs = [node.name for node in self._session.get_outputs()]
 
-    def _refused(self, error: Exception) -> ModelError:
+    def _open(self, source: str | bytes, options: Any) -> Any:
+        """Load the model, spelled as ONNX Runtime knows it where it refuses."""
+        opset: int | None = None
+        expanded: set[str] = set()
+        with tempfile.TemporaryDirectory() as directory:
+            spelled = source
+            while True:
+                try:
+                    return _session(spelled, options)
+                except Exception as error:  # its exceptions have no base of their own
+                    missing = _NOT_IMPLEMENTED.search(str(error))
+                    if _TOO_NEW.search(str(error)) and opset is None:
+                        opset = _newest_opset()
+                    elif missing and missing[1] not in expanded:
+                        expanded.add(missing[1])
+                    elif missing and (opset is None or opset >= int(missing[2])):
+                        opset = int(missing[2]) - 1  # its own fusions made the operator
+                    else:
+                        raise self._refused("load", error) from error
+                spelled = str(Path(directory) / "spelled.onnx")
+                write_at_opset(source, opset, Path(spelled), expanded)
+
+    def _refused(self, what: str, error: Exception) -> ModelError:
         reason = str(error).partition("\n")[0]
-        return ModelError(f"ONNX Runtime cannot load {self.name}: {reason}")
+        return ModelError(f"ONNX Runtime cannot {what} {self.name}: {reason}")
 
     def run(
         self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,21 @@ from sparse_tvm.frontends.onnx.rewrite import expand
 from sparse_tvm.frontends.onnx.write import write_onnx
 
 
-def write_at_opset(model: str | bytes, opset: int, output: Path) -> None:
+def write_at_opset(
+    model: str | bytes, opset: int | None, output: Path, expanded: Collection[str] = ()
+) -> None:
     """Write a model as an older opset spells it, with operators that are new since expanded.
 
     Parameters
     ----------
     model : path | bytes
         An ONNX file of any size, or a serialized model.
-    opset : int
-        The opset to write.
+    opset : int | None
+        The opset to write; the model's own by default.
     output : Path
         The file; weights go beside it where there are more than 2 GiB of them.
+    expanded : Collection[str]
+        Operators to replace by their definitions in any case.
 
     Raises
     ------
@@ -35,9 +40,11 @@ def write_at_opset(model: str | bytes, opset: int, output: Path) -> None:
     source = onnx.ModelProto.FromString(model) if isinstance(model, bytes) else model
     skeleton, weights = detach_weights(read_onnx(source, mapped=True))
     own = next(e.version for e in skeleton.opset_import if e.domain in ("", "ai.onnx"))
+    opset = own if opset is None else min(own, opset)
     try:
         skeleton = _expand_new(onnx.shape_inference.infer_shapes(skeleton), opset)
-        skeleton = onnx.version_converter.convert_version(skeleton, min(own, opset))
+        skeleton = expand(skeleton, expanded)
+        skeleton = onnx.version_converter.convert_version(skeleton, opset)
     except Exception as error:
         raise ModelError(
             f"the model cannot be converted to opset {opset}: {one_line(error)}"
