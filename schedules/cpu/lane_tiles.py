@@ -18,8 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
+from tvm.ir import TensorLoad
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
+from tvm.sym import Analyzer
+from tvm_ffi import structural_equal
 
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 
@@ -27,6 +30,8 @@ Expr = Any
 """A TIR expression or a Python number."""
 
 Buffer = Any
+
+_ANALYZER = Analyzer()
 
 
 @dataclass(frozen=True)
@@ -198,9 +203,50 @@ class Registers:
 
     def multiply_add(self, weight: Callable[[int], Expr], x: Callable[[int], Expr]) -> None:
         """Add the outer product of ``weight(row)`` (scalars) and ``x(vector)`` (vectors)."""
+        if self.simd.by_element:
+            # Vector by vector: the weights of all rows wait in a few registers.
+            weights = _loaded_together([weight(row) for row in range(self.rows)], self.simd)
+            for vector in range(self.vectors):
+                for row in range(self.rows):
+                    self._add_product(row, vector, weights[row], x(vector))
+            return
         # Row by row, one weight at a time is live: the other order spills at 24 accumulators.
         operands = [x(vector) for vector in range(self.vectors)]
         for row in range(self.rows):
-            scale = splat(weight(row), self.simd)
+            scale = weight(row)
             for vector, operand in enumerate(operands):
-                self.set(row, vector, self.get(row, vector) + scale * operand)
+                self._add_product(row, vector, scale, operand)
+
+    def _add_product(self, row: int, vector: int, scale: Expr, operand: Expr) -> None:
+        self.set(row, vector, self.get(row, vector) + splat(scale, self.simd) * operand)
+
+
+def _loaded_together(elements: Sequence[Expr], simd: Simd) -> list[Expr]:
+    """The same scalars, as elements of vectors where they are neighbours in memory."""
+    together: list[Expr] = []
+    while len(together) < len(elements):
+        rest = elements[len(together) :]
+        size = max(
+            size
+            for size in range(1, simd.lanes + 1)
+            if size <= len(rest) and size & (size - 1) == 0 and _neighbours(rest[:size])
+        )
+        if size == 1:
+            together.append(rest[0])
+            continue
+        *lead, first = rest[0].indices
+        vector = rest[0].source[(*lead, span(first, size))]
+        together += [tirx.Shuffle([vector], [tirx.const(i, "int32")]) for i in range(size)]
+    return together
+
+
+def _neighbours(elements: Sequence[Expr]) -> bool:
+    """Whether scalars lie one after the other in memory."""
+    first = elements[0]
+    return all(
+        isinstance(element, TensorLoad)
+        and element.source.same_as(first.source)
+        and structural_equal(element.indices[:-1], first.indices[:-1])
+        and _ANALYZER.can_prove_equal(element.indices[-1] - first.indices[-1], i)
+        for i, element in enumerate(elements)
+    )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
+import pytest
 import tvm
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -26,6 +28,10 @@ KERNELS = settings(
 )
 """Every example compiles a kernel."""
 
+PER_FORM = settings(KERNELS, max_examples=8)
+PORTABLE = replace(RUNNABLE[-1], name="128-bit")
+"""The code that Arm CPUs get, in this machine's simplest instructions."""
+
 targets = st.sampled_from(RUNNABLE)
 thread_counts = st.sampled_from([1, 2])
 _GUARD = 64
@@ -33,7 +39,13 @@ _SENTINEL = np.float32(12345.0)
 
 
 def simd(target: Target) -> Simd:
-    return Simd.of(target)
+    return Simd(4, 32, by_element=True) if target is PORTABLE else Simd.of(target)
+
+
+FORMS = [*{simd(target): target for target in RUNNABLE}.values(), PORTABLE]
+"""A target for every form that float32 kernels have: the simplest one with such registers."""
+
+every_form = pytest.mark.parametrize("target", FORMS, ids=[target.name for target in FORMS])
 
 
 def tiles_for(lead: int, rows: int, symbolic: bool) -> Tiles:

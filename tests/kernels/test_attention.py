@@ -5,13 +5,22 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from harness import KERNELS, from_tiles, run, simd, targets, thread_counts, tiles_for, to_tiles
+from harness import (
+    PER_FORM,
+    PORTABLE,
+    every_form,
+    from_tiles,
+    run,
+    simd,
+    thread_counts,
+    tiles_for,
+    to_tiles,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparse_tvm.schedules.cpu.attention import Mask, attention
 from sparse_tvm.schedules.cpu.lane_tiles import Tiles
-from sparse_tvm.targets import TARGETS
 
 LOWEST = np.finfo(np.float32).min
 
@@ -28,7 +37,6 @@ problems = st.fixed_dictionaries(
         "low": st.sampled_from([-1e4, -math.inf, LOWEST]),
         "dropped": st.sampled_from([0.2, 0.6, 1.0]),
         "symbolic": st.booleans(),
-        "target": targets,
         "threads": thread_counts,
         "seed": st.integers(0, 2**16),
     }
@@ -50,9 +58,9 @@ def reference(q, k, v, heads, scale, mask):
     return (weights @ split(v)).transpose(0, 2, 1, 3).reshape(*q.shape[:2], -1)
 
 
-@given(problems)
+@given(problem=problems)
 @example(
-    {
+    problem={
         "lead": 2,
         "queries": 33,
         "keys": 17,
@@ -63,14 +71,14 @@ def reference(q, k, v, heads, scale, mask):
         "low": -math.inf,
         "dropped": 1.0,
         "symbolic": True,
-        "target": TARGETS["x86-64-v2"],
         "threads": 2,
         "seed": 0,
     }
 )
-@KERNELS
-def test_attention(problem):
-    check(**problem)
+@PER_FORM
+@every_form
+def test_attention(target, problem):
+    check(target=target, **problem)
 
 
 def check(
@@ -132,7 +140,7 @@ def test_causal_mask():
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, 20, 16)).astype("float32") for _ in range(3))
     mask = np.where(np.tri(20, dtype=bool), 0, LOWEST).astype("float32")[None, None]
-    target = TARGETS["x86-64-v2"]
+    target = PORTABLE
     tiles = tiles_for(1, 20, symbolic=False)
     form = Mask(lead=False, heads=False, queries=True, keys=True)
     kernel = attention(tiles, tiles, 20, 2, 8, 8, 0.5, form, simd(target))

@@ -6,13 +6,22 @@ import math
 
 import numpy as np
 import pytest
-from harness import KERNELS, from_tiles, run, simd, targets, thread_counts, tiles_for, to_tiles
+from harness import (
+    PER_FORM,
+    PORTABLE,
+    every_form,
+    from_tiles,
+    run,
+    simd,
+    thread_counts,
+    tiles_for,
+    to_tiles,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparse_tvm.passes.convert_weights import split_arrays
 from sparse_tvm.schedules.cpu.matmul import WeightLayout, matmul
-from sparse_tvm.targets import TARGETS
 
 ACTIVATIONS = {
     "relu": lambda y: np.maximum(y, 0),
@@ -37,7 +46,6 @@ problems = st.fixed_dictionaries(
         "parts": st.sampled_from([1, 1, 2, 3, 5]),
         "epilogue": st.lists(st.sampled_from(STEPS), max_size=4),
         "symbolic": st.booleans(),
-        "target": targets,
         "threads": thread_counts,
         "seed": st.integers(0, 2**16),
     }
@@ -105,7 +113,6 @@ SMALLEST = {
     "parts": 1,
     "epilogue": [],
     "symbolic": False,
-    "target": TARGETS["x86-64-v2"],
     "threads": 1,
     "seed": 0,
 }
@@ -113,32 +120,35 @@ ALL_ZERO = {**SMALLEST, "rows": 19, "n": 13, "k": 9, "sparsity": 1.0, "epilogue"
 EVERY_STEP = {**SMALLEST, "rows": 70, "n": 17, "k": 33, "epilogue": STEPS, "threads": 2}
 
 
-@given(problems)
-@example(SMALLEST)
-@example(EVERY_STEP)
-@KERNELS
-def test_dense(problem):
-    check("dense", **problem)
+@given(problem=problems)
+@example(problem=SMALLEST)
+@example(problem=EVERY_STEP)
+@PER_FORM
+@every_form
+def test_dense(target, problem):
+    check("dense", target=target, **problem)
 
 
-@given(problems)
-@example(ALL_ZERO)
-@example({**ALL_ZERO, "parts": 5})
-@example({**EVERY_STEP, "sparsity": 0.5, "parts": 3})
-@KERNELS
-def test_csr(problem):
-    check("csr", **problem)
+@given(problem=problems)
+@example(problem=ALL_ZERO)
+@example(problem={**ALL_ZERO, "parts": 5})
+@example(problem={**EVERY_STEP, "sparsity": 0.5, "parts": 3})
+@PER_FORM
+@every_form
+def test_csr(target, problem):
+    check("csr", target=target, **problem)
 
 
-@given(problems)
-@example({**ALL_ZERO, "block": (4, 3)})
-@example({**SMALLEST, "rows": 40, "n": 18, "k": 10, "block": (4, 4), "symbolic": True})
-@KERNELS
-def test_bsr(problem):
-    check("bsr", **problem)
+@given(problem=problems)
+@example(problem={**ALL_ZERO, "block": (4, 3)})
+@example(problem={**SMALLEST, "rows": 40, "n": 18, "k": 10, "block": (4, 4), "symbolic": True})
+@PER_FORM
+@every_form
+def test_bsr(target, problem):
+    check("bsr", target=target, **problem)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 63, 64, 65, 130])
 def test_one_symbolic_kernel_serves_any_number_of_rows(rows):
     problem = {**SMALLEST, "lead": 2, "rows": rows, "n": 12, "k": 9, "sparsity": 0.5}
-    check("bsr", **{**problem, "block": (4, 1), "symbolic": True, "threads": 2})
+    check("bsr", target=PORTABLE, **{**problem, "block": (4, 1), "symbolic": True, "threads": 2})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from harness import KERNELS, from_tiles, run, simd, targets, thread_counts, tiles_for, to_tiles
+from harness import PER_FORM, every_form, from_tiles, run, simd, thread_counts, tiles_for, to_tiles
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,11 +17,11 @@ from sparse_tvm.schedules.cpu.normalize import layer_norm
     epsilon=st.sampled_from([1e-12, 1e-5, 0.1]),
     offset=st.sampled_from([0.0, 100.0]),
     symbolic=st.booleans(),
-    target=targets,
     threads=thread_counts,
 )
-@KERNELS
-def test_layer_norm(lead, rows, features, epsilon, offset, symbolic, target, threads):
+@PER_FORM
+@every_form
+def test_layer_norm(target, lead, rows, features, epsilon, offset, symbolic, threads):
     rng = np.random.default_rng(features)
     x = (offset + rng.standard_normal((lead, rows, features))).astype("float32")
     gamma, beta = rng.standard_normal((2, features)).astype("float32")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from harness import KERNELS, from_tiles, run, targets, thread_counts, to_tiles
+from harness import PER_FORM, every_form, from_tiles, run, thread_counts, to_tiles
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +15,6 @@ problems = {
     "rows": st.integers(1, 70),
     "features": st.integers(1, 70),
     "symbolic": st.sets(st.sampled_from(["lead", "rows", "features"])),
-    "target": targets,
     "threads": thread_counts,
 }
 
@@ -25,8 +24,9 @@ def extents(symbolic, **sizes):
 
 
 @given(**problems)
-@KERNELS
-def test_pack(lead, rows, features, symbolic, target, threads):
+@PER_FORM
+@every_form
+def test_pack(target, lead, rows, features, symbolic, threads):
     x = np.random.default_rng(rows).standard_normal((lead, rows, features)).astype("float32")
     kernel = pack(*extents(symbolic, lead=lead, rows=rows, features=features))
     tiled = run(kernel, target, threads, [x], (lead, -(-rows // 16), features, 16))
@@ -34,8 +34,9 @@ def test_pack(lead, rows, features, symbolic, target, threads):
 
 
 @given(**problems)
-@KERNELS
-def test_unpack(lead, rows, features, symbolic, target, threads):
+@PER_FORM
+@every_form
+def test_unpack(target, lead, rows, features, symbolic, threads):
     x = np.random.default_rng(rows).standard_normal((lead, rows, features)).astype("float32")
     kernel = unpack(*extents(symbolic, lead=lead, rows=rows, features=features))
     logical = run(kernel, target, threads, [to_tiles(x)], x.shape)
