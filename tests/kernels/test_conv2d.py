@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from harness import PER_FORM, every_form, run, simd, thread_counts
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from sparse_tvm.passes.convert_weights import balanced_partition, stored_arrays
@@ -41,6 +41,7 @@ SMALL = {
     "seed": 0,
 }
 LONG_ROWS = {**SMALL, "size": (1, 100), "kernel": (1, 3), "pads": (0, 1, 0, 1)}
+FEW = settings(PER_FORM, max_examples=3)  # each compiles for seconds
 formats = st.sampled_from([("dense", 1), ("dense", 4), ("dense", 6), ("csr", 1), ("bsr", 4)])
 
 
@@ -50,7 +51,7 @@ formats = st.sampled_from([("dense", 1), ("dense", 4), ("dense", 6), ("csr", 1),
 @example(
     problem={**SMALL, "size": (1, 100), "kernel": (1, 3), "pads": (0, 1, 0, 1)}, form=("csr", 1)
 )
-@PER_FORM
+@FEW
 @every_form
 def test_conv2d(target, problem, form):
     format, rows = form[0], min(form[1], problem["out"])
@@ -77,7 +78,7 @@ def test_conv2d(target, problem, form):
 
 @given(problem=problems, multiplier=st.integers(1, 2))
 @example(problem=SMALL, multiplier=2)
-@PER_FORM
+@FEW
 @every_form
 def test_depthwise_conv2d(target, problem, multiplier):
     conv = convolution({**problem, "out": problem["channels"] * multiplier})
