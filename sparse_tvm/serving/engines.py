@@ -22,8 +22,17 @@ class Engine(Protocol):
         """Run the model once; outputs come in the order of :attr:`outputs`."""
 
 
-def open_engine(path: Path, threads: int) -> Engine:
-    """Load the model at `path`: ONNX Runtime runs ``.onnx``, everything else is an artifact.
+def open_engine(path: Path, copy: Path, threads: int) -> Engine:
+    """Load a model: ONNX Runtime runs ``.onnx``, everything else is an artifact.
+
+    Parameters
+    ----------
+    path : Path
+        Where the model comes from; ONNX is loaded from here, as its weights may lie beside it.
+    copy : Path
+        The artifact, in a copy that nobody changes.
+    threads : int
+        Threads of a run.
 
     Raises
     ------
@@ -34,7 +43,7 @@ def open_engine(path: Path, threads: int) -> Engine:
         return _OnnxRuntime(path, threads)
     from sparse_tvm.runtime import load
 
-    return load(path, threads=threads)
+    return load(copy, threads=threads)
 
 
 class _OnnxRuntime:

@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from sparse_tvm.errors import ArtifactError
 from sparse_tvm.spec import TensorSpec
 
 _TABLES = {"input_ids": "vocab_size", "token_type_ids": "type_vocab_size"}
@@ -34,7 +36,8 @@ class Limits:
 def limits_of(
     inputs: Sequence[TensorSpec], bounds: Mapping[str, Sequence[int]], tokenizer: Path
 ) -> Limits:
-    """Return the limits in a manifest, and those in the configuration beside the artifact.
+    """Return the limits in a manifest and those in the configuration beside the artifact: the
+    narrower ones where both say something, as an index beyond its table would crash the model.
 
     Parameters
     ----------
@@ -45,16 +48,32 @@ def limits_of(
     tokenizer : Path
         The directory that may hold the model's ``config.json``.
     """
-    path = tokenizer / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    config = read_config(tokenizer / "config.json")
     values: dict[str, tuple[int, int]] = {}
-    sizes: dict[str, tuple[int, int]] = {}
+    sizes = {name: (low, high) for name, (low, high) in bounds.items()}
     for spec in inputs:
-        if isinstance(length := config.get(_TABLES.get(spec.name, "")), int):
-            values[spec.name] = 0, length - 1
-        elif spec.values is not None:
+        if spec.values is not None:
             values[spec.name] = spec.values[0], spec.values[1] - 1
-        if spec.name == "input_ids" and isinstance(config.get(_POSITIONS), int):
-            sizes.update({d: (1, config[_POSITIONS]) for d in spec.shape[1:] if isinstance(d, str)})
-    sizes.update({name: (low, high) for name, (low, high) in bounds.items()})
+        if isinstance(length := config.get(_TABLES.get(spec.name, "")), int):
+            low, high = values.get(spec.name, (0, length - 1))
+            values[spec.name] = low, min(high, length - 1)
+        if spec.name == "input_ids" and isinstance(longest := config.get(_POSITIONS), int):
+            for dim in spec.shape[1:]:
+                if isinstance(dim, str):
+                    low, high = sizes.get(dim, (1, longest))
+                    sizes[dim] = low, min(high, longest)
     return Limits(values, sizes)
+
+
+def read_config(path: Path) -> Any:
+    """Return a configuration in JSON, or an empty one where there is no such file.
+
+    Raises
+    ------
+    ArtifactError
+        When it cannot be read.
+    """
+    try:
+        return json.loads(path.read_bytes()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: {error}") from error

@@ -52,6 +52,13 @@ class Metrics:
             registry=self.registry,
         )
 
+        self.start_failures = Counter(
+            "sparse_tvm_worker_start_failures",
+            "Worker processes that could not be started.",
+            ["model"],
+            registry=self.registry,
+        )
+
     def watch_memory(self, processes: Callable[[], Iterable[tuple[str, int]]]) -> None:
         """Show the memory of these (model, process id) on every scrape."""
         self.registry.register(_Memory(processes))

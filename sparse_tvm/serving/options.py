@@ -32,7 +32,7 @@ class Options:
     max_body : int
         Bytes of one request.
     max_pending : int
-        Bytes of all requests together that are being read or wait.
+        Bytes of all requests together, from their first byte to the last of their results.
     drain : float
         Seconds between SIGTERM and closing the listening sockets; time for load balancers to
         see that the server is not ready any more.

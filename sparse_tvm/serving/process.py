@@ -9,14 +9,20 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
 
+from sparse_tvm.serving import logs
 from sparse_tvm.serving.channel import LENGTH, create_arena, pack
+from sparse_tvm.serving.private_copy import PrivateCopy
 
 _START_SECONDS = 120.0
+_END_SECONDS = 2.0
+_LOOK_SECONDS = 0.005
 
 
 class WorkerDied(Exception):
@@ -32,34 +38,50 @@ class RunFailed(Exception):
 
 
 class WorkerProcess:
-    """Starts a process for the model at `path`; runs one batch at a time in it.
+    """Starts a process for a model; runs one batch at a time in it.
+
+    Whoever makes one must close it.
 
     Parameters
     ----------
     path : Path
-        The artifact (or an ONNX model, to compare with).
+        What errors call the model; an ONNX model, to compare with, is loaded from here.
+    artifact : PrivateCopy
+        The artifact.
     threads : int
         Threads of a run.
+
+    Raises
+    ------
+    OSError
+        When the system has no room for another process; nothing is left behind then.
     """
 
-    def __init__(self, path: Path, threads: int) -> None:
-        ours, theirs = socket.socketpair()
-        self._inputs, self._outputs = create_arena(), create_arena()
-        passed = (theirs.fileno(), self._inputs.descriptor, self._outputs.descriptor)
-        with theirs:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "sparse_tvm.serving.worker", os.fspath(path)),
-                    *map(str, passed),
-                    str(threads),
-                ],
-                pass_fds=passed,
-                stdin=subprocess.DEVNULL,
-            )
+    def __init__(self, path: Path, artifact: PrivateCopy, threads: int) -> None:
+        with ExitStack() as undo:
+            ours, theirs = socket.socketpair()
+            undo.callback(ours.close)
+            with theirs:
+                self._inputs = create_arena()
+                undo.callback(os.close, self._inputs.descriptor)
+                self._outputs = create_arena()
+                undo.callback(os.close, self._outputs.descriptor)
+                passed = (
+                    *(artifact.descriptor, theirs.fileno()),
+                    *(self._inputs.descriptor, self._outputs.descriptor),
+                )
+                command = (sys.executable, "-m", "sparse_tvm.serving.worker", os.fspath(path))
+                self._process = subprocess.Popen(
+                    [*command, *map(str, passed), str(threads)],
+                    pass_fds=passed,
+                    stdin=subprocess.DEVNULL,
+                )
+            undo.pop_all()
         self._socket = ours
         self._writer: asyncio.StreamWriter | None = None
         self._listener: asyncio.Task[None] | None = None
         self._answer: asyncio.Future[dict[str, Any]] | None = None
+        self._closed = False
         self.died = asyncio.Event()
 
     @property
@@ -111,32 +133,52 @@ class WorkerProcess:
         """
         if self._writer is None or self.died.is_set():
             raise WorkerDied
-        fill(self._inputs.place(layout))
+        try:
+            fill(self._inputs.place(layout))
+        except (OSError, MemoryError) as error:
+            raise RunFailed(f"no memory for the inputs: {error}", invalid=False) from error
         self._answer = asyncio.get_running_loop().create_future()
         self._writer.write(pack({"inputs": layout}))
         answer = await self._answered(timeout)
-        return self._outputs.read(answer["outputs"]), answer["seconds"]
+        try:
+            return self._outputs.read(answer["outputs"]), answer["seconds"]
+        except (OSError, MemoryError) as error:
+            raise RunFailed(f"no memory for the outputs: {error}", invalid=False) from error
 
     def kill(self) -> None:
         """End the process at once."""
         self._process.kill()
 
     async def close(self) -> int:
-        """Let the process end, by force if it must be, and return its exit status."""
-        if self._writer is not None:
-            self._writer.close()
-        else:
-            self._socket.close()
-        if self._listener is not None:
-            self._listener.cancel()
+        """Let the process end, by force if it must be, and return its exit status.
+
+        However this ends, cancelled or called again, nothing of the process is left.
+        """
+        if self._closed:
+            return self._process.wait()
+        self._closed = True
         try:
-            return await asyncio.to_thread(self._process.wait, 2.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return await asyncio.to_thread(self._process.wait)
+            if self._listener is not None:
+                self._listener.cancel()
+            if self._writer is not None:
+                self._writer.close()
+            else:
+                self._socket.close()
+            await self._end(monotonic() + _END_SECONDS)
         finally:
+            # It is dead already, but for a cancellation: then this takes the kernel's time only.
+            self._process.kill()
+            status = self._process.wait()
             os.close(self._inputs.descriptor)
             os.close(self._outputs.descriptor)
+        return status
+
+    async def _end(self, deadline: float) -> None:
+        """Give the process time to end by itself; needs neither a thread nor a descriptor."""
+        while self._process.poll() is None:
+            if monotonic() > deadline:
+                self._process.kill()
+            await asyncio.sleep(_LOOK_SECONDS)
 
     async def _answered(self, timeout: float) -> dict[str, Any]:
         assert self._answer is not None
@@ -156,7 +198,9 @@ class WorkerProcess:
                 message = json.loads(await reader.readexactly(length))
                 if self._answer is not None and not self._answer.done():
                     self._answer.set_result(message)
-        except (asyncio.IncompleteReadError, OSError):
+        except Exception as error:  # its end, or nonsense from a process gone wrong
+            if not isinstance(error, (asyncio.IncompleteReadError, OSError)):
+                logs.exception("worker answered nonsense", error)
             self.died.set()
             if self._answer is not None and not self._answer.done():
                 self._answer.set_exception(WorkerDied())

@@ -7,7 +7,7 @@ the ranges of integers where the model's manifest gives them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,9 @@ DATATYPES = {
 }
 """NumPy's names of element types, and the protocol's."""
 
+_LONGEST_QUOTE = 80
 _MAX_DIMENSION = 1 << 31
+_MAX_TIMEOUT = 1e18
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,12 @@ class Shapes:
         spec = self.specs.get(name) if isinstance(name, str) else None
         if spec is None:
             takes = ", ".join(self.specs)
-            raise invalid(f"the model has no input {_quoted(name)}; it takes {takes}")
+            raise invalid(f"the model has no input {quoted(name)}; it takes {takes}")
         if name in self.arrays:
             raise invalid(f"input {name!r} comes twice")
         if datatype != DATATYPES.get(spec.dtype):
             raise invalid(
-                f"input {name!r} has datatype {_quoted(datatype)}, the model takes "
+                f"input {name!r} has datatype {quoted(datatype)}, the model takes "
                 f"{DATATYPES.get(spec.dtype, spec.dtype)}"
             )
         return spec, self._shape(spec, shape)
@@ -139,25 +141,32 @@ class Shapes:
     def _wrong(self, spec: TensorSpec, shape: Any, why: str = "") -> Exception:
         expected = ", ".join(map(str, spec.shape))
         return invalid(
-            f"input {spec.name!r} has shape {_quoted(shape)}, the model takes [{expected}]{why}"
+            f"input {spec.name!r} has shape {quoted(shape)}, the model takes [{expected}]{why}"
         )
 
 
-def from_list(spec: TensorSpec, data: Any, shape: Sequence[int]) -> np.ndarray:
-    """Return the array for JSON numbers, nested or flat.
+def from_numbers(spec: TensorSpec, values: Any, shape: Sequence[int]) -> np.ndarray:
+    """Return the array for as many numbers as its shape says.
+
+    Parameters
+    ----------
+    values : sequence of numbers
+        A list, or what an array can be made of.
 
     Raises
     ------
     Refusal
         When there are too many or too few, or numbers that the dtype cannot hold.
     """
+    if len(values) != math.prod(shape):
+        raise invalid(
+            f"input {spec.name!r} has {len(values)} elements, its shape says {quoted(shape)}"
+        )
     dtype = np.dtype(spec.dtype)
     try:
-        array = np.asarray(data)
+        array = np.asarray(values)
     except (ValueError, TypeError, OverflowError):
-        raise invalid(f"the data of input {spec.name!r} are no numbers, or ragged") from None
-    if array.size != math.prod(shape):
-        raise invalid(f"input {spec.name!r} has {array.size} elements, its shape says {shape}")
+        array = np.empty(0, object)
     if not _fits(array, dtype):
         raise invalid(f"the data of input {spec.name!r} do not fit {DATATYPES[spec.dtype]}")
     return array.astype(dtype).reshape(shape)
@@ -186,21 +195,24 @@ def check_outputs(names: Sequence[Any], specs: Sequence[TensorSpec]) -> None:
     known = [spec.name for spec in specs]
     for name in names:
         if name not in known:
-            raise invalid(f"the model has no output {_quoted(name)}; it returns {', '.join(known)}")
+            raise invalid(f"the model has no output {quoted(name)}; it returns {', '.join(known)}")
 
 
-def timeout_of(parameters: Any) -> float | None:
-    """Return the seconds in Triton's ``timeout`` parameter, which counts microseconds."""
-    if not isinstance(parameters, Mapping):
-        if parameters is None:
-            return None
-        raise invalid("parameters must be an object")
-    timeout = parameters.get("timeout")
-    if timeout is None or timeout == 0:
+def timeout_of(timeout: Any) -> float | None:
+    """Return the seconds in Triton's ``timeout`` parameter, which counts microseconds.
+
+    Raises
+    ------
+    Refusal
+        When it is no such number.
+    """
+    if timeout in (None, 0, "0"):
         return None
     if isinstance(timeout, str) and timeout.isdecimal():
         timeout = int(timeout[:18])
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or timeout < 0:
+    # NaN is not comparable, and an integer may be too large for a float.
+    plain = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+    if not plain or not 0 < timeout < _MAX_TIMEOUT:
         raise invalid("timeout must be a positive number of microseconds")
     return float(timeout) / 1e6
 
@@ -226,6 +238,7 @@ def _fits(array: np.ndarray, dtype: np.dtype[Any]) -> bool:
     return array.size == 0 or (int(array.min()) >= limits.min and int(array.max()) <= limits.max)
 
 
-def _quoted(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def quoted(value: Any) -> str:
+    """Return a client's word for an error message, cut where it is long."""
+    text = repr(value[:_LONGEST_QUOTE] if isinstance(value, str) else value)
+    return text if len(text) <= _LONGEST_QUOTE else text[: _LONGEST_QUOTE - 3] + "..."

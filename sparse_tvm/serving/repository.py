@@ -15,23 +15,62 @@ nothing but the reason shown in the index.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
+from typing import Any, NamedTuple
 
 from sparse_tvm.errors import ArtifactError, OptionError
 from sparse_tvm.serving import logs
 from sparse_tvm.serving.metrics import Metrics
 from sparse_tvm.serving.options import Options
+from sparse_tvm.serving.protocol import quoted
 from sparse_tvm.serving.refusal import Kind, Refusal
+from sparse_tvm.serving.text_model import tokenizer_of
 from sparse_tvm.serving.version import LoadFailed, Version
 
 FILE_NAME = "model.so"
 _RETRY_AFTER = 2
+_VERSION = re.compile("[0-9]{1,18}")
 
-Identity = tuple[str, int, int, int]
-"""Version, inode, modification time in ns, size: another one is another version."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 120.0
+
+
+class Identity(NamedTuple):
+    """What tells one version from another: times are in ns."""
+
+    version: str
+    inode: int
+    modified: int
+    size: int
+    tokenizer_modified: int
+
+
+class Failure:
+    """Why a version cannot be loaded, and when to try again: at growing intervals.
+
+    Parameters
+    ----------
+    reason : str
+        For operators.
+    before : Failure | None
+        The failure of the attempt before.
+    """
+
+    def __init__(self, reason: str, before: Failure | None) -> None:
+        self.reason = reason
+        self._pause: float = (
+            _FIRST_PAUSE if before is None else min(2 * before._pause, _LONGEST_PAUSE)
+        )
+        self._again = monotonic() + self._pause
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to try again."""
+        return monotonic() >= self._again
 
 
 @dataclass
@@ -43,15 +82,20 @@ class Entry:
     wanted: bool = True
     current: Version | None = None
     identity: Identity | None = None
-    failures: dict[Identity, str] = field(default_factory=dict)
+    failures: dict[Identity, Failure] = field(default_factory=dict)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def reasons(self) -> str:
+        """Why versions cannot be loaded."""
+        return "; ".join(failure.reason for failure in self.failures.values())
 
     def candidates(self) -> list[tuple[Identity, Path]]:
         """Return the versions on disk, the newest first."""
         if not self.source.is_dir():
             versions = [("1", self.source)]
         else:
-            names = (path.name for path in self.source.iterdir() if path.name.isdecimal())
+            names = (path.name for path in self.source.iterdir() if _VERSION.fullmatch(path.name))
             ordered = sorted(names, key=int, reverse=True)
             versions = [(name, self.source / name / FILE_NAME) for name in ordered]
         return [
@@ -75,6 +119,9 @@ class Repository:
         self._options = options
         self._metrics = metrics
         self._entries: dict[str, Entry] = {}
+        self._complaints: dict[Path, str] = {}
+        self._unspeakable: set[str] = set()
+        self._operations: set[asyncio.Task[None]] = set()
         self._retiring: set[asyncio.Task[None]] = set()
         self._poller: asyncio.Task[None] | None = None
         for source in sources:
@@ -92,6 +139,16 @@ class Repository:
         """Whether every model that should be served is."""
         wanted = [entry for entry in self._entries.values() if entry.wanted]
         return all(entry.current is not None and entry.current.ready for entry in wanted)
+
+    @property
+    def troubles(self) -> str:
+        """Why models that should be served are not, as far as it is known."""
+        reasons = {
+            entry.name: entry.reasons if entry.current is None else entry.current.trouble
+            for entry in self._entries.values()
+            if entry.wanted and (entry.current is None or not entry.current.ready)
+        }
+        return "; ".join(f"{name}: {why or 'no worker is ready'}" for name, why in reasons.items())
 
     async def start(self) -> None:
         """Load everything, and from then on look for new versions.
@@ -123,13 +180,13 @@ class Repository:
         entry = self._entry(name)
         current = entry.current
         if current is None:
-            reasons = "; ".join(entry.failures.values()) or "it is not loaded"
+            reasons = entry.reasons or "it is not loaded"
             retry_after = _RETRY_AFTER if entry.wanted else None
             raise Refusal(Kind.UNAVAILABLE, f"model {name!r}: {reasons}", retry_after=retry_after)
         if version not in ("", current.version):
             raise Refusal(
                 Kind.NOT_FOUND,
-                f"model {name!r} serves version {current.version}, not {version!r}",
+                f"model {name!r} serves version {current.version}, not {quoted(version)}",
             )
         with current.lease():
             yield current
@@ -145,24 +202,43 @@ class Repository:
         self._discover_all()
         entry = self._entry(name)
         entry.wanted = True
-        async with entry.lock:
-            entry.failures.clear()
-            await self._update(entry)
-            if entry.failures:
-                raise Refusal(Kind.INVALID, "; ".join(entry.failures.values()))
-            if entry.current is None:
-                raise Refusal(Kind.INVALID, f"{entry.source} holds no N/{FILE_NAME}")
+        await self._whole(self._load(entry))
 
     async def unload(self, name: str) -> None:
         """Stop serving a model until it is loaded again; requests it has accepted are answered."""
         entry = self._entry(name)
         entry.wanted = False
+        await self._whole(self._unload(entry))
+
+    async def _whole(self, operation: Coroutine[Any, Any, None]) -> None:
+        """Let an operation go on when the client that asked for it goes away."""
+        task = asyncio.create_task(operation)
+        self._operations.add(task)
+        task.add_done_callback(self._forget)
+        await asyncio.shield(task)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._operations.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, Refusal):
+            logs.exception("operation on a model failed", error)
+
+    async def _load(self, entry: Entry) -> None:
+        async with entry.lock:
+            entry.failures.clear()
+            await self._update(entry)
+            if entry.failures:
+                raise Refusal(Kind.INVALID, entry.reasons)
+            if entry.current is None:
+                raise Refusal(Kind.INVALID, f"{entry.source} holds no N/{FILE_NAME}")
+
+    async def _unload(self, entry: Entry) -> None:
         async with entry.lock:
             old, entry.current, entry.identity = entry.current, None, None
             if old is not None:
-                logs.info("model unloaded", model=name, version=old.version)
+                logs.info("model unloaded", model=entry.name, version=old.version)
                 await old.stop()
-                self._metrics.forget(name)
+                self._metrics.forget(entry.name)
 
     def index(self) -> list[dict[str, str]]:
         """Return every version: name, version, state, and the reason where it does not serve."""
@@ -171,9 +247,9 @@ class Repository:
         for entry in self._entries.values():
             if entry.current is not None:
                 state = "READY" if entry.current.ready else "LOADING"
-                rows.append(_row(entry.name, entry.current.version, state, ""))
-            for (version, *_), reason in entry.failures.items():
-                rows.append(_row(entry.name, version, "UNAVAILABLE", reason))
+                rows.append(_row(entry.name, entry.current.version, state, entry.current.trouble))
+            for identity, failure in entry.failures.items():
+                rows.append(_row(entry.name, identity.version, "UNAVAILABLE", failure.reason))
             if entry.current is None and not entry.failures:
                 state = "LOADING" if entry.wanted else "UNAVAILABLE"
                 rows.append(_row(entry.name, "", state, "" if entry.wanted else "unloaded"))
@@ -185,14 +261,16 @@ class Repository:
 
     async def stop(self) -> None:
         """Answer what was accepted and end all workers."""
-        if self._poller is not None:
-            self._poller.cancel()
+        operations = [*self._operations, *([self._poller] if self._poller is not None else [])]
+        for operation in operations:
+            operation.cancel()
+        await asyncio.gather(*operations, return_exceptions=True)
         current = [entry.current for entry in self._entries.values() if entry.current is not None]
         await asyncio.gather(*(version.stop() for version in current), *self._retiring)
 
     def _entry(self, name: str) -> Entry:
         if name not in self._entries:
-            raise Refusal(Kind.NOT_FOUND, f"there is no model {name!r}")
+            raise Refusal(Kind.NOT_FOUND, f"there is no model {quoted(name)}")
         return self._entries[name]
 
     def _add(self, name: str, source: Path) -> None:
@@ -205,13 +283,24 @@ class Repository:
 
     def _discover_all(self) -> None:
         for directory in self._directories:
-            self._discover(directory)
+            try:
+                self._discover(directory)
+                self._complaints.pop(directory, None)
+            except (OSError, OptionError) as error:
+                if self._complaints.get(directory) != str(error):
+                    self._complaints[directory] = str(error)
+                    logs.warning("cannot look for models", reason=str(error))
 
     def _discover(self, directory: Path) -> None:
         for path in sorted(directory.iterdir()):
-            known = self._entries.get(path.name)
-            if known is None and any(path.glob(f"[0-9]*/{FILE_NAME}")):
-                self._add(path.name, path)
+            if path.name in self._entries or path.name in self._unspeakable:
+                continue
+            if any(path.glob(f"[0-9]*/{FILE_NAME}")):
+                if _is_text(path.name):
+                    self._add(path.name, path)
+                else:
+                    self._unspeakable.add(path.name)
+                    logs.warning("a directory's name is not UTF-8; not served", name=repr(path))
 
     async def _poll(self) -> None:
         while True:
@@ -219,36 +308,61 @@ class Repository:
             try:
                 self._discover_all()
                 for entry in list(self._entries.values()):
-                    if entry.wanted:
-                        async with entry.lock:
-                            await self._update(entry)
-            except OSError as error:
-                logs.warning("cannot look for new versions", reason=str(error))
+                    await self._look(entry)
+            except Exception as error:  # nothing may end the looking
+                logs.exception("cannot look for new versions", error)
+
+    async def _look(self, entry: Entry) -> None:
+        try:
+            if entry.wanted:
+                async with entry.lock:
+                    await self._update(entry)
+        except Refusal as refusal:
+            logs.warning("cannot look for new versions", model=entry.name, reason=refusal.message)
 
     async def _update(self, entry: Entry) -> None:
         """Make the newest version that loads the current one."""
-        candidates = entry.candidates()
+        try:
+            candidates = entry.candidates()
+        except OSError as error:
+            raise Refusal(Kind.UNAVAILABLE, f"cannot look for versions: {error}") from error
         present = {identity for identity, _ in candidates}
         entry.failures = {key: why for key, why in entry.failures.items() if key in present}
         for identity, path in candidates:
             if identity == entry.identity:
                 return
-            if identity in entry.failures:
+            if identity in entry.failures and not entry.failures[identity].is_due:
                 continue
-            new = Version(entry.name, identity[0], path, self._options, self._metrics)
+            new = Version(entry.name, identity.version, path, self._options, self._metrics)
             try:
+                self._check_place(entry, path)
                 await new.start()
             except LoadFailed as error:
-                entry.failures[identity] = str(error)
-                logs.warning(
-                    "version cannot be loaded",
-                    model=entry.name,
-                    version=identity[0],
-                    reason=str(error),
-                )
+                self._note_failure(entry, identity, str(error))
                 continue
+            entry.failures.pop(identity, None)
             self._replace(entry, new, identity)
             return
+
+    def _check_place(self, entry: Entry, path: Path) -> None:
+        """Refuse links that lead out of a directory of models: whose files are these?"""
+        for directory in self._directories:
+            if entry.source.is_relative_to(directory):
+                root, real = directory.resolve(), path.resolve()
+                if not real.is_relative_to(root):
+                    raise LoadFailed(f"{path} is a link to {real}, outside {directory}")
+
+    def _note_failure(self, entry: Entry, identity: Identity, reason: str) -> None:
+        """Keep the reason; what the system lacked today it may have tomorrow, so try again."""
+        before = entry.failures.get(identity)
+        entry.failures[identity] = Failure(reason, before)
+        if before is None or before.reason != reason:
+            logs.warning(
+                "version cannot be loaded",
+                model=entry.name,
+                version=identity.version,
+                reason=reason,
+            )
 
     def _replace(self, entry: Entry, new: Version, identity: Identity) -> None:
         old, entry.current, entry.identity = entry.current, new, identity
@@ -270,7 +384,20 @@ def _identity(version: str, path: Path) -> Identity | None:
         status = path.stat()
     except OSError:
         return None
-    return version, status.st_ino, status.st_mtime_ns, status.st_size
+    try:
+        tokenizer = tokenizer_of(path).stat().st_mtime_ns
+    except OSError:
+        tokenizer = 0
+    return Identity(version, status.st_ino, status.st_mtime_ns, status.st_size, tokenizer)
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name can be said in a request."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _row(name: str, version: str, state: str, reason: str) -> dict[str, str]:

@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from time import monotonic
 from typing import Any
 
-import numpy as np
 import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 import sparse_tvm
 from sparse_tvm.serving import logs
+from sparse_tvm.serving.budget import Hold
 from sparse_tvm.serving.core import Core
-from sparse_tvm.serving.embeddings import embeddings
-from sparse_tvm.serving.protocol import (
-    DATATYPES,
-    Call,
-    Shapes,
-    check_outputs,
-    describe,
-    from_bytes,
-    from_list,
-    timeout_of,
-)
-from sparse_tvm.serving.refusal import Kind, Refusal, invalid
+from sparse_tvm.serving.embeddings import MAX_BODY, embeddings, parse
+from sparse_tvm.serving.http_codec import HEADER_LENGTH, decode, encode
+from sparse_tvm.serving.protocol import describe, quoted
+from sparse_tvm.serving.refusal import Kind, Refusal
 from sparse_tvm.serving.version import Version
 
 EXTENSIONS = ["binary_tensor_data", "model_repository"]
 PLATFORM = "sparse_tvm"
-_HEADER_LENGTH = "inference-header-content-length"
 _CLIENT_GONE = 499
 _BODY_SECONDS = 30.0
 
@@ -54,10 +46,7 @@ def build_app(core: Core, *, owns_core: bool = False) -> Starlette:
     """
 
     def route(path: str, handler: Handler, *methods: str) -> Route:
-        async def endpoint(request: Request) -> Response:
-            return await _answer(handler, request, core)
-
-        return Route(path, endpoint, methods=list(methods))
+        return Route(path, _Endpoint(handler, core), methods=list(methods))
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -90,6 +79,20 @@ def build_app(core: Core, *, owns_core: bool = False) -> Starlette:
         exception_handlers={HTTPException: _unknown_route},
         lifespan=lifespan if owns_core else None,
     )
+
+
+class _Endpoint:
+    """A route's ASGI application; a request's memory is its own until the answer is sent."""
+
+    def __init__(self, handler: Handler, core: Core) -> None:
+        self._handler = handler
+        self._core = core
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive, send)
+        with self._core.budget.hold() as request.state.held:
+            response = await _answer(self._handler, request, self._core)
+            await response(scope, receive, send)
 
 
 async def _answer(handler: Handler, request: Request, core: Core) -> Response:
@@ -125,24 +128,23 @@ async def _answer(handler: Handler, request: Request, core: Core) -> Response:
 
 async def _infer(request: Request, core: Core) -> Response:
     name, version = request.path_params["model"], request.path_params.get("version", "")
+    held = request.state.held
     with core.repository.use(name, version) as loaded:
-        async with core.budget.hold() as held:
-            body = await _body(request, core.options.max_body, held.grow)
-            call = _decode(body, request.headers.get(_HEADER_LENGTH), loaded)
-            del body
-            with _watch(request):
-                outputs = await loaded.infer(call.arrays, call.sizes, core.timeout(call.timeout))
-        return _encode(call, outputs, loaded)
+        body = await _body(request, core.options.max_body, held)
+        call = await decode(body, request.headers.get(HEADER_LENGTH), loaded, held)
+        del body
+        held.grow(loaded.result_bytes(call.sizes))
+        with _watch(request):
+            outputs = await loaded.infer(call.arrays, call.sizes, core.timeout(call.timeout))
+        return await encode(call, outputs, loaded, held)
 
 
 async def _embeddings(request: Request, core: Core) -> Response:
-    async with core.budget.hold() as held:
-        body = await _body(request, core.options.max_body, held.grow)
-        with _watch(request):
-            document = _json(body)
-            request.state.model = str(document.get("model"))
-            answer = await embeddings(document, core)
-    return _reply(answer)
+    held = request.state.held
+    body = await _body(request, min(core.options.max_body, MAX_BODY), held)
+    request.state.model, wanted = parse(body, held)
+    with _watch(request):
+        return _reply(await embeddings(wanted, core))
 
 
 async def _openai_models(_: Request, core: Core) -> Response:
@@ -165,7 +167,8 @@ async def _live(_: Request, core: Core) -> Response:
 
 async def _ready(_: Request, core: Core) -> Response:
     if not core.ready:
-        raise Refusal(Kind.UNAVAILABLE, "not ready", retry_after=1)
+        why = core.repository.troubles or "it starts, or ends"
+        raise Refusal(Kind.UNAVAILABLE, f"not ready: {why}", retry_after=1)
     return _reply({"ready": True})
 
 
@@ -183,7 +186,8 @@ async def _model_ready(request: Request, core: Core) -> Response:
     parameters = request.path_params
     with core.repository.use(parameters["model"], parameters.get("version", "")) as loaded:
         if not loaded.ready:
-            raise Refusal(Kind.UNAVAILABLE, "no worker is ready", retry_after=1)
+            why = f": {loaded.trouble}" if loaded.trouble else ""
+            raise Refusal(Kind.UNAVAILABLE, f"no worker is ready{why}", retry_after=1)
         return _reply({"name": loaded.model, "ready": True})
 
 
@@ -212,31 +216,37 @@ def metadata(version: Version) -> dict[str, Any]:
     }
 
 
-async def _body(request: Request, limit: int, grow: Callable[[int], None]) -> bytes:
+async def _body(request: Request, limit: int, held: Hold) -> bytearray:
     """Read the body, within the limits of its size, of all bodies together, and of time."""
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
         raise Refusal(Kind.UNSUPPORTED, "content-encoding is not supported; send plain bytes")
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced[:18]) > limit:
-        raise Refusal(Kind.TOO_LARGE, f"the body has {announced} bytes, the limit is {limit}")
-    chunks: list[bytes] = []
-    size = 0
+        raise Refusal(
+            Kind.TOO_LARGE, f"the body has {quoted(announced)} bytes, the limit is {limit}"
+        )
+    body = bytearray()
 
     async def read() -> None:
-        nonlocal size
         async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
+            if len(body) + len(chunk) > limit:
                 raise Refusal(Kind.TOO_LARGE, f"the body exceeds the limit of {limit} bytes")
-            grow(len(chunk))
-            chunks.append(chunk)
+            held.grow(len(chunk))
+            body.extend(chunk)
 
+    reading = asyncio.ensure_future(read())
     try:
-        await asyncio.wait_for(read(), _BODY_SECONDS)
-    except (asyncio.TimeoutError, TimeoutError):
-        raise Refusal(Kind.TOO_SLOW, f"the body took longer than {_BODY_SECONDS:g} s") from None
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        with held.arriving(reading.cancel):
+            done, _ = await asyncio.wait({reading}, timeout=_BODY_SECONDS)
+    finally:
+        reading.cancel()
+    if not done:
+        raise Refusal(Kind.TOO_SLOW, f"the body took longer than {_BODY_SECONDS:g} s")
+    if reading.cancelled():
+        raise Refusal(Kind.TOO_SLOW, "the body took long and gave way to others", retry_after=1)
+    reading.result()
+    return body
 
 
 class _watch:
@@ -261,118 +271,12 @@ class _watch:
             task.cancel()
 
 
-def _json(body: Any) -> dict[str, Any]:
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise invalid(f"the body is not JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise invalid("the body is not a JSON object")
-    return document
-
-
-def _decode(body: bytes, header_length: str | None, version: Version) -> Call:
-    """Check and decode an inference request."""
-    view = memoryview(body)
-    if header_length is None:
-        document, tail = _json(body), view[:0]
-    else:
-        if not header_length.isdecimal() or int(header_length[:18]) > len(body):
-            raise invalid(f"{_HEADER_LENGTH}: {header_length[:40]!r} does not fit the body")
-        document, tail = _json(view[: int(header_length)]), view[int(header_length) :]
-    shapes = Shapes(version.inputs, version.limits)
-    for entry in _objects(document, "inputs"):
-        spec, shape = shapes.expect(entry.get("name"), entry.get("datatype"), entry.get("shape"))
-        nbytes = _parameters(entry).get("binary_data_size")
-        if nbytes is None:
-            shapes.add(spec, from_list(spec, entry.get("data"), shape))
-            continue
-        if type(nbytes) is not int or not 0 <= nbytes <= len(tail):
-            raise invalid(f"binary_data_size of input {spec.name!r} does not fit the body")
-        shapes.add(spec, from_bytes(spec, tail[:nbytes], shape))
-        tail = tail[nbytes:]
-    if tail:
-        raise invalid(f"{len(tail)} bytes follow the last input")
-    arrays = shapes.complete()
-    parameters = _parameters(document)
-    wanted = {
-        entry.get("name"): _parameters(entry).get("binary_data")
-        for entry in (_objects(document, "outputs") if document.get("outputs") else [])
-    }
-    check_outputs(list(wanted), version.outputs)
-    name = document.get("id")
-    return Call(
-        arrays,
-        shapes.sizes,
-        wanted,  # type: ignore[arg-type]
-        parameters.get("binary_data_output") is True,
-        name if isinstance(name, str) else "",
-        timeout_of(parameters),
-    )
-
-
-def _objects(document: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    entries = document.get(key)
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise invalid(f"{key} must be a list of objects")
-    for entry in entries:
-        if not isinstance(entry.get("name"), str):
-            raise invalid(f"an entry of {key} has no name")
-    return entries
-
-
-def _parameters(entry: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = entry.get("parameters")
-    if parameters is None:
-        return {}
-    if not isinstance(parameters, dict):
-        raise invalid("parameters must be an object")
-    return parameters
-
-
-def _encode(call: Call, outputs: Mapping[str, np.ndarray], version: Version) -> Response:
-    """Return the results as JSON, those asked for in binary after it."""
-    entries = []
-    tail: list[Any] = []
-    for name in call.outputs or outputs:
-        array = outputs[name]
-        entry: dict[str, Any] = {
-            "name": name,
-            "datatype": DATATYPES[array.dtype.name],
-            "shape": array.shape,
-        }
-        wanted = call.outputs.get(name)
-        if call.binary if wanted is None else wanted:
-            entry["parameters"] = {"binary_data_size": array.nbytes}
-            tail.append(array.tobytes())
-        else:
-            entry["data"] = _plain(array)
-        entries.append(entry)
-    document: dict[str, Any] = {
-        "model_name": version.model,
-        "model_version": version.version,
-        "outputs": entries,
-    }
-    if call.id:
-        document["id"] = call.id
-    header = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
-    if not tail:
-        return Response(header, media_type="application/json")
-    return Response(
-        b"".join([header, *tail]),
-        media_type="application/octet-stream",
-        headers={_HEADER_LENGTH: str(len(header))},
-    )
-
-
-def _plain(array: np.ndarray) -> Any:
-    """Return an array as orjson takes it: flat and contiguous."""
-    flat = np.ascontiguousarray(array).reshape(-1)
-    return flat.astype(np.float32) if array.dtype == np.float16 else flat
-
-
 def _reply(document: Any, status: int = 200) -> Response:
-    return Response(orjson.dumps(document), status, media_type="application/json")
+    return Response(
+        orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY),
+        status,
+        media_type="application/json",
+    )
 
 
 def _refused(request: Request, refusal: Refusal) -> Response:

@@ -6,7 +6,10 @@ an internal error.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
@@ -17,6 +20,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 import sparse_tvm
 from sparse_tvm.serving import logs
+from sparse_tvm.serving.budget import Hold
 from sparse_tvm.serving.core import Core
 from sparse_tvm.serving.protocol import (
     DATATYPES,
@@ -24,12 +28,15 @@ from sparse_tvm.serving.protocol import (
     Shapes,
     check_outputs,
     from_bytes,
-    from_list,
+    from_numbers,
+    quoted,
     timeout_of,
 )
 from sparse_tvm.serving.refusal import Kind, Refusal, invalid
 from sparse_tvm.serving.rest import EXTENSIONS, PLATFORM, metadata
 from sparse_tvm.serving.version import Version
+from sparse_tvm.serving.wire import Malformed, parsed_bytes
+from sparse_tvm.spec import TensorSpec
 
 SERVICE = "inference.GRPCInferenceService"
 _CONTENTS = {
@@ -46,7 +53,23 @@ _CONTENTS = {
     "float64": "fp64_contents",
 }
 
-Method = Callable[[Any, Core, Any], Awaitable[Any]]
+_RESULT_COPIES = 3
+"""Of the results: arrays, the fields of the message, and the message as it is sent."""
+
+_MAX_RANK = 32
+_PART = 1 << 16
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a method gets beside its request."""
+
+    core: Core
+    context: Any
+    held: Hold
+
+
+Method = Callable[[Any, _Call], Awaitable[Any]]
 
 
 def build_server(core: Core) -> Any:
@@ -91,17 +114,20 @@ def _handler(message: type, method: Method, core: Core) -> Callable[[bytes, Any]
         started = monotonic()
         code, model = "OK", ""
         try:
-            async with core.budget.hold() as held:
+            with core.budget.hold() as held:
                 held.grow(len(data))
-                request = _parse(message, data)
+                request = _parse(message, data, held)
                 model = getattr(request, "model_name", "")
-                return await method(request, core, context)
+                return await method(request, _Call(core, context, held))
         except Refusal as refusal:
             code = refusal.kind.code
             if refusal.retry_after is not None:
                 context.set_trailing_metadata((("retry-after", str(refusal.retry_after)),))
             await context.abort(grpc.StatusCode[code], refusal.message)
         except grpc.aio.AbortError:
+            raise
+        except asyncio.CancelledError:
+            code = "CANCELLED"
             raise
         except Exception as error:
             code = "INTERNAL"
@@ -114,24 +140,25 @@ def _handler(message: type, method: Method, core: Core) -> Callable[[bytes, Any]
     return handle
 
 
-def _parse(message: type, data: bytes) -> Any:
+def _parse(message: Any, data: bytes, held: Hold) -> Any:
     try:
-        return message.FromString(data)  # type: ignore[attr-defined]
-    except DecodeError:
+        held.grow(parsed_bytes(message.DESCRIPTOR, memoryview(data)))
+        return message.FromString(data)
+    except (DecodeError, Malformed):
         raise invalid(f"the message is no {message.__name__}") from None
 
 
-async def _live(_request: Any, _core: Core, _context: Any) -> Any:
+async def _live(_request: Any, call: _Call) -> Any:
     return pb.ServerLiveResponse(live=True)
 
 
-async def _ready(_request: Any, core: Core, _context: Any) -> Any:
-    return pb.ServerReadyResponse(ready=core.ready)
+async def _ready(_request: Any, call: _Call) -> Any:
+    return pb.ServerReadyResponse(ready=call.core.ready)
 
 
-async def _model_ready(request: Any, core: Core, _context: Any) -> Any:
+async def _model_ready(request: Any, call: _Call) -> Any:
     try:
-        with core.repository.use(request.name, request.version) as version:
+        with call.core.repository.use(request.name, request.version) as version:
             return pb.ModelReadyResponse(ready=version.ready)
     except Refusal as refusal:
         if refusal.kind is Kind.UNAVAILABLE:
@@ -139,20 +166,20 @@ async def _model_ready(request: Any, core: Core, _context: Any) -> Any:
         raise
 
 
-async def _server_metadata(_request: Any, _core: Core, _context: Any) -> Any:
+async def _server_metadata(_request: Any, call: _Call) -> Any:
     return pb.ServerMetadataResponse(
         name=PLATFORM, version=sparse_tvm.__version__, extensions=EXTENSIONS
     )
 
 
-async def _model_metadata(request: Any, core: Core, _context: Any) -> Any:
-    with core.repository.use(request.name, request.version) as version:
+async def _model_metadata(request: Any, call: _Call) -> Any:
+    with call.core.repository.use(request.name, request.version) as version:
         return pb.ModelMetadataResponse(**metadata(version))
 
 
-async def _model_config(request: Any, core: Core, _context: Any) -> Any:
+async def _model_config(request: Any, call: _Call) -> Any:
     """Answer Triton's extension, which its load generator asks before anything else."""
-    with core.repository.use(request.name, request.version) as version:
+    with call.core.repository.use(request.name, request.version) as version:
         described = metadata(version)
         tensors = {
             key: [
@@ -169,32 +196,34 @@ async def _model_config(request: Any, core: Core, _context: Any) -> Any:
         return pb.ModelConfigResponse(config=config)
 
 
-async def _index(_request: Any, core: Core, _context: Any) -> Any:
-    return pb.RepositoryIndexResponse(models=core.repository.index())
+async def _index(_request: Any, call: _Call) -> Any:
+    return pb.RepositoryIndexResponse(models=call.core.repository.index())
 
 
-async def _load(request: Any, core: Core, _context: Any) -> Any:
-    await core.repository.load(request.model_name)
+async def _load(request: Any, call: _Call) -> Any:
+    await call.core.repository.load(request.model_name)
     return pb.RepositoryModelLoadResponse()
 
 
-async def _unload(request: Any, core: Core, _context: Any) -> Any:
-    await core.repository.unload(request.model_name)
+async def _unload(request: Any, call: _Call) -> Any:
+    await call.core.repository.unload(request.model_name)
     return pb.RepositoryModelUnloadResponse()
 
 
-async def _infer(request: Any, core: Core, context: Any) -> Any:
+async def _infer(request: Any, call: _Call) -> Any:
+    core = call.core
     with core.repository.use(request.model_name, request.model_version) as version:
-        call = _decode(request, version)
-        left = context.time_remaining()
-        limits = [seconds for seconds in (call.timeout, left) if seconds is not None]
+        wanted = await _decode(request, version, call.held)
+        call.held.grow(_RESULT_COPIES * version.result_bytes(wanted.sizes))
+        left = call.context.time_remaining()
+        limits = [seconds for seconds in (wanted.timeout, left) if seconds is not None]
         timeout = core.timeout(min(limits) if limits else None)
-        outputs = await version.infer(call.arrays, call.sizes, timeout)
-    chosen = list(call.outputs or outputs)
+        outputs = await version.infer(wanted.arrays, wanted.sizes, timeout)
+    chosen = list(wanted.outputs or outputs)
     return pb.ModelInferResponse(
         model_name=version.model,
         model_version=version.version,
-        id=call.id,
+        id=wanted.id,
         outputs=[
             {
                 "name": name,
@@ -207,13 +236,15 @@ async def _infer(request: Any, core: Core, context: Any) -> Any:
     )
 
 
-def _decode(request: Any, version: Version) -> Call:
+async def _decode(request: Any, version: Version, held: Hold) -> Call:
     """Check and decode an inference request."""
     shapes = Shapes(version.inputs, version.limits)
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise invalid(f"{len(request.inputs)} inputs, but {len(raw)} raw_input_contents")
     for index, tensor in enumerate(request.inputs):
+        if len(tensor.shape) > _MAX_RANK:
+            raise invalid(f"an input has {len(tensor.shape)} dimensions")
         spec, shape = shapes.expect(tensor.name, tensor.datatype, list(tensor.shape))
         if raw:
             if tensor.HasField("contents"):
@@ -223,18 +254,34 @@ def _decode(request: Any, version: Version) -> Call:
         if spec.dtype not in _CONTENTS:
             raise invalid(f"input {spec.name!r} must come in raw_input_contents")
         values = getattr(tensor.contents, _CONTENTS[spec.dtype])
-        plain = np.array(values, bool) if spec.dtype == "bool" else values
-        shapes.add(spec, from_list(spec, plain, shape))
+        shapes.add(spec, await _from_contents(spec, values, shape, held))
     arrays = shapes.complete()
     check_outputs([output.name for output in request.outputs], version.outputs)
-    parameters = {
-        name: getattr(value, value.WhichOneof("parameter_choice") or "int64_param")
-        for name, value in request.parameters.items()
-    }
+    timeout = None
+    if "timeout" in request.parameters:
+        value = request.parameters["timeout"]
+        timeout = getattr(value, value.WhichOneof("parameter_choice") or "int64_param")
     return Call(
         arrays,
         shapes.sizes,
         {output.name: True for output in request.outputs},
         id=request.id,
-        timeout=timeout_of(parameters),
+        timeout=timeout_of(timeout),
     )
+
+
+async def _from_contents(
+    spec: TensorSpec, values: Any, shape: Sequence[int], held: Hold
+) -> np.ndarray:
+    """Return the array of a message's numbers; others get their turn between parts of it."""
+    count = len(values)
+    if count != math.prod(shape):
+        raise invalid(f"input {spec.name!r} has {count} elements, its shape says {quoted(shape)}")
+    result = np.empty(count, spec.dtype)
+    held.grow(result.nbytes)
+    for start in range(0, count, _PART):
+        part = values[start : start + _PART]
+        result[start : start + len(part)] = from_numbers(spec, part, [len(part)])
+        if start + _PART < count:
+            await asyncio.sleep(0)
+    return result.reshape(shape)

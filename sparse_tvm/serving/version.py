@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 
 import numpy as np
 
+from sparse_tvm.errors import SparseTvmError
 from sparse_tvm.random_inputs import random_inputs
 from sparse_tvm.serving import logs
 from sparse_tvm.serving.batching import Layout, Tensors
 from sparse_tvm.serving.limits import Limits, limits_of
 from sparse_tvm.serving.metrics import Metrics
 from sparse_tvm.serving.options import Options
+from sparse_tvm.serving.private_copy import PrivateCopy
 from sparse_tvm.serving.process import RunFailed, WorkerDied, WorkerProcess
 from sparse_tvm.serving.queueing import Queue, Request
 from sparse_tvm.serving.refusal import Kind, Refusal
+from sparse_tvm.serving.text_model import TextModel, load_text_model, tokenizer_of
 from sparse_tvm.spec import TensorSpec
 
 _ATTEMPTS = 2
@@ -43,6 +47,13 @@ class Version:
         Its names in the protocol.
     path : Path
         The artifact.
+
+    Attributes
+    ----------
+    text : TextModel | None
+        What turns text into its inputs, if it takes text.
+    trouble : str
+        Why the last worker could not be started; empty once one is.
     """
 
     def __init__(
@@ -61,6 +72,10 @@ class Version:
         self._run_seconds = metrics.run_seconds.labels(model)
         self._batch_rows = metrics.batch_rows.labels(model)
         self._queue: Queue | None = None
+        self.text: TextModel | None = None
+        self.trouble = ""
+        self._artifact: PrivateCopy | None = None
+        self._owned: set[WorkerProcess] = set()
         self._workers: list[WorkerProcess] = []
         self._slots: list[asyncio.Task[None]] = []
         self._leases = 0
@@ -73,11 +88,6 @@ class Version:
         return bool(self._workers)
 
     @property
-    def tokenizer(self) -> Path:
-        """The directory beside the artifact that holds its tokenizer, if it has one."""
-        return self.path.with_suffix(".tokenizer")
-
-    @property
     def pids(self) -> list[int]:
         """The ids of the worker processes."""
         return [worker.pid for worker in self._workers]
@@ -88,25 +98,34 @@ class Version:
         Raises
         ------
         LoadFailed
-            With the reason.
+            With the reason. Nothing of the version is left then, nor after a cancellation.
         """
+        try:
+            await self._start()
+        except BaseException as error:
+            await self._end()
+            if isinstance(error, LoadFailed) or not isinstance(error, Exception):
+                raise
+            if not isinstance(error, (SparseTvmError, RunFailed, WorkerDied, OSError)):
+                logs.exception("version failed in an unexpected way", error)
+            raise LoadFailed(_reason(error)) from error
+
+    async def _start(self) -> None:
+        self._artifact = await asyncio.to_thread(PrivateCopy, self.path)
         first = self._spawn()
         try:
             await self._introduce(first)
-        except (RunFailed, WorkerDied) as error:
-            code = await first.close()
-            raise LoadFailed(str(error) or f"its process ended with status {code}") from None
-        except BaseException:
-            first.kill()
-            await first.close()
-            raise
+        except WorkerDied:
+            status = await self._dismiss(first)
+            raise LoadFailed(f"its process ended with status {status}") from None
         options = self._options
         self._queue = Queue(self.layout, options.max_queue, options.max_batch, options.max_delay)
-        ready = asyncio.gather(*(self._ready_in_slot() for _ in range(options.workers - 1)))
         self._slots.append(asyncio.create_task(self._keep(first)))
+        others = [asyncio.Event() for _ in range(options.workers - 1)]
+        self._slots.extend(asyncio.create_task(self._keep(None, tried)) for tried in others)
+        await asyncio.gather(*(tried.wait() for tried in others))
         self._metrics.waiting.labels(self.model).set_function(self._waiting)
         self._metrics.workers.labels(self.model).set_function(lambda: len(self._workers))
-        await ready
 
     async def infer(
         self, arrays: Mapping[str, np.ndarray], sizes: Mapping[str, int], timeout: float
@@ -130,6 +149,17 @@ class Version:
             end.cancel()
         return {spec.name: output for spec, output in zip(self.outputs, outputs, strict=True)}
 
+    def result_bytes(self, sizes: Mapping[str, int]) -> int:
+        """Return how many bytes the outputs take for these sizes of symbolic dimensions.
+
+        Dimensions that are not among them count as 1.
+        """
+        return sum(
+            np.dtype(spec.dtype).itemsize
+            * math.prod(sizes.get(dim, 1) if isinstance(dim, str) else dim for dim in spec.shape)
+            for spec in self.outputs
+        )
+
     @contextmanager
     def lease(self) -> Iterator[Version]:
         """Keep the version loaded while a request uses it."""
@@ -144,23 +174,47 @@ class Version:
 
     async def stop(self) -> None:
         """Wait for the last request and end the workers."""
-        await self._unused.wait()
+        try:
+            await self._unused.wait()
+        finally:
+            await self._end()
+
+    async def _end(self) -> None:
+        """End all workers, whatever they do, and give everything back."""
         for slot in self._slots:
             slot.cancel()
         await asyncio.gather(*self._slots, return_exceptions=True)
+        await asyncio.gather(*(worker.close() for worker in list(self._owned)))
+        self._owned.clear()
+        if self._artifact is not None:
+            self._artifact.close()
+            self._artifact = None
 
     def _waiting(self) -> int:
         return len(self._queue) if self._queue is not None else 0
 
     def _spawn(self) -> WorkerProcess:
-        return WorkerProcess(self.path, self._options.threads_per_worker)
+        """Start a worker; it belongs to this version until :meth:`_dismiss`."""
+        assert self._artifact is not None
+        worker = WorkerProcess(self.path, self._artifact, self._options.threads_per_worker)
+        self._owned.add(worker)
+        return worker
+
+    async def _dismiss(self, worker: WorkerProcess) -> int:
+        status = await worker.close()
+        self._owned.discard(worker)
+        return status
 
     async def _introduce(self, worker: WorkerProcess) -> None:
         """Learn the model's specs from its first worker, and see which requests may join."""
         ready = await worker.ready()
         self.inputs = [TensorSpec.from_json(entry) for entry in ready["inputs"]]
         self.outputs = [TensorSpec.from_json(entry) for entry in ready["outputs"]]
-        self.limits = limits_of(self.inputs, ready["bounds"], self.tokenizer)
+        tokenizer = tokenizer_of(self.path)
+        self.limits = limits_of(self.inputs, ready["bounds"], tokenizer)
+        self.text = await asyncio.to_thread(
+            load_text_model, tokenizer, self.inputs, self.outputs, self.limits
+        )
         layout = Layout.of(self.inputs, self.outputs)
         if self._options.max_batch == 1:
             layout = layout.without_batching()
@@ -205,32 +259,49 @@ class Version:
             for one, other in zip(ones, others, strict=True)
         )
 
-    async def _ready_in_slot(self) -> None:
-        """Start one more worker and its supervision; return when it is warm, or has failed."""
-        worker = self._spawn()
-        with suppress(RunFailed, WorkerDied):  # its supervisor tries again
-            await worker.ready()
-        self._slots.append(asyncio.create_task(self._keep(worker)))
+    async def _keep(self, worker: WorkerProcess | None, tried: asyncio.Event | None = None) -> None:
+        """Supervise one worker for ever: whatever ends it, start another, at growing intervals.
 
-    async def _keep(self, worker: WorkerProcess) -> None:
-        """Let a worker serve; when it dies, start another, at growing intervals."""
+        `tried` is set when the first one is warm, or has failed.
+        """
         pause = 0.0
         while True:
             started = monotonic()
             try:
+                if worker is None:
+                    worker = self._spawn()
+                    await worker.ready()
+                self.trouble = ""
+                if tried is not None:
+                    tried.set()
                 await self._employ(worker)
-            finally:
-                code = await worker.close()
-            self._metrics.restarts.labels(self.model).inc()
+            except Exception as error:
+                self._note_failure(error)
+            if tried is not None:
+                tried.set()
+            if worker is not None:
+                await self._note_end(worker)
+                worker = None
             pause = 0.0 if monotonic() - started > _SOUND_SECONDS else min(_LONGEST_PAUSE, pause)
-            logs.warning(
-                "worker died", model=self.model, version=self.version, pid=worker.pid, status=code
-            )
             await asyncio.sleep(pause)
             pause = 2 * pause or 0.1
-            worker = self._spawn()
-            with suppress(RunFailed, WorkerDied):
-                await worker.ready()
+
+    def _note_failure(self, error: Exception) -> None:
+        self.trouble = _reason(error)
+        self._metrics.start_failures.labels(self.model).inc()
+        logs.warning(
+            "worker cannot be started",
+            model=self.model,
+            version=self.version,
+            reason=self.trouble,
+        )
+
+    async def _note_end(self, worker: WorkerProcess) -> None:
+        status = await self._dismiss(worker)
+        self._metrics.restarts.labels(self.model).inc()
+        logs.warning(
+            "worker died", model=self.model, version=self.version, pid=worker.pid, status=status
+        )
 
     async def _employ(self, worker: WorkerProcess) -> None:
         """Give batches to a worker until it dies."""
@@ -305,6 +376,15 @@ class Version:
             elif not request.result.done():
                 again.append(request)
         self._queue.put_back(again)
+
+
+def _reason(error: Exception) -> str:
+    """Return why a version or a worker failed, in one line."""
+    if isinstance(error, WorkerDied):
+        return "its process ended before it was ready"
+    if isinstance(error, (SparseTvmError, RunFailed)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _set_exception(request: Request, error: Exception) -> None:

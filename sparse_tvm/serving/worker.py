@@ -1,15 +1,17 @@
 """The worker process: loads one model, warms it up, and runs batches for the server.
 
-It ends when the server closes the socket, in whatever way. Signals that a terminal or an
+It ends when the server closes the socket, or ends, in whatever way. Signals that a terminal or an
 orchestrator sends to the whole group are left to the server, which drains first.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,26 +20,31 @@ import numpy as np
 
 from sparse_tvm.errors import InputError, SparseTvmError
 from sparse_tvm.random_inputs import random_inputs, typical_sizes
+from sparse_tvm.serving import logs
 from sparse_tvm.serving.channel import LENGTH, Arena, pack
 from sparse_tvm.serving.engines import Engine, open_engine
 
 _WARM_UP_RUNS = 2
+_PR_SET_PDEATHSIG = 1
+_FIRST_TO_KILL = "500"
 
 
 def main(arguments: list[str]) -> None:
     """Serve the parent process until it closes the socket."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    connection, inputs, outputs, threads = map(int, arguments[1:])
+    _follow_the_server()
+    artifact, connection, inputs, outputs, threads = map(int, arguments[1:])
     with socket.socket(fileno=connection) as peer, peer.makefile("rb") as messages:
+        copy = f"/proc/self/fd/{artifact}"
         try:
             started = perf_counter()
-            engine = open_engine(Path(arguments[0]), threads)
+            engine = open_engine(Path(arguments[0]), Path(copy), threads)
             loaded = perf_counter()
             _warm_up(engine)
             ready = perf_counter()
-        except SparseTvmError as error:
-            peer.sendall(pack({"error": str(error)}))
+        except Exception as error:  # TVM raises anything; all of it is why the model cannot serve
+            known = isinstance(error, SparseTvmError)
+            reason = str(error) if known else f"{type(error).__name__}: {error}"
+            peer.sendall(pack({"error": reason.replace(copy, arguments[0])}))
             return
         peer.sendall(
             pack(
@@ -51,6 +58,17 @@ def main(arguments: list[str]) -> None:
             )
         )
         _serve(engine, peer, messages, Arena(inputs), Arena(outputs))
+
+
+def _follow_the_server() -> None:
+    """Leave signals to the server; die with it, and before it when memory runs out."""
+    logs.configure()
+    sys.excepthook = lambda _kind, error, _traceback: logs.exception("worker failed", error)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    with suppress(OSError):  # where /proc is read-only, the kernel chooses
+        Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_KILL)
 
 
 def _warm_up(engine: Engine) -> None:
@@ -70,16 +88,17 @@ def _serve(
         started = perf_counter()
         try:
             results = engine.run(dict(zip(names, arrays, strict=True)))
+            seconds = perf_counter() - started
+            described = [(array.dtype.str, array.shape) for array in results.values()]
+            for place, array in zip(outputs.place(described), results.values(), strict=True):
+                np.copyto(place, array)
         except Exception as error:  # whatever TVM or ONNX Runtime raise: it belongs to the client
             answer: dict[str, Any] = {
                 "error": str(error) or type(error).__name__,
                 "invalid": isinstance(error, InputError),
             }
         else:
-            described = [(array.dtype.str, array.shape) for array in results.values()]
-            for place, array in zip(outputs.place(described), results.values(), strict=True):
-                np.copyto(place, array)
-            answer = {"outputs": described, "seconds": perf_counter() - started}
+            answer = {"outputs": described, "seconds": seconds}
         peer.sendall(pack(answer))
 
 

@@ -1,0 +1,104 @@
+"""Memory for requests: bytes that those of all clients together may occupy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import monotonic
+
+from sparse_tvm.serving.refusal import Kind, Refusal
+
+_GRACE_SECONDS = 1.0
+"""A body that has been coming in for longer gives way when memory is short."""
+
+
+class Budget:
+    """Bytes that the requests of all clients together may occupy.
+
+    Parameters
+    ----------
+    limit : int
+        The bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self._arriving: dict[Hold, None] = {}
+
+    @contextmanager
+    def hold(self) -> Iterator[Hold]:
+        """Give a share that grows as needed and is given back at the end."""
+        share = Hold(self)
+        try:
+            yield share
+        finally:
+            share.release()
+
+    def take(self, size: int) -> None:
+        """Use more bytes; the bodies that have been coming in for long give way to them.
+
+        Raises
+        ------
+        Refusal
+            When too many are in use.
+        """
+        while self.used + size > self.limit:
+            oldest = next(iter(self._arriving), None)
+            if oldest is None or monotonic() - oldest.begun < _GRACE_SECONDS:
+                raise Refusal(
+                    Kind.BUSY, "too many bytes of requests are waiting already", retry_after=1
+                )
+            oldest.give_way()
+        self.used += size
+
+
+class Hold:
+    """One request's share of a budget."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._size = 0
+        self._cancel: Callable[[], object] | None = None
+        self.begun = monotonic()
+
+    def grow(self, size: int) -> None:
+        """Take `size` more bytes.
+
+        Raises
+        ------
+        Refusal
+            When the request alone needs more than there may be, or when too many are in use.
+        """
+        if self._size + size > self._budget.limit:
+            raise Refusal(
+                Kind.TOO_LARGE,
+                f"the request and its results need {self._size + size} bytes of memory or more, "
+                f"the limit is {self._budget.limit}",
+            )
+        self._budget.take(size)
+        self._size += size
+
+    @contextmanager
+    def arriving(self, cancel: Callable[[], object]) -> Iterator[None]:
+        """While the request's body comes in, let it be given up by `cancel`."""
+        self._cancel = cancel
+        self.begun = monotonic()
+        self._budget._arriving[self] = None
+        try:
+            yield
+        finally:
+            self._cancel = None
+            self._budget._arriving.pop(self, None)
+
+    def give_way(self) -> None:
+        """Give up the request's body, for the sake of others."""
+        self._budget._arriving.pop(self, None)
+        self.release()
+        if self._cancel is not None:
+            self._cancel()
+
+    def release(self) -> None:
+        """Give everything back."""
+        self._budget.used -= self._size
+        self._size = 0

@@ -1,0 +1,238 @@
+"""Requests that are small and cost much: memory, time on the event loop, a crash.
+
+Each test sends what used to hurt, and watches the server's memory and how long its health takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tritonclient.grpc")
+pytest.importorskip("uvicorn")
+
+import aiohttp
+import grpc
+from serving_fixtures import Watch, expected, infer_body, peak_bytes, write_encoder
+from tritonclient.grpc import service_pb2 as pb
+
+from sparse_tvm.serving.local import LocalServer, serving
+
+IDS = np.array([[1, 2, 3, 99]])
+INFER = "/v2/models/encoder/infer"
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_encoder(tmp_path_factory.mktemp("models") / "encoder.so")
+
+
+@pytest.fixture
+def server(artifact: Path) -> Iterator[LocalServer]:
+    with serving([artifact]) as running:
+        assert post(running, json.dumps(infer_body(IDS)).encode())[0] == 200
+        yield running
+
+
+def post(server: LocalServer, body: bytes, path: str = INFER, **headers: str) -> tuple[int, bytes]:
+    async def send() -> tuple[int, bytes]:
+        async with (
+            aiohttp.ClientSession(server.url) as session,
+            session.post(path, data=body, headers=headers) as response,
+        ):
+            return response.status, await response.read()
+
+    return asyncio.run(send())
+
+
+def call(server: LocalServer, message: bytes) -> str:
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc}") as channel:
+        try:
+            channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(message, timeout=60)
+        except grpc.RpcError as error:
+            return error.code().name
+        return "OK"
+
+
+def with_data(data: str, shape: str = "[1, 25000]") -> bytes:
+    tensor = f'{{"name": "input_ids", "datatype": "INT64", "shape": {shape}, "data": {data}}}'
+    return f'{{"inputs": [{tensor}]}}'.encode()
+
+
+BOMBS = {
+    "fixed-width strings": with_data('["' + "x" * 10_000 + '"' + ', ""' * 24_999 + "]"),
+    "empty lists as data": with_data("[" + "[]," * (2 << 20) + "[]]"),
+    "empty lists as inputs": b'{"inputs": [' + b"[]," * (2 << 20) + b"[]]}",
+    "empty objects as inputs": b'{"inputs": [' + b"{}," * (2 << 20) + b"{}]}",
+    "unknown fields": b'{"x": [' + b"[]," * (2 << 20) + b'[]], "inputs": []}',
+    "a shape without end": with_data("[1]", "[" + "1," * (3 << 20) + "1]"),
+    "too many numbers": with_data("[" + "1," * (3 << 20) + "1]", "[1, 4]"),
+    "a number without end": with_data("[" + "7" * (6 << 20) + "]", "[1, 1]"),
+    "parameters without end": b'{"parameters": {'
+    + b",".join(b'"%d": 1' % number for number in range(1 << 19))
+    + b'}, "inputs": []}',
+    "deep": with_data("[" * (1 << 20)),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_small_request_cannot_take_memory_or_the_loop(server: LocalServer, bomb: str) -> None:
+    body = BOMBS[bomb]
+    before = peak_bytes(server.process.pid)
+    with Watch(server) as health:
+        assert post(server, body)[0] == 400
+    assert health.longest < 0.5
+    assert peak_bytes(server.process.pid) - before < 4 * len(body) + 32 * MIB
+
+
+def test_long_json_is_decoded_in_steps(tmp_path: Path) -> None:
+    """Half a million numbers are fine, right, and hold up nobody."""
+    path = write_encoder(tmp_path / "encoder.so", longest=1 << 19)
+    ids = np.random.default_rng(0).integers(0, 100, (1, 1 << 19))
+    with serving([path]) as server, Watch(server) as health:
+        body = infer_body(ids)
+        for tensor in body["inputs"]:
+            tensor["data"] = np.array(tensor["data"]).reshape(ids.shape).tolist()
+        status, answer = post(server, json.dumps(body).encode())
+        assert status == 200, answer[:200]
+        [output] = json.loads(answer)["outputs"]
+        hidden = np.array(output["data"], np.float32).reshape(output["shape"])
+    np.testing.assert_allclose(hidden, expected(ids, np.ones_like(ids)), atol=1e-3)
+    assert health.longest < 0.5
+
+
+def test_more_json_than_can_be_skimmed_is_refused(server: LocalServer) -> None:
+    status, answer = post(server, with_data("[" + "1," * (9 << 20) + "1]"))
+    assert status == 413
+    assert b"binary" in answer
+
+
+def infer_message(**changes: Any) -> pb.ModelInferRequest:
+    request = pb.ModelInferRequest(model_name="encoder", **changes)
+    for name in ("input_ids", "attention_mask"):
+        tensor = request.inputs.add(name=name, datatype="INT64", shape=[1, 4])
+        tensor.contents.int64_contents.extend([1, 2, 3, 4])
+    return request
+
+
+def message_with(**contents: Any) -> bytes:
+    tensor = pb.ModelInferRequest.InferInputTensor(
+        name="input_ids", datatype="INT64", shape=[1, 4], **contents
+    )
+    return pb.ModelInferRequest(model_name="encoder", inputs=[tensor]).SerializeToString()
+
+
+MESSAGES = {
+    "empty inputs": b"\x2a\x00" * (3 << 20),
+    "empty raw contents": b"\x3a\x00" * (3 << 20),
+    "a shape without end": message_with()
+    + pb.ModelInferRequest(
+        inputs=[pb.ModelInferRequest.InferInputTensor(shape=[1] * (6 << 20))]
+    ).SerializeToString(),
+    "too many numbers": message_with(
+        contents=pb.InferTensorContents(int64_contents=[1] * (6 << 20))
+    ),
+    "empty bytes": message_with(contents=pb.InferTensorContents(bytes_contents=[b""] * (3 << 20))),
+}
+
+
+@pytest.mark.parametrize("bomb", MESSAGES)
+def test_a_small_message_cannot_take_memory_or_the_loop(server: LocalServer, bomb: str) -> None:
+    message = MESSAGES[bomb]
+    before = peak_bytes(server.process.pid)
+    with Watch(server) as health:
+        assert call(server, message) == "INVALID_ARGUMENT"
+    assert health.longest < 0.5
+    assert peak_bytes(server.process.pid) - before < 24 * len(message) + 32 * MIB
+
+
+@pytest.mark.parametrize("length", ["9" * 4301, "9" * 30, "-1", "1_0", "٣", ""])
+def test_header_lengths_that_are_none(server: LocalServer, length: str) -> None:
+    body = json.dumps(infer_body(IDS)).encode()
+    status, answer = post(server, body, **{"Inference-Header-Content-Length": length})
+    assert status == 400, answer
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), float("inf"), -float("inf"), -1.0, 1e300])
+def test_timeouts_that_are_none_over_grpc(server: LocalServer, timeout: float) -> None:
+    request = infer_message()
+    request.parameters["timeout"].double_param = timeout
+    assert call(server, request.SerializeToString()) == "INVALID_ARGUMENT"
+    assert call(server, infer_message().SerializeToString()) == "OK"
+
+
+def test_results_that_would_not_fit_are_refused_before_they_are_computed(artifact: Path) -> None:
+    ids = np.ones((20_000, 512), np.int64)  # 82 MB in, 655 MB out
+    entries = [
+        {
+            "name": name,
+            "datatype": "INT64",
+            "shape": list(ids.shape),
+            "parameters": {"binary_data_size": ids.nbytes},
+        }
+        for name in ("input_ids", "attention_mask")
+    ]
+    head = json.dumps({"inputs": entries}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    with serving([artifact], "--max-body-mb", "200", "--max-pending-mb", "600") as server:
+        started = perf_counter()
+        status, answer = post(server, head + 2 * ids.tobytes(), **headers)
+        assert status == 413, answer
+        assert b"results" in answer
+        assert perf_counter() - started < 10
+
+
+def test_unfinished_bodies_give_way_to_others(artifact: Path) -> None:
+    """Bodies that do not end must not keep the memory that others need."""
+    unfinished = b'{"inputs": [' + b" " * (24 << 20)
+
+    async def hold_back(ending: asyncio.Event) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.http)
+        writer.write(f"POST {INFER} HTTP/1.1\r\ncontent-length: {30 << 20}\r\n\r\n".encode())
+        writer.write(unfinished)
+        answer = asyncio.ensure_future(reader.read(100))
+        done, _ = await asyncio.wait({answer, asyncio.ensure_future(ending.wait())}, timeout=20)
+        writer.close()
+        return answer.result() if answer in done and answer.done() else b""
+
+    async def scenario() -> tuple[list[int], list[bytes]]:
+        ending = asyncio.Event()
+        holders = [asyncio.create_task(hold_back(ending)) for _ in range(6)]
+        await asyncio.sleep(2.5)
+        statuses = []
+        async with aiohttp.ClientSession(server.url) as session:
+            for _ in range(20):
+                body = json.dumps(infer_body(IDS)) + " " * (8 << 20)
+                async with session.post(INFER, data=body) as response:
+                    statuses.append(response.status)
+        ending.set()
+        return statuses, await asyncio.gather(*holders)
+
+    with serving([artifact], "--max-body-mb", "30", "--max-pending-mb", "100") as server:
+        statuses, refused = asyncio.run(scenario())
+    assert statuses == [200] * 20
+    assert any(b"408" in answer for answer in refused)
+
+
+def test_threads_do_not_grow(server: LocalServer) -> None:
+    def threads() -> int:
+        return len(list(Path(f"/proc/{server.process.pid}/task").iterdir()))
+
+    body = json.dumps(infer_body(IDS)).encode()
+    post(server, body)
+    before = threads()
+    clients = [threading.Thread(target=post, args=(server, body)) for _ in range(16)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    assert threads() - before < 8
