@@ -5,37 +5,47 @@ Layout::
     ELF shared library       code and the program; a loader ignores what follows
     padding                  to a multiple of 4096
     weights                  raw, little-endian, C order, each at a multiple of 64
-    manifest                 UTF-8 JSON
+    manifest                 JSON
     footer                   fixed size, ends with a magic
 
 The weights are mapped from the file as they stand, so processes that load the same artifact
 share their pages. Since footer and manifest come last, the manifest is read without touching
 the code, and a truncated file is recognised by its missing footer.
+
+Code and weights have a CRC-32 each in the manifest, and the manifest has one in the footer: they
+find damage, not malice. Whoever can write the file can run code.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import mmap
 import os
-import shutil
 import struct
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from sparse_tvm.cpu import usable_cores
 from sparse_tvm.errors import ArtifactError
 from sparse_tvm.files import replacing
+from sparse_tvm.manifest import check_manifest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever an older reader would misread the file."""
 
 WEIGHT_ALIGNMENT = 64
 """TVM's kernels assume that every tensor starts at a multiple of this many bytes."""
 
 _PAGE = 4096
+_WORTH_A_THREAD = 16 << 20
+"""Bytes from which checksums are computed by all cores: a few milliseconds."""
+
 _ELF_MAGIC = b"\x7fELF"
 _MAGIC = b"SPARSTVM"
 _FOOTER = struct.Struct("<QQII8s")  # manifest offset, length, crc32, format version, magic
@@ -61,8 +71,8 @@ def write_artifact(
     weights : Mapping[str, np.ndarray]
         The arrays passed to the compiled function, in this order.
     manifest : Mapping[str, Any]
-        Everything else to store. ``format_version``, ``weights`` and ``totals.file_bytes`` are
-        filled in here.
+        Everything else to store. ``format_version``, ``code``, ``weights`` and
+        ``totals.file_bytes`` are filled in here.
 
     Raises
     ------
@@ -70,12 +80,15 @@ def write_artifact(
         When `output` cannot be written.
     """
     with replacing(output) as temporary, temporary.open("wb") as file:
-        with Path(library).open("rb") as code:
-            shutil.copyfileobj(code, file)
+        code = Path(library).read_bytes()
+        file.write(code)
         _pad(file, _PAGE)
-        entries = _write_weights(file, weights)
+        sections = {
+            "code": {"nbytes": len(code), "crc32": zlib.crc32(code)},
+            "weights": _write_weights(file, weights),
+        }
         _pad(file, WEIGHT_ALIGNMENT)
-        _write_manifest(file, {**manifest, "weights": entries})
+        _write_manifest(file, {**manifest, **sections})
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -93,7 +106,8 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
 def rewrite_manifest(path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
     """Replace the manifest of the artifact at `path`, keeping code and weights.
 
-    The list of stored weights is kept, whatever `manifest` says.
+    What the manifest says of code and weights is kept, whatever `manifest` says. The new file is
+    verified before it takes its place.
 
     Raises
     ------
@@ -102,13 +116,127 @@ def rewrite_manifest(path: str | os.PathLike[str], manifest: Mapping[str, Any]) 
     OutputError
         When the new file cannot be written.
     """
-    with open_artifact(path) as source:
-        entries = manifest_of(source)["weights"]
+    with open_artifact(path) as source, replacing(path) as temporary:
+        before = manifest_of(source)
+        sections = {key: before[key] for key in ("code", "weights")}
         end_of_weights = _read_footer(source)[0]
-        with replacing(path) as temporary, temporary.open("wb") as file:
+        with temporary.open("wb") as file:
             source.seek(0)
             _copy(source, file, end_of_weights)
-            _write_manifest(file, {**manifest, "weights": entries})
+            _write_manifest(file, {**manifest, **sections})
+        verify_artifact(temporary)
+
+
+def verify_artifact(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Check every byte of the artifact at `path`, and return its manifest.
+
+    Raises
+    ------
+    ArtifactError
+        When it is not a sound artifact; names the parts that are damaged.
+    """
+    with open_artifact(path) as file:
+        manifest = manifest_of(file)
+        content = map_content(file)
+        end_of_weights = _read_footer(file)[0]
+    check_content(content, manifest, path)
+    end = 0
+    for section in (*sections_of(manifest), Section("", end_of_weights, end_of_weights, 0, False)):
+        if content[end : section.start].any():
+            raise ArtifactError(
+                f"{path} is damaged: bytes {end} to {section.start} are not zero", hint=_REBUILD
+            )
+        end = max(end, section.end)
+    return manifest
+
+
+class Section(NamedTuple):
+    """A part of the file that has a checksum.
+
+    Attributes
+    ----------
+    name : str
+        What messages call it.
+    start, end : int
+        Its bytes.
+    crc32 : int
+        Their checksum.
+    steers : bool
+        Whether a wrong bit could crash: code, and integers, which may be indices.
+    """
+
+    name: str
+    start: int
+    end: int
+    crc32: int
+    steers: bool
+
+
+def sections_of(manifest: Mapping[str, Any]) -> list[Section]:
+    """Return code and weights, in the order they lie in the file."""
+    code = manifest["code"]
+    sections = [Section("the code", 0, code["nbytes"], code["crc32"], True)]
+    for entry in manifest["weights"]:
+        start, end = entry["offset"], entry["offset"] + entry["nbytes"]
+        steers = not entry["dtype"].startswith("float")
+        sections.append(Section(repr(entry["name"]), start, end, entry["crc32"], steers))
+    return sorted(sections, key=lambda section: (section.start, section.end))
+
+
+def map_content(file: BinaryIO) -> np.ndarray:
+    """Map an open artifact into memory, as bytes.
+
+    The mapping is private: pages stay shared with other processes as long as nobody writes, and
+    DLPack of older NumPy exports no read-only memory.
+    """
+    return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+
+
+def check_content(
+    content: np.ndarray,
+    manifest: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    everything: bool = True,
+) -> None:
+    """Compare what was read with the checksums.
+
+    Parameters
+    ----------
+    content : np.ndarray
+        As `map_content` returns it.
+    manifest : Mapping[str, Any]
+        As `manifest_of` returns it.
+    path : path
+        For messages.
+    everything : bool
+        Also check the weights that are floating-point numbers, most of the file. Without, no page
+        of theirs is touched; whatever they hold, it leads nowhere but to wrong results.
+
+    Raises
+    ------
+    ArtifactError
+        With all parts that are damaged.
+    """
+    sections = [section for section in sections_of(manifest) if everything or section.steers]
+
+    def is_damaged(section: Section) -> bool:
+        return zlib.crc32(content[section.start : section.end].data) != section.crc32
+
+    if sum(section.end - section.start for section in sections) < _WORTH_A_THREAD:
+        results = list(map(is_damaged, sections))
+    else:
+        sections.sort(key=lambda section: section.start - section.end)  # the longest first
+        with ThreadPoolExecutor(usable_cores()) as threads:
+            results = list(threads.map(is_damaged, sections))
+    damaged = [section.name for section, wrong in zip(sections, results, strict=True) if wrong]
+    if damaged:
+        more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+        raise ArtifactError(
+            f"{path} is damaged: {', '.join(damaged[:3])}{more} "
+            f"{'has' if len(damaged) == 1 else 'have'} another checksum than was written",
+            hint="copy the file again, or compile the model again",
+        )
 
 
 def open_artifact(path: str | os.PathLike[str]) -> BinaryIO:
@@ -123,8 +251,9 @@ def open_artifact(path: str | os.PathLike[str]) -> BinaryIO:
         return Path(path).open("rb")
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # a ValueError if the name has a zero byte
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ArtifactError(f"cannot read {path}: {reason}") from error
 
 
 def manifest_of(file: BinaryIO) -> dict[str, Any]:
@@ -134,13 +263,33 @@ def manifest_of(file: BinaryIO) -> dict[str, Any]:
     text = file.read(length)
     if zlib.crc32(text) != crc:
         raise ArtifactError(f"{file.name}: the manifest is damaged", hint=_REBUILD)
-    manifest: dict[str, Any] = json.loads(text)
-    for entry in manifest["weights"]:
-        if entry["offset"] % WEIGHT_ALIGNMENT or entry["offset"] + entry["nbytes"] > offset:
-            raise ArtifactError(
-                f"{file.name}: weight {entry['name']!r} lies outside the file", hint=_REBUILD
-            )
+    try:
+        manifest: dict[str, Any] = json.loads(text)
+        check_manifest(manifest)
+        _check_places(manifest, offset)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{file.name}: {error}", hint=_REBUILD) from error
     return manifest
+
+
+def _check_places(manifest: Mapping[str, Any], end_of_weights: int) -> None:
+    """Raise ValueError where code and weights do not lie in the file, apart from each other."""
+    for entry in manifest["weights"]:
+        needed = math.prod(entry["shape"]) * np.dtype(entry["dtype"]).itemsize
+        if entry["nbytes"] != needed:
+            raise ValueError(
+                f"weight {entry['name']!r} has {entry['nbytes']} bytes, its shape needs {needed}"
+            )
+        if entry["offset"] % WEIGHT_ALIGNMENT:
+            raise ValueError(f"weight {entry['name']!r} is not aligned")
+    before = Section("the start of the file", 0, 0, 0, False)
+    for section in sections_of(manifest):
+        if section.end > end_of_weights:
+            raise ValueError(f"{section.name} lies outside of the file")
+        is_shared = section[1:4] == before[1:4]
+        if section.start < before.end and not is_shared:
+            raise ValueError(f"{section.name} overlaps {before.name}")
+        before = section
 
 
 def _read_footer(file: BinaryIO) -> tuple[int, int, int]:
@@ -163,11 +312,10 @@ def _read_footer(file: BinaryIO) -> tuple[int, int, int]:
             hint=_REBUILD,
         )
     offset, length, crc, version, _ = _FOOTER.unpack(footer)
-    if version > FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise ArtifactError(
-            f"{file.name} has artifact format {version}; this sparse-tvm reads up to "
-            f"{FORMAT_VERSION}",
-            hint="upgrade sparse-tvm, or compile the model again with this one",
+            f"{file.name} has artifact format {version}; this sparse-tvm reads {FORMAT_VERSION}",
+            hint=f"{'upgrade sparse-tvm, or ' if version > FORMAT_VERSION else ''}{_REBUILD}",
         )
     if offset + length + _FOOTER.size != size:
         raise ArtifactError(
@@ -183,13 +331,14 @@ def _write_weights(file: BinaryIO, weights: Mapping[str, np.ndarray]) -> list[di
     stored: dict[tuple[int, int], list[tuple[np.ndarray, int]]] = {}
     for name, weight in weights.items():
         raw = _raw_bytes(weight)
-        same_start = stored.setdefault((raw.size, hash(raw[:_PAGE].tobytes())), [])
-        offset = next((at for other, at in same_start if np.array_equal(other, raw)), None)
+        checksum = zlib.crc32(raw.data)
+        same = stored.setdefault((raw.size, checksum), [])
+        offset = next((at for other, at in same if np.array_equal(other, raw)), None)
         if offset is None:
             _pad(file, WEIGHT_ALIGNMENT)
             offset = file.tell()
             file.write(raw.data)
-            same_start.append((raw, offset))
+            same.append((raw, offset))
         entries.append(
             {
                 "name": name,
@@ -197,6 +346,7 @@ def _write_weights(file: BinaryIO, weights: Mapping[str, np.ndarray]) -> list[di
                 "shape": list(weight.shape),
                 "offset": offset,
                 "nbytes": raw.size,
+                "crc32": checksum,
             }
         )
     return entries
@@ -221,7 +371,7 @@ def _encode(manifest: Mapping[str, Any], offset: int) -> bytes:
     while True:
         totals = {**manifest.get("totals", {}), "file_bytes": file_bytes}
         complete = {**manifest, "format_version": FORMAT_VERSION, "totals": totals}
-        text = json.dumps(complete, ensure_ascii=False).encode()
+        text = json.dumps(complete).encode()
         size = offset + len(text) + _FOOTER.size
         if size == file_bytes:
             return text

@@ -197,6 +197,7 @@ def compile(
         "totals": {**totals, "weight_bytes": sum(w.nbytes for w in program.weights.values())},
         "verification": None,
         "kernels": program.kernels,
+        "compile": {"seconds": 0.0, "peak_memory_bytes": 0, "phases": []},  # known at the end
     }
     with replacing(output) as unverified:
         with phases("link"), tempfile.TemporaryDirectory() as directory:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparse_tvm.artifact import WEIGHT_ALIGNMENT, manifest_of, open_artifact
+from sparse_tvm.artifact import (
+    WEIGHT_ALIGNMENT,
+    check_content,
+    manifest_of,
+    map_content,
+    open_artifact,
+)
 from sparse_tvm.cpu import architecture, cpu_model, host_features, usable_cores
 from sparse_tvm.errors import ArtifactError, InputError, OptionError
 from sparse_tvm.spec import TensorSpec
@@ -26,8 +31,13 @@ _OTHER_TARGET = (
 )
 
 
-def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Model:
+def load(
+    path: str | os.PathLike[str], *, threads: int | None = None, verify: bool = False
+) -> Model:
     """Load a compiled model.
+
+    Its code runs with all rights of this process: load files only from where you would run a
+    program from.
 
     Parameters
     ----------
@@ -36,12 +46,16 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Model:
     threads : int | None
         Threads of this model; by default those it was compiled for, else all physical cores that
         this process may use.
+    verify : bool
+        Compare the whole file with its checksums, a few GB a second. By default that is done for
+        manifest, code and indices, where damage could crash the process; floating-point weights
+        are mapped, and read when a run needs them.
 
     Raises
     ------
     ArtifactError
-        When the file is missing, not ours, truncated, of a newer format, or needs CPU features
-        that this machine lacks. No code of the artifact has run then.
+        When the file is missing, not ours, truncated, damaged, of another format, or needs CPU
+        features that this machine lacks. No code of the artifact has run then.
     OptionError
         When `threads` is not positive.
     """
@@ -51,6 +65,9 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Model:
         count = threads if threads is not None else manifest.get("threads") or usable_cores()
         if count < 1:
             raise OptionError(f"threads must be at least 1, not {count}")
+        content = map_content(file)
+        check_content(content, manifest, path, everything=verify)
+        runtime()
         try:
             machine = VirtualMachine(Library.of(file.fileno()), count)
         except Exception as error:  # TVM raises whatever fits: a wrong version, a missing symbol
@@ -60,10 +77,7 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Model:
                 hint=f"it was compiled with TVM {manifest['versions']['tvm']}, installed is "
                 f"{installed_version()}; compile the model again",
             ) from error
-        # A private mapping: pages stay shared with other processes as long as nobody writes, and
-        # DLPack of older NumPy exports no read-only memory.
-        mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
-    return Model(Path(path), manifest, machine, mapped, count)
+    return Model(Path(path), manifest, machine, content, count)
 
 
 class Call(NamedTuple):
@@ -177,6 +191,11 @@ class Model:
 
     def _checked(self, inputs: Mapping[str, Any]) -> list[np.ndarray]:
         """Return the inputs as arrays in the model's order."""
+        if not isinstance(inputs, Mapping):
+            raise InputError(
+                f"{self.path.name}: the inputs are a {type(inputs).__name__}, not arrays by name",
+                hint=f"the model takes {', '.join(map(str, self.inputs))}",
+            )
         if len(inputs) != len(self._staged) or any(
             staged.spec.name not in inputs for staged in self._staged
         ):
@@ -276,7 +295,7 @@ class _Staged:
     def _as_array(self, value: Any) -> np.ndarray:
         try:
             array = np.asarray(value)
-        except ValueError as error:  # ragged lists
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:  # ragged lists
             raise self._mismatch(f"is not an array: {error}") from error
         is_plain = isinstance(value, (list, tuple, bool, int, float))
         if is_plain and np.can_cast(array.dtype, self._dtype, "same_kind"):

@@ -24,6 +24,7 @@ _CPU, _DEVICE_ID, _POOLED_ALLOCATOR = 1, 0, 2
 _SHARE_ALL_CORES = -3
 
 _KEPT = 3
+_INSTALL = "pip install apache-tvm==0.27.0.post1"
 
 _SPIN_COUNT = 5000
 """Yields of an idle worker before it sleeps: about 2 ms, where TVM's default takes 170 ms of
@@ -39,19 +40,20 @@ def runtime() -> Any:
     Raises
     ------
     ArtifactError
-        When apache-tvm is not installed.
+        When apache-tvm, or what it needs, is not installed.
     """
     # Pinned workers of two models, or of two processes, would all sit on the first cores.
     os.environ.setdefault("TVM_BIND_THREADS", "0")
     os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", str(_SPIN_COUNT))
-    with _torch_hidden():
-        import tvm_ffi
-        from tvm_ffi.libinfo import load_lib_ctypes
+    try:
+        with _torch_hidden():
+            import tvm_ffi
+            from tvm_ffi.libinfo import load_lib_ctypes
+    except ImportError as error:
+        raise ArtifactError(f"TVM's runtime cannot be loaded: {error}", hint=_INSTALL) from error
     spec = find_spec("tvm")
     if spec is None:
-        raise ArtifactError(
-            "TVM's runtime is not installed", hint="pip install apache-tvm==0.27.0.post1"
-        )
+        raise ArtifactError("TVM's runtime is not installed", hint=_INSTALL)
     places = [Path(place) / "lib" for place in spec.submodule_search_locations or ()]
     load_lib_ctypes("apache-tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=places)
     return tvm_ffi

@@ -80,7 +80,13 @@ def manifest(**changes: Any) -> dict[str, Any]:
             "features": ["avx2", "fma"],
             "vector_bits": 256,
         },
+        "model": {"name": "small", "source": None, "kind": "test", "sha256": None},
         "threads": None,
+        "layers": [],
+        "notes": [],
+        "totals": {"parameters": 0, "nonzeros": 0, "weight_bytes": 0},
+        "compile": {"seconds": 0.0, "peak_memory_bytes": 0, "phases": []},
+        "verification": None,
         "inputs": [
             {"name": "x", "dtype": "float32", "shape": [TOKENS, FEATURES]},
             {"name": "ids", "dtype": "int64", "shape": [TOKENS]},

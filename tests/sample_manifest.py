@@ -41,9 +41,14 @@ def sample_manifest(depth: int = 2) -> dict[str, Any]:
         )
     )
     return {
-        "format_version": 1,
+        "format_version": 2,
         "versions": {"sparse_tvm": "0.1.0", "tvm": "0.27.0.post1", "tvm_ffi": "0.1.14.post1"},
-        "model": {"name": "bert_base", "source": "bert_base.onnx", "sha256": "0" * 64},
+        "model": {
+            "name": "bert_base",
+            "source": "bert_base.onnx",
+            "kind": "ONNX model",
+            "sha256": "0" * 64,
+        },
         "target": {
             "name": "x86-64-v3",
             "triple": "x86_64-linux-gnu",

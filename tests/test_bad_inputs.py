@@ -262,7 +262,7 @@ BAD_ARTIFACTS: dict[str, tuple[Callable[[bytes], bytes] | None, tuple[str, ...]]
 }
 
 
-@pytest.mark.parametrize("verb", ["run --random", "bench", "inspect"])
+@pytest.mark.parametrize("verb", ["run --random", "bench", "inspect", "verify"])
 @pytest.mark.parametrize("case", BAD_ARTIFACTS)
 def test_bad_artifact(
     verb: str, case: str, compiled: bytes, folder: Path, refused: Refused
@@ -271,6 +271,11 @@ def test_bad_artifact(
     if damage is not None:
         (folder / "bad.so").write_bytes(damage(compiled))
     refused(f"{verb} bad.so", 1, ("bad.so", *words))
+
+
+def test_verify(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", artifact.name, artifact.name]) == 0
+    assert capsys.readouterr().out.count("good.so: sound") == 2
 
 
 @pytest.mark.parametrize("verb", ["run --random", "bench"])

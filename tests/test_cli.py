@@ -15,7 +15,7 @@ import sparse_tvm
 from sparse_tvm.cli import main
 from sparse_tvm.errors import ModelError, OptionError, SparseTvmError, VerificationError
 
-VERBS = ("compile", "run", "bench", "inspect", "prune", "targets")
+VERBS = ("compile", "run", "bench", "inspect", "verify", "prune", "targets")
 
 
 @pytest.fixture
@@ -41,6 +41,19 @@ def run_python(code: str) -> str:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def test_a_missing_package_is_named() -> None:
+    code = """
+import sys
+from sparse_tvm.cli import main
+sys.modules["typing_extensions"] = None
+sys.exit(main(["inspect", "model.onnx"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: a package is missing: ")
+    assert "typing_extensions" in done.stderr
 
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from sparse_tvm import runtime
+from sparse_tvm.artifact import read_manifest, sections_of
 from sparse_tvm.errors import ArtifactError, InputError, OptionError
 from sparse_tvm.runtime import Model, load
 
@@ -135,6 +136,18 @@ def test_wrong_inputs(model: Model, change: dict, message: str) -> None:
     inputs = {**artifacts.inputs(), **change}
     with pytest.raises(InputError, match=message):
         model.run({name: value for name, value in inputs.items() if value is not None})
+
+
+@pytest.mark.parametrize("inputs", [np.zeros((8, 64), np.float32), [1.0], None, "x"])
+def test_inputs_without_names(model: Model, inputs: object) -> None:
+    with pytest.raises(InputError, match=r"small\.so: the inputs are a .*takes x float32"):
+        model.run(inputs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [object(), {"a": 1}, [2**70], [None], [[[]]], 1j, b"x"])
+def test_values_that_are_no_numbers(model: Model, value: object) -> None:
+    with pytest.raises(InputError, match="'ids'"):
+        model.run({**artifacts.inputs(), "ids": value})
 
 
 def test_symbolic_dimensions_must_agree(path: Path, tmp_path: Path) -> None:
@@ -344,6 +357,55 @@ def test_truncated_file(path: Path, tmp_path: Path) -> None:
     truncated.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ArtifactError, match=r"truncated\.so has no sparse-tvm footer"):
         load(truncated)
+
+
+def damage(path: Path, part: str) -> None:
+    """Flip a bit in the middle of the code, or of a weight."""
+    section = next(s for s in sections_of(read_manifest(path)) if s.name == part)
+    data = bytearray(path.read_bytes())
+    data[(section.start + section.end) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_damaged_code_is_never_run(tmp_path: Path) -> None:
+    path = artifacts.write(tmp_path / "flipped.so")
+    damage(path, "the code")
+    with pytest.raises(ArtifactError, match=r"flipped\.so is damaged: the code has another"):
+        load(path)
+
+
+def test_damaged_weights_are_found_on_demand(tmp_path: Path) -> None:
+    path = artifacts.write(tmp_path / "flipped.so")
+    damage(path, "'w'")
+    load(path)
+    with pytest.raises(ArtifactError, match=r"flipped\.so is damaged: 'w' has another"):
+        load(path, verify=True)
+
+
+def test_damaged_indices_are_always_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = artifacts.weights()
+    indices = {"indices": np.arange(100, dtype=np.uint16)}
+    monkeypatch.setattr(artifacts, "weights", lambda seed: real | indices)
+    path = artifacts.write(tmp_path / "flipped.so")
+    damage(path, "'indices'")
+    with pytest.raises(ArtifactError, match="'indices' has another checksum"):
+        load(path)
+
+
+@pytest.mark.parametrize("missing", ["typing_extensions", "tvm_ffi"])
+def test_a_missing_package_is_named(path: Path, missing: str) -> None:
+    code = f"""
+import sys, sparse_tvm
+from sparse_tvm.errors import ArtifactError
+sys.modules[{missing!r}] = None
+try:
+    sparse_tvm.load(sys.argv[1])
+except ArtifactError as error:
+    print(error)
+"""
+    message = fresh_process(code, path)
+    assert missing in message
+    assert "pip install apache-tvm" in message
 
 
 def test_code_that_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from sparse_tvm.cli.prune import prune
 from sparse_tvm.cli.run import run
 from sparse_tvm.cli.serve import serve
 from sparse_tvm.cli.targets import targets
+from sparse_tvm.cli.verify import verify
 from sparse_tvm.errors import OutputError, SparseTvmError
 
 EXIT_BROKEN_PIPE = 1
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (compile, run, bench, serve, inspect, prune, targets):
+for verb in (compile, run, bench, serve, inspect, verify, prune, targets):
     app.command()(verb)
 
 
@@ -102,6 +103,9 @@ def _report(error: Exception) -> int:
     if isinstance(error, typer.TyperException):
         _print_error("error", error.format_message(), _usage_hint(error))
         return error.exit_code
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("sparse_tvm"):
+        _print_error("error", f"a package is missing: {error}", "pip install --upgrade sparse-tvm")
+        return 1
     first_line = (str(error).strip().splitlines() or [""])[0]
     _print_error(
         "internal error",

@@ -43,7 +43,7 @@ def open_engine(path: Path, copy: Path, threads: int) -> Engine:
         return _OnnxRuntime(path, threads)
     from sparse_tvm.runtime import load
 
-    return load(copy, threads=threads)
+    return load(copy, threads=threads, verify=True)
 
 
 class _OnnxRuntime:
