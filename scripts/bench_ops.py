@@ -89,6 +89,14 @@ OPS: dict[str, str | tuple[str, dict[str, np.ndarray]]] = {
     "mean tokens 1x128x768": unary("1, 128, 768", "y = ReduceMean<axes = [1]>(x)"),
     "max last 128x3000": unary("128, 3000", "y = ReduceMax<axes = [1]>(x)"),
     "sum all 1x768x1024": unary("768, 1024", "y = ReduceSum<keepdims = 0>(x)"),
+    "sum axis 1, 64x21x1000": (
+        unary("64, 21, 1000", "y = ReduceSum<keepdims = 0>(x, a)"),
+        {"a": ints(1)},
+    ),
+    "sum axes 0 and 2, 32x64x777": (
+        unary("32, 64, 777", "y = ReduceSum<keepdims = 0>(x, a)"),
+        {"a": ints(0, 2)},
+    ),
     "argmax 128x30522": unary("128, 30522", "i = ArgMax<axis = 1>(x) y = Cast<to = 1>(i)"),
     "argmax axis 1, 1x21x256x256": unary(
         "1, 21, 256, 256", "i = ArgMax<axis = 1>(x) y = Cast<to = 1>(i)"
@@ -128,6 +136,11 @@ OPS: dict[str, str | tuple[str, dict[str, np.ndarray]]] = {
     "matmul 12x77x64x77": matmul("12, 77, 64", "12, 64, 77"),
     "matmul 512x512x512": matmul("512, 512", "512, 512"),
     "matmul one row 1x768x768": matmul("1, 768", "768, 768"),
+    "softmax axis 1, 8x19x33x35": unary("8, 19, 33, 35", "y = Softmax<axis = 1>(x)"),
+    "concat channels 64x56x57 and 32x56x57": (
+        "(float[1, 64, 56, 57] a, float[1, 32, 56, 57] b) => (float[N] y)"
+        " { y = Concat<axis = 1>(a, b) }"
+    ),
     "concat 2x 1x128x768": (
         "(float[1, 128, 768] a, float[1, 128, 768] b) => (float[N] y)"
         " { y = Concat<axis = -1>(a, b) }"
@@ -147,6 +160,15 @@ OPS: dict[str, str | tuple[str, dict[str, np.ndarray]]] = {
         "1, 128, 56, 56", "y = AveragePool<kernel_shape = [2, 2], strides = [2, 2]>(x)"
     ),
     "global pool 2048x7x7": unary("1, 2048, 7, 7", "y = GlobalAveragePool(x)"),
+    "max pool 3x3 padded 192x28x28": unary(
+        "1, 192, 28, 28", "y = MaxPool<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(x)"
+    ),
+    "average pool 3x3 padded 192x35x35": unary(
+        "1, 192, 35, 35", "y = AveragePool<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(x)"
+    ),
+    "max pool 5/2 1x64x4000": unary(
+        "1, 64, 4000", "y = MaxPool<kernel_shape = [5], strides = [2], pads = [2, 2]>(x)"
+    ),
     "resize nearest x2 64x56x56": (
         unary(
             "1, 64, 56, 56",
@@ -158,6 +180,28 @@ OPS: dict[str, str | tuple[str, dict[str, np.ndarray]]] = {
     "resize linear x2 64x56x56": (
         unary("1, 64, 56, 56", 'y = Resize<mode = "linear">(x, , s)'),
         {"s": np.float32([1, 1, 2, 2])},
+    ),
+    "resize linear to 97x97 64x33x33": (
+        unary(
+            "1, 64, 33, 33",
+            'y = Resize<mode = "linear", coordinate_transformation_mode = "align_corners">'
+            "(x, , , s)",
+        ),
+        {"s": ints(1, 64, 97, 97)},
+    ),
+    "pad 64x56x56": (
+        unary("1, 64, 56, 56", "y = Pad(x, p)"),
+        {"p": ints(0, 0, 1, 1, 0, 0, 1, 1)},
+    ),
+    "conv transpose 2x2/2 128x28x28 to 64": (
+        """(float[1, 128, 28, 28] x) => (float[N] y) {
+            y = ConvTranspose<strides = [2, 2]>(x, w, b) }""",
+        {"w": weight(128, 64, 2, 2), "b": weight(64)},
+    ),
+    "conv transpose 4x4/2 64x32x32 to 32": (
+        """(float[1, 64, 32, 32] x) => (float[N] y) {
+            y = ConvTranspose<strides = [2, 2], pads = [1, 1, 1, 1]>(x, w, b) }""",
+        {"w": weight(64, 32, 4, 4), "b": weight(32)},
     ),
     "conv 1x1 256x56x56 to 64": conv((256, 56, 56), 64, 1),
     "conv 3x3 64x56x56": conv((64, 56, 56), 64, 3),

@@ -8,18 +8,20 @@ import tvm
 from tvm import relax, tirx
 from tvm.relax.backend.cpu_generic.pipeline import finalize_passes
 
+from sparse_tvm.cpu import host_features
 from sparse_tvm.passes.batch_matmul import batch_matmul
 from sparse_tvm.passes.legalize import legalize
 from sparse_tvm.passes.lower_kernels import lower_kernels
 from sparse_tvm.passes.program import Program
 from sparse_tvm.passes.schedule_rest import schedule_rest
 from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
-from sparse_tvm.targets import get_target
+from sparse_tvm.targets import TARGETS, get_target
 
-TARGET = get_target()
+HOST = get_target()
+RUNNABLE = [target for target in TARGETS.values() if host_features().issuperset(target.features)]
 
 
-def compile_function(build, *shapes):
+def compile_function(build, *shapes, target=HOST):
     """Compile ``build(*inputs)`` for inputs whose extents are numbers or names of symbols."""
     symbols: dict[str, tirx.Var] = {}
 
@@ -37,10 +39,10 @@ def compile_function(build, *shapes):
             result = builder.emit_output(builder.emit(build(*inputs)))
         builder.emit_func_output(result)
     program = Program(builder.finalize(), {}, {})
-    program = legalize(batch_matmul(program), TARGET)
-    program = schedule_rest(lower_kernels(program, TARGET), TARGET)
+    program = legalize(batch_matmul(program), target)
+    program = schedule_rest(lower_kernels(program, target), target)
     assert not program.notes
-    target = tvm.target.Target(TARGET.tvm_target())
+    target = tvm.target.Target(target.tvm_target())
     finish = tvm.transform.Sequential(
         [
             relax.transform.ToNonDataflow(),
@@ -111,6 +113,132 @@ def test_every_extent(extent):
     np.testing.assert_allclose(run(x), softmax(np.exp(x), -1), rtol=2e-5, atol=2e-6)
     run = compile_function(lambda x: relax.op.variance(x, [1]), x.shape)
     np.testing.assert_allclose(run(x), x.var(1), rtol=2e-5, atol=2e-6)
+
+
+def windows(x, size, step, pad, of, fill):
+    """``of`` the elements of each window of the last two axes."""
+    edges = [(0, 0)] * (x.ndim - 2) + [(pad, pad)] * 2
+    padded = np.pad(x, edges, constant_values=fill)
+    views = np.lib.stride_tricks.sliding_window_view(padded, (size, size), (-2, -1))
+    return of(views[..., ::step, ::step, :, :], axis=(-2, -1))
+
+
+def each_target(test):
+    return pytest.mark.parametrize("target", RUNNABLE, ids=lambda target: target.name)(test)
+
+
+@each_target
+@pytest.mark.parametrize(
+    ("size", "step", "pad", "width"), [(3, 2, 1, 7), (3, 1, 1, 59), (2, 2, 0, 32), (5, 3, 2, 59)]
+)
+def test_pooling(target, size, step, pad, width):
+    x = normal(2, 3, 16, width)
+    options = {"pool_size": size, "strides": step, "padding": (pad, pad)}
+    run = compile_function(
+        lambda x: relax.op.nn.max_pool2d(x, **options), ("a", 3, 16, width), target=target
+    )
+    np.testing.assert_array_equal(run(x), windows(x, size, step, pad, np.max, -np.inf))
+    run = compile_function(
+        lambda x: relax.op.nn.avg_pool2d(x, **options), (2, "c", 16, width), target=target
+    )
+    count = windows(np.ones_like(x), size, step, pad, np.sum, 0)
+    sums = windows(x, size, step, pad, np.sum, 0)
+    np.testing.assert_allclose(run(x), sums / count, rtol=1e-5, atol=1e-5)
+
+
+@each_target
+@pytest.mark.parametrize(("size", "step"), [(2, 2), (4, 2), (3, 1)])
+def test_transposed_convolution(target, size, step):
+    x, w = normal(2, 5, 9, 14), normal(5, 8, size, size)
+    run = compile_function(
+        lambda x, w: relax.op.add(
+            relax.op.nn.conv2d_transpose(x, w, strides=step), relax.const(0.5, "float32")
+        ),
+        x.shape,
+        w.shape,
+        target=target,
+    )
+    height, width = ((extent - 1) * step + size for extent in x.shape[2:])
+    expected = np.full((2, 8, height, width), 0.5, np.float32)
+    for i, j in np.ndindex(9, 14):
+        area = np.s_[:, :, i * step : i * step + size, j * step : j * step + size]
+        expected[area] += np.einsum("nc,cohw->nohw", x[:, :, i, j], w)
+    np.testing.assert_allclose(run(x, w), expected, rtol=1e-4, atol=1e-4)
+
+
+@each_target
+@pytest.mark.parametrize("axes", [[0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]])
+def test_sums(target, axes):
+    shape = (5, 21, 130)
+    x = normal(*shape)
+    run = compile_function(lambda x: relax.op.sum(x, axes), shape, target=target)
+    np.testing.assert_allclose(run(x), x.sum(tuple(axes)), rtol=1e-4, atol=1e-3)
+    if len(axes) == 1:
+        run = compile_function(lambda x: relax.op.nn.softmax(x, axes[0]), shape, target=target)
+        np.testing.assert_allclose(run(x), softmax(x, axes[0]), rtol=2e-5, atol=2e-6)
+
+
+@each_target
+@pytest.mark.parametrize("dims", [(4, 6, 50), ("a", 6, "c")])
+def test_copies(target, dims):
+    op = relax.op
+    x = normal(4, 6, 50)
+    parts = [
+        (lambda x: op.concat([x, op.add(x, x)], 2), np.concatenate([x, x + x], 2)),
+        (lambda x: op.concat([x, op.add(x, x), x], 1), np.concatenate([x, x + x, x], 1)),
+        (
+            lambda x: op.nn.pad(x, [0, 0, 1, 2, 3, 4], "constant", 1.5),
+            np.pad(x, ((0, 0), (1, 2), (3, 4)), constant_values=1.5),
+        ),
+        (lambda x: op.strided_slice(x, [2], [1], [50], [3]), x[:, :, 1:50:3]),
+    ]
+    for build, expected in parts:
+        run = compile_function(build, dims, target=target)
+        np.testing.assert_array_equal(run(x), expected)
+
+
+@each_target
+@pytest.mark.parametrize("mode", ["nearest_neighbor", "linear"])
+def test_resize(target, mode):
+    x = normal(1, 8, 20, 24)
+    run = compile_function(
+        lambda x: relax.op.image.resize2d(x, (40, 48), layout="NCHW", method=mode),
+        x.shape,
+        target=target,
+    )
+    rows, columns = ((np.arange(2 * n) + 0.5) / 2 - 0.5 for n in (20, 24))
+    if mode == "linear":
+
+        def blend(x, at, axis):
+            low = np.floor(at)
+            share = (at - low).astype(np.float32)
+            parts = [
+                np.take(x, np.clip(low + i, 0, x.shape[axis] - 1).astype(int), axis) for i in (0, 1)
+            ]
+            share = share.reshape([-1 if i == axis else 1 for i in range(4)])
+            return parts[0] * (1 - share) + parts[1] * share
+
+        expected = blend(blend(x, rows, 2), columns, 3)
+    else:
+        expected = x[:, :, np.round(rows).astype(int)][..., np.round(columns).astype(int)]
+    np.testing.assert_allclose(run(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_copies_have_no_conditions_inside():
+    """Padding and concatenation are split where a condition changes."""
+    from sparse_tvm.schedules.cpu.generic import schedule_generic
+    from sparse_tvm.schedules.cpu.simd import Simd
+
+    x = tvm.te.placeholder((64, 64), name="x")
+    y = tvm.te.compute(
+        (66, 70),
+        lambda i, j: tirx.if_then_else(
+            tirx.all(i >= 1, i < 65, j >= 3, j < 67), x[i - 1, j - 3], tirx.const(0, "float32")
+        ),
+    )
+    text = schedule_generic(tvm.te.create_prim_func([x, y]), Simd(16, 32)).script()
+    assert "if_then_else" not in text
+    assert "T.vectorized(16)" in text
 
 
 def test_values_read_often_do_not_grow():

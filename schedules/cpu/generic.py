@@ -1,15 +1,16 @@
 """A schedule for every operator that has no kernel of its own: parallel outside, SIMD inside.
 
-TVM lowers such operators to serial scalar loops. Here what only feeds other blocks is inlined,
-and then
+TVM lowers such operators to serial scalar loops, one nest after the other. Here what only feeds
+other blocks is inlined. Of the nests that remain, the last is cut into pieces of its output, in
+parallel, and for each piece all that it needs is computed right there, in cache: a row of a
+soft-max from its maximum to its quotient, the padded rows under a few rows of pooling windows. What
+several pieces would compute again is a nest of its own, cut likewise. Within a piece
 
-- soft-max, normalisations and the like compute one row after the other, start to end;
-- a reduction along consecutive elements keeps vectors of partial results;
-- any other reduction runs outside of a vectorised spatial loop, with four rows of sums unrolled;
-- a transposing copy moves square tiles;
-- anything else is cut into vectors along its last axis.
+- a reduction along consecutive elements runs innermost;
+- any other reduction runs around a row of its results;
+- a transposing copy moves square tiles.
 
-Extents may be symbolic.
+:mod:`loops` then makes vectors of the innermost loops. Extents may be symbolic.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from typing import Any
 
 from tvm import s_tir, tirx
 from tvm.ir import Expr, TensorLoad
-from tvm_ffi import structural_equal, structural_walk
+from tvm_ffi import structural_map, structural_walk
 
-from sparse_tvm.schedules.cpu.loops import vectorise_innermost
+from sparse_tvm.schedules.cpu.conditions import replace, uses
+from sparse_tvm.schedules.cpu.loops import stride, vectorise_innermost
 from sparse_tvm.schedules.cpu.simd import Simd
 
 _WORTH_PARALLEL = 1 << 14
@@ -36,36 +38,105 @@ _REPEATED = 64
 """Nodes that inlining may repeat. LLVM computes equal expressions once, but TVM simplifies each
 copy, and a few values that are read several times each grow exponentially."""
 
-_ROWS = 4
+_ROW = 1 << 12
+"""Elements of a row that is long enough: longer ones are cut where there are no other loops."""
+
+_WINDOW_ROWS = 8
+"""Rows of windows computed together, which share most of what they read."""
+
+_SHARING_ROWS = 4
+"""Rows of results that share what they read, as in a product of matrices."""
+
+_PARTIAL = 4
+"""Vectors of a piece of a row."""
+
 _TILE = 16
 _SPATIAL, _REDUCTION = 0, 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Nest:
     """A block and its loops, of which each binds one of the block's variables."""
 
     block: Any
     spatial: list[Any]
     reduction: list[Any]
+    variables: list[Any]
+    """Of the spatial loops."""
+    reduced: list[Any]
+    """Of the reduction loops."""
+    loads: list[Any]
+    writes: list[Any]
+    """Indices at which the block writes."""
+    buffer: Any
 
     @classmethod
     def of(cls, schedule: Any, block: Any) -> _Nest | None:
         """The nest around a block, if it is that regular."""
-        loops = schedule.get_loops(block)
-        kinds = [int(v.iter_type) for v in schedule.get(block).iter_vars]
+        loops, definition = schedule.get_loops(block), schedule.get(block)
+        variables = list(definition.iter_vars)
+        kinds = [int(v.iter_type) for v in variables]
         if not loops or len(kinds) != len(loops) or not set(kinds) <= {_SPATIAL, _REDUCTION}:
             return None
-        pairs = list(zip(loops, kinds, strict=True))
+        body = definition.body
+        if len(definition.writes) != 1 or not isinstance(body, tirx.BufferStore):
+            return None
+        loads: list[Any] = []
+        structural_walk(body.value, (TensorLoad, loads.append))
+        own = [load for load in loads if not load.source.same_as(body.buffer)]
+
+        def those(of: Sequence[Any], wanted: int) -> list[Any]:
+            return [x for x, kind in zip(of, kinds, strict=True) if kind == wanted]
+
+        only = [v.var for v in variables]
         return cls(
             block,
-            [loop for loop, kind in pairs if kind == _SPATIAL],
-            [loop for loop, kind in pairs if kind == _REDUCTION],
+            those(loops, _SPATIAL),
+            those(loops, _REDUCTION),
+            those(only, _SPATIAL),
+            those(only, _REDUCTION),
+            own,
+            list(body.indices),
+            body.buffer,
         )
 
     def work(self, schedule: Any) -> int:
         """Iterations, symbolic extents guessed."""
         return prod(_extent(schedule, loop) or _UNKNOWN for loop in self.spatial + self.reduction)
+
+    def reads(self, other: _Nest) -> list[Any]:
+        """Loads of what another nest writes."""
+        return [load for load in self.loads if load.source.same_as(other.buffer)]
+
+    def along_memory(self) -> bool:
+        """Whether a reduction's last loop runs along the memory of all that it reads."""
+        var = self.reduced[-1]
+        strides = [stride(load.source, load.indices, var) for load in self.loads]
+        return 1 in strides and set(strides) <= {0, 1} and not self.windows()
+
+    def sharing(self) -> list[Any]:
+        """Variables of rows of results that are computed from the same vectors."""
+        if not self.reduction or not self.variables:
+            return []
+        *rows, lane = self.variables
+        vectors = [load for load in self.loads if _reads_at(load, lane)]
+        if not vectors or len(vectors) == len(self.loads):
+            return []
+        return [row for row in rows if not any(_reads_at(load, row) for load in vectors)]
+
+    def windows(self) -> bool:
+        """Whether neighbouring results read some of the same elements, as in pooling."""
+        return any(
+            any(uses(index, v) for v in self.variables)
+            and any(uses(index, v) for v in self.reduced)
+            for load in self.loads
+            for index in load.indices
+        )
+
+
+def _reads_at(load: Any, variable: Any) -> bool:
+    """Whether a variable decides what is read."""
+    return any(uses(index, variable) for index in load.indices)
 
 
 def schedule_generic(function: tirx.PrimFunc, simd: Simd) -> tirx.PrimFunc:
@@ -73,13 +144,17 @@ def schedule_generic(function: tirx.PrimFunc, simd: Simd) -> tirx.PrimFunc:
     schedule = s_tir.Schedule(function)
     root = schedule.get_sblock("root")
     blocks = [b for b in schedule.get_child_blocks(root) if not _inlined(schedule, b)]
-    nests = [_Nest.of(schedule, block) for block in blocks]
-    if not _schedule_rows(schedule, nests):
-        for nest in nests:
-            if nest is not None and nest.reduction:
-                _schedule_reduction(schedule, nest, simd)
-            elif nest is not None:
-                _schedule_elementwise(schedule, nest, simd)
+    left = []
+    for block in blocks:
+        nest = _Nest.of(schedule, block)
+        if nest is None:
+            _parallelise_only(schedule, block)
+        else:
+            left.append(nest)
+    while left:
+        last = left.pop()
+        for nest in _schedule_group(schedule, last, left, simd):
+            left.remove(nest)
     return vectorise_innermost(schedule.mod["main"], simd)
 
 
@@ -130,14 +205,21 @@ def _extent(schedule: Any, loop: Any) -> int:
     return int(extent) if isinstance(extent, tirx.IntImm) else 0
 
 
-def _vector_factor(extent: int, simd: Simd) -> int:
-    """The widest SIMD-friendly divisor of a loop's extent; 1 when there is none."""
-    widths = (simd.lanes, simd.lanes // 2, 4)
-    return next((f for f in widths if f > 1 and extent and extent % f == 0), 1)
-
-
 def _fused(schedule: Any, loops: list[Any]) -> Any:
     return schedule.fuse(*loops) if len(loops) > 1 else loops[0]
+
+
+def _parallelise_only(schedule: Any, block: Any) -> None:
+    """The loops of an irregular block, several results at once say, on all threads."""
+    loops, variables = schedule.get_loops(block), schedule.get(block).iter_vars
+    outer = []
+    for loop, variable in zip(loops, variables, strict=False):
+        if int(variable.iter_type) != _SPATIAL:
+            break
+        outer.append(loop)
+    if outer and len(loops) == len(variables):
+        work = prod(_extent(schedule, loop) or _UNKNOWN for loop in loops)
+        _parallelise(schedule, outer[:-1] if len(outer) == len(loops) else outer, work)
 
 
 def _parallelise(schedule: Any, loops: list[Any], work: int) -> None:
@@ -145,54 +227,134 @@ def _parallelise(schedule: Any, loops: list[Any], work: int) -> None:
         schedule.parallel(_fused(schedule, loops))
 
 
-def _schedule_rows(schedule: Any, nests: Sequence[_Nest | None]) -> bool:
-    """Compute each row of the last block, and all that it needs, at once.
+def _schedule_group(schedule: Any, last: _Nest, others: Sequence[_Nest], simd: Simd) -> list[_Nest]:
+    """Schedule a nest, and within its pieces those of the others that only they need.
 
-    Applies where all blocks share their leading spatial loops, and reductions run along the last
-    axis of what they read.
+    Returns the nests that went there.
     """
-    found = [nest for nest in nests if nest is not None]
-    if len(found) < max(2, len(nests)) or found[-1].reduction:
-        return False
-    reducing = [nest for nest in found if nest.reduction]
-    rows = min(len(nest.spatial) for nest in found)
-    if not rows or not reducing or any(len(nest.spatial) != rows for nest in reducing):
-        return False
-    extents = [[schedule.get(loop).extent for loop in nest.spatial[:rows]] for nest in found]
-    if any(
-        not structural_equal(a, b)
-        for other in extents
-        for a, b in zip(other, extents[0], strict=True)
-    ):
-        return False
-    if not all(_along_memory(schedule, nest) for nest in reducing):
-        return False
-    work = max(nest.work(schedule) for nest in found)
-    row = _fused(schedule, found[-1].spatial[:rows])
+    producers = [nest for nest in others if last.reads(nest)]
+    if not producers and not last.reduction:
+        _schedule_elementwise(schedule, last, simd)
+        return []
+    outer = _outer(last, producers)
+    placed = _placed(schedule, last, others, outer)
+    work = max(nest.work(schedule) for nest in placed)
+
+    around, row = _pieces(schedule, last, placed, outer, simd)
+    if not around:
+        _order_reduction(schedule, last, row, last.reduction)
+        return []
+    at = _fused(schedule, around)
     if work >= _WORTH_PARALLEL:
-        schedule.parallel(row)
-    for nest in reversed(found[:-1]):
-        schedule.compute_at(nest.block, row)
-    for nest in reducing:
-        loops = schedule.get_loops(nest.block)[1:]
-        if loops:
-            schedule.decompose_reduction(nest.block, _fused(schedule, loops))
-    return True
+        schedule.parallel(at)
+    members = [nest for nest in placed if nest is not last]
+    for nest in members:
+        schedule.compute_at(nest.block, at, preserve_unit_loops=True)
+        _, *loops = schedule.get_loops(nest.block)
+        count = len(nest.spatial)
+        _order_reduction(schedule, nest, loops[:count], loops[count:])
+    _order_reduction(schedule, last, row, last.reduction)
+    return members
 
 
-def _along_memory(schedule: Any, nest: _Nest) -> bool:
-    """Whether the reduction runs along the last axes of whatever it reads, in their order."""
-    block = schedule.get(nest.block)
-    reduced = [v.var for v in block.iter_vars if int(v.iter_type) == _REDUCTION]
-    along = False
-    for read in block.reads:
-        indices = [bounds.min for bounds in read.region]
-        last = indices[-len(reduced) :]
-        if len(last) == len(reduced) and all(map(_same, last, reduced)):
-            along = True
-        elif any(_same(index, variable) for index in indices for variable in reduced):
-            return False
-    return along
+def _pieces(
+    schedule: Any,
+    last: _Nest,
+    placed: dict[_Nest, dict[Any, int]],
+    outer: Sequence[int],
+    simd: Simd,
+) -> tuple[list[Any], list[Any]]:
+    """Loops over the pieces of a nest, and the spatial loops within a piece, by variable."""
+    sizes = dict.fromkeys(outer, 1)
+    for nest, loops in placed.items():
+        sizes |= {loops[v]: _SHARING_ROWS for v in nest.sharing() if v in loops}
+    if outer and any(nest.windows() for nest in placed):
+        sizes[outer[-1]] = _WINDOW_ROWS
+    elif not outer:
+        sizes[len(last.spatial) - 1] = _PARTIAL * simd.lanes
+    around, row = [], []
+    for i, loop in enumerate(last.spatial):
+        extent = _extent(schedule, loop)
+        size = sizes.get(i, 0)
+        inner = loop
+        if size:
+            size = _divisor(extent, size) if outer else _divisor(extent, size, simd.lanes)
+            pieces, inner = schedule.split(loop, [None, size])
+            around.append(pieces)
+        row.append(inner)
+    schedule.reorder(*around, *row, *last.reduction)
+    return around, row
+
+
+def _outer(last: _Nest, producers: Sequence[_Nest]) -> list[int]:
+    """Spatial loops of a nest that cut it into pieces: all that it needs depends on each."""
+    outer = [
+        i
+        for i, variable in enumerate(last.variables)
+        if all(_reads_at(load, variable) for nest in producers for load in last.reads(nest))
+    ]
+    reductions = [nest for nest in (last, *producers) if nest.reduction]
+    single = reductions and all(nest.along_memory() for nest in reductions)
+    innermost = len(last.variables) - 1
+    if innermost in outer and not single:
+        outer.remove(innermost)
+    return outer
+
+
+def _placed(
+    schedule: Any, last: _Nest, others: Sequence[_Nest], outer: Sequence[int]
+) -> dict[_Nest, dict[Any, int]]:
+    """A nest and those that only it needs, and of which its pieces need different parts.
+
+    Consumers come first. Of each nest: which of the last nest's loops its variables follow.
+    """
+    wanted = {i for i in outer if _extent(schedule, last.spatial[i]) != 1}
+    placed = {last: {last.variables[i]: i for i in outer}}
+    for nest in reversed(others):
+        readers = [other for other in placed if other.reads(nest)]
+        if len(readers) != len(schedule.get_consumers(nest.block)) or not readers:
+            continue
+        found: dict[Any, int] = {}
+        for load in readers[0].reads(nest):
+            for index, own in zip(load.indices, nest.writes, strict=True):
+                for variable, loop in placed[readers[0]].items():
+                    if uses(index, variable) and own in nest.variables:
+                        found[own] = loop
+        if wanted <= set(found.values()):
+            placed[nest] = found
+    return placed
+
+
+def _order_reduction(
+    schedule: Any, nest: _Nest, spatial: Sequence[Any], reduction: Sequence[Any]
+) -> None:
+    """Put a reduction's loops inside of all others, or around rows of results."""
+    if not reduction:
+        return
+    first = reduction[0]
+    if spatial and not nest.along_memory():
+        sharing = nest.sharing()
+        rows = [loop for loop, v in zip(spatial, nest.variables, strict=True) if v in sharing]
+        outer = [loop for loop in spatial[:-1] if loop not in rows]
+        schedule.reorder(*outer, *reduction, *rows, spatial[-1])
+    elif _contiguous(nest, reduction):
+        first = _fused(schedule, list(reduction))
+    schedule.decompose_reduction(nest.block, first)
+
+
+def _contiguous(nest: _Nest, reduction: Sequence[Any]) -> bool:
+    """Whether the loops of a reduction are one loop along what it reads."""
+    count = len(reduction)
+    return all(
+        len(load.indices) >= count and all(map(_same, load.indices[-count:], nest.reduced))
+        for load in nest.loads
+    )
+
+
+def _divisor(extent: int, most: int, multiple: int = 1) -> int:
+    """The largest divisor of an extent that is not larger than ``most``; 1 if there is none."""
+    found = (d for d in range(most, 1, -1) if d % multiple == 0 and extent % d == 0)
+    return next(found, 1) if extent else 1
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -200,74 +362,78 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _schedule_elementwise(schedule: Any, nest: _Nest, simd: Simd) -> None:
+    """Rows in parallel, of as many trailing loops as are one loop along all memory."""
     work, loops = nest.work(schedule), list(nest.spatial)
-    crossing = _crossing(schedule, nest)
+    crossing = _crossing(nest)
     if crossing is not None:
         _schedule_transpose(schedule, loops, crossing, work)
         return
-    *outer, inner = loops
-    extent = _extent(schedule, inner)
-    if _vector_factor(extent, simd) == 1 and extent < simd.lanes and outer:
-        inner, outer = schedule.fuse(*loops), []
-        extent = _extent(schedule, inner)
-    factor = _vector_factor(extent, simd)
-    if factor > 1:
-        inner, lanes = schedule.split(inner, [None, factor])
-        schedule.vectorize(lanes)
-        outer.append(inner)
+    count = _row_loops(schedule, nest)
+    outer, row = loops[:-count], _fused(schedule, loops[-count:])
+    if not outer:
+        extent = _extent(schedule, row)
+        piece = _divisor(extent, _ROW, simd.lanes)
+        if work >= _WORTH_PARALLEL and (piece > 1 or not extent):
+            row, _ = schedule.split(row, [None, piece if extent else _ROW])
+            outer = [row]
     _parallelise(schedule, outer, work)
 
 
-def _crossing(schedule: Any, nest: _Nest) -> int | None:
+def _row_loops(schedule: Any, nest: _Nest) -> int:
+    """Trailing loops along which everything is consecutive, or the same."""
+    extents = [_extent(schedule, loop) for loop in nest.spatial]
+    body = schedule.get(nest.block).body
+    values = structural_map(body.value, (TensorLoad, lambda load: tirx.const(0, load.ty.dtype)))
+    best, size = 1, 1
+    for count in range(1, len(extents) + 1):
+        extent, variable = extents[-count], nest.variables[-count]
+        if not extent or uses(values, variable):
+            break
+        size *= extent
+        if size > _ROW and best > 1:
+            break
+        if count > 1 and not _one_loop(nest, extents[-count:]):
+            break
+        best = count
+    return best
+
+
+def _one_loop(nest: _Nest, extents: Sequence[int]) -> bool:
+    """Whether loops of these extents, the last ones of a nest, are one along all memory."""
+    row = tirx.Var("row", nest.variables[-1].ty)
+    names = nest.variables[-len(extents) :]
+    accesses = [(load.source, load.indices) for load in nest.loads]
+    for buffer, indices in (*accesses, (nest.buffer, nest.writes)):
+        below = 1
+        along = list(indices)
+        for variable, extent in zip(reversed(names), reversed(extents), strict=True):
+            value = tirx.floormod(tirx.floordiv(row, below), extent)
+            along = [replace(index, variable, value) for index in along]
+            below *= extent
+        if stride(buffer, along, row, below) not in (0, 1):
+            return False
+    return True
+
+
+def _crossing(nest: _Nest) -> int | None:
     """Which loop runs along the memory of what a transposing copy reads, if it is one."""
-    block = schedule.get(nest.block)
-    variables = [v.var for v in block.iter_vars]
-    if len(block.writes) != 1 or not _same(block.writes[0].region[-1].min, variables[-1]):
+    if not _same(nest.writes[-1], nest.variables[-1]):
         return None
-    for read in block.reads:
-        for index, variable in enumerate(variables[:-1]):
-            if read.region and _same(read.region[-1].min, variable):
+    for load in nest.loads:
+        for index, variable in enumerate(nest.variables[:-1]):
+            if load.indices and _same(load.indices[-1], variable):
                 return index
     return None
 
 
 def _schedule_transpose(schedule: Any, loops: list[Any], crossing: int, work: int) -> None:
     """Tiles of one cache line squared, so that each line is read and written once."""
-    if min(_extent(schedule, loops[i]) for i in (crossing, -1)) < 2:
-        _parallelise(schedule, loops[:-1], work)
-        return
-    columns, column = schedule.split(loops[-1], [None, _TILE])
-    rows, row = schedule.split(loops[crossing], [None, _TILE])
-    outer = [*loops[:crossing], *loops[crossing + 1 : -1], rows, columns]
-    schedule.reorder(*outer, row, column)
-    schedule.vectorize(column)
-    schedule.unroll(row)
+    outer = loops[:-1]
+    if min(_extent(schedule, loops[i]) for i in (crossing, -1)) >= 2:
+        columns, column = schedule.split(loops[-1], [None, _TILE])
+        rows, row = schedule.split(loops[crossing], [None, _TILE])
+        outer = [*loops[:crossing], *loops[crossing + 1 : -1], rows, columns]
+        schedule.reorder(*outer, row, column)
+        schedule.vectorize(column)
+        schedule.unroll(row)
     _parallelise(schedule, outer, work)
-
-
-def _schedule_reduction(schedule: Any, nest: _Nest, simd: Simd) -> None:
-    work = nest.work(schedule)
-    outer, inner = list(nest.spatial), []  # inside of the reduction: rows, then lanes
-    along_memory = _along_memory(schedule, nest)
-    # TVM vectorises no loop inside of a symbolic reduction; `vectorise_innermost` will.
-    symbolic = any(not _extent(schedule, loop) for loop in nest.reduction)
-    factor = _vector_factor(_extent(schedule, outer[-1]), simd) if outer else 1
-    if factor > 1 and not along_memory:
-        outer[-1], lanes = schedule.split(outer[-1], [None, factor])
-        inner = [lanes]
-        if len(outer) > 1 and (_extent(schedule, outer[-2]) or 1) % _ROWS == 0:
-            outer[-2], rows = schedule.split(outer[-2], [None, _ROWS])
-            inner = [rows, lanes]
-    schedule.reorder(*outer, *nest.reduction, *inner)
-    first = nest.reduction[0]
-    if along_memory:
-        first = _fused(schedule, nest.reduction)
-    _parallelise(schedule, outer, work)
-    init = schedule.decompose_reduction(nest.block, first)
-    if not inner:
-        return
-    for loops in (inner, schedule.get_loops(init)[-len(inner) :]):
-        if not symbolic:
-            schedule.vectorize(loops[-1])
-        for loop in loops[:-1]:
-            schedule.unroll(loop)

@@ -13,8 +13,12 @@ from tvm import tirx
 
 from sparse_tvm.schedules.cpu import vector_math
 
-FAST_MATH = {"tirx.enable_fast_math": True}
-"""PassContext configuration that turns these rules on."""
+FAST_MATH = {"tirx.enable_fast_math": True, "tirx.disable_storage_rewrite": True}
+"""PassContext configuration that turns these rules on.
+
+TVM's storage rewriting is off: it forgets which buffers are registers, and lets those of different
+widths share one, which LLVM then takes apart in every iteration.
+"""
 
 _ABOVE_TVM = 200
 
