@@ -1,96 +1,116 @@
-"""DenseToSparse: dense layers whose weight pays in a sparse form become sparse layers.
+"""DenseToSparse: every layer's weight gets the form that serves it best.
 
-Matches every ``sparse_tvm.dense`` and gives its weight the form that ``convert_weights`` chose:
-``sparse_tvm.sparse_dense`` with ``data``, ``indices``, ``indptr``, ``rows`` and ``partition`` in
-place of the weight, or ``sparse_tvm.dense`` with the weight in register blocks. Both record in
-the layer's report what was chosen and why. The dense weight then has no reader left and leaves
-the program.
+Matches every operator with a weight of its own (``sparse_tvm.dense``, ``sparse_tvm.convolution``)
+whose layout is not chosen yet, and stores the weight in the layout that
+:func:`~sparse_tvm.passes.formats.choose` picks from what the kernel families offer: the family's
+arrays take the weight's place among the operands. The layer's report says what was chosen and
+why. A weight that several layers read is stored once; each of them has its own report. The
+model's own array then has no reader left and leaves the program.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 from tvm import relax
 
+from sparse_tvm.operators import WeightedOperator
 from sparse_tvm.passes import dialect
-from sparse_tvm.passes.convert_weights import Choice, FormatOptions, choose, split_arrays
-from sparse_tvm.passes.graph import Rewrite, shape_of
+from sparse_tvm.passes.formats import Choice, choose
+from sparse_tvm.passes.graph import Rewrite, same, shape_of
+from sparse_tvm.passes.infrastructure import Context, Property, graph_pass
 from sparse_tvm.passes.program import LayerReport, Program
-from sparse_tvm.sparsity.analysis import Structure, analyse
-from sparse_tvm.targets import Target
+from sparse_tvm.sparsity.statistics import MeasuredWeight
 
 
-def dense_to_sparse(program: Program, options: FormatOptions, target: Target) -> Program:
+def _without_layout(program: Program) -> Iterable[str]:
+    found = dialect.calls(program, WeightedOperator)
+    return dialect.described(one for one in found if one.op.layout is None)
+
+
+WEIGHTS_STORED = Property("every layer's weight has a layout", _without_layout)
+
+
+@graph_pass(ensures=[WEIGHTS_STORED])
+def dense_to_sparse(program: Program, context: Context) -> Program:
     """Apply the pass."""
-    return _DenseToSparse(program, options, target).run()
+    return _DenseToSparse(program, context).run()
+
+
+@dataclass
+class _Stored:
+    """A weight in its chosen form, and the layers that read it so far."""
+
+    choice: Choice
+    weight: MeasuredWeight
+    params: list[relax.Var]
+    nbytes: int
+    layers: list[str] = field(default_factory=list)
 
 
 class _DenseToSparse(Rewrite):
-    def __init__(self, program: Program, options: FormatOptions, target: Target) -> None:
+    def __init__(self, program: Program, context: Context) -> None:
         super().__init__(program)
-        self._options = options
-        self._target = target
-        self._chosen: dict[str, tuple[Choice, list[relax.Var]]] = {}
+        self._context = context
+        self._stored: dict[tuple[Any, WeightedOperator], _Stored] = {}
 
     def rewrite(self, var: relax.Var, value: Any) -> Any:
-        found = dialect.match(value, "dense")
-        if found is None:
+        found = dialect.match(value, WeightedOperator)
+        if found is None or found.op.layout is not None:
             return None
         x, w, *extras = found.args
-        attributes = found.attributes
-        choice, stored = self._stored(w, attributes)
-        n, k = shape_of(w)
-        return dialect.call(
-            "sparse_dense" if choice.layout.sparse else "dense",
-            [self.new(x), *stored, *(self.new(extra) for extra in extras)],
-            shape_of(var),
-            **attributes,
-            format=choice.layout.format,
-            block=list(choice.layout.block),
-            parts=choice.layout.parts,
-            weight=[n, k],
-        )
+        stored = self._store(w, found.op)
+        op = replace(found.op, layout=stored.choice.layout)
+        op = replace(op, layer=self._report(op, stored))
+        args = [self.new(x), *stored.params, *(self.new(extra) for extra in extras)]
+        return dialect.call(op, args, shape_of(var))
 
-    def _stored(self, w: relax.Var, attributes: dict[str, Any]) -> tuple[Choice, list[relax.Var]]:
-        """The stored form of a weight, made once however many layers share it."""
-        if w.name not in self._chosen:
-            array = self.program.weights[w.name]
-            structure = analyse(array)
-            choice = choose(attributes["layer"], array, structure, self._options, self._target)
-            arrays = split_arrays(array, choice.layout)
-            params = [self.weight(f"{w.name}.{key}", value) for key, value in arrays.items()]
-            self._chosen[w.name] = choice, params
-            self._report(attributes, array, structure, choice, arrays)
-        return self._chosen[w.name]
+    def _store(self, w: relax.Var, op: WeightedOperator) -> _Stored:
+        """The stored form of a weight, made once for all layers of one kind that share it."""
+        key = self.graph.value(w), replace(op, epilogue=())
+        if key not in self._stored:
+            self._stored[key] = self._pack(w, op)
+        return self._stored[key]
 
-    def _report(
-        self,
-        attributes: dict[str, Any],
-        w: np.ndarray,
-        structure: Structure,
-        choice: Choice,
-        arrays: dict[str, np.ndarray],
-    ) -> None:
-        layer, (rows, columns) = attributes["layer"], choice.layout.block
-        reason = choice.reason
-        if choice.asked_block not in (None, choice.layout.block) and choice.layout.sparse:
-            asked_rows, asked_columns = choice.asked_block or (rows, columns)
-            reason += f"; {asked_rows}x{asked_columns} stored as {rows}x{columns}"
-        if layer in self.program.reports:
-            layer = f"{layer} ({len(self.program.reports)})"
-        self.program.reports[layer] = LayerReport(
+    def _pack(self, w: relax.Var, op: WeightedOperator) -> _Stored:
+        array = self.array(w)
+        assert array is not None, f"{op.layer}: its weight is no constant"
+        backend, target = self._context.backend, self._context.target
+        matrix = array.reshape(op.matrix)
+        weight = MeasuredWeight(matrix)
+        choice = choose(op, weight, self._context.options, backend, target)
+        arrays = backend.weighted_family(choice.layout).pack(op, matrix, choice.layout, target)
+        source = self.graph.value(w)
+        name = source.name if isinstance(source, relax.Var) else op.layer
+        forms = sum(same(known, source) for known, _ in self._stored)
+        name += f".{forms}" if forms else ""
+        params = [self.weight(f"{name}.{key}", value) for key, value in arrays.items()]
+        return _Stored(choice, weight, params, sum(value.nbytes for value in arrays.values()))
+
+    def _report(self, op: WeightedOperator, stored: _Stored) -> str:
+        """Report on a layer, and return the name it has there: another for each use of a weight."""
+        reports = self.program.reports
+        layer = op.layer if op.layer not in reports else f"{op.layer} ({len(reports)})"
+        choice, structure, layout = stored.choice, stored.weight.structure, stored.choice.layout
+        reason, nbytes = choice.reason, stored.nbytes
+        if stored.layers:
+            reason, nbytes = f"{reason}; shares the weight of {stored.layers[0]}", 0
+        stored.layers.append(layer)
+        reports[layer] = LayerReport(
             name=layer,
-            op="dense",
-            shape=(w.shape[0], w.shape[1]),
+            op=op.name,
+            shape=op.matrix,
             sparsity=structure.sparsity,
             nnz=structure.nnz,
             structure=structure.label,
-            format=choice.layout.format,
-            block=choice.layout.block if choice.layout.format == "bsr" else None,
-            kernel=f"{choice.layout.format} {rows}x{columns}",
-            epilogue=tuple(attributes["epilogue"]),
+            format=layout.format,
+            block=layout.block if layout.format not in ("dense", "csr") else None,
+            kernel="",
+            epilogue=tuple(map(str, op.epilogue)),
             reason=reason,
-            bytes=sum(a.nbytes for a in arrays.values()),
+            bytes=nbytes,
+            precision=op.types.weight,
         )
+        return layer

@@ -1,55 +1,49 @@
-"""The operators that our passes speak of before they become kernels.
+"""How our operators stand in a Relax module between the passes.
 
 Relax operators are registered in C++, so ours are written as calls of a named destination-passing
 function, ``R.call_dps_packed("sparse_tvm.dense", (x, w, bias, attributes), out)``, with the
-attributes as a JSON string in last place. ``lower_kernels`` turns every one of them into a TIR
-kernel; none reaches the artifact.
-
-| operator | arguments | attributes |
-|---|---|---|
-| ``dense`` | x, w ``[N, K]``, epilogue tensors | layer, epilogue |
-| the same, converted | x, data, epilogue tensors | + format, block, weight (N, K) |
-| ``sparse_dense`` | x, data, indices, indptr, partition, epilogue tensors | as above |
-| ``attention`` | q, k, v, mask?, shape of the keys | heads, scale, mask |
-| ``layer_norm`` | x, gamma, beta | epsilon |
-| ``matmul`` | a, b, of any rank | axes: the stored axis of each logical one; right: shape of b |
-| ``conv2d`` | x, data, indices or offsets, indptr?, partition?, epilogue tensors | conv, ... |
-| ``depthwise_conv2d`` | x, w ``[channels, taps]``, epilogue tensors | layer, conv, epilogue |
-| ``pack``, ``unpack`` | x | |
+operator's fields as a JSON string in last place. :mod:`sparse_tvm.operators` defines them. A
+backend's ``lower_kernels`` turns every one into a kernel; none reaches the artifact.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import tvm
 from tvm import relax
 
+from sparse_tvm.operators import Operator, from_json, to_json
+from sparse_tvm.passes.program import Program
+
 PREFIX = "sparse_tvm."
+
+Op = TypeVar("Op", bound=Operator)
 
 
 @dataclass(frozen=True)
-class DialectCall:
+class OperatorCall(Generic[Op]):
     """A call of one of our operators, taken apart."""
 
-    name: str
+    op: Op
     args: list[Any]
-    attributes: dict[str, Any]
 
 
-def call(name: str, args: Sequence[Any], shape: Sequence[int], **attributes: Any) -> relax.Call:
-    """Build a call that returns float32 of ``shape``."""
-    text = tvm.ir.StringImm(json.dumps(attributes, sort_keys=True))
+def call(op: Operator, args: Sequence[Any], shape: Sequence[Any]) -> relax.Call:
+    """Build a call that returns a tensor of ``shape`` and of the operator's output type."""
+    text = tvm.ir.StringImm(json.dumps(to_json(op), sort_keys=True))
     return relax.call_dps_packed(
-        PREFIX + name, relax.Tuple([*args, text]), relax.TensorType(tuple(shape), "float32")
+        PREFIX + op.name,
+        relax.Tuple([*args, text]),
+        relax.TensorType(tuple(shape), op.types.output),
     )
 
 
-def match(expr: Any, *names: str) -> DialectCall | None:
-    """Take a call of one of ``names`` (or of any of ours) apart, else None."""
+def match(expr: Any, kind: type[Op]) -> OperatorCall[Op] | None:
+    """Take a call of an operator of this kind apart, else None."""
     if not (
         isinstance(expr, relax.Call)
         and getattr(expr.op, "name", None) == "relax.call_dps_packed"
@@ -57,8 +51,22 @@ def match(expr: Any, *names: str) -> DialectCall | None:
         and expr.args[0].global_symbol.startswith(PREFIX)
     ):
         return None
-    name = expr.args[0].global_symbol.removeprefix(PREFIX)
-    if names and name not in names:
-        return None
     *args, text = expr.args[1].fields
-    return DialectCall(name, list(args), json.loads(text.value))
+    op = from_json(expr.args[0].global_symbol.removeprefix(PREFIX), json.loads(text.value))
+    return OperatorCall(op, list(args)) if isinstance(op, kind) else None
+
+
+def calls(program: Program, kind: type[Op]) -> Iterator[OperatorCall[Op]]:
+    """All calls of operators of this kind in ``main``, in order."""
+    for block in program.module["main"].body.blocks:
+        for binding in block.bindings:
+            found = match(binding.value, kind)
+            if found is not None:
+                yield found
+
+
+def described(found: Iterable[OperatorCall[Any]]) -> Iterator[str]:
+    """How calls are named in messages."""
+    for one in found:
+        layer = getattr(one.op, "layer", None)
+        yield f"{one.op.name} {layer}" if layer else one.op.name

@@ -11,16 +11,34 @@ Relay's ``simplify_fc_transpose`` did the same for ``nn.dense``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from tvm import relax
 
-from sparse_tvm.passes.graph import Rewrite, is_tensor, op_name, shape_of
+from sparse_tvm.passes.graph import Graph, Rewrite, is_tensor, op_name, shape_of
+from sparse_tvm.passes.infrastructure import Context, Property, graph_pass
 from sparse_tvm.passes.program import Program
 
 
-def fc_transpose(program: Program) -> Program:
+def _untransposed(program: Program) -> Iterable[str]:
+    for binding in Graph(program.module["main"]).bindings:
+        if op_name(binding.value) != "relax.matmul":
+            continue
+        for operand in binding.value.args:
+            array = program.weights.get(getattr(operand, "name", ""))
+            if array is not None and array.ndim == 2 and array.dtype == np.float32:
+                yield f"{binding.var.name} reads {operand.name} as it is"
+
+
+WEIGHTS_TRANSPOSED = Property(
+    "every matmul reads a weight [out, in] through permute_dims", _untransposed
+)
+
+
+@graph_pass(ensures=[WEIGHTS_TRANSPOSED])
+def fc_transpose(program: Program, context: Context) -> Program:
     """Apply the pass."""
     return _FcTranspose(program).run()
 

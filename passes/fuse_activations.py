@@ -17,6 +17,7 @@ import numpy as np
 from tvm import relax
 
 from sparse_tvm.passes.graph import Rewrite, op_name, same, same_shape, scalar_value, shape_of
+from sparse_tvm.passes.infrastructure import Context, graph_pass
 from sparse_tvm.passes.program import Program
 
 _SAMPLES = np.concatenate([np.linspace(-12, 12, 193), np.linspace(-0.1, 0.1, 21)])
@@ -50,7 +51,8 @@ _KNOWN: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 }
 
 
-def fuse_activations(program: Program) -> Program:
+@graph_pass()
+def fuse_activations(program: Program, context: Context) -> Program:
     """Apply the pass."""
     return _FuseActivations(program).run()
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
+from sparse_tvm.operators import Attention
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.graph import (
     Rewrite,
@@ -33,12 +34,14 @@ from sparse_tvm.passes.graph import (
     scalar_value,
     shape_of,
 )
+from sparse_tvm.passes.infrastructure import Context, graph_pass
 from sparse_tvm.passes.program import Program
 
 
-def fuse_attention(program: Program) -> Program:
+@graph_pass()
+def fuse_attention(program: Program, context: Context) -> Program:
     """Apply the pass."""
-    return _FuseAttention(program).run()
+    return _FuseAttention(program, context).run()
 
 
 class _NotAttention(Exception):
@@ -70,8 +73,9 @@ class _Heads:
 
 
 class _FuseAttention(Rewrite):
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, context: Context) -> None:
         super().__init__(program)
+        self._context = context
         self._masks: dict[Any, Any] = {}
 
     def rewrite(self, var: relax.Var, value: Any) -> Any:
@@ -107,16 +111,15 @@ class _FuseAttention(Rewrite):
         if shape_of(var)[-1] != q.heads * v.size or not same_dim(rows, q.batch * q.rows):
             raise _NotAttention("heads are not merged back")
         args = [self._rows(t) for t in (q, k, v)]
+        axes = None
         if masks:
             args.append(self._mask(masks))
-        merged = dialect.call(
-            "attention",
-            args,
-            (q.batch, q.rows, q.heads * v.size),
-            heads=q.heads,
-            scale=scale * q_scale * k_scale,
-            masked=bool(masks),
-        )
+            axes = _extended_axes(shape_of(args[-1]))
+        op = Attention(heads=q.heads, scale=scale * q_scale * k_scale, mask=axes)
+        refusal = self._context.backend.refuses(op, self._context.target)
+        if refusal is not None:
+            raise _NotAttention(refusal)
+        merged = dialect.call(op, args, (q.batch, q.rows, q.heads * v.size))
         return relax.op.reshape(self.emit(merged, "attention"), shape_of(var))
 
     def _rows(self, heads: _Heads) -> Any:
@@ -266,6 +269,12 @@ class _FuseAttention(Rewrite):
             return None
         swapped = (shape[0], shape[1], shape[3], shape[2])
         return (source, [0, 1, 3, 2]) if same_shape(swapped, shape_of(expr)) else None
+
+
+def _extended_axes(mask: tuple[Any, ...]) -> tuple[bool, bool, bool, bool]:
+    """Which axes of a mask are more than a broadcast."""
+    lead, heads, queries, keys = (not (isinstance(n, int) and n == 1) for n in mask)
+    return lead, heads, queries, keys
 
 
 def _axes(call: Any) -> list[int]:

@@ -3,17 +3,19 @@
 Matches ``matmul(x, permute_dims(w))`` (the form fc-transpose leaves) with, in either operand
 order, a bias, an activation and a residual behind it, and turns the longest such chain into one
 ``sparse_tvm.dense``. A value that something else also reads ends the chain, since it must be
-stored anyway. Leaves alone: x with fewer than two dimensions.
+stored anyway. Leaves alone: x with fewer than two dimensions, and what no kernel family accepts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm import relax
 
+from sparse_tvm.operators import Activation, Bias, Dense, Residual, Step, WeightedOperator
 from sparse_tvm.passes import dialect
+from sparse_tvm.passes.fc_transpose import WEIGHTS_TRANSPOSED
 from sparse_tvm.passes.graph import (
     Rewrite,
     dtype_of,
@@ -23,6 +25,7 @@ from sparse_tvm.passes.graph import (
     same_shape,
     shape_of,
 )
+from sparse_tvm.passes.infrastructure import Context, graph_pass
 from sparse_tvm.passes.program import Program
 
 ACTIVATIONS = {
@@ -33,75 +36,118 @@ ACTIVATIONS = {
     "relax.tanh": "tanh",
     "relax.sigmoid": "sigmoid",
 }
-"""Names in ``vector_math.ACTIVATIONS`` by operator."""
+"""Functions of :class:`~sparse_tvm.operators.Activation` by Relax operator."""
 
 
-@dataclass
-class _Chain:
-    """A dense layer and the steps behind it so far."""
+@dataclass(frozen=True)
+class Chain:
+    """A layer and the steps behind it so far; its operands are those of the original graph."""
 
+    op: WeightedOperator
     x: Any
     w: Any
-    epilogue: list[str] = field(default_factory=list)
-    extras: list[Any] = field(default_factory=list)
+    extras: tuple[Any, ...] = ()
 
-    def then(self, step: str, *extra: Any) -> _Chain:
-        return _Chain(self.x, self.w, [*self.epilogue, step], [*self.extras, *extra])
-
-
-def fuse_epilogue(program: Program) -> Program:
-    """Apply the pass."""
-    return _FuseEpilogue(program).run()
+    def then(self, *steps: Step, extra: Any = None) -> Chain:
+        """The chain with more steps, of which one may read a tensor."""
+        extras = self.extras if extra is None else (*self.extras, extra)
+        return replace(self, op=self.op.then(*steps), extras=extras)
 
 
-class _FuseEpilogue(Rewrite):
-    def __init__(self, program: Program) -> None:
+class FuseEpilogue(Rewrite):
+    """Base of the passes that move what follows a layer into it.
+
+    A pass says what a layer is (:meth:`start`) and which steps may follow (:meth:`extended`); the
+    backend's families have the last word on each.
+    """
+
+    def __init__(self, program: Program, context: Context) -> None:
         super().__init__(program)
-        self._chains: dict[Any, _Chain] = {}
+        self._context = context
+        self._chains: dict[Any, Chain] = {}
+
+    def start(self, var: relax.Var, value: Any) -> Chain | None:
+        """The layer that a binding is."""
+        raise NotImplementedError
+
+    def extended(self, value: Any) -> Chain | None:
+        """The chain one step longer, when ``value`` applies a step to its end."""
+        raise NotImplementedError
 
     def rewrite(self, var: relax.Var, value: Any) -> Any:
-        chain = self._start(value) or self._extend(value)
-        if chain is None:
-            return None
+        """The layer with the steps so far, at each of them; the last is the one that stays."""
+        chain = self.start(var, value)
+        if chain is not None:
+            refusal = self._refusal(chain)
+            if refusal is not None:
+                self.program.notes.append(f"{chain.op.layer} runs without a kernel: {refusal}")
+                return None
+        else:
+            chain = self.extended(value)
+            if chain is None or self._refusal(chain) is not None:
+                return None
         self._chains[var] = chain
-        operands = [self.new(e) for e in (chain.x, chain.w, *chain.extras)]
-        layer = self.program.layers[chain.w.name]
-        return dialect.call("dense", operands, shape_of(var), layer=layer, epilogue=chain.epilogue)
+        steps = [step for step in chain.op.epilogue if step.operand]
+        extras = [self.operand(chain, *pair) for pair in zip(steps, chain.extras, strict=True)]
+        return dialect.call(
+            chain.op, [self.new(chain.x), self.new(chain.w), *extras], shape_of(var)
+        )
 
-    def _start(self, value: Any) -> _Chain | None:
+    def operand(self, chain: Chain, step: Step, extra: Any) -> Any:
+        """The tensor that a step reads, in the new graph."""
+        return self.new(extra)
+
+    def ending(self, expr: Any) -> Chain | None:
+        """The chain that ends in ``expr``, if nothing else reads it."""
+        return self._chains.get(expr) if self.graph.used_once(expr) else None
+
+    def activated(self, value: Any) -> Chain | None:
+        """The chain with an activation function behind it, if ``value`` applies one."""
+        name = op_name(value)
+        if name not in ACTIVATIONS:
+            return None
+        chain = self.ending(value.args[0])
+        return chain.then(Activation(ACTIVATIONS[name])) if chain else None
+
+    def _refusal(self, chain: Chain) -> str | None:
+        return self._context.backend.refuses(chain.op, self._context.target)
+
+
+@graph_pass(requires=[WEIGHTS_TRANSPOSED])
+def fuse_epilogue(program: Program, context: Context) -> Program:
+    """Apply the pass."""
+    return _FuseDense(program, context).run()
+
+
+class _FuseDense(FuseEpilogue):
+    def start(self, var: relax.Var, value: Any) -> Chain | None:
         if op_name(value) != "relax.matmul":
             return None
         x, transposed = value.args
         permuted = self.graph.op(transposed, "permute_dims")
         w = permuted.args[0] if permuted is not None else None
-        known = isinstance(w, relax.Var) and w.name in self.program.layers
-        if not known or len(shape_of(x)) < 2 or dtype_of(x) != "float32":
+        if not isinstance(w, relax.Var) or w.name not in self.program.layers:
             return None
-        return _Chain(x, w)
+        if len(shape_of(x)) < 2 or dtype_of(x) != "float32":
+            return None
+        n, k = shape_of(w)
+        return Chain(Dense(layer=self.program.layers[w.name], matrix=(n, k)), x, w)
 
-    def _extend(self, value: Any) -> _Chain | None:
-        """The chain one step longer, when ``value`` applies a step to its end."""
+    def extended(self, value: Any) -> Chain | None:
         name = op_name(value)
-        if name in ACTIVATIONS:
-            chain = self._ending(value.args[0])
-            return chain.then(ACTIVATIONS[name]) if chain else None
         if name == "relax.reshape":
             keeps_rows = same_shape(shape_of(value)[-1:], shape_of(value.args[0])[-1:])
-            return self._ending(value.args[0]) if keeps_rows else None
+            return self.ending(value.args[0]) if keeps_rows else None
         if name != "relax.add":
-            return None
+            return self.activated(value)
         for end, other in (tuple(value.args), tuple(value.args)[::-1]):
-            chain = self._ending(end)
+            chain = self.ending(end)
             if chain is None or not same_shape(shape_of(end), shape_of(value)):
                 continue  # other broadcasts the chain's end
             if not is_tensor(other):
                 continue
             if same_shape(shape_of(other), shape_of(end)[-1:]) and self.array(other) is not None:
-                return chain.then("bias", other)
+                return chain.then(Bias(), extra=other)
             if same_shape(shape_of(other), shape_of(value)) and not same(other, end):
-                return chain.then("residual", other)
+                return chain.then(Residual(), extra=other)
         return None
-
-    def _ending(self, expr: Any) -> _Chain | None:
-        """The chain that ends in ``expr``, if nothing else reads it."""
-        return self._chains.get(expr) if self.graph.used_once(expr) else None

@@ -13,10 +13,12 @@ from typing import Any
 from tvm import relax
 
 from sparse_tvm.passes.graph import Rewrite, op_name, same, same_shape, scalar_value, shape_of
+from sparse_tvm.passes.infrastructure import Context, graph_pass
 from sparse_tvm.passes.program import Program
 
 
-def fuse_layer_norm(program: Program) -> Program:
+@graph_pass()
+def fuse_layer_norm(program: Program, context: Context) -> Program:
     """Apply the pass."""
     return _FuseLayerNorm(program).run()
 

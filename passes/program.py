@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,9 @@ class LayerReport:
     reason : str
         Why this format.
     bytes : int
-        Size of the stored weight.
+        Size of the stored weight; 0 where another layer stores it.
+    precision : str
+        Element type of the weight's values.
     """
 
     name: str
@@ -49,6 +52,7 @@ class LayerReport:
     epilogue: tuple[str, ...]
     reason: str
     bytes: int
+    precision: str = "float32"
 
     def as_json(self) -> dict[str, Any]:
         """The report as the manifest stores it."""
@@ -73,7 +77,8 @@ class Program:
     reports : dict[str, LayerReport]
         By layer name, filled by the conversion of weights.
     kernels : dict[str, dict[str, Any]]
-        By function name: the kind of kernel and the layers it serves, in order of execution.
+        By function name: the operator it computes, its family, and the layers it serves, in
+        order of execution.
     notes : list[str]
         Patterns a pass saw and left alone, and why.
     """
@@ -84,6 +89,18 @@ class Program:
     reports: dict[str, LayerReport] = field(default_factory=dict)
     kernels: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def copy(self) -> Program:
+        """The same program, to be changed without changing this one; arrays are shared."""
+        return replace(
+            self,
+            module=tvm.IRModule(dict(self.module.functions.items()), attrs=self.module.attrs),
+            weights=dict(self.weights),
+            layers=dict(self.layers),
+            reports={name: replace(report) for name, report in self.reports.items()},
+            kernels={name: copy.deepcopy(kernel) for name, kernel in self.kernels.items()},
+            notes=list(self.notes),
+        )
 
     @property
     def num_input(self) -> int:

@@ -20,12 +20,15 @@ from kernel_timing import random_weight, simd_of
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
+from sparse_tvm.backends import get_backend
 from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.cli.tables import plain_table
 from sparse_tvm.cpu import allow_amx, cpu_model
-from sparse_tvm.machine import use_threads
-from sparse_tvm.passes.convert_weights import FormatOptions, choose, split_arrays
+from sparse_tvm.machine_limits import use_threads
+from sparse_tvm.operators import Bias, Dense
+from sparse_tvm.passes.formats import FormatOptions, choose
 from sparse_tvm.schedules.cpu import word_weights
+from sparse_tvm.schedules.cpu.block_arrays import split_arrays
 from sparse_tvm.schedules.cpu.dot_matmul import dot_matmul
 from sparse_tvm.schedules.cpu.lane_tiles import Tiles
 from sparse_tvm.schedules.cpu.low_matmul import LowMatmul
@@ -34,8 +37,8 @@ from sparse_tvm.schedules.cpu.matmul import matmul
 from sparse_tvm.schedules.cpu.simd import LANES
 from sparse_tvm.schedules.x86.instructions import DOTS, Amx, Dot
 from sparse_tvm.schedules.x86.tile_matmul import TileLayout, tile_matmul
-from sparse_tvm.sparsity.analysis import analyse
 from sparse_tvm.sparsity.quantise import as_words
+from sparse_tvm.sparsity.statistics import MeasuredWeight
 from sparse_tvm.targets import Target, get_target
 
 HIDDEN, INTERMEDIATE, LAYERS = 768, 3072, 12
@@ -59,8 +62,9 @@ class Form:
 def float_form(w: np.ndarray, tokens: int, target: Target, format: str = "auto") -> tuple:
     n, k = w.shape
     options = FormatOptions(format, (4, 1) if format == "bsr" else None)
-    layout = choose("layer", w, analyse(w), options, target).layout
-    function = matmul(Tiles(1, tokens // LANES), n, k, layout, ["bias"], simd_of(target))
+    op = Dense(layer="layer", matrix=(n, k), epilogue=(Bias(),))
+    layout = choose(op, MeasuredWeight(w), options, get_backend("cpu"), target).layout
+    function = matmul(Tiles(1, tokens // LANES), n, k, layout, op.epilogue, simd_of(target))
     return function, list(split_arrays(w, layout).values()), []
 
 

@@ -8,22 +8,21 @@ or clearly slower than the best.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated
 
 import numpy as np
 import typer
-from kernel_timing import matmul_kernel, random_weight, simd_of
+from kernel_timing import matmul_kernel, random_weight
 
 from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.cli.tables import plain_table
 from sparse_tvm.cpu import cpu_model
-from sparse_tvm.schedules.cpu.cost import dense_rows, matmul_cycles, part_counts
-from sparse_tvm.schedules.cpu.matmul import WeightLayout
-from sparse_tvm.schedules.cpu.simd import LANES
-from sparse_tvm.sparsity.formats import occupied_blocks
+from sparse_tvm.families import Wish
+from sparse_tvm.operators import Dense, Layout
+from sparse_tvm.schedules.cpu.families.matmul import MatmulFamily
+from sparse_tvm.sparsity.statistics import MeasuredWeight
 from sparse_tvm.targets import TARGETS, Target, runs_here
 
 TOKENS = 128
@@ -31,10 +30,7 @@ SHAPES = ((768, 768), (3072, 768), (768, 3072))
 UNSTRUCTURED = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 BLOCKS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99)
 CASES = [(s, "unstructured") for s in UNSTRUCTURED] + [(s, "4x1") for s in BLOCKS]
-LAYOUTS = (
-    WeightLayout("csr", (1, 1)),
-    *(WeightLayout("bsr", (rows, 1)) for rows in (2, 4, 8, 16)),
-)
+FAMILY = MatmulFamily()
 HOPELESS = 2.0
 """Formats predicted this many times slower than the best are not timed."""
 
@@ -64,9 +60,9 @@ def check(target: Target) -> list[str]:
         for shape in SHAPES
         for sparsity, structure in CASES
     ]
-    dense = {shape: dense_cycles(target, shape) for shape in SHAPES}
+    dense = {shape: dense_seconds(target, shape) for shape in SHAPES}
     figures = [pair for *_, measured in cases for pair in measured.values()] + [*dense.values()]
-    # Predictions are in cycles of a clock that we do not know.
+    # Our machine's clock need not be the target's.
     clock = median(predicted / seconds for predicted, seconds in figures)
     header = ["N x K", "zeros", "choice", "us", "dense", "best", "us", "predicted / measured", ""]
     table = plain_table(*header, numbers=("zeros", "us", "dense", "predicted / measured"))
@@ -102,7 +98,7 @@ def check(target: Target) -> list[str]:
         lines.append(f"| {' | '.join(row)} |")
     title = (
         f"{target.name}: {wrong} of {len(cases)} choices are wrong; "
-        f"predicted cycles fit a clock of {clock / 1e9:.1f} GHz"
+        f"predicted seconds fit a clock of {target.costs.ghz * clock:.1f} GHz"
     )
     stdout_console().print(title, table, sep="\n")
     return [title, "", *lines, ""]
@@ -111,45 +107,36 @@ def check(target: Target) -> list[str]:
 def measure(
     target: Target, shape: tuple[int, int], sparsity: float, structure: str
 ) -> Iterator[tuple[str, tuple[float, float]]]:
-    """Predicted cycles and measured seconds of the sparse formats worth a look."""
+    """Predicted and measured seconds of the sparse layouts worth a look."""
     w = random_weight(shape, sparsity, structure)
-    mask = w != 0
-    predicted = {
-        layout: _cycles(target, shape, layout, int(occupied_blocks(mask, layout.block).sum()))
-        for each in LAYOUTS
-        for layout in in_parts(each, shape[1], target)
-    }
-    limit = HOPELESS * min(*predicted.values(), dense_cycles_predicted(target, shape))
-    for layout, cycles in predicted.items():
-        if cycles <= limit:
+    predicted = predictions(target, w)
+    limit = HOPELESS * min(predicted.values())
+    for layout, seconds in predicted.items():
+        if layout.sparse and seconds <= limit:
+            parts = layout.get("parts", 1)
             name = "csr" if layout.format == "csr" else f"{layout.block[0]}x1"
-            name += f" in {layout.parts}" if layout.parts > 1 else ""
-            yield name, (cycles, matmul_kernel(w, layout, TOKENS, target).seconds())
+            name += f" in {parts}" if parts > 1 else ""
+            yield name, (seconds, matmul_kernel(w, layout, TOKENS, target).seconds())
 
 
-def in_parts(layout: WeightLayout, k_in: int, target: Target) -> list[WeightLayout]:
-    """The layout in every number of parts that the compiler would consider."""
-    return [replace(layout, parts=n) for n in part_counts(k_in, layout.block[0], target)]
+def dense_seconds(target: Target, shape: tuple[int, int]) -> tuple[float, float]:
+    """Predicted and measured seconds of the dense kernel."""
+    w = random_weight(shape, 0, "")
+    (dense,) = FAMILY.candidates(_layer(w), MeasuredWeight(w), target, Wish("dense"))
+    return predictions(target, w)[dense], matmul_kernel(w, dense, TOKENS, target).seconds()
 
 
-def dense_cycles(target: Target, shape: tuple[int, int]) -> tuple[float, float]:
-    """Predicted cycles and measured seconds of the dense kernel."""
-    layout = _dense(target, shape)
-    kernel = matmul_kernel(random_weight(shape, 0, ""), layout, TOKENS, target)
-    return dense_cycles_predicted(target, shape), kernel.seconds()
+def predictions(target: Target, w: np.ndarray) -> dict[Layout, float]:
+    """Predicted seconds of every layout that the compiler would consider."""
+    op, weight = _layer(w), MeasuredWeight(w)
+    return {
+        layout: FAMILY.cost(op, layout, weight, TOKENS, target)
+        for layout in FAMILY.candidates(op, weight, target)
+    }
 
 
-def dense_cycles_predicted(target: Target, shape: tuple[int, int]) -> float:
-    layout = _dense(target, shape)
-    return _cycles(target, shape, layout, -(-shape[0] // layout.block[0]) * shape[1])
-
-
-def _dense(target: Target, shape: tuple[int, int]) -> WeightLayout:
-    return WeightLayout("dense", (dense_rows(shape[0], simd_of(target)), 1))
-
-
-def _cycles(target: Target, shape: tuple[int, int], layout: WeightLayout, blocks: int) -> float:
-    return matmul_cycles(shape, layout, blocks, target) * np.ceil(TOKENS / LANES)
+def _layer(w: np.ndarray) -> Dense:
+    return Dense(layer="layer", matrix=(w.shape[0], w.shape[1]))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from sparse_tvm.vm import runtime
 os.environ["TVM_BIND_THREADS"] = "1"  # the scheduler may leave two threads on one core for long
 runtime()  # sets the other defaults of the thread pool, before TVM loads
 
-from sparse_tvm.machine import Kernel, build  # noqa: E402
-from sparse_tvm.passes.convert_weights import split_arrays  # noqa: E402
-from sparse_tvm.schedules.cpu.lane_tiles import Tiles  # noqa: E402
-from sparse_tvm.schedules.cpu.matmul import WeightLayout, matmul  # noqa: E402
+from sparse_tvm.families import Extents  # noqa: E402
+from sparse_tvm.machine_limits import Kernel, build  # noqa: E402
+from sparse_tvm.operators import Bias, Dense, Layout, Step  # noqa: E402
+from sparse_tvm.schedules.cpu.families.matmul import MatmulFamily  # noqa: E402
 from sparse_tvm.schedules.cpu.simd import LANES, Simd  # noqa: E402
 from sparse_tvm.sparsity.pruning import prune_array  # noqa: E402
 from sparse_tvm.targets import Target  # noqa: E402
@@ -32,18 +32,20 @@ def random_weight(shape: tuple[int, int], sparsity: float, structure: str) -> np
 
 
 def matmul_kernel(
-    w: np.ndarray, layout: WeightLayout, tokens: int, target: Target, epilogue: Sequence[str] = ()
+    w: np.ndarray, layout: Layout, tokens: int, target: Target, epilogue: Sequence[Step] = ()
 ) -> Kernel:
     """A layer's kernel on ``tokens`` tokens."""
     n, k = w.shape
     rng = np.random.default_rng(1)
-    tiles = tokens // LANES
-    function = matmul(Tiles(1, tiles), n, k, layout, epilogue, simd_of(target))
+    tiles, family = tokens // LANES, MatmulFamily()
+    op = Dense(layer="layer", matrix=(n, k), epilogue=tuple(epilogue), layout=layout)
     extras = [
-        rng.standard_normal((n,) if step == "bias" else (1, tiles, n, LANES), np.float32)
+        rng.standard_normal((n,) if isinstance(step, Bias) else (1, tiles, n, LANES), np.float32)
         for step in epilogue
-        if step in ("bias", "residual")
+        if step.operand
     ]
     x = rng.standard_normal((1, tiles, k, LANES), np.float32)
     y = np.zeros((1, tiles, n, LANES), np.float32)
-    return build(function, [x, *split_arrays(w, layout).values(), *extras, y], target)
+    operands = [x, *family.pack(op, w, layout, target).values(), *extras]
+    *extents, output = [Extents(a.shape, str(a.dtype)) for a in (*operands, y)]
+    return build(family.build(op, extents, output, target).function, [*operands, y], target)

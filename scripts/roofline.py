@@ -18,18 +18,19 @@ import numpy as np
 import typer
 from kernel_timing import matmul_kernel, random_weight, simd_of
 
+from sparse_tvm.backends import get_backend
 from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.cli.tables import plain_table
 from sparse_tvm.cpu import cpu_model, usable_cores
-from sparse_tvm.machine import ROW_BYTES, Kernel, Machine, build
-from sparse_tvm.passes.convert_weights import FormatOptions, choose
+from sparse_tvm.machine_limits import ROW_BYTES, Kernel, Machine, build
+from sparse_tvm.operators import Activation, Bias, Dense, Layout, Residual, Step
+from sparse_tvm.passes.formats import FormatOptions, choose
 from sparse_tvm.report.tables import human_bytes
 from sparse_tvm.schedules.cpu.attention import attention
 from sparse_tvm.schedules.cpu.lane_tiles import Tiles
-from sparse_tvm.schedules.cpu.matmul import WeightLayout
 from sparse_tvm.schedules.cpu.normalize import layer_norm
 from sparse_tvm.schedules.cpu.simd import LANES, group_limit
-from sparse_tvm.sparsity.analysis import analyse
+from sparse_tvm.sparsity.statistics import MeasuredWeight
 from sparse_tvm.targets import get_target
 
 TOKENS = 128
@@ -96,19 +97,21 @@ def layer_work(
     """One linear layer, with its bias, in the layout that the compiler chooses for this format."""
     w = random_weight(shape, sparsity, structure)
     options = FormatOptions(format, (4, 1) if format == "bsr" else None)
-    layout = choose("layer", w, analyse(w), options, machine.target).layout
-    kernel = matmul_kernel(w, layout, TOKENS, machine.target, ["bias"])
+    op, backend = Dense(layer="layer", matrix=shape), get_backend("cpu")
+    layout = choose(op, MeasuredWeight(w), options, backend, machine.target).layout
+    parts = layout.get("parts", 1)
+    kernel = matmul_kernel(w, layout, TOKENS, machine.target, [Bias()])
     groups = TOKENS // LANES // group_limit(layout.block[0], simd_of(machine.target))
     nnz = np.count_nonzero(w)
     name = layout.format + (f" {layout.block[0]}x1" if layout.format == "bsr" else "")
     name += f" {sparsity:.0%}" if layout.sparse else ""
-    name += f" in {layout.parts} parts" if layout.parts > 1 else ""
+    name += f" in {parts} parts" if parts > 1 else ""
     return Work(
         f"{name}, {shape[1]} to {shape[0]}",
         kernel,
         flops=2.0 * TOKENS * nnz,
         loads=4.0 * TOKENS * nnz / layout.block[0],
-        rows=shape[1] // layout.parts // 2 * 2,
+        rows=shape[1] // parts // 2 * 2,
         weights=float(groups * (nnz * 4 + (nnz / layout.block[0] * 2 if layout.sparse else 0))),
     )
 
@@ -175,12 +178,12 @@ def epilogue_rows(machine: Machine, counts: Sequence[int]) -> Iterator[list[str]
     """What steps fused behind a layer cost."""
     w = random_weight((INTERMEDIATE, HIDDEN), 0.95, "unstructured")
 
-    def seconds_of(steps: list[str]) -> Callable[[int], float]:
-        layout = WeightLayout("csr", (1, 1))
+    def seconds_of(steps: list[Step]) -> Callable[[int], float]:
+        layout = Layout("matmul", "csr")
         return matmul_kernel(w, layout, TOKENS, machine.target, steps).seconds
 
-    plain = seconds_of(["bias"])
-    for steps in (["bias", "residual"], ["bias", "gelu"]):
+    plain = seconds_of([Bias()])
+    for steps in ([Bias(), Residual()], [Bias(), Activation("gelu")]):
         fused = seconds_of(steps)
         extra = [1e3 * (fused(n) - plain(n)) for n in counts]
         cells = [text for ms in extra for text in (f"{ms:+.3f} ms", "")]

@@ -7,4 +7,5 @@ bash scripts/setup.sh dev
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
 .venv/bin/python -m mypy
+.venv/bin/lint-imports
 exec .venv/bin/python -m pytest "$@"

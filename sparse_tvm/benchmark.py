@@ -18,7 +18,7 @@ import numpy as np
 from sparse_tvm.cpu import cpu_model
 from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.interleave import interleave, time_runs
-from sparse_tvm.machine import measured_limits
+from sparse_tvm.machine_limits import measured_limits
 from sparse_tvm.profiling import Profile, profile_model
 from sparse_tvm.random_inputs import random_inputs, typical_sizes
 from sparse_tvm.runtime import Model, load

@@ -14,37 +14,23 @@ from typing import Any
 
 import numpy as np
 import tvm
-from tvm import relax
-from tvm.relax.backend.cpu_generic.pipeline import finalize_passes
 
 from sparse_tvm import __version__
 from sparse_tvm.artifact import read_manifest, rewrite_manifest, write_artifact
-from sparse_tvm.errors import BuildError, OptionError, OutputError, VerificationError
+from sparse_tvm.backends import resolve_target
+from sparse_tvm.errors import OptionError, OutputError, VerificationError
 from sparse_tvm.files import check_writable, replacing
 from sparse_tvm.frontends.detect import open_source
 from sparse_tvm.frontends.importer.model import ImportedModel
 from sparse_tvm.frontends.input_shapes import InputShapes
 from sparse_tvm.frontends.ir.source import check_ir_path, write_ir
 from sparse_tvm.frontends.source import Source, SourceOptions, copy_companions
-from sparse_tvm.linker import fcompile
-from sparse_tvm.passes.batch_matmul import batch_matmul
-from sparse_tvm.passes.conv2d_to_sparse import conv2d_to_sparse
-from sparse_tvm.passes.convert_weights import FormatOptions
-from sparse_tvm.passes.dense_to_sparse import dense_to_sparse
-from sparse_tvm.passes.fc_transpose import fc_transpose
-from sparse_tvm.passes.fuse_activations import fuse_activations
-from sparse_tvm.passes.fuse_attention import fuse_attention
-from sparse_tvm.passes.fuse_epilogue import fuse_epilogue
-from sparse_tvm.passes.fuse_layer_norm import fuse_layer_norm
-from sparse_tvm.passes.lane_layout import lane_layout
-from sparse_tvm.passes.legalize import legalize
-from sparse_tvm.passes.lower_kernels import lower_kernels
+from sparse_tvm.passes.formats import FormatOptions
+from sparse_tvm.passes.infrastructure import Context
+from sparse_tvm.passes.pipeline import phases as pipeline
 from sparse_tvm.passes.program import Program
-from sparse_tvm.passes.schedule_rest import schedule_rest
 from sparse_tvm.random_inputs import random_inputs, typical_sizes
 from sparse_tvm.report import check_report_path, write_report
-from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
-from sparse_tvm.targets import Target, get_target
 
 PathLike = str | os.PathLike[str]
 
@@ -85,6 +71,7 @@ def compile(
     report: PathLike | Sequence[PathLike] | None = None,
     verify: bool = True,
     tolerance: float = 1e-4,
+    check_passes: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> CompileResult:
     """Compile a model into one artifact.
@@ -127,6 +114,9 @@ def compile(
     tolerance : float
         Largest absolute difference accepted, relative to the output's largest value if that is
         above 1.
+    check_passes : bool | None
+        Check the module, and what each pass promises, after every pass; by default where
+        ``SPARSE_TVM_CHECK_PASSES`` is 1.
     progress : Callable[[str], None] | None
         Called with each phase's name as it starts.
 
@@ -136,8 +126,9 @@ def compile(
         A subclass that says what is wrong with the model, an option, the output or the result.
     """
     started = time.perf_counter()
-    chosen_target = get_target(target)
+    backend, chosen_target = resolve_target(target)
     options = FormatOptions.parse(format, block, threshold, layer_rules)
+    context = Context(backend, chosen_target, options)
     if threads is not None and threads < 1:
         raise OptionError(f"threads must be at least 1, not {threads}")
     reports = [report] if isinstance(report, str | os.PathLike) else list(report or ())
@@ -158,27 +149,12 @@ def compile(
         program = Program(imported.module, dict(imported.weights), dict(imported.layers))
         totals = _model_totals(program)
         phases.program = program
-    with phases("canonicalise"):
-        program = fc_transpose(program)
-        program = fuse_activations(program)
-        program = fuse_layer_norm(program)
-    with phases("fuse"):
-        program = fuse_epilogue(program)
-        program = fuse_attention(program)
-    with phases("lane layout"):
-        program = lane_layout(program)
-    with phases("dense to sparse"):
-        program = dense_to_sparse(program, options, chosen_target)
-        program = conv2d_to_sparse(program, options, chosen_target)
-        _check_rules(options, program)
-    with phases("legalise"):
-        program = batch_matmul(program)
-        program = legalize(program, chosen_target)
-    with phases("schedule"):
-        program = lower_kernels(program, chosen_target)
-        program = schedule_rest(program, chosen_target)
+    for phase in pipeline(backend):
+        with phases(phase.name):
+            program = phases.program = phase.run(program, context, check=check_passes)
+    _check_rules(options, program)
     with phases("build"):
-        executable = _build(program, chosen_target)
+        code = backend.generate(program, chosen_target)
 
     manifest = {
         "versions": {
@@ -187,6 +163,7 @@ def compile(
             "tvm_ffi": _distribution_version("apache-tvm-ffi"),
         },
         "model": source.describe(),
+        "backend": backend.name,
         "target": chosen_target.as_json(),
         "threads": threads,
         "inputs": [spec.as_json() for spec in imported.inputs],
@@ -202,7 +179,7 @@ def compile(
     with replacing(output) as unverified:
         with phases("link"), tempfile.TemporaryDirectory() as directory:
             library = Path(directory) / "library.so"
-            executable.export_library(str(library), fcompile=fcompile, triple=chosen_target.triple)
+            backend.write_library(code, chosen_target, library)
             write_artifact(unverified, library, program.weights, manifest)
         if verify:
             with phases("verify"):
@@ -251,26 +228,6 @@ class _Phases:
 
     def as_json(self) -> list[dict[str, Any]]:
         return [{"name": n, "seconds": round(s, 3)} for n, s in self.seconds.items()]
-
-
-def _build(program: Program, target: Target) -> Any:
-    """Generate code for ``main(inputs..., weights)``, weights being one tuple."""
-    with tvm.target.Target(target.tvm_target()) as tvm_target:
-        finish = tvm.transform.Sequential(
-            [
-                relax.transform.BundleModelParams(),
-                relax.transform.ToNonDataflow(),
-                relax.transform.RemovePurityChecking(),
-                relax.transform.CallTIRRewrite(),
-                *finalize_passes(tvm_target),
-            ]
-        )
-        try:
-            with tvm.transform.PassContext(opt_level=3, config=FAST_MATH):
-                return tvm.compile(program.module, target=tvm_target, relax_pipeline=finish)
-        except Exception as error:
-            text = str(error).strip().splitlines()
-            raise BuildError(f"code generation failed: {text[-1] if text else error!r}") from error
 
 
 def _verify(

@@ -1,8 +1,9 @@
 """Where a compiled model spends its time, per kernel and in groups, beside what bounds it.
 
-The roofline of a call is the longest of three times: its FMAs at the machine's peak; the loads of
-activations that a sparse layer cannot share between rows, from the first cache; and all its
-operands, each read or written once as four bytes an element, at the second cache's bandwidth.
+The roofline of a call is the longest of three times for the work that its kernel family accounts
+for: its FMAs at the machine's peak; the loads of activations that a sparse layer cannot share
+between rows, from the first cache; and all its operands, each read or written once, at the second
+cache's bandwidth.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from sparse_tvm.machine import MachineLimits
+from sparse_tvm.backends import get_backend
+from sparse_tvm.families import Extents, KernelFamily, Work
+from sparse_tvm.machine_limits import MachineLimits
+from sparse_tvm.operators import Operator, from_json
 from sparse_tvm.runtime import Call, Model
 
 RUNS = 10
@@ -103,6 +107,7 @@ class _Totals:
     def __post_init__(self) -> None:
         self.kernels = self.manifest.get("kernels", {})
         self.layers = {layer["name"]: layer for layer in self.manifest.get("layers", [])}
+        self._known: dict[str, tuple[KernelFamily[Any], Operator]] = {}
 
     def add(self, trace: Sequence[Call]) -> None:
         """Add one run."""
@@ -116,10 +121,10 @@ class _Totals:
             key = ("vm.builtin" if builtin else call.function), layer
             self.seconds[key] += call.seconds - observing
             self.calls[key] += 1
-            flops = self._flops(call, layer)
-            self.flops[key] += flops
+            work = self._work(call, layer)
+            self.flops[key] += work.flops
             if self.limits is not None and not builtin:
-                self.bounds[key] += self._bound(self.limits, call, layer, flops)
+                self.bounds[key] += self.limits.seconds(work)
 
     def profile(self, runs: int) -> Profile:
         """Return means per run."""
@@ -161,20 +166,22 @@ class _Totals:
             return DENSE if self.layers[layer]["format"] == "dense" else SPARSE
         return ATTENTION if self._kind(function) == ATTENTION else REST
 
-    def _flops(self, call: Call, layer: str | None) -> float:
-        if layer in self.layers:
-            outputs, nnz = int(self.layers[layer]["shape"][0]), int(self.layers[layer]["nnz"])
-            return 2.0 * nnz * math.prod(call.shapes[-1]) / outputs
-        if self._kind(call.function) == ATTENTION:
-            queries, keys, *_, output = call.shapes
-            _, tiles, _, lanes = keys
-            return 2.0 * (math.prod(queries) + math.prod(output)) * tiles * lanes
-        return 0.0
+    def _work(self, call: Call, layer: str | None) -> Work:
+        """What the call had to do, as the family of its kernel says."""
+        *operands, output = [Extents(tuple(shape)) for shape in call.shapes]
+        found = self._kernel(call.function)
+        if found is None:
+            return Work(bytes=4.0 * sum(math.prod(shape) for shape in call.shapes))
+        family, op = found
+        nonzeros = int(self.layers[layer]["nnz"]) if layer in self.layers else None
+        return family.work(op, operands, output, nonzeros)
 
-    def _bound(self, limits: MachineLimits, call: Call, layer: str | None, flops: float) -> float:
-        operands = 4.0 * sum(map(math.prod, call.shapes))
-        loads = 0.0
-        if layer in self.layers and self.layers[layer]["format"] != "dense":
-            rows, _ = self.layers[layer]["block"] or (1, 1)
-            loads = 2.0 * flops / rows  # four bytes for two FLOPs on each row of a block
-        return max(flops / limits.flops, loads / limits.near, operands / limits.far)
+    def _kernel(self, function: str) -> tuple[KernelFamily[Any], Operator] | None:
+        """Family and operator of a kernel of ours."""
+        kernel = self.kernels.get(function, {})
+        if "operator" not in kernel:
+            return None
+        if function not in self._known:
+            family = get_backend(self.manifest["backend"]).family(kernel["family"])
+            self._known[function] = family, from_json(kernel["kind"], kernel["operator"])
+        return self._known[function]

@@ -13,6 +13,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.cpu.cost import dense_rows
+from sparse_tvm.schedules.cpu.families.product import FEW_ROWS
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
@@ -26,7 +27,6 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
 )
 from sparse_tvm.schedules.cpu.simd import Simd, group_limit
 
-_FEW_ROWS = 4
 _BLOCKS_PER_JOB = 16
 _ANY = 1 << 10
 
@@ -69,16 +69,10 @@ class Operand:
         return stored
 
 
-def worthwhile(a: Operand, b: Operand) -> bool:
-    """Whether this kernel is the right one: a few dot products need no panels."""
-    rows = a.extent(-2)
-    return b.contiguous or not (isinstance(rows, int) and rows <= _FEW_ROWS)
-
-
 def batch_matmul(a: Operand, b: Operand, out: Sequence[Expr], simd: Simd) -> tirx.PrimFunc:
     """Build the kernel a, b -> y of shape ``out``: ``[..., M, K] x [..., K, N]``."""
     m, k, n = out[-2], a.extent(-1), out[-1]
-    few = isinstance(m, int) and m <= _FEW_ROWS
+    few = isinstance(m, int) and m <= FEW_ROWS
     rows = m if few else dense_rows(_ANY, simd)
     height = rows * _BLOCKS_PER_JOB
     width = group_limit(rows, simd) * simd.per_tile * simd.lanes

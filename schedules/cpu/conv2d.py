@@ -17,6 +17,7 @@ import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from sparse_tvm.operators import Activation, Bias, Clamp, Layout, Residual, Step
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
@@ -29,7 +30,6 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     symbol,
     zero,
 )
-from sparse_tvm.schedules.cpu.matmul import WeightLayout
 from sparse_tvm.schedules.cpu.simd import Simd, group_limit
 from sparse_tvm.schedules.cpu.vector_math import ACTIVATIONS, constant, lanes_of
 
@@ -259,10 +259,10 @@ class _Copy:
 
 
 class _Output:
-    """The output, and the steps before storing it: ``bias``, ``residual``, ``maximum:2.5``..."""
+    """The output, and the steps before storing it."""
 
     def __init__(
-        self, conv: Conv2d, batch: Expr, shape: Sequence[Expr], epilogue: Sequence[str], simd: Simd
+        self, conv: Conv2d, batch: Expr, shape: Sequence[Expr], epilogue: Sequence[Step], simd: Simd
     ) -> None:
         """Declare the arguments of the epilogue, and then that of the output."""
         height, self._width = conv.out_size
@@ -273,13 +273,13 @@ class _Output:
             return T.decl_buffer(pixels, "float32", data=buffer.data)
 
         arguments = {
-            i: argument(f"{step}_{i}", (conv.out_channels,) if step == "bias" else shape)
+            i: argument(f"{step}_{i}", (conv.out_channels,) if isinstance(step, Bias) else shape)
             for i, step in enumerate(epilogue)
-            if step in ("bias", "residual")
+            if step.operand
         }
         self._y = flat(argument("y", shape))
-        self._steps: list[tuple[str, Buffer]] = [
-            (step, flat(arguments[i]) if step == "residual" else arguments.get(i))
+        self._steps: list[tuple[Step, Buffer]] = [
+            (step, flat(arguments[i]) if isinstance(step, Residual) else arguments.get(i))
             for i, step in enumerate(epilogue)
         ]
 
@@ -325,15 +325,18 @@ class _Output:
     def _store(self, value: Expr, at: Sequence[Expr]) -> None:
         lanes = lanes_of(value)
         for step, extra in self._steps:
-            name, _, number = step.partition(":")
-            if name == "bias":
+            if isinstance(step, Bias):
                 value = value + (T.broadcast(extra[at[1]], lanes) if lanes > 1 else extra[at[1]])
-            elif name == "residual":
+            elif isinstance(step, Residual):
                 value = value + extra[tuple(at)]
-            elif name in ("maximum", "minimum"):
-                value = getattr(tirx, name[:3])(value, constant(float(number), value))
+            elif isinstance(step, Clamp):
+                if step.low is not None:
+                    value = tirx.max(value, constant(step.low, value))
+                if step.high is not None:
+                    value = tirx.min(value, constant(step.high, value))
             else:
-                value = ACTIVATIONS[name](value)
+                assert isinstance(step, Activation), step
+                value = ACTIVATIONS[step.function](value)
         T.buffer_store(self._y, value, at)
 
 
@@ -341,8 +344,8 @@ def conv2d(
     conv: Conv2d,
     batch: Expr,
     shapes: tuple[Sequence[Expr], Sequence[Expr]],
-    layout: WeightLayout,
-    epilogue: Sequence[str],
+    layout: Layout,
+    epilogue: Sequence[Step],
     simd: Simd,
 ) -> tirx.PrimFunc:
     """Build the kernel.
@@ -429,7 +432,7 @@ def depthwise_conv2d(
     conv: Conv2d,
     batch: Expr,
     shapes: tuple[Sequence[Expr], Sequence[Expr]],
-    epilogue: Sequence[str],
+    epilogue: Sequence[Step],
     simd: Simd,
 ) -> tirx.PrimFunc:
     """Build the kernel of a convolution in which each output channel reads one input channel.

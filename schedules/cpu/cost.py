@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparse_tvm.schedules.cpu.matmul import WeightLayout
+from sparse_tvm.families import TYPICAL_TOKENS
+from sparse_tvm.operators import Layout
+from sparse_tvm.schedules.cpu.block_arrays import index_dtype
 from sparse_tvm.schedules.cpu.simd import LANES, Simd, group_limit, tiles_of
 from sparse_tvm.targets import Target
-
-TOKENS = 128
-"""What a weight's form is chosen for unless somebody knows better."""
 
 _L1_SHARE = 0.85
 """Share of the first cache that keeps X, beside weights and sums."""
@@ -30,27 +29,28 @@ _SPILLED_WEIGHTS = 1.15
 
 def matmul_cycles(
     shape: tuple[int, int],
-    layout: WeightLayout,
+    layout: Layout,
     blocks: int,
     target: Target,
-    tokens: int = TOKENS,
+    tokens: int = TYPICAL_TOKENS,
 ) -> float:
     """Cycles per tile of tokens for a weight of ``shape`` with this many stored blocks."""
     simd, costs = Simd.of(target), target.costs
     rows, columns = layout.block
+    parts = layout.get("parts", 1)
     tiles = _tiles_per_group(rows, simd, tokens)
     vectors = tiles * simd.per_tile
     fmas = rows * vectors * _fma_cycles(rows, target, tokens)
     weights = -(-rows // costs.scalars_per_load) * costs.load
     if layout.sparse:
-        lines = tiles * _line_cycles(_x_bytes(shape[1], tiles) / layout.parts, target)
+        lines = tiles * _line_cycles(_x_bytes(shape[1], tiles) / parts, target)
         block = columns * max(fmas, weights + lines) + costs.index
     else:
         block = max(fmas, weights + vectors * costs.load) * _DENSE_LOOP
-    segments = layout.parts * -(-shape[0] // rows)
-    sums = rows * vectors * (costs.sum if layout.parts > 1 else 1)
+    segments = parts * -(-shape[0] // rows)
+    sums = rows * vectors * (costs.sum if parts > 1 else 1)
     compute = blocks * block + segments * (costs.row + sums)
-    index_bytes = np.dtype(layout.index_dtype(shape[1])).itemsize if layout.sparse else 0
+    index_bytes = np.dtype(index_dtype(shape[1])).itemsize if layout.sparse else 0
     stored_bytes = blocks * (4 * rows * columns + index_bytes)
     streamed = compute + stored_bytes / costs.streamed
     return max(streamed, stored_bytes / costs.memory) / tiles
@@ -58,10 +58,10 @@ def matmul_cycles(
 
 def matmul_seconds(
     shape: tuple[int, int],
-    layout: WeightLayout,
+    layout: Layout,
     blocks: int,
     target: Target,
-    tokens: int = TOKENS,
+    tokens: int = TYPICAL_TOKENS,
 ) -> float:
     """Seconds for all ``tokens`` on one core."""
     return target.seconds(tiles_of(tokens) * matmul_cycles(shape, layout, blocks, target, tokens))
@@ -94,14 +94,14 @@ def _line_cycles(x_bytes: float, target: Target) -> float:
     return near + (1 - hits) * target.costs.l2_line
 
 
-def part_counts(k_in: int, rows: int, target: Target, tokens: int = TOKENS) -> list[int]:
+def part_counts(k_in: int, rows: int, target: Target, tokens: int = TYPICAL_TOKENS) -> list[int]:
     """Numbers of parts worth a look: one, and those with X about as large as the first cache."""
     tiles = min(group_limit(rows, Simd.of(target)), tiles_of(tokens))
     caches = _x_bytes(k_in, tiles) / target.caches.l1
     return sorted({1, *(max(1, round(caches * share)) for share in (0.75, 1.0, 1.5))})
 
 
-def dense_rows(n_out: int, simd: Simd, tokens: int = TOKENS) -> int:
+def dense_rows(n_out: int, simd: Simd, tokens: int = TYPICAL_TOKENS) -> int:
     """Rows of the register block of a dense kernel: the most FMAs per load that fit."""
 
     def fmas_per_load(rows: int) -> float:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
@@ -22,7 +23,6 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     scalar,
 )
 from sparse_tvm.schedules.cpu.low_precision import Lines, Precision, store_tiles
-from sparse_tvm.schedules.cpu.matmul import JOBS_PER_GROUP
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.schedules.cpu.vector_math import ACTIVATIONS
 

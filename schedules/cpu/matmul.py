@@ -16,11 +16,12 @@ the CPU to foresee where the inner loop ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from sparse_tvm.operators import Activation, Bias, Layout, Residual, Step
+from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP, index_dtype
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
@@ -40,47 +41,16 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
 from sparse_tvm.schedules.cpu.simd import LANES, Simd, group_limit
 from sparse_tvm.schedules.cpu.vector_math import ACTIVATIONS
 
-JOBS_PER_GROUP = 16
-"""Row partitions per group of tiles: enough to balance up to sixteen threads on one group."""
-
 _PREFETCH_BYTES = 4096
 """How far ahead of its use a weight is asked for: the CPU's own prefetchers stop at each page."""
-
-
-@dataclass(frozen=True)
-class WeightLayout:
-    """How a kernel finds W ``[n_out, k_in]``.
-
-    Attributes
-    ----------
-    format : str
-        ``dense``, ``csr`` or ``bsr``.
-    block : tuple[int, int]
-        Output rows by input columns of one stored block. ``dense`` has one block per column.
-    parts : int
-        Ranges of input columns, of equal width, that are stored and multiplied one after another.
-    """
-
-    format: str
-    block: tuple[int, int]
-    parts: int = 1
-
-    @property
-    def sparse(self) -> bool:
-        """Whether blocks carry indices."""
-        return self.format != "dense"
-
-    def index_dtype(self, k_in: int) -> str:
-        """Type of the column indices: the smaller, the less streams from memory."""
-        return "uint16" if k_in <= 1 << 16 else "int32"
 
 
 def matmul(
     tiles: Tiles,
     n_out: int,
     k_in: int,
-    layout: WeightLayout,
-    epilogue: Sequence[str],
+    layout: Layout,
+    epilogue: Sequence[Step],
     simd: Simd,
 ) -> tirx.PrimFunc:
     """Build the kernel.
@@ -92,12 +62,13 @@ def matmul(
     ``[parts * ceil(n_out / r) + 1]`` (first block of each block row of each part), ``rows`` int32
     ``[parts * ceil(n_out / r)]`` (which block row that is) and ``partition`` int32
     ``[JOBS_PER_GROUP + 1]`` (first of a part's block rows for each job); then one argument per
-    ``bias`` (``[n_out]``) or ``residual`` (like Y) step of the epilogue; last Y
+    bias (``[n_out]``) or residual (like Y) step of the epilogue; last Y
     ``[lead, tiles, n_out, LANES]``.
 
-    Epilogue steps apply in order: ``bias``, ``residual``, or a name in ``ACTIVATIONS``.
+    Epilogue steps apply in order.
     """
     rows, columns = layout.block
+    parts = layout.get("parts", 1)
     block_rows = -(-n_out // rows)
     limit = group_limit(rows, simd)
 
@@ -106,26 +77,26 @@ def matmul(
         if layout.sparse:
             blocks = symbol("blocks")
             data = argument("data", (blocks, columns, rows))
-            indices = argument("indices", (blocks,), layout.index_dtype(k_in))
-            indptr = argument("indptr", (layout.parts * block_rows + 1,), "int32")
-            order = argument("rows", (layout.parts * block_rows,), "int32")
+            indices = argument("indices", (blocks,), index_dtype(k_in))
+            indptr = argument("indptr", (parts * block_rows + 1,), "int32")
+            order = argument("rows", (parts * block_rows,), "int32")
             partition = argument("partition", (JOBS_PER_GROUP + 1,), "int32")
         else:
             data = argument("data", (block_rows, k_in, rows))
         extras = [
-            argument(f"{step}_{i}", (n_out,) if step == "bias" else tiles.shape(n_out))
+            argument(f"{step}_{i}", (n_out,) if isinstance(step, Bias) else tiles.shape(n_out))
             for i, step in enumerate(epilogue)
-            if step in ("bias", "residual")
+            if step.operand
         ]
         y = argument("y", tiles.shape(n_out))
 
         x = tiles.flat(x, k_in)
         y = tiles.flat(y, n_out)
         operands = iter(extras)
-        steps: list[tuple[str, Buffer]] = []
+        steps: list[tuple[Step, Buffer]] = []
         for step in epilogue:
-            extra = next(operands) if step in ("bias", "residual") else None
-            steps.append((step, tiles.flat(extra, n_out) if step == "residual" else extra))
+            extra = next(operands) if step.operand else None
+            steps.append((step, tiles.flat(extra, n_out) if isinstance(step, Residual) else extra))
 
         def prefetch_as_many(first: Expr, count: Expr) -> None:
             """Ask for as much of the weight, a little further on, as the next blocks will use."""
@@ -190,7 +161,7 @@ def matmul(
             def sums_so_far(row: int, vector: int) -> Expr:
                 return y[tuple(at_y(first_row, row, vector, vectors))]
 
-            if layout.parts == 1:
+            if parts == 1:
                 acc.fill(lambda row, vector: zero(simd))
                 accumulate(acc, segment, load)
                 finish(acc, first_row, vectors)
@@ -201,7 +172,7 @@ def matmul(
                 with T.Else():
                     acc.fill(sums_so_far)
             accumulate(acc, segment, load)
-            with T.If(part == layout.parts - 1):
+            with T.If(part == parts - 1):
                 with T.Then():
                     finish(acc, first_row, vectors)
                 with T.Else():
@@ -214,7 +185,7 @@ def matmul(
             """Compute a range of a part's block rows, part by part, for one group of tiles."""
             vectors = TileVectors(first_tile, size, simd)
             remainder = n_out % rows
-            with T.serial(0, layout.parts) as part, T.serial(0, stop - start) as i:
+            with T.serial(0, parts) as part, T.serial(0, stop - start) as i:
                 segment = scalar(part * block_rows + start + i)
                 block_row = scalar(order[segment]) if layout.sparse else segment
                 if remainder == 0:
@@ -253,10 +224,11 @@ def matmul(
     return result["func"]
 
 
-def _apply(step: str, value: Expr, extra: Buffer, at: list[Expr], simd: Simd) -> Expr:
+def _apply(step: Step, value: Expr, extra: Buffer, at: list[Expr], simd: Simd) -> Expr:
     """One epilogue step on one register."""
-    if step == "bias":
+    if isinstance(step, Bias):
         return value + splat(extra[at[1]], simd)
-    if step == "residual":
+    if isinstance(step, Residual):
         return value + extra[tuple(at)]
-    return ACTIVATIONS[step](value)
+    assert isinstance(step, Activation), step
+    return ACTIVATIONS[step.function](value)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparse_tvm.passes.convert_weights import balanced_partition
+from sparse_tvm.schedules.cpu.block_arrays import balanced_partition
 from sparse_tvm.schedules.cpu.low_matmul import index_dtype
 from sparse_tvm.schedules.cpu.low_precision import INT8, LINES, ZERO_POINT, Precision
 from sparse_tvm.sparsity.formats import occupied_blocks

@@ -88,7 +88,7 @@ def _print(console: Console, result: BenchResult) -> None:
         console.print(_groups(result.profile.groups))
         if all(group.bound is None for group in result.profile.groups):
             console.print("no rooflines: this machine's limits could not be measured; to see why,")
-            console.print("run python -m sparse_tvm.machine native", result.threads)
+            console.print("run python -m sparse_tvm.machine_limits native", result.threads)
 
 
 def _timings(result: BenchResult) -> Table:

@@ -54,6 +54,10 @@ def compile(
         Path | None,
         typer.Option(metavar="DIR", help="Write the module here after each phase."),
     ] = None,
+    check_passes: Annotated[
+        bool,
+        typer.Option("--check-passes", help="Check the module, and each pass's promises."),
+    ] = False,
     save_ir: Annotated[
         Path | None,
         typer.Option(
@@ -100,6 +104,7 @@ def compile(
             input_shapes=parse_input_shapes(input_shape or ()),
             threads=threads,
             dump_ir=dump_ir,
+            check_passes=check_passes or None,
             save_ir=save_ir,
             report=report or None,
             allow_pickle=allow_pickle,

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from tvm import s_tir, tirx
 
-from sparse_tvm.passes.lower_kernels import KERNEL_ATTRIBUTE
+from sparse_tvm.passes.cpu.lower_kernels import KERNEL_ATTRIBUTE
+from sparse_tvm.passes.cpu.target import cpu_target
+from sparse_tvm.passes.infrastructure import Context, graph_pass
 from sparse_tvm.passes.program import Program
 from sparse_tvm.schedules.cpu.generic import schedule_generic
 from sparse_tvm.schedules.cpu.simd import Simd
-from sparse_tvm.targets import Target
 
 
-def schedule_rest(program: Program, target: Target) -> Program:
+@graph_pass()
+def schedule_rest(program: Program, context: Context) -> Program:
     """Apply the pass."""
-    simd = Simd.of(target)
+    simd = Simd.of(cpu_target(context))
     for var, function in program.module.functions.items():
         if not isinstance(function, tirx.PrimFunc) or KERNEL_ATTRIBUTE in function.attrs:
             continue

@@ -11,16 +11,17 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from sparse_tvm.passes.cpu.lower_kernels import KERNEL_ATTRIBUTE
 from sparse_tvm.passes.graph import dtype_of, shape_of
-from sparse_tvm.passes.lower_kernels import KERNEL_ATTRIBUTE
+from sparse_tvm.passes.infrastructure import Context, graph_pass
 from sparse_tvm.passes.program import Program
 from sparse_tvm.schedules.cpu.top_k import top_k
-from sparse_tvm.targets import Target
 
 
-def legalize(program: Program, target: Target) -> Program:
+@graph_pass()
+def legalize(program: Program, context: Context) -> Program:
     """Apply the passes."""
-    with tvm.target.Target(target.tvm_target()):
+    with tvm.target.Target(context.target.tvm_target()):
         program.module = tvm.transform.Sequential(
             [
                 relax.transform.LegalizeOps(),

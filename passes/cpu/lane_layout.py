@@ -12,12 +12,15 @@ Everything else keeps its logical form.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from tvm import relax, tirx
 
+from sparse_tvm.operators import Attention, Dense, LayerNorm, Operator, Residual
 from sparse_tvm.passes import dialect
+from sparse_tvm.passes.dense_to_sparse import WEIGHTS_STORED
 from sparse_tvm.passes.graph import (
     Rewrite,
     dtype_of,
@@ -29,7 +32,9 @@ from sparse_tvm.passes.graph import (
     scalar_value,
     shape_of,
 )
+from sparse_tvm.passes.infrastructure import Context, Property, graph_pass
 from sparse_tvm.passes.program import Program
+from sparse_tvm.schedules.cpu.operators import LanePack, LaneUnpack
 from sparse_tvm.schedules.cpu.simd import LANES, tiles_of
 
 _UNARY = {
@@ -46,6 +51,22 @@ _BINARY = {
 _RESHAPES = {"relax.reshape", "relax.expand_dims", "relax.squeeze"}
 
 
+def _not_in_tiles(program: Program) -> Iterable[str]:
+    return dialect.described(
+        found
+        for found in dialect.calls(program, Operator)
+        if isinstance(found.op, Dense | Attention) and not _is_tiled(found.args[0])
+    )
+
+
+def _is_tiled(expr: Any) -> bool:
+    shape = shape_of(expr)
+    return len(shape) == 4 and shape[-1] == LANES
+
+
+IN_LANE_TILES = Property("dense layers and attention work on lane tiles", _not_in_tiles)
+
+
 @dataclass(frozen=True)
 class _Tiled:
     """The tiled form of an activation ``[lead, rows, features]``."""
@@ -60,7 +81,8 @@ class _Tiled:
         return same_dim(self.lead, lead) and same_dim(self.rows, rows)
 
 
-def lane_layout(program: Program) -> Program:
+@graph_pass(requires=[WEIGHTS_STORED], ensures=[IN_LANE_TILES])
+def lane_layout(program: Program, context: Context) -> Program:
     """Apply the pass."""
     return _LaneLayout(program).run()
 
@@ -71,9 +93,12 @@ class _LaneLayout(Rewrite):
         self._tiled: dict[Any, _Tiled] = {}
 
     def rewrite(self, var: relax.Var, value: Any) -> Any:
-        found = dialect.match(value)
-        if found is not None:
-            return self._dense(found, var) if found.name == "dense" else self._attention(found, var)
+        dense = dialect.match(value, Dense)
+        if dense is not None:
+            return self._dense(dense, var)
+        attention = dialect.match(value, Attention)
+        if attention is not None:
+            return self._attention(attention, var)
         if isinstance(value, relax.TupleGetItem):
             return self._part(value)
         name = op_name(value)
@@ -101,7 +126,7 @@ class _LaneLayout(Rewrite):
         if isinstance(expr, relax.Var) and expr in self._tiled and expr not in self._new:
             source = self._tiled[expr]
             shape = (source.lead, source.rows, source.features)
-            rows = self.emit(dialect.call("unpack", [source.expr], shape), "rows")
+            rows = self.emit(dialect.call(LaneUnpack(), [source.expr], shape), "rows")
             self._new[expr] = self._reshaped(rows, shape, shape_of(expr))
         return super().new(expr)
 
@@ -119,32 +144,32 @@ class _LaneLayout(Rewrite):
         *leading, rows, features = shape_of(expr)
         lead, rows = like or (product(leading), rows)
         flat = self._reshaped(self.new(expr), shape_of(expr), (lead, rows, features))
-        tiled = self._emit_tiled("pack", [flat], lead, rows, features)
+        tiled = self._emit_tiled(LanePack(), [flat], lead, rows, features)
         if known is None:
             self._tiled[expr] = tiled
         return tiled
 
     def _emit_tiled(
-        self, name: str, args: list[Any], lead: Any, rows: Any, features: Any, **attributes: Any
+        self, op: Operator, args: list[Any], lead: Any, rows: Any, features: Any
     ) -> _Tiled:
-        shape = (lead, tiles_of(rows), features, LANES)
-        call = dialect.call(name, args, shape, **attributes)
-        return _Tiled(self.emit(call, name), lead, rows, features)
+        call = dialect.call(op, args, (lead, tiles_of(rows), features, LANES))
+        return _Tiled(self.emit(call, op.name), lead, rows, features)
 
-    def _dense(self, found: dialect.DialectCall, var: relax.Var) -> _Tiled:
-        x, w, *extras = found.args
+    def _dense(self, found: dialect.OperatorCall[Dense], var: relax.Var) -> _Tiled:
+        op = found.op
+        count = len(found.args) - op.extras
+        (x, *weight), extras = found.args[:count], found.args[count:]
         source = self._tiles_of(x)
         like = (source.lead, source.rows)
-        steps = [s for s in found.attributes["epilogue"] if s in ("bias", "residual")]
+        steps = [step for step in op.epilogue if step.operand]
         operands = [
-            self.new(extra) if step == "bias" else self._tiles_of(extra, like).expr
+            self._tiles_of(extra, like).expr if isinstance(step, Residual) else self.new(extra)
             for step, extra in zip(steps, extras, strict=True)
         ]
-        features = shape_of(var)[-1]
-        args = [source.expr, self.new(w), *operands]
-        return self._emit_tiled("dense", args, *like, features, **found.attributes)
+        args = [source.expr, *(self.new(array) for array in weight), *operands]
+        return self._emit_tiled(op, args, *like, shape_of(var)[-1])
 
-    def _attention(self, found: dialect.DialectCall, var: relax.Var) -> _Tiled:
+    def _attention(self, found: dialect.OperatorCall[Attention], var: relax.Var) -> _Tiled:
         q, k, v, *mask = found.args
         batch, rows, features = shape_of(var)
         key_rows = shape_of(k)[1]
@@ -153,19 +178,16 @@ class _LaneLayout(Rewrite):
             self._tiles_of(k, (batch, key_rows)).expr,
             self._tiles_of(v, (batch, key_rows)).expr,
         ]
-        axes = None
-        if mask:
-            lead, heads, queries, keys = shape_of(mask[0])
-            axes = [not (isinstance(n, int) and n == 1) for n in (lead, heads, queries, keys)]
-            tiled = axes[2]
+        if found.op.mask is not None:
+            lead, heads, *_ = shape_of(mask[0])
+            _, _, has_queries, _ = found.op.mask
             operands.append(
                 self._tiles_of(mask[0], (product((lead, heads)), rows)).expr
-                if tiled
+                if has_queries
                 else self.new(mask[0])
             )
         operands.append(relax.ShapeExpr([key_rows]))
-        attributes = {**found.attributes, "mask": axes}
-        return self._emit_tiled("attention", operands, batch, rows, features, **attributes)
+        return self._emit_tiled(found.op, operands, batch, rows, features)
 
     def _layer_norm(self, value: Any) -> _Tiled | None:
         x, gamma, beta = value.args
@@ -174,12 +196,11 @@ class _LaneLayout(Rewrite):
             return None
         source = self._tiles_of(x)
         return self._emit_tiled(
-            "layer_norm",
+            LayerNorm(epsilon=float(value.attrs.epsilon)),
             [source.expr, self.new(gamma), self.new(beta)],
             source.lead,
             source.rows,
             source.features,
-            epsilon=float(value.attrs.epsilon),
         )
 
     def _part(self, value: relax.TupleGetItem) -> _Tiled | None:

@@ -2,8 +2,8 @@
 
 Measured are the FMA peak, and the bandwidth of reading sequentially and of reading rows of 256
 bytes in random order, which is what a sparse layer does with its input. The thread pool is
-configured for it, so another process measures: ``python -m sparse_tvm.machine TARGET THREADS``
-prints a :class:`MachineLimits` as JSON.
+configured for it, so another process measures:
+``python -m sparse_tvm.machine_limits TARGET THREADS`` prints a :class:`MachineLimits` as JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from sparse_tvm.cpu import usable_cores
+from sparse_tvm.families import Work
 from sparse_tvm.targets import Target, get_target
 
 ROW_BYTES = 256
@@ -50,10 +51,14 @@ class MachineLimits:
     near: float
     far: float
 
+    def seconds(self, work: Work) -> float:
+        """The least time for some work: the roofline."""
+        return max(work.flops / self.flops, work.near_bytes / self.near, work.bytes / self.far)
+
 
 def measured_limits(target: str, threads: int) -> MachineLimits | None:
     """Measure in a process of its own; None where that fails, as without the compiler."""
-    command = [sys.executable, "-m", "sparse_tvm.machine", target, str(threads)]
+    command = [sys.executable, "-m", "sparse_tvm.machine_limits", target, str(threads)]
     environment = {**os.environ, "TVM_BIND_THREADS": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if ended.returncode:

@@ -1,0 +1,91 @@
+"""Lower kernels: our operators become calls of TIR kernels.
+
+Matches every operator of ours and turns it into ``call_tir`` of the kernel that its family builds
+for its operands. Calls for which the same kernel was built share it, so BERT-base's 73 layers need
+a handful. The program remembers what each kernel computes and for which layers, for the profiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from tvm import relax, tirx
+
+from sparse_tvm.families import Extents, Kernel
+from sparse_tvm.operators import Operator, WeightedOperator, to_json
+from sparse_tvm.passes import dialect
+from sparse_tvm.passes.dense_to_sparse import WEIGHTS_STORED
+from sparse_tvm.passes.graph import Rewrite, dtype_of, shape_of
+from sparse_tvm.passes.infrastructure import Context, Property, graph_pass
+from sparse_tvm.passes.program import Program
+
+KERNEL_ATTRIBUTE = "sparse_tvm.kernel"
+"""Marks functions that are scheduled already."""
+
+_OPAQUE = 8  # relax.op_pattern: nothing may be fused into it
+
+
+def _not_lowered(program: Program) -> Iterable[str]:
+    return dialect.described(dialect.calls(program, Operator))
+
+
+LOWERED = Property("no operator of ours is left", _not_lowered)
+
+
+@graph_pass(requires=[WEIGHTS_STORED], ensures=[LOWERED])
+def lower_kernels(program: Program, context: Context) -> Program:
+    """Apply the pass."""
+    return _LowerKernels(program, context).run()
+
+
+class _LowerKernels(Rewrite):
+    def __init__(self, program: Program, context: Context) -> None:
+        super().__init__(program)
+        self._context = context
+
+    def rewrite(self, var: relax.Var, value: Any) -> Any:
+        found = dialect.match(value, Operator)
+        if found is None:
+            return None
+        family = self._context.backend.family_for(found.op, self._context.target)
+        operands = [_extents(arg) for arg in found.args]
+        built = family.build(found.op, operands, _extents(var), self._context.target)
+        name = found.op.name
+        marked = built.function.with_attrs({KERNEL_ATTRIBUTE: name, "op_pattern": _OPAQUE})
+        kernel = self.builder.add_func(marked, built.title)  # the one there is, if it is the same
+        self._note(kernel.name_hint, family.name, found.op, built)
+        args = []
+        for arg in found.args:
+            if isinstance(arg, relax.ShapeExpr):  # numbers are in the kernel already
+                args += [dim for dim in arg.values if not isinstance(dim, tirx.IntImm)]
+            else:
+                args.append(self.new(arg))
+        return relax.call_tir(kernel, args, var.ty)
+
+    def _note(self, function: str, family: str, op: Operator, built: Kernel) -> None:
+        """Remember what the function computes, and which layer this call serves."""
+        layer = op.layer if isinstance(op, WeightedOperator) else op.name
+        anonymous = replace(op, layer="") if isinstance(op, WeightedOperator) else op
+        kernel = self.program.kernels.setdefault(
+            function,
+            {
+                "kind": op.name,
+                "family": family,
+                "operator": to_json(anonymous),
+                "layers": [],
+            },
+        )
+        kernel["layers"].append(layer)
+        if layer in self.program.reports:
+            self.program.reports[layer].kernel = built.title
+
+
+def _extents(expr: Any) -> Extents:
+    """What a family needs to know of an operand, or of the output."""
+    if isinstance(expr, relax.ShapeExpr):
+        known = [int(dim) if isinstance(dim, tirx.IntImm) else None for dim in expr.values]
+        return Extents(tuple(known), "int64", numbers=True)
+    shape = tuple(dim if isinstance(dim, int) else None for dim in shape_of(expr))
+    return Extents(shape, dtype_of(expr))

@@ -1,0 +1,26 @@
+"""The compiler's passes in order: the graph's own, then those of the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sparse_tvm.backends.base import Backend
+from sparse_tvm.passes.dense_to_sparse import dense_to_sparse
+from sparse_tvm.passes.fc_transpose import fc_transpose
+from sparse_tvm.passes.fuse_activations import fuse_activations
+from sparse_tvm.passes.fuse_attention import fuse_attention
+from sparse_tvm.passes.fuse_convolution import fuse_convolution
+from sparse_tvm.passes.fuse_epilogue import fuse_epilogue
+from sparse_tvm.passes.fuse_layer_norm import fuse_layer_norm
+from sparse_tvm.passes.fuse_product import fuse_product
+from sparse_tvm.passes.infrastructure import Phase
+
+
+def phases(backend: Backend) -> Sequence[Phase]:
+    """From the imported module to scheduled kernels."""
+    return (
+        Phase("canonicalise", (fc_transpose, fuse_activations, fuse_layer_norm)),
+        Phase("fuse", (fuse_epilogue, fuse_convolution, fuse_attention, fuse_product)),
+        Phase("dense to sparse", (dense_to_sparse,)),
+        *backend.phases(),
+    )

@@ -1,0 +1,95 @@
+"""Weights as the arrays that kernels read: blocks, where they belong, and who computes them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparse_tvm.operators import Layout
+from sparse_tvm.sparsity.formats import BSR
+
+JOBS_PER_GROUP = 16
+"""Row partitions per group of tiles: enough to balance up to sixteen threads on one group."""
+
+
+def index_dtype(k_in: int) -> str:
+    """Type of column indices: the smaller, the less streams from memory."""
+    return "uint16" if k_in <= 1 << 16 else "int32"
+
+
+def stored_arrays(w: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
+    """A weight ``[N, K]`` in blocks.
+
+    Dense: ``data`` ``[ceil(N / r), K, r]``. Sparse: ``data`` ``[blocks, c, r]``, ``indices``
+    (first column of each block), ``indptr`` (first block of each block row) and ``partition``
+    (first block row of each job).
+    """
+    rows, columns = layout.block
+    n, k = w.shape
+    if not layout.sparse:
+        padded = np.pad(w, ((0, -n % rows), (0, 0))) if n % rows else w
+        blocks = padded.reshape(-1, rows, k).transpose(0, 2, 1)
+        return {"data": np.ascontiguousarray(blocks, np.float32)}
+    bsr = BSR.from_dense(w, layout.block)
+    first_column = bsr.indices * columns
+    data = bsr.data.transpose(0, 2, 1)
+    overhang = first_column + columns - k
+    if (overhang > 0).any():
+        # The last block column ends at the weight's edge instead of beyond it.
+        data, first_column = data.copy(), np.minimum(first_column, k - columns)
+        for i in np.flatnonzero(overhang > 0):
+            data[i] = np.roll(data[i], overhang[i], axis=0)
+    if not data.shape[0]:  # an all-zero weight: kernels want at least one element
+        data, first_column = np.zeros((1, columns, rows), np.float32), np.zeros(1, np.int32)
+    return {
+        "data": np.ascontiguousarray(data, np.float32),
+        "indices": first_column.astype(np.int32),
+        "indptr": bsr.indptr.astype(np.int32),
+        "partition": balanced_partition(bsr.indptr),
+    }
+
+
+def split_arrays(w: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
+    """The arguments of ``schedules.cpu.matmul`` for the weight ``[N, K]``.
+
+    Those of `stored_arrays`; a sparse weight's blocks part by part, in each part job by job, and
+    in each job the block rows by their number of blocks, with ``rows`` to tell which they are.
+    """
+    arrays = stored_arrays(w, layout)
+    parts = layout.get("parts", 1)
+    if not layout.sparse:
+        return arrays
+    indptr, partition, k = arrays["indptr"], arrays["partition"], w.shape[1]
+    block_rows = len(indptr) - 1
+    row_of = np.repeat(np.arange(block_rows), np.diff(indptr))
+    part_of = arrays["indices"][: len(row_of)].astype(np.int64) * parts // k
+    counts = np.zeros((parts, block_rows), np.int64)
+    np.add.at(counts, (part_of, row_of), 1)
+    job_of = np.searchsorted(partition, np.arange(block_rows), side="right")
+    rows = np.stack([np.lexsort((of_part, job_of)) for of_part in counts])
+    place = np.empty_like(rows)
+    np.put_along_axis(place, rows, np.arange(block_rows)[None], axis=1)
+    order = np.lexsort((place[part_of, row_of], part_of))
+    if not len(order):
+        order = np.arange(len(arrays["data"]))  # the one block of a weight without any
+    ends = np.cumsum(np.take_along_axis(counts, rows, axis=1))
+    return {
+        "data": np.ascontiguousarray(arrays["data"][order]),
+        "indices": arrays["indices"][order].astype(index_dtype(k)),
+        "indptr": np.concatenate([[0], ends]).astype(np.int32),
+        "rows": rows.astype(np.int32).ravel(),
+        "partition": partition,
+    }
+
+
+def balanced_partition(indptr: np.ndarray, jobs: int = JOBS_PER_GROUP) -> np.ndarray:
+    """First block row of each job, so that all jobs have about equally much to do.
+
+    Returns
+    -------
+    np.ndarray
+        int32 ``[jobs + 1]``; a block row counts as its stored blocks and two more.
+    """
+    work = indptr.astype(np.int64) + 2 * np.arange(len(indptr))
+    bounds = np.searchsorted(work, np.linspace(0, work[-1], jobs + 1))
+    bounds[0], bounds[-1] = 0, len(indptr) - 1
+    return np.maximum.accumulate(bounds).astype(np.int32)

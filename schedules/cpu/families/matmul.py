@@ -1,0 +1,128 @@
+"""Dense layers in float32 on lane tiles: the weight dense, CSR, or BSR, in parts of columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from sparse_tvm.families import Extents, Kernel, WeightedFamily, Wish, Work
+from sparse_tvm.operators import FLOAT32, Activation, Bias, Dense, Layout, Residual
+from sparse_tvm.schedules.cpu.block_arrays import split_arrays
+from sparse_tvm.schedules.cpu.cost import dense_rows, matmul_seconds, part_counts
+from sparse_tvm.schedules.cpu.families.extents import bytes_of, elements, tiles_for
+from sparse_tvm.schedules.cpu.simd import Simd
+from sparse_tvm.sparsity.statistics import WeightStatistics
+from sparse_tvm.targets import Target
+
+_BLOCKS = ((2, 1), (4, 1), (8, 1), (16, 1))
+_MAX_BLOCK_ROWS, _MAX_BLOCK_COLUMNS = 16, 8
+
+
+def kernel_block(block: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
+    """The largest divisor of a block that fits the register file and the weight."""
+    rows, columns = block
+    most_rows = min(rows, _MAX_BLOCK_ROWS, shape[0])
+    most_columns = min(columns, _MAX_BLOCK_COLUMNS, shape[1])
+    return (
+        next(r for r in range(most_rows, 0, -1) if rows % r == 0),
+        next(c for c in range(most_columns, 0, -1) if columns % c == 0),
+    )
+
+
+def wished_blocks(weight: WeightStatistics, wish: Wish | None) -> list[tuple[str, tuple[int, int]]]:
+    """Formats and blocks of a sparse weight that are worth comparing, or that come near a wish."""
+    blocks = [*_BLOCKS, *([weight.block] if weight.block else [])]
+    if wish is not None and wish.format == "bsr" and wish.block is not None:
+        blocks = [wish.block]
+    sizes = dict.fromkeys(kernel_block(block, weight.shape) for block in blocks)
+    found = [("csr", (1, 1)), *(("bsr", size) for size in sizes)]
+    return [pair for pair in found if wish is None or pair[0] == wish.format]
+
+
+@dataclass(frozen=True)
+class MatmulFamily(WeightedFamily[Dense]):
+    """Kernels of :mod:`sparse_tvm.schedules.cpu.matmul`."""
+
+    name: ClassVar[str] = "matmul"
+    operator: ClassVar[type[Dense]] = Dense
+
+    def refuses(self, op: Dense, target: Target) -> str | None:
+        if op.types != FLOAT32:
+            return f"{self.name} computes float32 only"
+        for step in op.epilogue:
+            if not isinstance(step, Bias | Residual | Activation):
+                return f"{self.name} has no epilogue {step}"
+        return None
+
+    def candidates(
+        self, op: Dense, weight: WeightStatistics, target: Target, wish: Wish | None = None
+    ) -> Sequence[Layout]:
+        found = []
+        if wish is None or wish.format == "dense":
+            rows = dense_rows(weight.shape[0], Simd.of(target))
+            found.append(Layout(self.name, "dense", (rows, 1)))
+        for format, block in wished_blocks(weight, wish):
+            for parts in part_counts(weight.shape[1], block[0], target):
+                layout = Layout(self.name, format, block)
+                found.append(layout.having(parts=parts) if parts > 1 else layout)
+        return found
+
+    def cost(
+        self, op: Dense, layout: Layout, weight: WeightStatistics, tokens: int, target: Target
+    ) -> float:
+        return matmul_seconds(weight.shape, layout, _stored(weight, layout), target, tokens)
+
+    def pack(
+        self, op: Dense, w: np.ndarray, layout: Layout, target: Target
+    ) -> dict[str, np.ndarray]:
+        return split_arrays(w, layout)
+
+    def build(
+        self, op: Dense, operands: Sequence[Extents], output: Extents, target: Target
+    ) -> Kernel:
+        from sparse_tvm.schedules.cpu.matmul import matmul
+
+        n, k = op.matrix
+        layout = op.stored
+        rows, columns = layout.block
+        size = f"_{rows}x{columns}" if layout.format != "csr" else ""
+        parts = layout.get("parts", 1)
+        split = [f"{parts}parts"] if parts > 1 else []
+        title = "_".join([layout.format + size, f"{n}x{k}", *split, *op.step_titles])
+        tiles = tiles_for(operands[0])
+        return Kernel(title, matmul(tiles, n, k, layout, op.epilogue, Simd.of(target)))
+
+    def work(
+        self,
+        op: Dense,
+        operands: Sequence[Extents],
+        output: Extents,
+        nonzeros: int | None = None,
+    ) -> Work:
+        return layer_work(op.matrix, op.stored, operands, output, nonzeros)
+
+
+def layer_work(
+    matrix: tuple[int, int],
+    layout: Layout,
+    operands: Sequence[Extents],
+    output: Extents,
+    nonzeros: int | None,
+) -> Work:
+    """The work of a layer: each of its weights multiplies as many values as an output has."""
+    n, k = matrix
+    count = n * k if nonzeros is None else nonzeros
+    flops = 2.0 * count * elements(output) / n
+    # A sparse block loads a value, of four bytes, for two FLOPs in each of its rows.
+    near = 2.0 * flops / layout.block[0] if layout.sparse else 0.0
+    return Work(flops, bytes_of([*operands, output]), near)
+
+
+def _stored(weight: WeightStatistics, layout: Layout) -> int:
+    """How many blocks of the weight are stored."""
+    if layout.sparse:
+        return weight.stored_blocks(layout.block)
+    return -(-weight.shape[0] // layout.block[0]) * weight.shape[1]

@@ -1,0 +1,79 @@
+"""What happens to each token or element alone: layer norm, and the moves into and out of tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sparse_tvm.families import Extents, Kernel, KernelFamily, Op, Work
+from sparse_tvm.operators import FLOAT32, LayerNorm
+from sparse_tvm.schedules.cpu.families.extents import bytes_of, known_or_symbols, tiles_for
+from sparse_tvm.schedules.cpu.operators import LanePack, LaneUnpack
+from sparse_tvm.schedules.cpu.simd import Simd
+from sparse_tvm.targets import Target
+
+_ROWS = ("lead", "rows", "features")
+
+
+class _MovesOnly(KernelFamily[Op]):
+    """A family whose work is to read its operands and to write its output."""
+
+    def refuses(self, op: Op, target: Target) -> str | None:
+        return None if op.types == FLOAT32 else f"{self.name} takes float32 only"
+
+    def work(
+        self,
+        op: Op,
+        operands: Sequence[Extents],
+        output: Extents,
+        nonzeros: int | None = None,
+    ) -> Work:
+        return Work(bytes=bytes_of([*operands, output]))
+
+
+@dataclass(frozen=True)
+class LayerNormFamily(_MovesOnly[LayerNorm]):
+    """The kernel of :mod:`sparse_tvm.schedules.cpu.normalize`."""
+
+    name: ClassVar[str] = "layer_norm"
+    operator: ClassVar[type[LayerNorm]] = LayerNorm
+
+    def build(
+        self, op: LayerNorm, operands: Sequence[Extents], output: Extents, target: Target
+    ) -> Kernel:
+        from sparse_tvm.schedules.cpu.normalize import layer_norm
+
+        features: Any = output.shape[2]
+        function = layer_norm(tiles_for(operands[0]), features, op.epsilon, Simd.of(target))
+        return Kernel(f"layer_norm_{features}", function)
+
+
+@dataclass(frozen=True)
+class LanePackFamily(_MovesOnly[LanePack]):
+    """Into lane tiles, with :mod:`sparse_tvm.schedules.cpu.pack`."""
+
+    name: ClassVar[str] = "lane_pack"
+    operator: ClassVar[type[LanePack]] = LanePack
+
+    def build(
+        self, op: LanePack, operands: Sequence[Extents], output: Extents, target: Target
+    ) -> Kernel:
+        from sparse_tvm.schedules.cpu.pack import pack
+
+        return Kernel(self.name, pack(*known_or_symbols(operands[0], _ROWS)))
+
+
+@dataclass(frozen=True)
+class LaneUnpackFamily(_MovesOnly[LaneUnpack]):
+    """Out of lane tiles, with :mod:`sparse_tvm.schedules.cpu.pack`."""
+
+    name: ClassVar[str] = "lane_unpack"
+    operator: ClassVar[type[LaneUnpack]] = LaneUnpack
+
+    def build(
+        self, op: LaneUnpack, operands: Sequence[Extents], output: Extents, target: Target
+    ) -> Kernel:
+        from sparse_tvm.schedules.cpu.pack import unpack
+
+        return Kernel(self.name, unpack(*known_or_symbols(output, _ROWS)))

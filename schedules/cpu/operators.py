@@ -1,0 +1,24 @@
+"""Operators that only the CPU backend has: into its layout of activations, and out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sparse_tvm.operators import Operator
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanePack(Operator):
+    """``[lead, rows, features]`` to lane tiles (see :mod:`sparse_tvm.schedules.cpu.lane_tiles`)."""
+
+    name: ClassVar[str] = "lane_pack"
+    operands: ClassVar[str] = "x"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaneUnpack(Operator):
+    """Lane tiles to ``[lead, rows, features]``."""
+
+    name: ClassVar[str] = "lane_unpack"
+    operands: ClassVar[str] = "x"

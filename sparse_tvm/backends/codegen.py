@@ -1,0 +1,46 @@
+"""From scheduled kernels to code, with TVM's LLVM code generator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm import relax
+from tvm.relax.backend.cpu_generic.pipeline import finalize_passes
+
+from sparse_tvm.backends.base import BackendTarget
+from sparse_tvm.errors import BuildError
+from sparse_tvm.passes.program import Program
+from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
+
+
+def generate(program: Program, target: BackendTarget) -> Any:
+    """Generate code for ``main(inputs..., weights)``, weights being one tuple.
+
+    Returns
+    -------
+    tvm.relax.VMExecutable
+        To be exported as a library.
+
+    Raises
+    ------
+    BuildError
+        When code generation fails.
+    """
+    with tvm.target.Target(target.tvm_target()) as tvm_target:
+        finish = tvm.transform.Sequential(
+            [
+                relax.transform.BundleModelParams(),
+                relax.transform.ToNonDataflow(),
+                relax.transform.RemovePurityChecking(),
+                relax.transform.CallTIRRewrite(),
+                *finalize_passes(tvm_target),
+            ]
+        )
+        try:
+            with tvm.transform.PassContext(opt_level=3, config=FAST_MATH):
+                return tvm.compile(program.module, target=tvm_target, relax_pipeline=finish)
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            reason = text[-1] if text else repr(error)
+            raise BuildError(f"code generation failed: {reason}") from error

@@ -1,0 +1,76 @@
+"""The CPU backend: x86 and ARM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sparse_tvm.backends.base import Backend, BackendTarget
+from sparse_tvm.schedules.cpu.families.attention import AttentionFamily
+from sparse_tvm.schedules.cpu.families.convolution import ConvolutionFamily, DepthwiseFamily
+from sparse_tvm.schedules.cpu.families.matmul import MatmulFamily
+from sparse_tvm.schedules.cpu.families.product import ProductFamily
+from sparse_tvm.schedules.cpu.families.rows import (
+    LanePackFamily,
+    LaneUnpackFamily,
+    LayerNormFamily,
+)
+from sparse_tvm.targets import ALIASES, NATIVE, TARGETS, Target, get_target
+
+if TYPE_CHECKING:
+    from sparse_tvm.passes.infrastructure import Phase
+    from sparse_tvm.passes.program import Program
+
+
+class CpuBackend(Backend):
+    """CPUs by TVM's LLVM code generator, activations in lane tiles."""
+
+    name: ClassVar[str] = "cpu"
+
+    def __init__(self) -> None:
+        super().__init__(
+            [
+                MatmulFamily(),
+                ConvolutionFamily(),
+                DepthwiseFamily(),
+                AttentionFamily(),
+                ProductFamily(),
+                LayerNormFamily(),
+                LanePackFamily(),
+                LaneUnpackFamily(),
+            ]
+        )
+
+    @property
+    def targets(self) -> Sequence[Target]:
+        return list(TARGETS.values())
+
+    def find_target(self, name: str) -> Target | None:
+        known = name == NATIVE or name in TARGETS or name in ALIASES
+        return get_target(name) if known else None
+
+    def phases(self) -> Sequence[Phase]:
+        from sparse_tvm.passes.cpu.lane_layout import lane_layout
+        from sparse_tvm.passes.cpu.legalize import legalize
+        from sparse_tvm.passes.cpu.lower_kernels import lower_kernels
+        from sparse_tvm.passes.cpu.schedule_rest import schedule_rest
+        from sparse_tvm.passes.infrastructure import Phase
+
+        return (
+            Phase("lane layout", (lane_layout,)),
+            Phase("legalise", (legalize,)),
+            Phase("schedule", (lower_kernels, schedule_rest)),
+        )
+
+    def generate(self, program: Program, target: BackendTarget) -> Any:
+        from sparse_tvm.backends.codegen import generate
+
+        return generate(program, target)
+
+    def write_library(self, code: Any, target: BackendTarget, path: Path) -> None:
+        from sparse_tvm.linker import fcompile
+
+        assert isinstance(target, Target)
+        code.export_library(str(path), fcompile=partial(fcompile, triple=target.triple))
