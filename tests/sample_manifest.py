@@ -6,7 +6,7 @@ from typing import Any
 def sample_layer(name: str, sparsity: float, **changes: Any) -> dict[str, Any]:
     layer = {
         "name": name,
-        "op": "MatMul",
+        "op": "dense",
         "shape": [3072, 768],
         "sparsity": sparsity,
         "nnz": round((1 - sparsity) * 3072 * 768),
@@ -17,6 +17,7 @@ def sample_layer(name: str, sparsity: float, **changes: Any) -> dict[str, Any]:
         "epilogue": ["bias", "gelu"],
         "reason": "rule value=csr; predicted 7.6x dense",
         "bytes": 1_200_000,
+        "precision": "float32",
     }
     return {**layer, **changes}
 
@@ -49,6 +50,7 @@ def sample_manifest(depth: int = 2) -> dict[str, Any]:
             "kind": "ONNX model",
             "sha256": "0" * 64,
         },
+        "backend": "cpu",
         "target": {
             "name": "x86-64-v3",
             "triple": "x86_64-linux-gnu",

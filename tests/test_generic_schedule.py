@@ -6,19 +6,15 @@ import numpy as np
 import pytest
 import tvm
 from tvm import relax, tirx
-from tvm.relax.backend.cpu_generic.pipeline import finalize_passes
 
-from sparse_tvm.cpu import host_features
-from sparse_tvm.passes.batch_matmul import batch_matmul
-from sparse_tvm.passes.legalize import legalize
-from sparse_tvm.passes.lower_kernels import lower_kernels
+from sparse_tvm.backends import get_backend
+from sparse_tvm.passes.infrastructure import Context
+from sparse_tvm.passes.pipeline import phases
 from sparse_tvm.passes.program import Program
-from sparse_tvm.passes.schedule_rest import schedule_rest
-from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
-from sparse_tvm.targets import TARGETS, get_target
+from sparse_tvm.targets import TARGETS, get_target, runs_here
 
 HOST = get_target()
-RUNNABLE = [target for target in TARGETS.values() if host_features().issuperset(target.features)]
+RUNNABLE = [target for target in TARGETS.values() if runs_here(target)]
 
 
 def compile_function(build, *shapes, target=HOST):
@@ -39,22 +35,14 @@ def compile_function(build, *shapes, target=HOST):
             result = builder.emit_output(builder.emit(build(*inputs)))
         builder.emit_func_output(result)
     program = Program(builder.finalize(), {}, {})
-    program = legalize(batch_matmul(program), target)
-    program = schedule_rest(lower_kernels(program, target), target)
+    context = Context(get_backend("cpu"), target)
+    for phase in phases(context.backend):
+        program = phase.run(program, context)
     assert not program.notes
-    target = tvm.target.Target(target.tvm_target())
-    finish = tvm.transform.Sequential(
-        [
-            relax.transform.ToNonDataflow(),
-            relax.transform.RemovePurityChecking(),
-            relax.transform.CallTIRRewrite(),
-            *finalize_passes(target),
-        ]
-    )
-    with target, tvm.transform.PassContext(config=FAST_MATH):
-        library = tvm.compile(program.module, target, relax_pipeline=finish)
+    library = context.backend.generate(program, target)
     machine = relax.VirtualMachine(library, tvm.cpu())
-    return lambda *arrays: machine["main"](*map(tvm.runtime.tensor, arrays)).numpy()
+    weights = tuple(map(tvm.runtime.tensor, program.weights.values()))
+    return lambda *arrays: machine["main"](*map(tvm.runtime.tensor, arrays), weights).numpy()
 
 
 def normal(*shape):

@@ -126,7 +126,7 @@ def test_kernels_name_every_layer_once(compiled):
     served = [
         layer
         for kernel in compiled.manifest["kernels"].values()
-        if kernel["kind"] in ("dense", "sparse_dense")
+        if kernel["kind"] == "dense"
         for layer in kernel["layers"]
     ]
     assert sorted(served) == sorted(layers_of(compiled.manifest))
@@ -208,7 +208,10 @@ def test_dump_ir_writes_the_module_after_each_phase(model, tmp_path):
     assert "R.matmul" in texts["import"]
     assert "sparse_tvm.dense" in texts["fuse"]
     assert "sparse_tvm.attention" in texts["fuse"]
-    assert "sparse_tvm.pack" in texts["lane layout"]
-    assert "sparse_tvm.sparse_dense" in texts["dense to sparse"]
+    assert "layout" not in texts["fuse"]
+    for format in ("dense", "csr", "bsr"):
+        assert re.search(rf"format\W+{format}\W", texts["dense to sparse"]), format
+    assert "sparse_tvm.lane_pack" not in texts["dense to sparse"]
+    assert "sparse_tvm.lane_pack" in texts["lane layout"]
     assert "T.parallel" in texts["schedule"]
     assert "call_dps_packed" not in texts["schedule"]

@@ -437,7 +437,7 @@ def test_sparse_convolution(name, options, tmp_path):
     graph = f"(float{list(x)} x) => (float[N] y) {{ y = {conv}(x, w) }}"
     result = check(build(graph, w=weight.astype(np.float32)), tmp_path, tolerance=1e-4, **options)
     (layer,) = result.manifest["layers"]
-    assert (layer["op"], layer["format"]) == ("conv2d", options["format"])
+    assert (layer["op"], layer["format"]) == ("convolution", options["format"])
 
 
 def test_what_follows_a_convolution_is_fused(tmp_path):
@@ -447,7 +447,7 @@ def test_what_follows_a_convolution_is_fused(tmp_path):
     tensors = {"v": normal(12, 8, 3, 3), "b": normal(12), "w": normal(8, 12, 1, 1)}
     model = build(graph, **tensors, low=np.float32(0), high=np.float32(6))
     layers = check(model, tmp_path, tolerance=1e-4).manifest["layers"]
-    assert layers[0]["epilogue"] == ["bias", "maximum:0.0", "minimum:6.0"]
+    assert layers[0]["epilogue"] == ["bias", "clamp(0, 6)"]
     assert layers[1]["epilogue"] == ["residual", "relu"]
 
 

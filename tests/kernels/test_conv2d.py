@@ -7,10 +7,12 @@ from harness import PER_FORM, every_form, run, simd, thread_counts
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from sparse_tvm.passes.convert_weights import balanced_partition, stored_arrays
+from sparse_tvm.operators import Activation, Bias, Clamp, Layout, Residual
+from sparse_tvm.schedules.cpu.block_arrays import balanced_partition, stored_arrays
 from sparse_tvm.schedules.cpu.conv2d import Conv2d, conv2d, depthwise_conv2d, tiling_of
-from sparse_tvm.schedules.cpu.matmul import WeightLayout
 
+RELU = Activation("relu")
+STEPS = [Bias(), Residual(), RELU, Clamp(high=0.5), Clamp(-0.25, 0.25)]
 sides = st.integers(1, 20)
 problems = st.fixed_dictionaries(
     {
@@ -22,7 +24,7 @@ problems = st.fixed_dictionaries(
         "stride": st.tuples(st.integers(1, 3), st.integers(1, 3)),
         "dilation": st.tuples(st.integers(1, 2), st.integers(1, 2)),
         "pads": st.tuples(*[st.integers(0, 2)] * 4),
-        "epilogue": st.lists(st.sampled_from(["bias", "residual", "relu", "minimum:0.5"])),
+        "epilogue": st.lists(st.sampled_from(STEPS)),
         "threads": thread_counts,
         "seed": st.integers(0, 2**16),
     }
@@ -36,7 +38,7 @@ SMALL = {
     "stride": (2, 1),
     "dilation": (1, 1),
     "pads": (1, 1, 1, 0),
-    "epilogue": ["bias", "residual", "relu"],
+    "epilogue": [Bias(), Residual(), RELU],
     "threads": 2,
     "seed": 0,
 }
@@ -60,7 +62,7 @@ def test_conv2d(target, problem, form):
     w = rng.standard_normal((conv.out_channels, conv.channels, *conv.kernel)).astype("float32")
     if format != "dense":
         w[rng.random(w.shape) < 0.7] = 0
-    layout = WeightLayout(format, (rows, 1))
+    layout = Layout("convolution", format, (rows, 1))
     arrays = stored_arrays(w.reshape(len(w), -1), layout)
     tiling = tiling_of(conv, rows, simd(target))
     if layout.sparse:
@@ -112,14 +114,15 @@ def check(target, problem, conv, w, arrays, build, rng):
     expected = reference(x.astype("float64"), w.astype("float64"), conv)
     extras = []
     for step in problem["epilogue"]:
-        if step in ("bias", "residual"):
-            size = conv.out_channels if step == "bias" else shape
-            extras.append(rng.standard_normal(size).astype("float32"))
-            expected += extras[-1].reshape(-1, 1, 1) if step == "bias" else extras[-1]
-        elif step == "relu":
-            expected = np.maximum(expected, 0)
+        if step.operand:
+            is_bias = isinstance(step, Bias)
+            extra = rng.standard_normal(conv.out_channels if is_bias else shape).astype("float32")
+            extras.append(extra)
+            expected += extra.reshape(-1, 1, 1) if is_bias else extra
+        elif isinstance(step, Clamp):
+            expected = np.clip(expected, step.low, step.high)
         else:
-            expected = np.minimum(expected, 0.5)
+            expected = np.maximum(expected, 0)
     kernel = build((x.shape, shape))
     result = run(kernel, target, problem["threads"], [x, *arrays, *extras], shape)
     np.testing.assert_allclose(result, expected, rtol=0, atol=1e-4)

@@ -7,19 +7,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sparse_tvm.passes.convert_weights import FormatOptions, choose
+from sparse_tvm.backends import get_backend
+from sparse_tvm.operators import Dense, Layout
+from sparse_tvm.passes.formats import FormatOptions, choose
 from sparse_tvm.schedules.cpu.cost import dense_rows, matmul_cycles, matmul_seconds, part_counts
-from sparse_tvm.schedules.cpu.matmul import WeightLayout
 from sparse_tvm.schedules.cpu.simd import Simd
-from sparse_tvm.sparsity.analysis import analyse
 from sparse_tvm.sparsity.pruning import prune_array
+from sparse_tvm.sparsity.statistics import MeasuredWeight
 from sparse_tvm.targets import TARGETS
 
 EVERY_TARGET = pytest.mark.parametrize(
     "target", TARGETS.values(), ids=[target.name for target in TARGETS.values()]
 )
 SHAPES = pytest.mark.parametrize("shape", [(768, 768), (3072, 768), (768, 3072)])
-SPARSE = [WeightLayout("csr", (1, 1)), *(WeightLayout("bsr", (n, 1)) for n in (2, 4, 8, 16))]
+SPARSE = [
+    Layout("matmul", "csr", (1, 1)),
+    *(Layout("matmul", "bsr", (n, 1)) for n in (2, 4, 8, 16)),
+]
 
 
 def weight(shape, sparsity, structure):
@@ -28,7 +32,8 @@ def weight(shape, sparsity, structure):
 
 
 def chosen(w, target):
-    return choose("layer", w, analyse(w), FormatOptions(), target)
+    op = Dense(layer="layer", matrix=w.shape)
+    return choose(op, MeasuredWeight(w), FormatOptions(), get_backend("cpu"), target)
 
 
 def blocks_of(shape, layout, density=0.1):
@@ -51,11 +56,11 @@ def test_a_smaller_or_slower_cache_never_helps(target, shape, layout):
 
 @EVERY_TARGET
 def test_parts_pay_where_the_second_cache_is_far(target):
-    shape, layout = (4096, 4096), WeightLayout("csr", (1, 1))
+    shape, layout = (4096, 4096), Layout("matmul", "csr", (1, 1))
     blocks = blocks_of(shape, layout)
     target = replace(target, costs=replace(target.costs, l2_line=20.0))
     whole, *split = (
-        matmul_cycles(shape, replace(layout, parts=parts), blocks, target)
+        matmul_cycles(shape, layout.having(parts=parts), blocks, target)
         for parts in part_counts(shape[1], 1, target)
     )
     assert min(split) < whole
@@ -89,7 +94,7 @@ def test_unstructured_95_percent_is_sparse(target, shape):
 
 @EVERY_TARGET
 def test_more_tokens_take_longer(target):
-    shape, layout = (768, 768), WeightLayout("csr", (1, 1))
+    shape, layout = (768, 768), Layout("matmul", "csr", (1, 1))
     blocks = blocks_of(shape, layout)
     seconds = [
         matmul_seconds(shape, layout, blocks, target, tokens) for tokens in (1, 16, 64, 128, 512)

@@ -20,8 +20,9 @@ from harness import (
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sparse_tvm.passes.convert_weights import split_arrays
-from sparse_tvm.schedules.cpu.matmul import WeightLayout, matmul
+from sparse_tvm.operators import Activation, Bias, Layout, Residual
+from sparse_tvm.schedules.cpu.block_arrays import split_arrays
+from sparse_tvm.schedules.cpu.matmul import matmul
 
 ACTIVATIONS = {
     "relu": lambda y: np.maximum(y, 0),
@@ -31,7 +32,7 @@ ACTIVATIONS = {
     "sigmoid": lambda y: 1 / (1 + np.exp(-y)),
     "silu": lambda y: y / (1 + np.exp(-y)),
 }
-STEPS = ["bias", "residual", *ACTIVATIONS]
+STEPS = [Bias(), Residual(), *map(Activation, ACTIVATIONS)]
 
 extents = st.one_of(st.sampled_from([1, 2, 15, 16, 17, 33]), st.integers(1, 70))
 problems = st.fixed_dictionaries(
@@ -75,17 +76,16 @@ def check(
     w = w.astype("float32")
     x = rng.standard_normal((lead, rows, k)).astype("float32")
     extras = [
-        rng.standard_normal(n if step == "bias" else (lead, rows, n)).astype("float32")
+        rng.standard_normal(n if step == Bias() else (lead, rows, n)).astype("float32")
         for step in epilogue
-        if step in ("bias", "residual")
+        if step.operand
     ]
 
     block_rows, columns = min(block[0], n), min(block[1], k)
-    layout = WeightLayout(
-        format,
-        {"dense": (block_rows, 1), "csr": (1, 1), "bsr": (block_rows, columns)}[format],
-        1 if format == "dense" else parts,
-    )
+    blocks = {"dense": (block_rows, 1), "csr": (1, 1), "bsr": (block_rows, columns)}
+    layout = Layout("matmul", format, blocks[format])
+    if format != "dense":
+        layout = layout.having(parts=parts)
     kernel = matmul(tiles_for(lead, rows, symbolic), n, k, layout, epilogue, simd(target))
     arguments = [
         to_tiles(x),
@@ -97,7 +97,10 @@ def check(
     expected = x.astype("float64") @ w.T.astype("float64")
     operands = iter(extras)
     for step in epilogue:
-        expected = ACTIVATIONS[step](expected) if step in ACTIVATIONS else expected + next(operands)
+        if step.operand:
+            expected = expected + next(operands)
+        else:
+            expected = ACTIVATIONS[step.function](expected)
     scale = max(1.0, float(np.abs(expected).max()))
     np.testing.assert_allclose(from_tiles(tiled, rows), expected, rtol=0, atol=2e-5 * scale)
 
@@ -116,7 +119,14 @@ SMALLEST = {
     "threads": 1,
     "seed": 0,
 }
-ALL_ZERO = {**SMALLEST, "rows": 19, "n": 13, "k": 9, "sparsity": 1.0, "epilogue": ["bias", "relu"]}
+ALL_ZERO = {
+    **SMALLEST,
+    "rows": 19,
+    "n": 13,
+    "k": 9,
+    "sparsity": 1.0,
+    "epilogue": [Bias(), Activation("relu")],
+}
 EVERY_STEP = {**SMALLEST, "rows": 70, "n": 17, "k": 33, "epilogue": STEPS, "threads": 2}
 
 

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tvm
 from tvm import relax, tirx
 
-from sparse_tvm.compiler import _build
+from sparse_tvm.backends import resolve_target
+from sparse_tvm.operators import Operator
 from sparse_tvm.passes import dialect
-from sparse_tvm.passes.convert_weights import FormatOptions
-from sparse_tvm.passes.dense_to_sparse import dense_to_sparse
-from sparse_tvm.passes.fc_transpose import fc_transpose
-from sparse_tvm.passes.fuse_attention import fuse_attention
-from sparse_tvm.passes.fuse_epilogue import fuse_epilogue
+from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.graph import Rewrite, op_name
-from sparse_tvm.passes.lane_layout import lane_layout
-from sparse_tvm.passes.legalize import legalize
-from sparse_tvm.passes.lower_kernels import lower_kernels
+from sparse_tvm.passes.infrastructure import Context, Pass
+from sparse_tvm.passes.pipeline import phases
 from sparse_tvm.passes.program import Program
-from sparse_tvm.passes.schedule_rest import schedule_rest
-from sparse_tvm.targets import get_target
 
-Pass = Callable[[Program], Program]
+
+def context(*rules: str, target: str = "native", **options: Any) -> Context:
+    """What passes may ask: a target by name, and the command line's options."""
+    values = {"format": "auto", "block": None, "threshold": None, **options}
+    return Context(*resolve_target(target), FormatOptions.parse(**values, rules=rules))
 
 
 def program(module: tvm.IRModule, **weights: np.ndarray) -> Program:
@@ -80,12 +79,11 @@ def assert_unchanged(passes: Pass | list[Pass], before: Program) -> Program:
     return assert_becomes(passes, before, before.module)
 
 
-def apply(passes: Pass | list[Pass], subject: Program) -> Program:
-    """Apply the passes to a copy."""
-    after = Program(subject.module, dict(subject.weights), dict(subject.layers))
-    for one in [passes] if callable(passes) else passes:
-        after = one(after)
-    return after
+def apply(passes: Pass | list[Pass], subject: Program, within: Context | None = None) -> Program:
+    """Apply the passes, for the native target unless a context says otherwise."""
+    for one in [passes] if isinstance(passes, Pass) else passes:
+        subject = one(subject, within or context())
+    return subject
 
 
 class _Rebuild(Rewrite):
@@ -112,17 +110,16 @@ def operators(subject: Program) -> list[str]:
     names = []
     for block in subject.module["main"].body.blocks:
         for binding in block.bindings:
-            found = dialect.match(binding.value)
-            name = found.name if found else op_name(binding.value)
+            found = dialect.match(binding.value, Operator)
+            name = found.op.name if found else op_name(binding.value)
             if name is not None:
                 names.append(name.removeprefix("relax."))
     return names
 
 
-def calls(subject: Program, name: str) -> list[dialect.DialectCall]:
+def calls(subject: Program, kind: type[dialect.Op]) -> list[dialect.OperatorCall[dialect.Op]]:
     """The calls of one of our operators, in order."""
-    values = [b.value for block in subject.module["main"].body.blocks for b in block.bindings]
-    return [found for value in values if (found := dialect.match(value, name)) is not None]
+    return list(dialect.calls(subject, kind))
 
 
 def evaluate(subject: Program, *inputs: np.ndarray) -> np.ndarray:
@@ -132,18 +129,14 @@ def evaluate(subject: Program, *inputs: np.ndarray) -> np.ndarray:
 
 
 def compile_and_run(
-    subject: Program,
-    *inputs: np.ndarray,
-    target: str = "native",
-    options: FormatOptions | None = None,
+    subject: Program, *inputs: np.ndarray, within: Context | None = None
 ) -> np.ndarray:
-    """Output of a program through every pass from fc-transpose on."""
-    chosen = get_target(target)
-    subject = apply([fc_transpose, fuse_epilogue, fuse_attention, lane_layout], subject)
-    subject = dense_to_sparse(subject, options or FormatOptions(), chosen)
-    subject = schedule_rest(lower_kernels(legalize(subject, chosen), chosen), chosen)
+    """Output of a program through the whole pipeline."""
+    within = within or context()
+    for phase in phases(within.backend):
+        subject = phase.run(subject, within)
     weights = tuple(tvm.runtime.tensor(array) for array in subject.weights.values())
-    return _run(_build(subject, chosen), *inputs, weights)
+    return _run(within.backend.generate(subject, within.target), *inputs, weights)
 
 
 def _run(executable: relax.VMExecutable, *arguments: np.ndarray | tuple) -> np.ndarray:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import apply, build, calls, check_weights, operators
+from helpers import apply, build, calls, check_weights, context, operators
 from tvm import relax
 
-from sparse_tvm.passes.convert_weights import FormatOptions
+from sparse_tvm.operators import Dense, Layout
+from sparse_tvm.passes.cpu.lane_layout import lane_layout
 from sparse_tvm.passes.dense_to_sparse import dense_to_sparse
 from sparse_tvm.passes.fc_transpose import fc_transpose
+from sparse_tvm.passes.fuse_convolution import fuse_convolution
 from sparse_tvm.passes.fuse_epilogue import fuse_epilogue
-from sparse_tvm.passes.lane_layout import lane_layout
 from sparse_tvm.passes.program import Program
 from sparse_tvm.sparsity.analysis import analyse
 from sparse_tvm.sparsity.pruning import prune_array
-from sparse_tvm.targets import get_target
 
 OP = relax.op
-PASSES = [fc_transpose, fuse_epilogue, lane_layout]
+PASSES = [fc_transpose, fuse_epilogue, fuse_convolution, dense_to_sparse]
 
 
 def layers(emit, x, sparse, plain, b):
@@ -36,31 +36,19 @@ def before(tokens="tokens", weights=None):
     return subject
 
 
-def converted(subject: Program, *rules: str, **options) -> Program:
-    values = {"format": "auto", "block": None, "threshold": None, **options}
-    chosen = FormatOptions.parse(*values.values(), rules)
-    return dense_to_sparse(apply(PASSES, subject), chosen, get_target("x86-64-v4"))
+def converted(subject: Program, *rules: str) -> Program:
+    return apply(PASSES, subject, context(*rules, target="x86-64-v4"))
 
 
 @pytest.mark.parametrize("tokens", [24, "tokens"])
 def test_each_layer_gets_its_form(tokens):
     after = converted(before(tokens))
     check_weights(after)
-    assert [name for name in operators(after) if name != "reshape"] == [
-        "pack",
-        "sparse_dense",
-        "dense",
-        "unpack",
-    ]
-    (sparse,) = calls(after, "sparse_dense")
-    assert sparse.attributes == {
-        "layer": "sparse",
-        "epilogue": ["bias", "relu"],
-        "format": "bsr",
-        "block": [4, 1],
-        "parts": 1,
-        "weight": [64, 64],
-    }
+    assert operators(after) == ["dense", "dense"]
+    sparse, dense = calls(after, Dense)
+    assert (sparse.op.layer, sparse.op.matrix) == ("sparse", (64, 64))
+    assert list(map(str, sparse.op.epilogue)) == ["bias", "relu"]
+    assert sparse.op.layout == Layout("matmul", "bsr", (4, 1))
     assert [arg.name for arg in sparse.args[1:]] == [
         "sparse_fc.data",
         "sparse_fc.indices",
@@ -69,9 +57,15 @@ def test_each_layer_gets_its_form(tokens):
         "sparse_fc.partition",
         "b",
     ]
-    (dense,) = calls(after, "dense")
     assert [arg.name for arg in dense.args[1:]] == ["plain_fc.data"]
-    assert dense.attributes["format"] == "dense"
+    assert (dense.op.layer, dense.op.stored.format) == ("plain", "dense")
+
+
+def test_layers_in_tiles_keep_their_weights():
+    after = apply(lane_layout, converted(before()))
+    names = [name for name in operators(after) if name != "reshape"]
+    assert names == ["lane_pack", "dense", "dense", "lane_unpack"]
+    assert after.weights.keys() == converted(before()).weights.keys()
 
 
 def test_dense_weights_leave_the_program():
@@ -117,17 +111,44 @@ def test_rules_and_a_block_that_was_cut():
     assert report.reason.endswith("32x1 stored as 16x1")
 
 
-def test_shared_weight_is_stored_and_reported_once():
+def test_shared_weight_is_stored_once_and_each_use_reported():
     def body(emit, x, w):
         return OP.matmul(emit(OP.nn.relu(emit(OP.matmul(x, w)))), w)
 
     subject = build(body, {"x": ("tokens", 64)}, {"w": (64, 64)})
     subject.weights["w"] = prune_array(subject.weights["w"].T, 0.95, "4x1").T
     after = converted(subject)
-    first, second = calls(after, "sparse_dense")
+    first, second = calls(after, Dense)
     assert [a.name for a in first.args[1:]] == [a.name for a in second.args[1:]]
-    assert list(after.reports) == ["w"]
     assert len(after.weights) == 5
+    assert list(after.reports) == [first.op.layer, second.op.layer]
+    stored, shared = after.reports.values()
+    assert (stored.name, shared.name) == ("w", second.op.layer)
+    assert stored.bytes == sum(array.nbytes for array in after.weights.values())
+    assert shared.bytes == 0
+    assert "shares" not in stored.reason
+    assert shared.reason == f"{stored.reason}; shares the weight of w"
+    assert (stored.epilogue, shared.epilogue) == (("relu",), ())
+    for key in ("op", "shape", "sparsity", "nnz", "structure", "format", "block", "precision"):
+        assert getattr(stored, key) == getattr(shared, key), key
+
+
+def test_convolutions_of_images_of_two_sizes_store_one_weight_twice():
+    """The arrays of a convolution's weight hold offsets into the image."""
+
+    def body(emit, small, large, w):
+        sums = [emit(OP.sum(emit(OP.nn.conv2d(image, w)))) for image in (small, large)]
+        return OP.add(*sums)
+
+    inputs = {"small": (1, 4, 6, 6), "large": (1, 4, 9, 9)}
+    subject = build(body, inputs, {"w": (8, 4, 3, 3)})
+    after = converted(subject)
+    check_weights(after)
+    small, large = after.reports.values()
+    assert (small.op, large.op) == ("convolution", "convolution")
+    assert small.bytes > 0
+    assert large.bytes > 0
+    assert small.bytes + large.bytes == sum(array.nbytes for array in after.weights.values())
 
 
 def test_two_forms_of_one_weight_have_reports_of_their_own():

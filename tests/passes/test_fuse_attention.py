@@ -9,6 +9,7 @@ import pytest
 from helpers import apply, build, calls, compile_and_run, operators
 from tvm import relax
 
+from sparse_tvm.operators import Attention
 from sparse_tvm.passes.fuse_attention import fuse_attention
 
 OP = relax.op
@@ -122,7 +123,7 @@ SPELLINGS = {
 def test_spelling(name):
     before = build(SPELLINGS[name], QKV)
     after = apply(fuse_attention, before)
-    assert [call.attributes["heads"] for call in calls(after, "attention")] == [HEADS]
+    assert [call.op.heads for call in calls(after, Attention)] == [HEADS]
     assert "nn.softmax" not in operators(after)
     assert after.notes == []
     check(before)
@@ -131,7 +132,7 @@ def test_spelling(name):
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_spelling_with_symbolic_extents(name):
     before = build(SPELLINGS[name], dict.fromkeys("qkv", ("batch", "tokens", HIDDEN)))
-    assert len(calls(apply(fuse_attention, before), "attention")) == 1
+    assert len(calls(apply(fuse_attention, before), Attention)) == 1
 
 
 def test_scale_is_the_product_of_all_factors():
@@ -139,27 +140,27 @@ def test_scale_is_the_product_of_all_factors():
         return emit(OP.multiply(emit(OP.divide(scores, const(2.0))), const(3.0)))
 
     after = apply(fuse_attention, build(attention(split_q=scaled_q, scale=scale), QKV))
-    (call,) = calls(after, "attention")
-    assert call.attributes["scale"] == pytest.approx(1.5 * SIZE**-0.25)
+    (call,) = calls(after, Attention)
+    assert call.op.scale == pytest.approx(1.5 * SIZE**-0.25)
 
 
 def test_no_scale():
-    (call,) = calls(apply(fuse_attention, build(attention(scale=unscaled), QKV)), "attention")
-    assert call.attributes["scale"] == 1.0
-    assert call.attributes["masked"] is False
+    (call,) = calls(apply(fuse_attention, build(attention(scale=unscaled), QKV)), Attention)
+    assert call.op.scale == 1.0
+    assert call.op.mask is None
 
 
 def test_keys_of_another_length():
     inputs = {"q": (3, 5, HIDDEN), "k": (3, 21, HIDDEN), "v": (3, 21, HIDDEN)}
     before = build(attention(), inputs)
-    assert len(calls(apply(fuse_attention, before), "attention")) == 1
+    assert len(calls(apply(fuse_attention, before), Attention)) == 1
     check(before, inputs=inputs)
 
 
 def test_keys_of_another_symbolic_length():
     inputs = {n: ("batch", "queries" if n == "q" else "keys", HIDDEN) for n in "qkv"}
     before = build(attention(), inputs)
-    assert len(calls(apply(fuse_attention, before), "attention")) == 1
+    assert len(calls(apply(fuse_attention, before), Attention)) == 1
     concrete = {"q": (2, 17, HIDDEN), "k": (2, 4, HIDDEN), "v": (2, 4, HIDDEN)}
     check(before, inputs=concrete)
 
@@ -189,8 +190,9 @@ def test_additive_mask(name):
     shape = MASK_SHAPES[name]
     before = build(attention(mask=added), {**QKV, "mask": shape})
     after = apply(fuse_attention, before)
-    (call,) = calls(after, "attention")
-    assert call.attributes["masked"] is True
+    (call,) = calls(after, Attention)
+    padded = (1,) * (4 - len(shape)) + shape
+    assert call.op.mask == tuple(extent > 1 for extent in padded)
     drop = np.random.default_rng(1).random(shape) < 0.4
     drop[..., 0] = False
     mask = np.where(drop, LOWEST, 0).astype("float32")
@@ -199,7 +201,7 @@ def test_additive_mask(name):
 
 def test_additive_mask_in_first_place():
     before = build(attention(mask=added_first), {**QKV, "mask": (3, 1, 1, 5)})
-    assert len(calls(apply(fuse_attention, before), "attention")) == 1
+    assert len(calls(apply(fuse_attention, before), Attention)) == 1
 
 
 def where(keep_where, low):
@@ -216,7 +218,7 @@ def test_where_is_a_mask(keep_where, low):
     mask = where(keep_where, low)
     before = build(attention(mask=mask), {**QKV, "c": (3, 1, 1, 5)}, dtypes={"c": "bool"})
     after = apply(fuse_attention, before)
-    assert [call.attributes["masked"] for call in calls(after, "attention")] == [True]
+    assert [call.op.mask for call in calls(after, Attention)] == [(True, False, False, True)]
     assert after.notes == []
 
 
@@ -244,7 +246,7 @@ def test_mask_and_condition():
 
     inputs = {**QKV, "mask": (3, 1, 1, 5), "c": (1, 1, 5, 5)}
     before = build(attention(mask=both), inputs, dtypes={"c": "bool"})
-    assert len(calls(apply(fuse_attention, before), "attention")) == 1
+    assert len(calls(apply(fuse_attention, before), Attention)) == 1
     mask = np.zeros((3, 1, 1, 5), "float32")
     mask[1, ..., 3:] = -1e4
     keep = np.tri(5, dtype=bool)[None, None]
@@ -259,14 +261,14 @@ def test_one_mask_serves_two_layers():
 
     before = build(body, {**QKV, "c": (3, 1, 1, 5)}, dtypes={"c": "bool"})
     after = apply(fuse_attention, before)
-    assert len(calls(after, "attention")) == 2
+    assert len(calls(after, Attention)) == 2
     assert operators(after).count("where") == 1
 
 
 def test_symbolic_mask():
     inputs = dict.fromkeys("qkv", ("batch", "tokens", HIDDEN))
     before = build(attention(mask=added), {**inputs, "mask": ("batch", 1, 1, "tokens")})
-    assert len(calls(apply(fuse_attention, before), "attention")) == 1
+    assert len(calls(apply(fuse_attention, before), Attention)) == 1
     mask = np.zeros((3, 1, 1, 5), "float32")
     mask[2, ..., 2:] = LOWEST
     check(before, mask, given=[mask])
@@ -315,7 +317,7 @@ def test_near_miss_is_left_alone_with_a_note(name):
     body, note = NEAR_MISSES[name]
     after = apply(fuse_attention, build(body, QKV))
     assert "nn.softmax" in operators(after)
-    assert calls(after, "attention") == []
+    assert calls(after, Attention) == []
     assert len(after.notes) == 1
     assert note in after.notes[0]
 
@@ -327,7 +329,7 @@ def test_one_sequence_for_a_whole_batch_is_left_alone(shared):
 
     inputs = {name: (1 if name in shared else 3, 5, HIDDEN) for name in "qkv"}
     after = apply(fuse_attention, build(attention(order=merged), inputs))
-    assert calls(after, "attention") == []
+    assert calls(after, Attention) == []
     assert len(after.notes) == 1
 
 
@@ -335,7 +337,7 @@ def test_softmax_over_queries_is_no_attention():
     body = attention(softmax=lambda scores: OP.nn.softmax(scores, axis=2))
     after = apply(fuse_attention, build(body, QKV))
     assert "nn.softmax" in operators(after)
-    assert calls(after, "attention") == []
+    assert calls(after, Attention) == []
 
 
 def test_grouped_queries_are_left_alone():
@@ -352,5 +354,5 @@ def test_grouped_queries_are_left_alone():
 
     inputs = {"q": (3, 5, HIDDEN), "k": (3, 5, SIZE), "v": (3, 5, SIZE)}
     after = apply(fuse_attention, build(body, inputs))
-    assert calls(after, "attention") == []
+    assert calls(after, Attention) == []
     assert "different heads" in after.notes[0]

@@ -12,6 +12,7 @@ from tvm import relax
 from tvm.script import ir as I
 from tvm.script import relax as R
 
+from sparse_tvm.operators import Dense
 from sparse_tvm.passes.fuse_epilogue import fuse_epilogue
 
 OP = relax.op
@@ -19,11 +20,8 @@ batch, tokens = TypeVar("batch"), TypeVar("tokens")
 WEIGHTS = {"w": (6, 8), "b": (6,)}
 
 
-def attributes(layer, *epilogue):
-    return json.dumps({"epilogue": list(epilogue), "layer": layer}, sort_keys=True)
-
-
-BIAS_GELU_RESIDUAL = attributes("w", "bias", "gelu", "residual")
+STEPS = [{"is": "bias"}, {"is": "activation", "function": "gelu"}, {"is": "residual"}]
+BIAS_GELU_RESIDUAL = json.dumps({"epilogue": STEPS, "layer": "w", "matrix": [6, 8]}, sort_keys=True)
 
 
 @I.ir_module
@@ -78,7 +76,7 @@ def fused(body, inputs=None, weights=None):
     """Operators left, and the epilogue of every dense call."""
     before = build(body, inputs or {"x": ("tokens", 8)}, weights or WEIGHTS)
     after = apply(fuse_epilogue, before)
-    return operators(after), [call.attributes["epilogue"] for call in calls(after, "dense")]
+    return operators(after), [list(map(str, call.op.epilogue)) for call in calls(after, Dense)]
 
 
 def test_no_epilogue():

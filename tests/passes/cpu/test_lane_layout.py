@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from helpers import apply, assert_becomes, build, compile_and_run, evaluate, operators, program
@@ -9,13 +11,14 @@ from tvm import relax
 from tvm.script import ir as I
 from tvm.script import relax as R
 
+from sparse_tvm.passes.cpu.lane_layout import lane_layout
+from sparse_tvm.passes.dense_to_sparse import dense_to_sparse
 from sparse_tvm.passes.fc_transpose import fc_transpose
 from sparse_tvm.passes.fuse_attention import fuse_attention
 from sparse_tvm.passes.fuse_epilogue import fuse_epilogue
-from sparse_tvm.passes.lane_layout import lane_layout
 
 OP = relax.op
-PASSES = [fc_transpose, fuse_epilogue, fuse_attention, lane_layout]
+PASSES = [fc_transpose, fuse_epilogue, fuse_attention, dense_to_sparse, lane_layout]
 NORM = {"gamma": (8,), "beta": (8,)}
 
 
@@ -41,17 +44,27 @@ def check(body, inputs, weights, atol=2e-5, **shapes):
     np.testing.assert_allclose(compile_and_run(before, *arrays), expected, atol=atol, rtol=1e-5)
 
 
+DENSE = json.dumps(
+    {
+        "layer": "w",
+        "layout": {"block": [6, 1], "family": "matmul", "format": "dense"},
+        "matrix": [6, 8],
+    },
+    sort_keys=True,
+)
+
+
 @I.ir_module
 class Layer:
     @R.function
-    def main(x: R.Tensor((2, 20, 8), "float32"), w: R.Tensor((6, 8), "float32")) -> R.Tensor(
+    def main(x: R.Tensor((2, 20, 8), "float32"), w: R.Tensor((1, 8, 6), "float32")) -> R.Tensor(
         (2, 20, 6), "float32"
     ):
         R.func_attr({"num_input": 1})
         with R.dataflow():
             y = R.call_dps_packed(
                 "sparse_tvm.dense",
-                (x, w, R.str('{"epilogue": [], "layer": "w"}')),
+                (x, w, R.str(DENSE)),
                 out_ty=R.Tensor((2, 20, 6), "float32"),
             )
             R.output(y)
@@ -63,21 +76,23 @@ class LayerInTiles:
     """Twenty rows are two tiles of sixteen lanes."""
 
     @R.function
-    def main(x: R.Tensor((2, 20, 8), "float32"), w: R.Tensor((6, 8), "float32")) -> R.Tensor(
+    def main(x: R.Tensor((2, 20, 8), "float32"), w: R.Tensor((1, 8, 6), "float32")) -> R.Tensor(
         (2, 20, 6), "float32"
     ):
         R.func_attr({"num_input": 1})
         with R.dataflow():
             pack = R.call_dps_packed(
-                "sparse_tvm.pack", (x, R.str("{}")), out_ty=R.Tensor((2, 2, 8, 16), "float32")
+                "sparse_tvm.lane_pack", (x, R.str("{}")), out_ty=R.Tensor((2, 2, 8, 16), "float32")
             )
             dense = R.call_dps_packed(
                 "sparse_tvm.dense",
-                (pack, w, R.str('{"epilogue": [], "layer": "w"}')),
+                (pack, w, R.str(DENSE)),
                 out_ty=R.Tensor((2, 2, 6, 16), "float32"),
             )
             y = R.call_dps_packed(
-                "sparse_tvm.unpack", (dense, R.str("{}")), out_ty=R.Tensor((2, 20, 6), "float32")
+                "sparse_tvm.lane_unpack",
+                (dense, R.str("{}")),
+                out_ty=R.Tensor((2, 20, 6), "float32"),
             )
             R.output(y)
         return y
@@ -103,7 +118,7 @@ BLOCK = {"w": (8, 12), "b": (12,), "v": (12, 8), **NORM}
 
 @pytest.mark.parametrize("shape", [(2, 20, 8), ("batch", "tokens", 8), ("tokens", 8)])
 def test_packs_and_unpacks_only_at_the_ends(shape):
-    expected = ["pack", "dense", "dense", "layer_norm", "unpack"]
+    expected = ["lane_pack", "dense", "dense", "layer_norm", "lane_unpack"]
     assert tiled(block, {"x": shape}, BLOCK) == expected
 
 
@@ -116,7 +131,12 @@ def test_input_used_by_two_layers_is_packed_once():
         return OP.add(dense(emit, x, w), dense(emit, x, v))
 
     weights = {"w": (8, 6), "v": (8, 6)}
-    assert tiled(body, {"x": ("tokens", 8)}, weights) == ["pack", "dense", "dense", "unpack"]
+    assert tiled(body, {"x": ("tokens", 8)}, weights) == [
+        "lane_pack",
+        "dense",
+        "dense",
+        "lane_unpack",
+    ]
 
 
 def test_residual_in_another_shape_is_reshaped_then_packed():
@@ -126,7 +146,7 @@ def test_residual_in_another_shape_is_reshaped_then_packed():
 
     inputs, weights = {"x": (2, 20, 8), "r": (2, 20, 6)}, {"w": (8, 6)}
     left = tiled(body, inputs, weights)
-    assert left == ["pack", "pack", "dense", "unpack"]
+    assert left == ["lane_pack", "lane_pack", "dense", "lane_unpack"]
     check(body, inputs, weights)
 
 
@@ -136,7 +156,7 @@ def test_reshape_between_layers_costs_nothing():
         return OP.reshape(dense(emit, flat, v), (2, 20, 8))
 
     inputs, weights = {"x": (2, 20, 8)}, {"w": (8, 6), "v": (6, 8)}
-    assert tiled(body, inputs, weights) == ["pack", "dense", "dense", "unpack"]
+    assert tiled(body, inputs, weights) == ["lane_pack", "dense", "dense", "lane_unpack"]
     check(body, inputs, weights)
 
 
@@ -147,7 +167,7 @@ def test_reshape_that_changes_the_features_unpacks():
 
     inputs, weights = {"x": (20, 8)}, {"w": (8, 6), "v": (2, 4)}
     left = tiled(body, inputs, weights)
-    assert left == ["pack", "dense", "unpack", "pack", "dense", "unpack"]
+    assert left == ["lane_pack", "dense", "lane_unpack", "lane_pack", "dense", "lane_unpack"]
     check(body, inputs, weights)
 
 
@@ -160,8 +180,8 @@ def test_elementwise_operators_stay_in_tiles():
 
     inputs, weights = {"x": ("tokens", 8)}, {"w": (8, 6), "v": (6, 8), "scale": (6,)}
     left = tiled(body, inputs, weights)
-    assert left.count("pack") == left.count("unpack") == 1
-    assert left.index("unpack") == len(left) - 1
+    assert left.count("lane_pack") == left.count("lane_unpack") == 1
+    assert left.index("lane_unpack") == len(left) - 1
     check(body, inputs, weights, tokens=5)
 
 
@@ -172,7 +192,15 @@ def test_operator_in_the_middle_that_has_no_tiled_form():
 
     inputs, weights = {"x": ("tokens", 8)}, {"w": (8, 6), "v": (6, 8)}
     left = tiled(body, inputs, weights)
-    assert left == ["pack", "dense", "unpack", "nn.softmax", "pack", "dense", "unpack"]
+    assert left == [
+        "lane_pack",
+        "dense",
+        "lane_unpack",
+        "nn.softmax",
+        "lane_pack",
+        "dense",
+        "lane_unpack",
+    ]
     check(body, inputs, weights, tokens=19)
 
 
@@ -184,7 +212,7 @@ def test_value_read_in_both_forms_is_unpacked_once():
 
     inputs, weights = {"x": ("tokens", 8)}, {"w": (8, 6), "v": (6, 6)}
     left = tiled(body, inputs, weights)
-    assert left.count("unpack") == 2
+    assert left.count("lane_unpack") == 2
     check(body, inputs, weights, tokens=3)
 
 
@@ -195,7 +223,7 @@ def test_operand_that_broadcasts_over_rows_leaves_the_tiles():
 
     inputs = {"x": ("tokens", 8), "r": ("tokens", 1)}
     weights = {"w": (8, 6), "v": (6, 8)}
-    assert tiled(body, inputs, weights)[:4] == ["pack", "dense", "unpack", "multiply"]
+    assert tiled(body, inputs, weights)[:4] == ["lane_pack", "dense", "lane_unpack", "multiply"]
     check(body, inputs, weights, tokens=18)
 
 
@@ -239,7 +267,7 @@ def test_split_of_the_rows_leaves_the_tiles():
         return OP.add(*(emit(relax.TupleGetItem(parts, i)) for i in range(2)))
 
     inputs, weights = {"x": (20, 8)}, {"w": (8, 6)}
-    assert tiled(body, inputs, weights)[:4] == ["pack", "dense", "unpack", "split"]
+    assert tiled(body, inputs, weights)[:4] == ["lane_pack", "dense", "lane_unpack", "split"]
     check(body, inputs, weights)
 
 
@@ -255,5 +283,5 @@ def test_attention_between_layers_stays_in_tiles():
         return dense(emit, emit(OP.reshape(merged, (3, 20, 8))), wo)
 
     inputs, weights = {"x": (3, 20, 8)}, dict.fromkeys(("wq", "wk", "wv", "wo"), (8, 8))
-    expected = ["pack", "dense", "dense", "dense", "attention", "dense", "unpack"]
+    expected = ["lane_pack", "dense", "dense", "dense", "attention", "dense", "lane_unpack"]
     assert tiled(body, inputs, weights) == expected

@@ -1,4 +1,4 @@
-"""Batch matmul: products of two activations take our kernel, with the transposes before them."""
+"""Products of two activations become one operator, with the transposes before them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from tvm import relax
 from tvm.script import ir as I
 from tvm.script import relax as R
 
-from sparse_tvm.passes.batch_matmul import batch_matmul
+from sparse_tvm.operators import Product
+from sparse_tvm.passes.fuse_product import fuse_product
 
 OP = relax.op
 tokens = TypeVar("tokens")
 
-SCORES = json.dumps({"axes": [[0, 2, 1, 3], [0, 2, 3, 1]], "right": [2, None, 4, 64]})
+SCORES = json.dumps({"left": [0, 2, 1, 3], "right": [0, 2, 3, 1]})
 
 
 @I.ir_module
@@ -45,7 +46,7 @@ class Expected:
         R.func_attr({"num_input": 2})
         with R.dataflow():
             y = R.call_dps_packed(
-                "sparse_tvm.matmul",
+                "sparse_tvm.product",
                 (q, k, R.str(SCORES)),
                 out_ty=R.Tensor((2, 4, tokens, tokens), "float32"),
             )
@@ -54,7 +55,7 @@ class Expected:
 
 
 def test_transposed_operands():
-    assert_becomes(batch_matmul, program(Before), Expected)
+    assert_becomes(fuse_product, program(Before), Expected)
 
 
 def test_transposes_of_transposes():
@@ -62,10 +63,11 @@ def test_transposes_of_transposes():
         turned = emit(OP.permute_dims(emit(OP.permute_dims(b, [1, 0, 2])), [0, 2, 1]))
         return OP.matmul(a, turned)
 
-    after = apply(batch_matmul, build(body, {"a": (3, 40, 64), "b": (48, 3, 64)}))
-    assert operators(after) == ["matmul"]
-    (call,) = calls(after, "matmul")
-    assert call.attributes["axes"] == [[0, 1, 2], [1, 2, 0]]
+    after = apply(fuse_product, build(body, {"a": (3, 40, 64), "b": (48, 3, 64)}))
+    assert operators(after) == ["product"]
+    (call,) = calls(after, Product)
+    assert (call.op.left, call.op.right) == ((0, 1, 2), (1, 2, 0))
+    assert call.op.rows == 40
 
 
 def test_transpose_that_is_read_elsewhere_is_kept():
@@ -73,9 +75,9 @@ def test_transpose_that_is_read_elsewhere_is_kept():
         turned = emit(OP.permute_dims(b, [0, 2, 1]))
         return OP.add(emit(OP.matmul(a, turned)), turned)
 
-    after = apply(batch_matmul, build(body, {"a": (3, 48, 48), "b": (3, 48, 48)}))
-    assert sorted(operators(after)) == ["add", "matmul", "permute_dims"]
-    assert len(calls(after, "matmul")) == 1
+    after = apply(fuse_product, build(body, {"a": (3, 48, 48), "b": (3, 48, 48)}))
+    assert sorted(operators(after)) == ["add", "permute_dims", "product"]
+    assert len(calls(after, Product)) == 1
 
 
 LEFT_ALONE = {
@@ -89,7 +91,7 @@ LEFT_ALONE = {
 def test_leaves_alone(a, b, dtype):
     dtypes = {"a": dtype, "b": dtype}
     before = build(lambda emit, a, b: OP.matmul(a, b), {"a": a, "b": b}, dtypes=dtypes)
-    assert_unchanged(batch_matmul, before)
+    assert_unchanged(fuse_product, before)
 
 
 def test_dot_products_are_left_alone():
@@ -98,4 +100,4 @@ def test_dot_products_are_left_alone():
     def body(emit, a, b):
         return OP.matmul(a, emit(OP.permute_dims(b)))
 
-    assert_unchanged(batch_matmul, build(body, {"a": (1, 64), "b": (48, 64)}))
+    assert_unchanged(fuse_product, build(body, {"a": (1, 64), "b": (48, 64)}))

@@ -6,28 +6,25 @@ import math
 
 import numpy as np
 import pytest
-from helpers import apply, build, compile_and_run
+from helpers import apply, build, calls, compile_and_run, context
 from tvm import relax, tirx
 
-from sparse_tvm.passes import dialect
-from sparse_tvm.passes.convert_weights import FormatOptions
+from sparse_tvm.backends import get_backend
+from sparse_tvm.operators import Attention, Dense, Operator, from_json
+from sparse_tvm.passes.cpu.lane_layout import lane_layout
+from sparse_tvm.passes.cpu.lower_kernels import KERNEL_ATTRIBUTE, lower_kernels
 from sparse_tvm.passes.dense_to_sparse import dense_to_sparse
 from sparse_tvm.passes.fc_transpose import fc_transpose
 from sparse_tvm.passes.fuse_attention import fuse_attention
 from sparse_tvm.passes.fuse_epilogue import fuse_epilogue
-from sparse_tvm.passes.lane_layout import lane_layout
-from sparse_tvm.passes.lower_kernels import KERNEL_ATTRIBUTE, lower_kernels
 from sparse_tvm.sparsity.pruning import prune_array
-from sparse_tvm.targets import get_target
 
 OP = relax.op
-V4 = get_target("x86-64-v4")
+PASSES = [fc_transpose, fuse_epilogue, fuse_attention, dense_to_sparse, lane_layout, lower_kernels]
 
 
 def lowered(subject, *rules):
-    options = FormatOptions.parse("auto", None, None, rules)
-    subject = apply([fc_transpose, fuse_epilogue, fuse_attention, lane_layout], subject)
-    return lower_kernels(dense_to_sparse(subject, options, V4), V4)
+    return apply(PASSES, subject, context(*rules, target="x86-64-v4"))
 
 
 def kernels(subject):
@@ -67,11 +64,11 @@ def test_calls_that_agree_share_a_kernel(tokens):
 def test_layers_are_noted_in_order_of_execution():
     after = lowered(model())
     assert [(k["kind"], k["layers"]) for k in after.kernels.values()] == [
-        ("pack", ["pack"]),
-        ("sparse_dense", ["a", "b"]),
+        ("lane_pack", ["lane_pack"]),
+        ("dense", ["a", "b"]),
         ("dense", ["c"]),
         ("dense", ["d"]),
-        ("unpack", ["unpack"]),
+        ("lane_unpack", ["lane_unpack"]),
     ]
 
 
@@ -91,9 +88,37 @@ def dense_block(subject):
 
 
 def test_no_operator_of_ours_is_left():
-    after = lowered(model("tokens"))
-    for block in after.module["main"].body.blocks:
-        assert not any(dialect.match(binding.value) for binding in block.bindings)
+    assert calls(lowered(model("tokens")), Operator) == []
+
+
+def test_a_kernel_is_recorded_as_operator_and_family():
+    """What the profiler reads back, without the names of the layers that share it."""
+    after = lowered(model())
+    for kernel in after.kernels.values():
+        op = from_json(kernel["kind"], kernel["operator"])
+        family = get_backend("cpu").family(kernel["family"])
+        assert isinstance(op, family.operator)
+        if isinstance(op, Dense):
+            assert (op.layer, op.matrix) == ("", (32, 32))
+            for layer in kernel["layers"]:
+                report = after.reports[layer]
+                assert (op.stored.format, list(map(str, op.epilogue))) == (
+                    report.format,
+                    list(report.epilogue),
+                )
+
+
+def test_each_use_of_a_weight_has_the_kernel_of_its_epilogue():
+    def body(emit, x, w):
+        return OP.matmul(emit(OP.nn.relu(emit(OP.matmul(x, w)))), w)
+
+    after = lowered(build(body, {"x": ("tokens", 32)}, {"w": (32, 32)}))
+    activated, plain = after.reports.values()
+    assert activated.kernel == f"{plain.kernel}_relu"
+    assert [k["layers"] for k in after.kernels.values() if k["kind"] == "dense"] == [
+        [activated.name],
+        [plain.name],
+    ]
 
 
 HEADS, SIZE = 2, 4
@@ -121,7 +146,7 @@ def test_attention_over_keys_of_different_lengths():
     inputs = {"x": (2, 5, HEADS * SIZE), "memory": (2, 19, HEADS * SIZE)}
     before = build(decoder, inputs)
     after = lowered(before)
-    assert [k["layers"] for k in after.kernels.values() if k["kind"] == "attention"] == [
+    assert [k["layers"] for k in after.kernels.values() if k["kind"] == Attention.name] == [
         ["attention", "attention"],
         ["attention"],
     ]

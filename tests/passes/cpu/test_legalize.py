@@ -7,17 +7,15 @@ import pytest
 from helpers import apply, build, compile_and_run, operators
 from tvm import relax, tirx
 
-from sparse_tvm.passes.batch_matmul import batch_matmul
-from sparse_tvm.passes.legalize import legalize
-from sparse_tvm.passes.lower_kernels import KERNEL_ATTRIBUTE
-from sparse_tvm.targets import get_target
+from sparse_tvm.passes.cpu.legalize import legalize
+from sparse_tvm.passes.cpu.lower_kernels import KERNEL_ATTRIBUTE
+from sparse_tvm.passes.fuse_product import fuse_product
 
 OP = relax.op
-TARGET = get_target()
 
 
 def legalized(body, inputs):
-    return legalize(build(body, inputs), TARGET)
+    return apply(legalize, build(body, inputs))
 
 
 def functions(subject):
@@ -38,8 +36,9 @@ def test_operators_of_ours_pass_through_and_nothing_is_fused_into_them():
     def body(emit, a, b):
         return OP.exp(emit(OP.matmul(emit(OP.tanh(a)), b)))
 
-    before = apply(batch_matmul, build(body, {"a": (3, 40, 64), "b": (3, 64, 48)}))
-    assert operators(legalize(before, TARGET)) == ["call_tir", "matmul", "call_tir"]
+    before = build(body, {"a": (3, 40, 64), "b": (3, 64, 48)})
+    after = apply([fuse_product, legalize], before)
+    assert operators(after) == ["call_tir", "product", "call_tir"]
 
 
 def test_top_k_has_a_kernel():

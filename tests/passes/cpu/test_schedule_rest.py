@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import pytest
 import tvm
-from helpers import build
+from helpers import apply, build, context
 from tvm import relax, s_tir, tirx
 
-from sparse_tvm.passes.legalize import legalize
-from sparse_tvm.passes.schedule_rest import schedule_rest
-from sparse_tvm.targets import get_target
+from sparse_tvm.passes.cpu.legalize import legalize
+from sparse_tvm.passes.cpu.schedule_rest import schedule_rest
 
 OP = relax.op
-V4 = get_target("x86-64-v4")
+V4 = context(target="x86-64-v4")
 
 
 def legalized(body, shape):
-    return legalize(build(body, {"x": shape}), V4)
+    return apply(legalize, build(body, {"x": shape}), V4)
 
 
 def functions(subject):
@@ -55,7 +54,7 @@ def test_function_that_cannot_be_scheduled_keeps_its_loops_with_a_note(monkeypat
     def refuse(function, simd):
         raise s_tir.ScheduleError("no such loop\ndetails")
 
-    monkeypatch.setattr("sparse_tvm.passes.schedule_rest.schedule_generic", refuse)
+    monkeypatch.setattr("sparse_tvm.passes.cpu.schedule_rest.schedule_generic", refuse)
     before = legalized(lambda emit, x: OP.tanh(x), (8, 32))
     ((name, old),) = functions(before).items()
     after = schedule_rest(before, V4)

@@ -1,0 +1,175 @@
+"""Convolutions with what follows them become one operator, whose extents are the image's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import apply, assert_unchanged, build, calls, compile_and_run, operators
+from tvm import relax
+
+from sparse_tvm.operators import Activation, Bias, Clamp, Convolution, Residual
+from sparse_tvm.passes.fuse_convolution import fuse_convolution
+
+OP = relax.op
+IMAGE = {"x": ("batch", 4, 9, 8)}
+WEIGHT = {"w": (6, 4, 3, 3)}
+
+
+def const(value):
+    return relax.const(np.float32(value), "float32")
+
+
+def convolved(emit, x, w):
+    return emit(OP.nn.conv2d(x, w, padding=(1, 1, 1, 1)))
+
+
+def fused(body, inputs=IMAGE, weights=WEIGHT):
+    """The program after the pass, and its convolution."""
+    after = apply(fuse_convolution, build(body, inputs, weights))
+    (call,) = calls(after, Convolution)
+    return after, call
+
+
+def test_extents():
+    def body(emit, x, w):
+        return OP.nn.conv2d(x, w, strides=(2, 1), padding=(2, 0, 1, 3), dilation=(1, 2), groups=2)
+
+    after, call = fused(body, weights={"w": (6, 2, 3, 2)})
+    assert operators(after) == ["convolution"]
+    assert call.op == Convolution(
+        layer="w",
+        matrix=(6, 2 * 3 * 2),
+        channels=4,
+        out_channels=6,
+        size=(9, 8),
+        kernel=(3, 2),
+        stride=(2, 1),
+        dilation=(1, 2),
+        pads=(2, 0, 1, 3),
+        groups=2,
+    )
+    assert not call.op.depthwise
+    assert [arg.name for arg in call.args] == ["x", "w"]
+
+
+def test_signal_is_an_image_one_row_high():
+    def body(emit, x, w):
+        return OP.nn.conv1d(x, w, strides=2, padding=(1, 3), dilation=2)
+
+    after, call = fused(body, {"x": (2, 5, 40)}, {"w": (7, 5, 3)})
+    assert (call.op.size, call.op.kernel) == ((1, 40), (1, 3))
+    assert (call.op.stride, call.op.dilation, call.op.pads) == ((1, 2), (1, 2), (0, 1, 0, 3))
+    x = np.random.default_rng(0).standard_normal((2, 5, 40)).astype("float32")
+    w = after.weights["w"]
+    padded = np.pad(x, ((0, 0), (0, 0), (1, 3)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 5, axis=2)[:, :, ::2, ::2]
+    expected = np.einsum("bctk,ock->bot", windows, w)
+    before = build(body, {"x": (2, 5, 40)}, {"w": (7, 5, 3)})
+    np.testing.assert_allclose(compile_and_run(before, x), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [(6, 1, 1), (1, 6, 1, 1)])
+@pytest.mark.parametrize("bias_first", [False, True])
+def test_bias_activation_and_residual(bias, bias_first):
+    def body(emit, x, r, w, b):
+        y = convolved(emit, x, w)
+        y = emit(OP.nn.relu(emit(OP.add(b, y) if bias_first else OP.add(y, b))))
+        return OP.add(r, y)
+
+    inputs = {**IMAGE, "r": ("batch", 6, 9, 8)}
+    after, call = fused(body, inputs, {**WEIGHT, "b": bias})
+    assert operators(after) == ["reshape", "convolution"]
+    assert call.op.epilogue == (Bias(), Activation("relu"), Residual())
+    assert [tuple(int(n) for n in call.args[2].ty.shape)] == [(6,)]
+    assert call.args[3].name == "r"
+
+
+BOUNDS = {
+    "clip": (lambda emit, y: OP.clip(y, 0.0, 6.0), Clamp(0.0, 6.0)),
+    "maximum": (lambda emit, y: OP.maximum(y, const(-1.5)), Clamp(low=-1.5)),
+    "minimum": (lambda emit, y: OP.minimum(const(2.5), y), Clamp(high=2.5)),
+}
+
+
+@pytest.mark.parametrize(("bounded", "step"), BOUNDS.values(), ids=BOUNDS.keys())
+def test_bounds(bounded, step):
+    after, call = fused(lambda emit, x, w: bounded(emit, convolved(emit, x, w)))
+    assert operators(after) == ["convolution"]
+    assert call.op.epilogue == (step,)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (6, 9, 1), (1, 6, 9, 8)])
+def test_what_is_no_number_per_channel_is_no_bias(shape):
+    """Nor is what broadcasts over the batch a residual."""
+
+    def body(emit, x, w, b):
+        return OP.add(convolved(emit, x, w), b)
+
+    after, call = fused(body, weights={**WEIGHT, "b": shape})
+    assert call.op.epilogue == ()
+    assert operators(after) == ["convolution", "add"]
+
+
+def test_value_read_twice_ends_the_chain():
+    def body(emit, x, w):
+        y = convolved(emit, x, w)
+        return OP.multiply(emit(OP.nn.relu(y)), y)
+
+    after, call = fused(body)
+    assert call.op.epilogue == ()
+    assert operators(after) == ["convolution", "nn.relu", "multiply"]
+
+
+def test_sum_of_two_convolutions_is_a_residual_of_one():
+    def body(emit, x, w, v):
+        return OP.add(convolved(emit, x, w), convolved(emit, x, v))
+
+    after = apply(fuse_convolution, build(body, IMAGE, {**WEIGHT, "v": (6, 4, 3, 3)}))
+    assert operators(after) == ["convolution", "convolution"]
+    assert sorted(len(call.op.epilogue) for call in calls(after, Convolution)) == [0, 1]
+
+
+def test_depthwise():
+    def body(emit, x, w):
+        return OP.nn.conv2d(x, w, groups=4)
+
+    _, call = fused(body, weights={"w": (4, 1, 3, 3)})
+    assert call.op.depthwise
+    assert call.op.matrix == (4, 9)
+
+
+NO_KERNEL = {
+    "volume": (
+        lambda emit, x, w: OP.nn.conv3d(x, w),
+        {"x": (1, 3, 6, 7, 8)},
+        {"w": (4, 3, 3, 3, 3)},
+        "3 spatial dimensions",
+    ),
+    "unknown size": (
+        lambda emit, x, w: OP.nn.conv2d(x, w),
+        {"x": (1, 4, "height", 8)},
+        WEIGHT,
+        "unknown size",
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "inputs", "weights", "why"), NO_KERNEL.values(), ids=NO_KERNEL)
+def test_what_has_no_kernel_is_left_alone_with_a_note(body, inputs, weights, why):
+    after = assert_unchanged(fuse_convolution, build(body, inputs, weights))
+    (note,) = after.notes
+    assert note.startswith("w runs without a kernel: ")
+    assert why in note
+
+
+def test_weight_that_is_no_constant_is_left_alone():
+    before = build(lambda emit, x, w: OP.nn.conv2d(x, w), {**IMAGE, **WEIGHT})
+    assert assert_unchanged(fuse_convolution, before).notes == []
+
+
+def test_channels_last_is_left_alone():
+    def body(emit, x, w):
+        return OP.nn.conv2d(x, w, data_layout="NHWC", kernel_layout="OHWI")
+
+    before = build(body, {"x": (1, 9, 8, 4)}, {"w": (6, 3, 3, 4)})
+    assert assert_unchanged(fuse_convolution, before).notes == []

@@ -1,0 +1,278 @@
+"""Passes never change their argument, and a pass that breaks its promise is caught."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tvm
+from helpers import build, context
+from tvm import relax
+
+import sparse_tvm
+from sparse_tvm.backends import get_backend
+from sparse_tvm.errors import BuildError
+from sparse_tvm.frontends.importer.model import import_onnx
+from sparse_tvm.models.bert import BertConfig, build_bert
+from sparse_tvm.passes import pipeline
+from sparse_tvm.passes.cpu.lane_layout import IN_LANE_TILES, lane_layout
+from sparse_tvm.passes.cpu.lower_kernels import LOWERED, lower_kernels
+from sparse_tvm.passes.dense_to_sparse import WEIGHTS_STORED, dense_to_sparse
+from sparse_tvm.passes.fc_transpose import WEIGHTS_TRANSPOSED, fc_transpose
+from sparse_tvm.passes.infrastructure import (
+    CHECK_VARIABLE,
+    WELL_FORMED,
+    Context,
+    Pass,
+    Phase,
+    Property,
+    graph_pass,
+)
+from sparse_tvm.passes.program import Program
+
+PASSES = [one for phase in pipeline.phases(get_backend("cpu")) for one in phase.passes]
+BY_NAME = pytest.mark.parametrize("one", PASSES, ids=lambda one: one.name)
+CONTEXT = context(target="x86-64-v3")
+BERT = BertConfig(layers=1, hidden=32, heads=2, intermediate=48, vocabulary=40)
+
+
+def through(program: Program) -> dict[str, Program]:
+    """A program before each pass of the pipeline, by the pass's name, and at the ``end``."""
+    found = {}
+    for one in PASSES:
+        found[one.name] = program
+        program = one(program, CONTEXT)
+    return {**found, "end": program}
+
+
+@pytest.fixture(scope="module")
+def stages() -> dict[str, Program]:
+    """A small BERT on its way."""
+    imported = import_onnx(build_bert(BERT, sequence=16))
+    return through(Program(imported.module, dict(imported.weights), dict(imported.layers)))
+
+
+@pytest.fixture(scope="module")
+def stages_of_an_image() -> dict[str, Program]:
+    """What BERT has not: a convolution, a norm spelled out, a product that is no attention."""
+    op = relax.op
+
+    def body(emit, image, other, w, gamma, beta):
+        pixels = emit(op.reshape(emit(op.nn.conv2d(image, w)), (24, 6)))
+        centred = emit(op.subtract(pixels, emit(op.mean(pixels, [-1], keepdims=True))))
+        variance = emit(op.mean(emit(op.multiply(centred, centred)), [-1], keepdims=True))
+        deviation = emit(op.sqrt(emit(op.add(variance, relax.const(1e-5, "float32")))))
+        normal = emit(op.divide(centred, deviation))
+        return op.matmul(emit(op.add(emit(op.multiply(normal, gamma)), beta)), other)
+
+    inputs = {"image": (1, 4, 6, 8), "other": (6, 5)}
+    return through(build(body, inputs, {"w": (6, 4, 3, 3), "gamma": (6,), "beta": (6,)}))
+
+
+def snapshot(program: Program) -> Program:
+    """A copy that shares nothing with the program."""
+    return Program(
+        tvm.ir.load_json(tvm.ir.save_json(program.module)),
+        {name: array.copy() for name, array in program.weights.items()},
+        *map(copy.deepcopy, (program.layers, program.reports, program.kernels, program.notes)),
+    )
+
+
+def assert_same(program: Program, expected: Program) -> None:
+    tvm.ir.assert_structural_equal(program.module, expected.module)
+    assert list(program.weights) == list(expected.weights)
+    for name, array in expected.weights.items():
+        np.testing.assert_array_equal(program.weights[name], array)
+    for key in ("layers", "reports", "kernels", "notes"):
+        assert getattr(program, key) == getattr(expected, key), key
+
+
+@BY_NAME
+def test_pass_leaves_its_argument_alone(one, stages, stages_of_an_image):
+    for program in (stages[one.name], stages_of_an_image[one.name]):
+        expected = snapshot(program)
+        assert one(program, CONTEXT) is not program
+        assert_same(program, expected)
+
+
+@BY_NAME
+def test_pass_makes_the_same_of_the_same(one, stages):
+    assert_same(one(stages[one.name], CONTEXT), one(stages[one.name], CONTEXT))
+
+
+@BY_NAME
+def test_every_pass_has_something_to_do(one, stages, stages_of_an_image):
+    """Else the tests above would show nothing."""
+    names = list(stages)
+    after = names[names.index(one.name) + 1]
+    assert any(
+        found[one.name].module.script() != found[after].module.script()
+        for found in (stages, stages_of_an_image)
+    )
+
+
+def test_pass_that_changes_all_it_is_given_changes_a_copy(stages):
+    @graph_pass()
+    def vandal(program: Program, context: Context) -> Program:
+        del program.module["main"]
+        program.weights.clear()
+        program.layers.clear()
+        program.notes.append("mine")
+        for report in program.reports.values():
+            report.kernel = "mine"
+        for kernel in program.kernels.values():
+            kernel["layers"].append("mine")
+        return program
+
+    before = stages["end"]
+    assert before.reports
+    assert before.kernels
+    expected = snapshot(before)
+    vandal(before, CONTEXT, check=False)
+    assert_same(before, expected)
+
+
+@pytest.mark.parametrize(
+    ("promise", "before", "after"),
+    [
+        (WEIGHTS_TRANSPOSED, fc_transpose, "fuse_activations"),
+        (WEIGHTS_STORED, dense_to_sparse, "lane_layout"),
+        (IN_LANE_TILES, lane_layout, "legalize"),
+        (LOWERED, lower_kernels, "schedule_rest"),
+    ],
+    ids=lambda value: getattr(value, "statement", None) or getattr(value, "name", value),
+)
+def test_promise_is_kept_by_its_pass_and_by_no_other(promise, before, after, stages):
+    assert promise in before.ensures
+    assert list(promise.violations(stages[before.name]))
+    assert list(promise.violations(stages[after])) == []
+
+
+def test_pass_that_comes_too_early_is_caught(stages):
+    with pytest.raises(BuildError, match="pass lane_layout requires that every layer's weight"):
+        lane_layout(stages["dense_to_sparse"], CONTEXT)
+    with pytest.raises(BuildError, match=r": dense encoder\.layer\.0\.attention\.self\.query"):
+        lower_kernels(stages["dense_to_sparse"], CONTEXT)
+
+
+def lazy(*, requires=(), ensures=()) -> Pass:
+    """A pass that does nothing."""
+
+    @graph_pass(requires=requires, ensures=ensures)
+    def does_nothing(program: Program, context: Context) -> Program:
+        return program
+
+    return does_nothing
+
+
+def test_pass_that_does_not_do_what_it_promises_is_caught(stages):
+    idle = lazy(ensures=[WEIGHTS_STORED])
+    with pytest.raises(BuildError, match="pass does_nothing ensures that every layer's weight"):
+        idle(stages["dense_to_sparse"], CONTEXT)
+    idle(stages["lane_layout"], CONTEXT)
+
+
+def test_every_pass_of_a_phase_is_held_to_its_promise(stages):
+    phase = Phase("some", (lazy(), lazy(ensures=[WEIGHTS_STORED])))
+    with pytest.raises(BuildError, match="does_nothing ensures"):
+        phase.run(stages["dense_to_sparse"], CONTEXT)
+    assert_same(
+        phase.run(stages["dense_to_sparse"], CONTEXT, check=False), stages["dense_to_sparse"]
+    )
+
+
+def layer() -> Program:
+    return build(
+        lambda emit, x, w: relax.op.matmul(x, emit(relax.op.permute_dims(w))),
+        {"x": ("tokens", 8)},
+        {"w": (6, 8)},
+    )
+
+
+def undefined_variable(program):
+    main = program.module["main"]
+    other = relax.Var("x", main.params[0].ty)
+    params = [other, *main.params[1:]]
+    program.module["main"] = relax.Function(
+        params, main.body, main.ret_ty, main.is_pure, main.attrs
+    )
+
+
+def weight_missing(program):
+    program.weights.clear()
+
+
+def weight_too_many(program):
+    program.weights["v"] = program.weights["w"]
+
+
+def weight_of_another_shape(program):
+    program.weights["w"] = program.weights["w"].T
+
+
+def weight_of_another_type(program):
+    program.weights["w"] = program.weights["w"].astype("float64")
+
+
+BREAKAGES = {
+    undefined_variable: "TVM finds the module ill-formed",
+    weight_missing: "parameters and weights are not the same",
+    weight_too_many: "parameters and weights are not the same",
+    weight_of_another_shape: "parameter w is",
+    weight_of_another_type: "parameter w is",
+}
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"), BREAKAGES.items(), ids=[b.__name__ for b in BREAKAGES]
+)
+def test_pass_that_leaves_a_broken_program_is_caught(break_it, message):
+    @graph_pass()
+    def broken(program: Program, context: Context) -> Program:
+        break_it(program)
+        return program
+
+    before = layer()
+    assert list(WELL_FORMED.violations(before)) == []
+    with pytest.raises(BuildError, match=f"pass broken ensures that the program .*{message}"):
+        broken(before, CONTEXT)
+    assert list(WELL_FORMED.violations(broken(before, CONTEXT, check=False)))
+
+
+def test_tests_check_every_pass():
+    assert os.environ[CHECK_VARIABLE] == "1"
+
+
+NEVER = Property("nothing is right", lambda program: ["here"])
+
+
+@pytest.mark.parametrize(("value", "check"), [("1", None), ("0", True), ("", True)])
+def test_checks_are_on(value, check, monkeypatch):
+    monkeypatch.setenv(CHECK_VARIABLE, value)
+    with pytest.raises(BuildError, match="ensures that nothing is right: here"):
+        lazy(ensures=[NEVER])(layer(), CONTEXT, check=check)
+    with pytest.raises(BuildError, match="requires that nothing is right: here"):
+        lazy(requires=[NEVER])(layer(), CONTEXT, check=check)
+
+
+@pytest.mark.parametrize(("value", "check"), [("1", False), ("0", None), (None, None)])
+def test_checks_are_off(value, check, monkeypatch):
+    monkeypatch.delenv(CHECK_VARIABLE)
+    if value is not None:
+        monkeypatch.setenv(CHECK_VARIABLE, value)
+    lazy(requires=[NEVER], ensures=[NEVER])(layer(), CONTEXT, check=check)
+
+
+def test_compile_checks_passes_on_request(tmp_path, monkeypatch):
+    monkeypatch.delenv(CHECK_VARIABLE)
+    broken = replace(pipeline.fuse_product, ensures=(NEVER,))
+    monkeypatch.setattr(pipeline, "fuse_product", broken)
+    model, path = build_bert(BERT, sequence=16), tmp_path / "model.so"
+    with pytest.raises(BuildError, match="pass fuse_product ensures that nothing is right"):
+        sparse_tvm.compile(model, path, check_passes=True, verify=False)
+    assert list(tmp_path.iterdir()) == []
+    sparse_tvm.compile(model, path, verify=False)
+    assert path.exists()
