@@ -12,8 +12,9 @@ Only ``build`` needs TVM; families import it there, so that planning and profili
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -41,6 +42,16 @@ class Extents:
     shape: tuple[int | None, ...]
     dtype: str = "float32"
     numbers: bool = False
+
+
+def elements(operand: Extents) -> int:
+    """Elements of an operand whose extents are known."""
+    return prod(dim for dim in operand.shape if dim is not None)
+
+
+def bytes_of(operands: Iterable[Extents]) -> float:
+    """Bytes of tensors whose extents are known."""
+    return float(sum(elements(o) * np.dtype(o.dtype).itemsize for o in operands if not o.numbers))
 
 
 @dataclass(frozen=True)

@@ -68,13 +68,16 @@ class Spec(_Spec, total=False):
     range: tuple[int, int]
 
 
-class Target(TypedDict):
-    """The processor that the code is for."""
-
+class _Target(TypedDict):
     name: str
     triple: str
-    cpu: str
     features: list[str]
+
+
+class Target(_Target, total=False):
+    """The processor that the code is for; a backend may say more of it."""
+
+    cpu: str
     vector_bits: Natural
 
 
@@ -110,6 +113,7 @@ class Layer(TypedDict):
     epilogue: list[str]
     reason: str
     bytes: Natural
+    precision: str
 
 
 class Totals(TypedDict):
@@ -144,11 +148,16 @@ class Verification(TypedDict):
     max_abs_diff: dict[str, float]
 
 
-class Kernel(TypedDict):
-    """A function of the library."""
-
+class _Kernel(TypedDict):
     kind: str
     layers: list[str]
+
+
+class Kernel(_Kernel, total=False):
+    """A function of the library: the kernel of a family for an operator."""
+
+    family: str
+    operator: dict[str, Any]
 
 
 class _Required(TypedDict):
@@ -156,6 +165,7 @@ class _Required(TypedDict):
     code: Code
     versions: Versions
     model: Origin
+    backend: str
     target: Target
     threads: Natural | None
     inputs: list[Spec]
@@ -188,6 +198,8 @@ def check_manifest(value: Any) -> None:
 
 def _check(value: Any, expected: Any, where: str) -> None:
     origin, arguments = get_origin(expected), get_args(expected)
+    if expected is Any:
+        return
     if is_typeddict(expected):
         _check_keys(value, expected, where)
     elif origin is list:

@@ -8,7 +8,6 @@ cache's bandwidth.
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sparse_tvm.backends import get_backend
-from sparse_tvm.families import Extents, KernelFamily, Work
+from sparse_tvm.families import Extents, KernelFamily, Work, bytes_of
 from sparse_tvm.machine_limits import MachineLimits
 from sparse_tvm.operators import Operator, from_json
 from sparse_tvm.runtime import Call, Model
@@ -168,10 +167,11 @@ class _Totals:
 
     def _work(self, call: Call, layer: str | None) -> Work:
         """What the call had to do, as the family of its kernel says."""
-        *operands, output = [Extents(tuple(shape)) for shape in call.shapes]
+        tensors = [Extents(*pair) for pair in zip(call.shapes, call.dtypes, strict=True)]
         found = self._kernel(call.function)
         if found is None:
-            return Work(bytes=4.0 * sum(math.prod(shape) for shape in call.shapes))
+            return Work(bytes=bytes_of(tensors))
+        *operands, output = tensors
         family, op = found
         nonzeros = int(self.layers[layer]["nnz"]) if layer in self.layers else None
         return family.work(op, operands, output, nonzeros)

@@ -81,7 +81,7 @@ def load(
 
 
 class Call(NamedTuple):
-    """One call of a function by a program: seconds, and the shapes of its tensors in order.
+    """One call of a function by a program: seconds, and its tensors' shapes and dtypes in order.
 
     A kernel's last tensor is its output.
     """
@@ -89,6 +89,7 @@ class Call(NamedTuple):
     function: str
     seconds: float
     shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
 
 
 class Model:
@@ -177,8 +178,10 @@ class Model:
             nonlocal started
             now = perf_counter()
             if not is_before:
-                shapes = tuple(tuple(arg.shape) for arg in args if hasattr(arg, "shape"))
-                calls.append(Call(name, now - started, shapes))
+                tensors = [arg for arg in args if hasattr(arg, "shape")]
+                shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+                dtypes = tuple(str(tensor.dtype) for tensor in tensors)
+                calls.append(Call(name, now - started, shapes, dtypes))
             started = perf_counter()
 
         main = self._machine.instrumented(observe)

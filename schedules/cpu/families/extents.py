@@ -3,22 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import prod
 from typing import Any
 
-import numpy as np
-
 from sparse_tvm.families import Extents
-
-
-def elements(operand: Extents) -> int:
-    """Elements of an operand whose extents are known."""
-    return prod(dim for dim in operand.shape if dim is not None)
-
-
-def bytes_of(operands: Iterable[Extents]) -> float:
-    """Bytes of tensors whose extents are known."""
-    return float(sum(elements(o) * np.dtype(o.dtype).itemsize for o in operands if not o.numbers))
 
 
 def tiles_for(operand: Extents) -> Any:

@@ -8,11 +8,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from sparse_tvm.families import Extents, Kernel, WeightedFamily, Wish, Work
+from sparse_tvm.families import Extents, Kernel, WeightedFamily, Wish, Work, bytes_of, elements
 from sparse_tvm.operators import FLOAT32, Activation, Bias, Dense, Layout, Residual
 from sparse_tvm.schedules.cpu.block_arrays import split_arrays
 from sparse_tvm.schedules.cpu.cost import dense_rows, matmul_seconds, part_counts
-from sparse_tvm.schedules.cpu.families.extents import bytes_of, elements, tiles_for
+from sparse_tvm.schedules.cpu.families.extents import tiles_for
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.targets import Target

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sparse_tvm.families import Extents, Kernel, KernelFamily, Work
+from sparse_tvm.families import Extents, Kernel, KernelFamily, Work, bytes_of, elements
 from sparse_tvm.operators import FLOAT32, Product
-from sparse_tvm.schedules.cpu.families.extents import bytes_of, elements, known_or_symbols
+from sparse_tvm.schedules.cpu.families.extents import known_or_symbols
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.targets import Target
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from sparse_tvm.families import Extents, Kernel, KernelFamily, Op, Work
+from sparse_tvm.families import Extents, Kernel, KernelFamily, Op, Work, bytes_of
 from sparse_tvm.operators import FLOAT32, LayerNorm
-from sparse_tvm.schedules.cpu.families.extents import bytes_of, known_or_symbols, tiles_for
+from sparse_tvm.schedules.cpu.families.extents import known_or_symbols, tiles_for
 from sparse_tvm.schedules.cpu.operators import LanePack, LaneUnpack
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.targets import Target
