@@ -164,6 +164,7 @@ def compile(
         },
         "model": source.describe(),
         "backend": backend.name,
+        "device": backend.device,
         "target": chosen_target.as_json(),
         "threads": threads,
         "inputs": [spec.as_json() for spec in imported.inputs],

@@ -166,6 +166,7 @@ class _Required(TypedDict):
     versions: Versions
     model: Origin
     backend: str
+    device: str
     target: Target
     threads: Natural | None
     inputs: list[Spec]

@@ -11,20 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparse_tvm.artifact import (
-    WEIGHT_ALIGNMENT,
     check_content,
     manifest_of,
     map_content,
     open_artifact,
 )
 from sparse_tvm.cpu import architecture, cpu_model, host_features, usable_cores
+from sparse_tvm.devices import Device, open_device
 from sparse_tvm.errors import ArtifactError, InputError, OptionError
 from sparse_tvm.spec import TensorSpec
 from sparse_tvm.vm import Library, MemoryBound, VirtualMachine, installed_version, runtime
-
-_COPIED_BYTES = 64 * 1024
-"""Outputs up to this size are copied, which costs nothing and covers outputs that are constants
-of the program; larger ones are handed over as the program allocated them."""
 
 _OTHER_TARGET = (
     "compile it with --target native on this machine; `sparse-tvm targets` lists what runs here"
@@ -67,9 +63,9 @@ def load(
             raise OptionError(f"threads must be at least 1, not {count}")
         content = map_content(file)
         check_content(content, manifest, path, everything=verify)
-        runtime()
+        device = open_device(manifest["device"], runtime())
         try:
-            machine = VirtualMachine(Library.of(file.fileno()), count)
+            machine = VirtualMachine(Library.of(file.fileno()), count, device)
         except Exception as error:  # TVM raises whatever fits: a wrong version, a missing symbol
             reason = str(error).partition("\n")[0]
             raise ArtifactError(
@@ -77,7 +73,7 @@ def load(
                 hint=f"it was compiled with TVM {manifest['versions']['tvm']}, installed is "
                 f"{installed_version()}; compile the model again",
             ) from error
-    return Model(Path(path), manifest, machine, content, count)
+    return Model(Path(path), manifest, machine, content, device, count)
 
 
 class Call(NamedTuple):
@@ -115,6 +111,7 @@ class Model:
         manifest: dict[str, Any],
         machine: VirtualMachine,
         mapped: np.ndarray,
+        device: Device,
         threads: int,
     ) -> None:
         self.path = path
@@ -126,10 +123,11 @@ class Model:
             name: (low, high) for name, (low, high) in manifest.get("bounds", {}).items()
         }
         self._machine = machine
-        self._staged = [_Staged(spec) for spec in self.inputs]
+        self._device = device
+        self._staged = [_Staged(spec, device) for spec in self.inputs]
         self._memory = MemoryBound()
         self._mapped = mapped
-        self._weights = _weights_tuple(mapped, manifest["weights"])
+        self._weights = _weights_tuple(mapped, manifest["weights"], device)
 
     def __repr__(self) -> str:
         inputs = ", ".join(map(str, self.inputs))
@@ -232,37 +230,21 @@ class Model:
         self._memory.before_run(shapes, sum(array.nbytes for array in arrays))
         tensors = [staged.fill(array) for staged, array in zip(self._staged, arrays, strict=True)]
         result = main(*tensors, self._weights)
-        return self._owned([result] if hasattr(result, "__dlpack__") else result)
-
-    def _owned(self, tensors: Sequence[Any]) -> list[np.ndarray]:
-        """Return tensors as arrays that share memory with nothing that lives on."""
-        shared = [self._mapped, *(staged.array for staged in self._staged)]
-        owned = []
-        for tensor in tensors:
-            array = np.from_dlpack(tensor)
-            if (
-                array.nbytes <= _COPIED_BYTES
-                or not array.flags.writeable
-                or any(np.may_share_memory(array, other) for other in shared)
-            ):
-                array = array.copy()
-            shared.append(array)
-            owned.append(array)
-        return owned
+        self._device.wait()
+        results = [result] if hasattr(result, "__dlpack__") else result
+        staged_memory = [s.buffer.host for s in self._staged if s.buffer.host is not None]
+        return self._device.copy_out(results, [self._mapped, *staged_memory])
 
 
 class _Staged:
-    """An aligned buffer for one input, which takes arrays of any layout.
+    """Memory of the device for one input, which takes arrays of any layout."""
 
-    TVM's kernels read inputs with aligned vector loads and crash on others; most NumPy arrays
-    are aligned to 16 bytes only.
-    """
-
-    def __init__(self, spec: TensorSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: TensorSpec, device: Device) -> None:
+        self.spec, self._device = spec, device
         self._dtype = np.dtype(spec.dtype)
         self._symbolic = any(isinstance(dim, str) for dim in spec.shape)
-        self._allocate(tuple(0 if isinstance(dim, str) else dim for dim in spec.shape))
+        shape = tuple(0 if isinstance(dim, str) else dim for dim in spec.shape)
+        self.buffer = device.allocate(shape, self._dtype)
 
     def checked(self, value: Any, sizes: dict[str, int]) -> np.ndarray:
         """Return `value` as an array of this input's dtype and shape.
@@ -283,17 +265,10 @@ class _Staged:
 
     def fill(self, array: np.ndarray) -> Any:
         """Copy `array` into the buffer and return the buffer as a tensor."""
-        if array.shape != self.array.shape:
-            self._allocate(array.shape)
-        np.copyto(self.array, array)
-        return self._tensor
-
-    def _allocate(self, shape: tuple[int, ...]) -> None:
-        nbytes = int(np.prod(shape, dtype=np.int64)) * self._dtype.itemsize
-        memory = np.empty(nbytes + WEIGHT_ALIGNMENT, np.uint8)
-        start = -memory.ctypes.data % WEIGHT_ALIGNMENT
-        self.array = memory[start : start + nbytes].view(self._dtype).reshape(shape)
-        self._tensor = runtime().from_dlpack(self.array)
+        if array.shape != self.buffer.shape:
+            self.buffer = self._device.allocate(array.shape, self._dtype)
+        self._device.copy_in(array, self.buffer)
+        return self.buffer.tensor
 
     def _as_array(self, value: Any) -> np.ndarray:
         try:
@@ -338,12 +313,11 @@ def _check_machine(path: str | os.PathLike[str], target: Mapping[str, Any]) -> N
         )
 
 
-def _weights_tuple(mapped: np.ndarray, entries: Sequence[Mapping[str, Any]]) -> Any:
+def _weights_tuple(mapped: np.ndarray, entries: Sequence[Mapping[str, Any]], device: Device) -> Any:
     """Return the weights as the program's last argument: tensors over the mapped file."""
-    tvm_ffi = runtime()
     tensors = []
     for entry in entries:
         raw = mapped[entry["offset"] : entry["offset"] + entry["nbytes"]]
         weight = raw.view(np.dtype(entry["dtype"])).reshape(entry["shape"])
-        tensors.append(tvm_ffi.from_dlpack(weight))
-    return tvm_ffi.convert(tensors)
+        tensors.append(device.constant(weight))
+    return device.tvm_ffi.convert(tensors)

@@ -18,9 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from sparse_tvm.devices import Device
 from sparse_tvm.errors import ArtifactError
 
-_CPU, _DEVICE_ID, _POOLED_ALLOCATOR = 1, 0, 2
 _SHARE_ALL_CORES = -3
 
 _KEPT = 3
@@ -126,14 +126,16 @@ class VirtualMachine:
         The code; kept alive.
     threads : int
         How many threads parallel regions use, the calling one included.
+    device : Device
+        Where the program runs.
     """
 
-    def __init__(self, library: Library, threads: int) -> None:
-        self._threads = threads
+    def __init__(self, library: Library, threads: int, device: Device) -> None:
+        self._threads, self._device = threads, device
         self._running = threading.Lock()
         self._creating = threading.Lock()
         self._own_thread: _OwnThread | None = None
-        self.main = _instance(library)["main"]
+        self.main = _instance(library, device)["main"]
         self._library = library  # set, and so released, after `main`, which runs its code
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -151,7 +153,7 @@ class VirtualMachine:
         `callback` gets the called function, its name, whether the call is about to happen (else
         it has just happened), its result and its arguments.
         """
-        machine = _instance(self._library)
+        machine = _instance(self._library, self._device)
         machine["set_instrument"](runtime().convert_func(callback))
         return machine["main"]
 
@@ -184,9 +186,9 @@ class MemoryBound:
         self._sizes[shapes] = size
 
 
-def _instance(library: Library) -> Any:
+def _instance(library: Library, device: Device) -> Any:
     machine = library.module["vm_load_executable"]()
-    machine["vm_initialization"](_CPU, _DEVICE_ID, _POOLED_ALLOCATOR)
+    machine["vm_initialization"](*device.machine_arguments())
     return machine
 
 

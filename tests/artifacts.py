@@ -74,6 +74,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
     return {
         "versions": {"sparse_tvm": "0", "tvm": "0.27.0.post1", "tvm_ffi": "0.1.14.post1"},
         "backend": "cpu",
+        "device": "cpu",
         "target": {
             "name": "x86-64-v3",
             "triple": "x86_64-linux-gnu",

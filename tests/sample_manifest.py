@@ -51,6 +51,7 @@ def sample_manifest(depth: int = 2) -> dict[str, Any]:
             "sha256": "0" * 64,
         },
         "backend": "cpu",
+        "device": "cpu",
         "target": {
             "name": "x86-64-v3",
             "triple": "x86_64-linux-gnu",

@@ -12,7 +12,7 @@ import artifacts
 import numpy as np
 import pytest
 
-from sparse_tvm import runtime
+from sparse_tvm import devices, runtime
 from sparse_tvm.artifact import read_manifest, sections_of
 from sparse_tvm.errors import ArtifactError, InputError, OptionError
 from sparse_tvm.runtime import Model, load
@@ -187,7 +187,7 @@ def test_symbolic_dimensions_stay_in_bounds(
 def test_outputs_belong_to_the_caller(
     path: Path, monkeypatch: pytest.MonkeyPatch, copied_bytes: int
 ) -> None:
-    monkeypatch.setattr(runtime, "_COPIED_BYTES", copied_bytes)
+    monkeypatch.setattr(devices, "_COPIED_BYTES", copied_bytes)
     model = load(path)
     runs = [(inputs := artifacts.inputs(seed), model.run(inputs)) for seed in range(20)]
     for inputs, outputs in runs:

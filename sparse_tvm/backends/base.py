@@ -41,11 +41,14 @@ class Backend(ABC):
     ----------
     name : str
         As manifests have it.
+    device : str
+        What its programs run on (see :mod:`sparse_tvm.devices`).
     families : list[KernelFamily]
         Of all operators; :meth:`add` appends.
     """
 
     name: ClassVar[str]
+    device: ClassVar[str] = "cpu"
 
     def __init__(self, families: Sequence[KernelFamily[Any]] = ()) -> None:
         self.families = list(families)

@@ -1,0 +1,153 @@
+"""Devices: what the runtime needs of the hardware that a model runs on.
+
+A backend names its device, and so does the manifest. Memory for inputs is allocated here, arrays
+are copied in and out, and whoever reads a result waits for it first. The CPU copies inputs into
+aligned memory, maps weights where they lie in the file, and hands outputs over as they are.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from sparse_tvm.errors import ArtifactError
+
+ALIGNMENT = 64
+"""Bytes: TVM's kernels read inputs with aligned vector loads, and crash on others."""
+
+_POOLED_ALLOCATOR = 2
+
+_COPIED_BYTES = 64 * 1024
+"""Outputs up to this size are copied, which costs nothing and covers outputs that are constants
+of the program; larger ones are handed over as the program allocated them."""
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory of a device for one input.
+
+    Attributes
+    ----------
+    shape : tuple[int, ...]
+        Its extents.
+    tensor : tvm_ffi.Tensor
+        As programs take it.
+    host : np.ndarray | None
+        The same memory where NumPy can see it.
+    """
+
+    shape: tuple[int, ...]
+    tensor: Any
+    host: np.ndarray | None = None
+
+
+class Device(ABC):
+    """A kind of device.
+
+    Attributes
+    ----------
+    name : str
+        As manifests have it.
+    code : int
+        DLPack's number of the kind.
+    """
+
+    name: ClassVar[str]
+    code: ClassVar[int]
+
+    def __init__(self, tvm_ffi: Any, index: int = 0) -> None:
+        self.tvm_ffi, self.index = tvm_ffi, index
+
+    def machine_arguments(self) -> list[int]:
+        """What TVM's virtual machine wants to know to run here."""
+        return [self.code, self.index, _POOLED_ALLOCATOR]
+
+    @abstractmethod
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:
+        """Memory for an input."""
+
+    @abstractmethod
+    def constant(self, array: np.ndarray) -> Any:
+        """A weight as a tensor that programs read; it is never written."""
+
+    @abstractmethod
+    def copy_in(self, array: np.ndarray, buffer: Buffer) -> None:
+        """Copy an array of the buffer's shape, of any strides and byte order, into it."""
+
+    @abstractmethod
+    def copy_out(self, tensors: Sequence[Any], shared: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Results as arrays that belong to the caller: none shares memory with another, or with
+        those in ``shared``."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Return when all that was asked of the device is done."""
+
+
+class Cpu(Device):
+    """The machine's own cores and memory."""
+
+    name: ClassVar[str] = "cpu"
+    code: ClassVar[int] = 1
+
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:
+        """Aligned memory, seen from both sides."""
+        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        memory = np.empty(nbytes + ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % ALIGNMENT
+        host = memory[start : start + nbytes].view(dtype).reshape(shape)
+        return Buffer(shape, self.tvm_ffi.from_dlpack(host), host)
+
+    def constant(self, array: np.ndarray) -> Any:
+        """The array itself."""
+        return self.tvm_ffi.from_dlpack(array)
+
+    def copy_in(self, array: np.ndarray, buffer: Buffer) -> None:
+        """Copy with NumPy, which sees to strides and byte order."""
+        assert buffer.host is not None
+        np.copyto(buffer.host, array)
+
+    def copy_out(self, tensors: Sequence[Any], shared: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Large results as they are, unless their memory is also somebody else's."""
+        others = list(shared)
+        owned = []
+        for tensor in tensors:
+            array = np.from_dlpack(tensor)
+            if (
+                array.nbytes <= _COPIED_BYTES
+                or not array.flags.writeable
+                or any(np.may_share_memory(array, other) for other in others)
+            ):
+                array = array.copy()
+            others.append(array)
+            owned.append(array)
+        return owned
+
+    def wait(self) -> None:
+        """A call returns when it is done."""
+
+
+_KINDS: dict[str, type[Device]] = {Cpu.name: Cpu}
+
+
+def register_device(kind: type[Device]) -> None:
+    """Let artifacts run on devices of another kind."""
+    _KINDS[kind.name] = kind
+
+
+def open_device(name: str, tvm_ffi: Any, index: int = 0) -> Device:
+    """A device by the name that a manifest gives.
+
+    Raises
+    ------
+    ArtifactError
+        When this runtime knows no such kind.
+    """
+    if name not in _KINDS:
+        known = ", ".join(_KINDS)
+        raise ArtifactError(f"this runtime has no device {name!r}", hint=f"it has: {known}")
+    return _KINDS[name](tvm_ffi, index)
