@@ -140,12 +140,16 @@ class Compile(TypedDict):
     phases: list[Phase]
 
 
-class Verification(TypedDict):
-    """How the outputs compare with the reference's."""
-
+class _Verification(TypedDict):
     reference: str
     tolerance: float
     max_abs_diff: dict[str, float]
+
+
+class Verification(_Verification, total=False):
+    """How the outputs compare with the reference's, computed by which emulated CPU, if any."""
+
+    emulated: str
 
 
 class _Kernel(TypedDict):
@@ -184,6 +188,7 @@ class Manifest(_Required, total=False):
     """Everything that an artifact says of itself; ``docs/formats.md`` describes the keys."""
 
     bounds: dict[str, tuple[int, int]]
+    unverified: str | None
 
 
 def check_manifest(value: Any) -> None:

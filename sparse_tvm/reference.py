@@ -59,7 +59,7 @@ class ReferenceModel(ABC):
         """
         expected = self.run(inputs, list(outputs))
         return {
-            name: _max_abs_difference(output, expected[name]) for name, output in outputs.items()
+            name: max_abs_difference(output, expected[name]) for name, output in outputs.items()
         }
 
 
@@ -153,7 +153,8 @@ def _newest_opset() -> int:
     return opset.version
 
 
-def _max_abs_difference(output: np.ndarray, expected: np.ndarray) -> float:
+def max_abs_difference(output: np.ndarray, expected: np.ndarray) -> float:
+    """Return by how much two arrays differ at most, as ``max_abs_differences`` defines it."""
     if output.shape != expected.shape:
         return float("inf")
     with np.errstate(invalid="ignore"):

@@ -99,8 +99,9 @@ def verification_title(manifest: Mapping[str, Any]) -> str:
     """Return the line that says against what the artifact was verified, or that it was not."""
     verification = manifest["verification"]
     if verification is None:
-        return "Not verified (compiled with --no-verify)"
-    return f"Verified against {verification['reference']}"
+        return f"Not verified ({manifest.get('unverified') or 'compiled with --no-verify'})"
+    where = f", in an emulator ({verification['emulated']})" if "emulated" in verification else ""
+    return f"Verified against {verification['reference']}{where}"
 
 
 def target_name(target: Mapping[str, Any]) -> str:
