@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import tvm
 from tvm import relax
 
-from sparse_tvm.operators import Operator, from_json, to_json
+from sparse_tvm.operators import Operator, from_json, operator_called, to_json
 from sparse_tvm.passes.program import Program
 
 PREFIX = "sparse_tvm."
@@ -51,9 +51,13 @@ def match(expr: Any, kind: type[Op]) -> OperatorCall[Op] | None:
         and expr.args[0].global_symbol.startswith(PREFIX)
     ):
         return None
+    name = expr.args[0].global_symbol.removeprefix(PREFIX)
+    if not issubclass(operator_called(name), kind):
+        return None
     *args, text = expr.args[1].fields
-    op = from_json(expr.args[0].global_symbol.removeprefix(PREFIX), json.loads(text.value))
-    return OperatorCall(op, list(args)) if isinstance(op, kind) else None
+    op = from_json(name, json.loads(text.value))
+    assert isinstance(op, kind)
+    return OperatorCall(op, list(args))
 
 
 def calls(program: Program, kind: type[Op]) -> Iterator[OperatorCall[Op]]:

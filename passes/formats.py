@@ -61,7 +61,12 @@ class FormatOptions:
 
     @classmethod
     def parse(
-        cls, format: str, block: str | None, threshold: float | None, rules: Sequence[str]
+        cls,
+        *,
+        format: str = "auto",
+        block: str | None = None,
+        threshold: float | None = None,
+        rules: Sequence[str] = (),
     ) -> FormatOptions:
         """Check the options of the command line.
 

@@ -127,7 +127,9 @@ def compile(
     """
     started = time.perf_counter()
     backend, chosen_target = resolve_target(target)
-    options = FormatOptions.parse(format, block, threshold, layer_rules)
+    options = FormatOptions.parse(
+        format=format, block=block, threshold=threshold, rules=layer_rules
+    )
     context = Context(backend, chosen_target, options)
     if threads is not None and threads < 1:
         raise OptionError(f"threads must be at least 1, not {threads}")
@@ -141,7 +143,13 @@ def compile(
 
     with phases("import"):
         source = open_source(
-            model, SourceOptions(example_inputs, dynamic_shapes, allow_pickle, input_shapes or {})
+            model,
+            SourceOptions(
+                example_inputs=example_inputs,
+                dynamic_shapes=dynamic_shapes,
+                allow_pickle=allow_pickle,
+                input_shapes=input_shapes or {},
+            ),
         )
         imported = source.load(input_shapes)
         if save_ir is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 _REGISTERED: dict[str, type[Any]] = {}
@@ -325,15 +326,33 @@ def from_json(name: str, record: dict[str, Any]) -> Operator:
     KeyError
         When no operator has that name.
     """
-    operator = _read(_REGISTERED[name], record)
+    operator = _read(operator_called(name), record)
     assert isinstance(operator, Operator)
     return operator
+
+
+def operator_called(name: str) -> type[Operator]:
+    """The class of the operator called ``name``.
+
+    Raises
+    ------
+    KeyError
+        When no operator has that name.
+    """
+    found = _REGISTERED[name]
+    assert issubclass(found, Operator)
+    return found
 
 
 def all_operators() -> list[type[Operator]]:
     """Every operator that modules may contain, by name."""
     found = [cls for cls in _REGISTERED.values() if issubclass(cls, Operator)]
     return sorted(found, key=lambda cls: cls.name)
+
+
+@cache
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _read(expected: Any, value: Any) -> Any:
@@ -351,7 +370,7 @@ def _read(expected: Any, value: Any) -> Any:
         value = dict(value)
         expected = _REGISTERED[value.pop("is")]
     if is_dataclass(expected) and isinstance(expected, type):
-        hints = get_type_hints(expected)
+        hints = _hints(expected)
         known: Callable[..., Any] = expected
         return known(**{key: _read(hints[key], item) for key, item in value.items()})
     return value
@@ -376,5 +395,6 @@ __all__ = [
     "WeightedOperator",
     "all_operators",
     "from_json",
+    "operator_called",
     "to_json",
 ]

@@ -157,7 +157,7 @@ def test_options_that_make_no_sense(options, message):
 
 
 def test_rule_may_hold_an_equals_sign():
-    (rule,) = FormatOptions.parse("auto", None, None, ["a=b=csr"]).rules
+    (rule,) = FormatOptions.parse(rules=["a=b=csr"]).rules
     assert (rule.pattern.pattern, rule.format) == ("a=b", "csr")
 
 
