@@ -13,7 +13,9 @@ as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
 missing=()
 command -v qemu-aarch64-static >/dev/null || command -v qemu-aarch64 >/dev/null ||
     missing+=(qemu-user-static)
+command -v cmake >/dev/null || missing+=(cmake)
 command -v aarch64-linux-gnu-g++ >/dev/null || missing+=(g++-aarch64-linux-gnu)
+command -v llvm-mca-19 >/dev/null || ! apt-cache show llvm-19 >/dev/null 2>&1 || missing+=(llvm-19)
 if [ ${#missing[@]} -gt 0 ]; then
     as_root apt-get update -qq
     as_root apt-get install -y -qq --no-install-recommends "${missing[@]}"

@@ -59,6 +59,15 @@ _ARM_BITS = {  # of what the kernel tells a process: by word, LLVM's names
         "bf16": 14,
     },
 }
+_ARM_PARTS = {
+    0xD03: "Cortex-A53",
+    0xD08: "Cortex-A72",
+    0xD0B: "Cortex-A76",
+    0xD0C: "Neoverse N1",
+    0xD40: "Neoverse V1",
+    0xD49: "Neoverse N2",
+    0xD4F: "Neoverse V2",
+}
 _BASELINE = {"x86_64": {"sse", "sse2"}, "aarch64": {"neon"}}
 _ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 
@@ -103,7 +112,8 @@ def cpu_part() -> int | None:
 
 def cpu_model() -> str:
     """Return the CPU's model name, such as ``AMD EPYC 7763``, or its architecture."""
-    return _cpuinfo("model name") or platform.processor() or architecture()
+    part = _ARM_PARTS.get(cpu_part() or 0, "")
+    return _cpuinfo("model name") or part or platform.processor() or architecture()
 
 
 def allow_amx() -> bool:

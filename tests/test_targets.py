@@ -109,6 +109,7 @@ def test_part_number_of_an_arm_cpu(monkeypatch, tmp_path):
     cpuinfo.write_text("processor\t: 0\nCPU part\t: 0xd08\n")
     monkeypatch.setattr(cpu, "_CPUINFO", cpuinfo)
     assert cpu.cpu_part() == 0xD08
+    assert cpu.cpu_model() == "Cortex-A72"
     cpuinfo.write_text("model name\t: an x86\n")
     assert cpu.cpu_part() is None
 

@@ -1,0 +1,215 @@
+"""What is compiled for Arm, run by qemu: ``scripts/test_arm.sh`` sets that up and runs these.
+
+Models are small for the emulator's sake: two layers of 256 features, 64 x 64 pixels. Formats are
+given, so that targets with the same instructions get the same code, and one of them is run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import sparse_tvm
+from sparse_tvm.emulation import Emulator
+from sparse_tvm.models.bert import BertConfig, build_bert
+from sparse_tvm.models.convnets import build_mobilenet_v2
+from sparse_tvm.models.gpt2 import Gpt2Config, build_gpt2
+from sparse_tvm.models.vit import VitConfig, build_vit
+from sparse_tvm.npz import read_npz, write_npz
+from sparse_tvm.schedules.cpu.simd import Simd
+from sparse_tvm.targets import TARGETS, get_target
+
+pytestmark = pytest.mark.skipif(
+    "SPARSE_TVM_TEST_ARM" not in os.environ, reason="scripts/test_arm.sh runs these"
+)
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "cpp"
+ARM = [target for target in TARGETS.values() if target.architecture == "aarch64"]
+DIFFERENT = ["cortex-a72", "neoverse-n1", "neoverse-v1"]
+CPUINFO = "processor\t: 0\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU part\t: {:#x}\n"
+CLI = "import sys; from sparse_tvm.cli import main; sys.exit(main(sys.argv[1:]))"
+MODELS = {
+    "bert csr": ("bert", "unstructured", {"format": "csr"}),
+    "bert 4x1": ("bert", "4x1", {"format": "bsr", "block": "4x1"}),
+    "bert dense": ("bert", None, {"format": "dense"}),
+    "gpt-2": ("gpt2", "4x1", {"format": "bsr", "block": "2x1"}),
+    "vit": ("vit", "unstructured", {"format": "csr"}),
+    "mobilenet v2": ("mobilenet", None, {"format": "dense"}),
+}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """ONNX files by name; BERT's and GPT-2's batch and length are symbolic."""
+    directory = tmp_path_factory.mktemp("models")
+    sizes = {"layers": 2, "hidden": 256, "heads": 4}
+    symbolic = {"batch": "batch", "sequence": "sequence"}
+    bert = BertConfig(**sizes, intermediate=1024, vocabulary=1000, max_positions=128)
+    gpt2 = Gpt2Config(**sizes, vocabulary=1000, max_positions=128)
+    vit = VitConfig(**sizes, intermediate=1024, image=64)
+    built = {
+        "bert": build_bert(bert, **symbolic, pooler=True),
+        "gpt2": build_gpt2(gpt2, **symbolic),
+        "vit": build_vit(vit),
+        "mobilenet": build_mobilenet_v2(image=64),
+        "tiny": build_bert(BertConfig(1, 32, 2, 64, 50, 16), batch=1, sequence=8),
+    }
+    for name, model in built.items():
+        onnx.save(model, directory / f"{name}.onnx")
+    return directory
+
+
+def compiled(models, name, target, tmp_path, **options):
+    source, structure, formats = MODELS[name]
+    path = models / f"{source}.onnx"
+    if structure:
+        pruned = models / f"{source} {structure}.onnx"
+        if not pruned.exists():
+            sparse_tvm.prune(path, pruned, sparsity=0.9, structure=structure)
+        path = pruned
+    return sparse_tvm.compile(
+        path, tmp_path / "model.so", target=target, **formats, **options
+    ).manifest
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("target", DIFFERENT)
+def test_models_agree_with_onnx_runtime(models, name, target, tmp_path):
+    manifest = compiled(models, name, target, tmp_path)
+    found = manifest["verification"]
+    assert found is not None, manifest["unverified"]
+    assert found["reference"].startswith("ONNX Runtime")
+    assert found["emulated"].endswith((target, "max"))
+    assert max(found["max_abs_diff"].values()) <= 1e-4
+    formats = {layer["format"] for layer in manifest["layers"]}
+    assert formats == {MODELS[name][2]["format"]}
+
+
+def test_the_other_targets_get_the_same_code():
+    def code(target):
+        return str(target.tvm_target()), Simd.of(target)
+
+    assert {code(target) for target in ARM} == {code(get_target(name)) for name in DIFFERENT}
+
+
+def emulated(target, *arguments, before=(), **environment):
+    """Run Python on the emulated CPU of a target."""
+    emulator = Emulator.of(get_target(target))
+    return subprocess.run(
+        [*before, *emulator.command(arguments)],
+        env={**emulator.environment(), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_code_for_newer_cpus_is_refused_in_one_line(models, tmp_path):
+    compiled(models, "bert csr", "neoverse-n1", tmp_path, verify=False)
+    run = emulated("cortex-a72", "-c", CLI, "run", str(tmp_path / "model.so"), "--random")
+    assert run.returncode == 1
+    error, hint = run.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert "was compiled for neoverse-n1 and needs CPU features that " in error
+    assert error.endswith("lacks: dotprod, fullfp16, lse, rcpc, rdm")
+    assert "--target native" in hint
+
+
+def test_code_for_x86_is_refused(models, tmp_path):
+    compiled(models, "bert csr", "x86-64-v2", tmp_path, verify=False)
+    run = emulated("cortex-a72", "-c", CLI, "run", str(tmp_path / "model.so"), "--random")
+    assert run.returncode == 1
+    assert "was compiled for x86_64; this machine is aarch64" in run.stderr
+
+
+def test_targets_tells_what_an_arm_machine_is():
+    run = emulated("neoverse-n1", "-c", CLI, "targets")
+    assert run.returncode == 0, run.stderr
+    native = [line.split()[0] for line in run.stdout.splitlines() if " native " in line]
+    assert native == ["neoverse-n1"]
+
+
+def test_it_compiles_on_arm_for_itself(models, tmp_path):
+    """With verification by ONNX Runtime there, which reads what an emulator does not emulate."""
+    target = get_target("neoverse-n1")
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(CPUINFO.format(target.parts[0]))
+    in_place = f'mount --bind "{cpuinfo}" /proc/cpuinfo && exec "$@"'
+    before = ["unshare", "--map-root-user", "--mount", "sh", "-c", in_place, "sh"]
+    if subprocess.run([*before, "true"], capture_output=True).returncode:
+        pytest.skip("mounts are not allowed here")
+    output = tmp_path / "tiny.so"
+    run = emulated(
+        target.name,
+        "-c",
+        CLI,
+        "compile",
+        str(models / "tiny.onnx"),
+        "-o",
+        str(output),
+        before=before,
+        CC="aarch64-linux-gnu-gcc",  # of this machine: qemu lets it through
+    )
+    assert run.returncode == 0, run.stderr
+    assert "Verified against ONNX Runtime" in run.stdout
+    assert sparse_tvm.inspect(output)["target"]["name"] == target.name
+
+
+def test_cpp_example(models, tmp_path):
+    """Cross-compiled, it prints what Python returns for the same inputs."""
+    emulator = replace(Emulator.of(get_target("cortex-a72")), cpu="cortex-a72")
+    python = tmp_path / "python"
+    exports = f'export PYTHONPATH="{emulator.place / "site"}"'
+    command = " ".join(f'"{part}"' for part in emulator.command(()))
+    python.write_text(f'#!/bin/sh\n{exports}\nexec {command} "$@"\n')
+    python.chmod(0o755)
+    cross = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"]
+    cross += [f"-DPython_EXECUTABLE={python}", "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++"]
+    subprocess.run(["cmake", "-S", EXAMPLE, "-B", tmp_path / "build", *cross], check=True)
+    subprocess.run(["cmake", "--build", tmp_path / "build"], check=True)
+
+    compiled(models, "bert csr", "cortex-a72", tmp_path, verify=False)
+    root = str(emulator.place / "root")
+    program = [emulator.program, "-cpu", emulator.cpu, "-L", root, tmp_path / "build/run_model"]
+    run = subprocess.run(
+        [*program, tmp_path / "model.so", "batch=2", "sequence=5"], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    ones = np.ones((2, 5), np.int64)
+    inputs = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ones)
+    (outputs,) = emulator.run(tmp_path / "model.so", [inputs])
+    for line, expected in zip(run.stdout.splitlines(), outputs.values(), strict=True):
+        head, _, numbers = line.partition(":")
+        assert head.endswith(str(list(expected.shape)))
+        found = [float(number) for number in numbers.split()[:4]]
+        np.testing.assert_allclose(found, expected.reshape(-1)[:4], rtol=1e-4)
+
+
+def test_run_verb(models, tmp_path):
+    compiled(models, "vit", "cortex-a72", tmp_path, verify=False)
+    rng = np.random.default_rng(0)
+    write_npz(tmp_path / "in.npz", {"pixel_values": rng.random((1, 3, 64, 64), np.float32)})
+    paths = [str(tmp_path / name) for name in ("model.so", "in.npz", "out.npz")]
+    run = emulated("cortex-a72", "-c", CLI, "run", paths[0], "-i", paths[1], "-o", paths[2])
+    assert run.returncode == 0, run.stderr
+    (hidden,) = read_npz(tmp_path / "out.npz").values()
+    assert hidden.shape == (1, 17, 256)
+    assert np.isfinite(hidden).all()
+
+
+@pytest.mark.skipif(not shutil.which("llvm-mca-19"), reason="needs llvm-mca")
+def test_inner_loops_reach_the_peak(tmp_path):
+    import sys
+
+    scripts = EXAMPLE.parents[1] / "scripts"
+    table = tmp_path / "table.md"
+    subprocess.run([sys.executable, scripts / "mca.py", "--markdown", table], check=True)
+    _, _, *rows = [line.strip("|").split("|") for line in table.read_text().splitlines()]
+    shares = {row[0].strip(): [int(cell.split("%")[0]) for cell in row[1:]] for row in rows}
+    for kernel in ("dense, 6 rows", "BSR 2x1", "BSR 4x1", "attention, scores"):
+        assert min(shares[kernel]) >= 95, kernel
