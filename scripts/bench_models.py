@@ -7,7 +7,7 @@
 Every model is pruned from the same weights and compiled; every output must agree with ONNX
 Runtime's on the same pruned weights. All engines that run one model are timed in one run,
 interleaved as :mod:`sparse_tvm.interleave` explains, on the same number of threads. OpenVINO and
-PyTorch take part when installed (``pip install 'sparse-tvm[bench]'``); they, like ONNX Runtime,
+PyTorch take part when installed (``pip install -e '.[bench]'``); they, like ONNX Runtime,
 run the unpruned model: zeros do not change their time. Tables and plots go to ``--workdir``.
 """
 

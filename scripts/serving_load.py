@@ -164,7 +164,7 @@ async def _send(
         async with session.post(path, data=body, headers=headers) as response:
             await response.read()
             return response.status
-    except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+    except (TimeoutError, aiohttp.ClientError, OSError) as error:
         return type(error).__name__
 
 

@@ -19,6 +19,7 @@ from torch import nn
 import sparse_tvm
 from sparse_tvm.cli import main
 from sparse_tvm.errors import ModelError, OptionError
+from sparse_tvm.extras import install_command
 
 
 class Bomb:
@@ -265,4 +266,4 @@ def test_a_missing_extra_is_named(
         path.mkdir()
         (path / "saved_model.pb").write_bytes(b"")
     monkeypatch.setitem(sys.modules, module, None)
-    assert f'pip install "sparse-tvm[{extra}]"' in refusal(path, tmp_path)
+    assert install_command(extra) in refusal(path, tmp_path)

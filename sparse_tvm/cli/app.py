@@ -104,7 +104,7 @@ def _report(error: Exception) -> int:
         _print_error("error", error.format_message(), _usage_hint(error))
         return error.exit_code
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("sparse_tvm"):
-        _print_error("error", f"a package is missing: {error}", "pip install --upgrade sparse-tvm")
+        _print_error("error", f"a package is missing: {error}", "python -m pip check")
         return 1
     first_line = (str(error).strip().splitlines() or [""])[0]
     _print_error(

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-_INSTALL = "pip install 'sparse-tvm[serve]'"
-
 
 def serve(
     models: Annotated[
@@ -60,12 +58,15 @@ def serve(
 ) -> None:
     """Serve MODEL.so over the Open Inference Protocol, HTTP and gRPC, until SIGTERM."""
     from sparse_tvm.errors import ArtifactError, SparseTvmError
+    from sparse_tvm.extras import install_command
     from sparse_tvm.serving.options import Options
 
     try:
         from sparse_tvm.serving.server import serve as run_server
     except ImportError as error:
-        raise SparseTvmError(f"{error.name} is not installed", hint=_INSTALL) from error
+        raise SparseTvmError(
+            f"{error.name} is not installed", hint=install_command("serve")
+        ) from error
     for model in models:
         if not model.exists():
             raise ArtifactError(f"{model}: no such file or directory")

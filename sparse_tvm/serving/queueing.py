@@ -109,7 +109,7 @@ class Queue:
             self._arrival.clear()
             try:
                 await asyncio.wait_for(self._arrival.wait(), left)
-            except (asyncio.TimeoutError, TimeoutError):
+            except TimeoutError:
                 return
 
     def _pop(self) -> list[Request]:
