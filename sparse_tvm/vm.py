@@ -9,6 +9,7 @@ import os
 import queue
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,11 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from sparse_tvm.devices import Device
-from sparse_tvm.errors import ArtifactError
+from sparse_tvm.errors import ArtifactError, ForkError
 
 _SHARE_ALL_CORES = -3
 
 _KEPT = 3
+_WORKERS_END = 1.0
+"""Seconds to wait for a thread's workers; 20 ms are usual."""
+
 _INSTALL = "pip install apache-tvm==0.27.0.post1"
 
 _SPIN_COUNT = 5000
@@ -108,6 +112,7 @@ class Library:
 
 _loaded: weakref.WeakValueDictionary[tuple[int, int], Library] = weakref.WeakValueDictionary()
 _loading = threading.Lock()
+_machines: weakref.WeakSet[VirtualMachine] = weakref.WeakSet()
 
 
 class VirtualMachine:
@@ -119,6 +124,9 @@ class VirtualMachine:
     server with forty request threads would own forty pools, and whichever model came first on a
     thread would decide how many workers the others get. Handing over costs 20 us; on a machine
     whose cores are all busy, a turn of the scheduler.
+
+    Threads do not survive a fork. A thread of the machine's own is started again there; the main
+    thread's pool would wait for its workers for ever, and cannot be replaced, so calls are refused.
 
     Parameters
     ----------
@@ -132,14 +140,31 @@ class VirtualMachine:
 
     def __init__(self, library: Library, threads: int, device: Device) -> None:
         self._threads, self._device = threads, device
+        self.without_threads()
+        self.main = _instance(library, device)["main"]
+        self._library = library  # set, and so released, after `main`, which runs its code
+        _machines.add(self)
+
+    def without_threads(self) -> None:
+        """Start with neither locks held nor a thread, as no thread but one survives a fork."""
         self._running = threading.Lock()
         self._creating = threading.Lock()
         self._own_thread: _OwnThread | None = None
-        self.main = _instance(library, device)["main"]
-        self._library = library  # set, and so released, after `main`, which runs its code
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return ``function(*args)``, called on a thread with the right pool, and alone."""
+        """Return ``function(*args)``, called on a thread with the right pool, and alone.
+
+        Raises
+        ------
+        ForkError
+            When this process was forked by a main thread that had run a model with workers.
+        """
+        if _pool_is_lost:
+            raise ForkError(
+                "this process was forked after a model had run in its main thread, and has none of "
+                "the threads that it ran on",
+                hint="run models after forking only, or start processes with spawn or forkserver",
+            )
         if threading.get_ident() == threading.main_thread().ident and _set_pool(self._threads):
             return self._alone(function, *args)
         with self._creating:
@@ -200,6 +225,7 @@ def _set_pool(threads: int) -> bool:
     if getattr(_pool, "threads", None) != threads or size() != threads:
         configure(_SHARE_ALL_CORES, threads, [str(core) for core in range(threads)])
         _pool.threads = threads
+        _pool.has_workers = getattr(_pool, "has_workers", threads > 1)
     return bool(size() == threads)
 
 
@@ -210,6 +236,19 @@ def _pool_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 _pool = threading.local()
+_pool_is_lost = False
+
+
+def _after_fork() -> None:
+    """Forget, in a forked process, locks that other threads held, and threads."""
+    global _loading, _pool_is_lost
+    _loading = threading.Lock()
+    _pool_is_lost |= getattr(_pool, "has_workers", False)
+    for machine in list(_machines):
+        machine.without_threads()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class _OwnThread:
@@ -263,8 +302,14 @@ def _serve(jobs: queue.SimpleQueue[_Job | None]) -> None:
 def _stop(jobs: queue.SimpleQueue[_Job | None], thread: threading.Thread) -> None:
     """End the thread, and with it its workers, before the interpreter goes away."""
     jobs.put(None)
-    if thread is not threading.current_thread():
-        thread.join()
+    if thread is threading.current_thread():
+        return
+    thread.join()
+    # Python is done with it then; the operating system once the workers have been joined.
+    task = Path(f"/proc/self/task/{thread.native_id}")
+    deadline = time.monotonic() + _WORKERS_END
+    while task.exists() and time.monotonic() < deadline:
+        time.sleep(0.0005)
 
 
 def installed_version() -> str:

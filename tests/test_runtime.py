@@ -245,6 +245,76 @@ wait_for_threads(before + 1)
     fresh_process(code, path)
 
 
+def test_a_deleted_model_leaves_no_thread_behind(path: Path) -> None:
+    code = """
+import gc, os, sys, threading, time, numpy as np, sparse_tvm
+inputs = {"x": np.ones((8, 64), "float32"), "ids": np.zeros(8, "int64")}
+
+def run():
+    sparse_tvm.load(sys.argv[1], threads=4).run(inputs)
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+before = threads()
+most = 0
+for _ in range(20):
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    most = max(most, threads() - before)
+print(most)
+"""
+    # The thread that ran the model may still be on its way out; its three workers are not.
+    assert int(fresh_process(code, path)) <= 1
+
+
+FORK = """
+import os, signal, sys, threading, numpy as np, sparse_tvm
+from sparse_tvm.errors import ForkError
+inputs = {"x": np.ones((8, 64), "float32"), "ids": np.zeros(8, "int64")}
+model = sparse_tvm.load(sys.argv[1], threads=THREADS)
+PARENT
+child = os.fork()
+if not child:
+    signal.alarm(30)
+    CHILD
+    sys.exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"lock" in globals() and lock.release()
+model.run(inputs)
+"""
+
+
+@pytest.mark.parametrize(
+    ("threads", "parent", "child"),
+    [
+        (2, "", "model.run(inputs)"),
+        (2, "", "sparse_tvm.load(sys.argv[1], threads=2).run(inputs)"),
+        (1, "model.run(inputs)", "model.run(inputs)"),
+        (2, "t = threading.Thread(target=model.run, args=(inputs,)); t.start(); t.join()",
+         "model.run(inputs)"),
+        (2, "lock = model._machine._running; lock.acquire()", "model.run(inputs)"),
+    ],
+)  # fmt: skip
+def test_a_forked_process_runs_models(path: Path, threads: int, parent: str, child: str) -> None:
+    code = FORK.replace("THREADS", str(threads)).replace("PARENT", parent).replace("CHILD", child)
+    fresh_process(code, path)
+
+
+@pytest.mark.parametrize("model", ["model", "sparse_tvm.load(sys.argv[1], threads=2)"])
+def test_a_fork_after_a_run_is_refused_at_once(path: Path, model: str) -> None:
+    child = f"""
+    try:
+        {model}.run(inputs)
+    except ForkError as error:
+        assert "forked after a model had run" in str(error)
+    else:
+        sys.exit(1)"""
+    code = FORK.replace("THREADS", "2").replace("PARENT", "model.run(inputs)")
+    fresh_process(code.replace("CHILD", child.strip()), path)
+
+
 def test_default_threads(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "usable_cores", lambda: 3)
     assert load(path).threads == 3
