@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from sparse_tvm.errors import OutputError
+
+_NAME_KEPT = 32
+"""Characters of a file's name in the temporary one, which may be no longer than the longest."""
+
+_numbers = count()
 
 
 @contextmanager
@@ -42,10 +48,11 @@ def check_writable(output: str | os.PathLike[str]) -> None:
 @contextmanager
 def _beside(output: Path) -> Iterator[Path]:
     """Yield a temporary path in the directory of `output`, and leave nothing there."""
-    if output.is_dir():
-        raise OutputError(f"cannot write {output}: it is a directory", hint="give a file name")
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    name = f".{output.name[:_NAME_KEPT]}.{os.getpid()}.{next(_numbers)}.tmp"
+    temporary = output.parent / name
     try:
+        if output.is_dir():
+            raise OutputError(f"cannot write {output}: it is a directory", hint="give a file name")
         yield temporary
     except OSError as error:
         raise OutputError(

@@ -30,8 +30,9 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             }
     except FileNotFoundError:
         raise InputError(f"{path}: no such file", hint=_HINT) from None
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is not a sound .npz file: {error}", hint=_HINT) from error
+    except Exception as error:  # zipfile, its decompressors and NumPy raise whatever fits
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path} is not a sound .npz file: {reason}", hint=_HINT) from error
 
 
 def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:

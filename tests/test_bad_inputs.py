@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -181,6 +183,52 @@ def test_different_outputs_are_refused(refused: Refused) -> None:
     refused("compile wide.onnx -o model.so --quiet --tolerance 0", 3, words)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "compile --quiet good.onnx -o {}",
+        "compile --quiet {} -o model.so",
+        "compile --quiet good.onnx -o model.so --report {}.md",
+        "compile --quiet good.onnx -o model.so --report {}/report.md",
+        "compile --quiet good.onnx -o model.so --dump-ir {}",
+        "compile --quiet good.onnx -o model.so --save-ir {}.json",
+        "inspect {}",
+        "verify {}",
+        "run {} --random",
+        "prune good.onnx --sparsity 0.5 -o {}",
+    ],
+)
+def test_names_that_are_too_long(command: str, refused: Refused) -> None:
+    refused(command.format("n" * 300), 1, ("File name too long",))
+
+
+def test_longest_name(folder: Path) -> None:
+    name = "n" * 252 + ".so"
+    assert main(["compile", "--quiet", "good.onnx", "-o", name]) == 0
+    assert read_manifest(name)["layers"]
+
+
+def test_errors_are_one_line_whatever_the_name(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", "a\x1b[2J\nerror: b\udcff[/x].so"]) == 1
+    (line, *_) = capsys.readouterr().err.splitlines()
+    assert line == r"error: a\x1b[2J\nerror: b\udcff[/x].so: no such file"
+
+
+def test_directory_whose_name_is_not_utf8(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = folder / os.fsdecode(b"caf\xe9")
+    directory.mkdir()
+    (folder / "good.onnx").rename(directory / os.fsdecode(b"\xff.onnx"))
+    model, artifact = str(directory / os.fsdecode(b"\xff.onnx")), str(directory / "model.so")
+    reports = [f"--report={directory / 'report'}{suffix}" for suffix in (".md", ".html", ".json")]
+    assert main(["compile", model, "-o", artifact, "--quiet", "--no-verify", *reports]) == 0
+    for command in (["inspect", model], ["inspect", artifact], ["verify", artifact]):
+        assert main(command) == 0
+    assert main(["run", artifact, "--random"]) == 0
+    assert r"\udce9" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("output", ["missing/model.so", "good.onnx/model.so", "/sys/model.so", "."])
 @pytest.mark.parametrize("verb", ["compile --quiet", "prune --sparsity 0.5"])
 def test_unwritable_output(verb: str, output: str, refused: Refused) -> None:
@@ -232,7 +280,42 @@ def test_run_refuses_input(case: str, artifact: Path, refused: Refused) -> None:
     refused(f"run {artifact.name} -i in.npz -o out.npz", 1, words)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"not an archive", b"PK\x03\x04 cut off"])
+def npz(compression: int = zipfile.ZIP_STORED) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive, archive.open("x.npy", "w") as member:
+        np.lib.format.write_array(member, np.zeros((TOKENS, K), np.float32))
+    return file.getvalue()
+
+
+def with_method(method: int) -> bytes:
+    """Claim another compression method, in the member's header and in the directory."""
+    data = bytearray(npz())
+    directory = data.index(b"PK\x01\x02")
+    data[8:10] = data[directory + 10 : directory + 12] = method.to_bytes(2, "little")
+    return bytes(data)
+
+
+def encrypted() -> bytes:
+    data = bytearray(npz())
+    directory = data.index(b"PK\x01\x02")
+    data[6] |= 1
+    data[directory + 8] |= 1
+    return bytes(data)
+
+
+DAMAGED_NPZ = [
+    npz(zipfile.ZIP_DEFLATED)[:60] + b"\xff" * 20 + npz(zipfile.ZIP_DEFLATED)[80:],
+    with_method(99),
+    with_method(12),
+    encrypted(),
+    npz().replace(b"(4, 16)", b"(4,-16)"),
+    npz().replace(b"'<f4'", b"'|O8'"),
+]
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"not an archive", b"PK\x03\x04 cut off", *DAMAGED_NPZ]
+)
 def test_run_refuses_input_file(
     content: bytes | None, artifact: Path, folder: Path, refused: Refused
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 from sample_manifest import sample_manifest
 
+from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.errors import OptionError, OutputError
 from sparse_tvm.report import check_report_path, write_report
 from sparse_tvm.report.content import human_bytes, human_count, human_percent
@@ -43,7 +44,7 @@ def test_json_report_is_the_manifest(tmp_path: Path) -> None:
 def test_markdown_report_says_what_each_layer_became(tmp_path: Path) -> None:
     write_report(sample_manifest(), tmp_path / "report.md")
     text = (tmp_path / "report.md").read_text()
-    assert text.startswith("# bert_base\n")
+    assert text.startswith("# bert\\_base\n")
     assert "bsr 4x1" in text
     assert "3.1e-06 (tolerance 1e-04)" in text
     assert "pooler\\|\\<dense>" in text
@@ -119,3 +120,41 @@ def test_human_numbers() -> None:
     assert human_percent(0.9) == "90.0 %"
     assert human_percent(0.99996) == ">99.9 %"
     assert human_percent(1.0) == "100.0 %"
+
+
+NASTY = (
+    "\x1b[2J\x1b]0;owned\x07\u202eevil\udcff ![x](http://example.com/x.png) [red]red[/blue]\nsecond"
+)
+
+
+def nasty_manifest() -> dict:
+    manifest = sample_manifest()
+    for layer in manifest["layers"]:
+        layer.update(name=NASTY, structure=NASTY, reason=NASTY, kernel=NASTY, epilogue=[NASTY])
+    manifest["model"]["name"] = manifest["inputs"][0]["name"] = NASTY
+    manifest["verification"]["max_abs_diff"] = {NASTY: 0.0}
+    manifest["notes"] = [NASTY]
+    return manifest
+
+
+def is_harmless(text: str) -> bool:
+    return all(line.isprintable() for line in text.split("\n"))
+
+
+def test_terminals_obey_no_name(capsys: pytest.CaptureFixture[str]) -> None:
+    print_summary(stdout_console(), nasty_manifest(), Path(f"{NASTY}.so"))
+    text = capsys.readouterr().out
+    assert is_harmless(text)
+    assert r"\x1b[2J" in text
+    assert "[red]red[/blue]" in text
+
+
+@pytest.mark.parametrize("suffix", [".html", ".md", ".json"])
+def test_reports_load_and_hide_nothing(tmp_path: Path, suffix: str) -> None:
+    write_report(nasty_manifest(), tmp_path / f"report{suffix}")
+    text = (tmp_path / f"report{suffix}").read_text()
+    assert is_harmless(text)
+    if suffix == ".md":
+        assert "![x]" not in text
+        assert "http://example.com/x.png" in text
+        assert re.search(r"(?<!\\)\[", text) is None

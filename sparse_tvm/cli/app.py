@@ -28,7 +28,15 @@ EXIT_BROKEN_PIPE = 1
 EXIT_INTERNAL = 70
 EXIT_INTERRUPTED = 130
 
-_CANNOT_WRITE = {errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS}
+_CANNOT_WRITE = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.EPERM,
+    errno.EROFS,
+}
 
 app = typer.Typer(
     name="sparse-tvm",
@@ -130,9 +138,9 @@ def _usage_hint(error: typer.TyperException) -> str:
 
 def _print_error(label: str, message: str, hint: str | None) -> None:
     console = stderr_console()
-    lines = [Text.assemble((f"{label}: ", "bold red"), message)]
+    lines = [Text.assemble((f"{label}: ", "bold red"), message.replace("\n", "\\n"))]
     if hint:
-        lines.append(Text.assemble(("hint: ", "bold cyan"), hint))
+        lines.append(Text.assemble(("hint: ", "bold cyan"), hint.replace("\n", "\\n")))
     for line in lines:
         console.print(line, soft_wrap=True)
 

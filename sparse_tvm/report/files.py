@@ -10,6 +10,7 @@ from typing import Any
 
 from sparse_tvm.errors import OptionError
 from sparse_tvm.files import replacing
+from sparse_tvm.printable import printable
 from sparse_tvm.report.html import render_html
 from sparse_tvm.report.markdown import render_markdown
 
@@ -43,6 +44,8 @@ def check_report_path(path: str | os.PathLike[str]) -> None:
         raise OptionError(
             f"report {path}: directory {path.parent} does not exist", hint="create it first"
         )
+    if path.is_dir():
+        raise OptionError(f"report {path}: is a directory", hint="give a file name")
 
 
 def write_report(manifest: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -56,6 +59,6 @@ def write_report(manifest: Mapping[str, Any], path: str | os.PathLike[str]) -> N
         When the file cannot be written.
     """
     check_report_path(path)
-    text = _RENDERERS[Path(path).suffix](manifest)
+    text = printable(_RENDERERS[Path(path).suffix](manifest))
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -18,10 +18,10 @@ def render_markdown(manifest: Mapping[str, Any]) -> str:
     """Return the report of `manifest` as GitHub-flavoured Markdown."""
     phases = [(phase["name"], f"{phase['seconds']:.2f}") for phase in manifest["compile"]["phases"]]
     sections = [
-        f"# {manifest['model']['name']}",
+        f"# {_escape(manifest['model']['name'])}",
         _table(("", ""), summary_facts(manifest)),
         "## Verification",
-        verification_title(manifest) + ".",
+        _escape(verification_title(manifest)) + ".",
         _table(("output", "difference"), verification_facts(manifest)),
         "## Layers",
         _table(LAYER_HEADER, (row.cells for row in layer_rows(manifest))),
@@ -45,7 +45,10 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _escape(cell: str) -> str:
-    """Keep a cell on its line and in its column, and its characters literal."""
-    for character in ("\\", "|", "*", "_", "<", "`"):
+    """Keep a cell on its line and in its column, and its characters literal.
+
+    A name must be neither a link nor an image, which would be fetched when the report is read.
+    """
+    for character in "\\|*_<`[]&$~":
         cell = cell.replace(character, "\\" + character)
     return " ".join(cell.split())
