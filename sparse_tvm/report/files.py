@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_tvm.errors import OptionError
-from sparse_tvm.files import replacing
+from sparse_tvm.files import check_writable, replacing
 from sparse_tvm.printable import printable
 from sparse_tvm.report.html import render_html
 from sparse_tvm.report.markdown import render_markdown
@@ -33,6 +33,8 @@ def check_report_path(path: str | os.PathLike[str]) -> None:
     ------
     OptionError
         When the suffix is not ``.html``, ``.json`` or ``.md``, or the directory does not exist.
+    OutputError
+        When the file cannot be written.
     """
     path = Path(path)
     if path.suffix not in _RENDERERS:
@@ -44,8 +46,7 @@ def check_report_path(path: str | os.PathLike[str]) -> None:
         raise OptionError(
             f"report {path}: directory {path.parent} does not exist", hint="create it first"
         )
-    if path.is_dir():
-        raise OptionError(f"report {path}: is a directory", hint="give a file name")
+    check_writable(path)
 
 
 def write_report(manifest: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
