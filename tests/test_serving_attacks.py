@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
@@ -63,7 +65,7 @@ def call(server: LocalServer, message: bytes) -> str:
         return "OK"
 
 
-def with_data(data: str, shape: str = "[1, 25000]") -> bytes:
+def with_data(data: str, shape: str = "[50, 500]") -> bytes:
     tensor = f'{{"name": "input_ids", "datatype": "INT64", "shape": {shape}, "data": {data}}}'
     return f'{{"inputs": [{tensor}]}}'.encode()
 
@@ -155,7 +157,7 @@ def test_a_small_message_cannot_take_memory_or_the_loop(server: LocalServer, bom
     assert peak_bytes(server.process.pid) - before < 24 * len(message) + 32 * MIB
 
 
-@pytest.mark.parametrize("length", ["9" * 4301, "9" * 30, "-1", "1_0", "٣", ""])
+@pytest.mark.parametrize("length", ["0" * 4300 + "7", "9" * 4301, "9" * 30, "-1", "1_0", "٣", ""])
 def test_header_lengths_that_are_none(server: LocalServer, length: str) -> None:
     body = json.dumps(infer_body(IDS)).encode()
     status, answer = post(server, body, **{"Inference-Header-Content-Length": length})
@@ -199,6 +201,7 @@ def test_unfinished_bodies_give_way_to_others(artifact: Path) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.http)
         writer.write(f"POST {INFER} HTTP/1.1\r\ncontent-length: {30 << 20}\r\n\r\n".encode())
         writer.write(unfinished)
+        await writer.drain()
         answer = asyncio.ensure_future(reader.read(100))
         done, _ = await asyncio.wait({answer, asyncio.ensure_future(ending.wait())}, timeout=20)
         writer.close()
@@ -206,8 +209,10 @@ def test_unfinished_bodies_give_way_to_others(artifact: Path) -> None:
 
     async def scenario() -> tuple[list[int], list[bytes]]:
         ending = asyncio.Event()
-        holders = [asyncio.create_task(hold_back(ending)) for _ in range(6)]
-        await asyncio.sleep(2.5)
+        holders = []
+        for _ in range(4):
+            holders.append(asyncio.create_task(hold_back(ending)))
+            await asyncio.sleep(1)
         statuses = []
         async with aiohttp.ClientSession(server.url) as session:
             for _ in range(20):
@@ -221,6 +226,64 @@ def test_unfinished_bodies_give_way_to_others(artifact: Path) -> None:
         statuses, refused = asyncio.run(scenario())
     assert statuses == [200] * 20
     assert any(b"408" in answer for answer in refused)
+
+
+def test_clients_that_do_not_read_are_left(tmp_path: Path) -> None:
+    path = write_encoder(tmp_path / "encoder.so")
+    ids = np.ones((200, 512), int)  # 20 MB of JSON come back
+
+    async def ask(count: int) -> None:
+        body = json.dumps(infer_body(ids)).encode()
+        head = f"POST {INFER} HTTP/1.1\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        connections = []
+        for _ in range(count):
+            _, writer = await asyncio.open_connection("127.0.0.1", server.http, limit=1024)
+            writer.transport.pause_reading()
+            writer.write(head + body)
+            connections.append(writer)
+        await asyncio.sleep(8)
+        for writer in connections:
+            writer.transport.abort()
+
+    with serving([path], "--patience", "2") as server:
+        before, open_before = resident(server), descriptors(server)
+        asyncio.run(ask(6))
+        time.sleep(1)
+        assert resident(server) - before < 100 * MIB
+        assert descriptors(server) - open_before < 3
+
+
+def descriptors(server: LocalServer) -> int:
+    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+
+
+def resident(server: LocalServer) -> int:
+    pages = int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def test_connections_are_bounded(artifact: Path) -> None:
+    with serving([artifact], "--max-connections", "20") as server:
+        connections = [
+            socket.create_connection(("127.0.0.1", server.http), timeout=5) for _ in range(60)
+        ]
+        time.sleep(1)
+        assert descriptors(server) < 80
+        assert connections[-1].recv(100).startswith(b"HTTP/1.1 503")
+        for connection in connections:
+            connection.close()
+        time.sleep(0.2)
+        assert post(server, json.dumps(infer_body(IDS)).encode())[0] == 200
+
+
+def test_malformed_requests_are_not_logged_one_by_one(server: LocalServer) -> None:
+    before = len(server.log)
+    for _ in range(50):
+        with socket.create_connection(("127.0.0.1", server.http), timeout=5) as connection:
+            connection.sendall(b"no HTTP at all\r\n\r\n")
+            connection.recv(100)
+        post(server, b"{")
+    assert len(server.log) - before <= 1
 
 
 def test_threads_do_not_grow(server: LocalServer) -> None:

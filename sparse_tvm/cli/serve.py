@@ -46,6 +46,31 @@ def serve(
             "largest, or 256.",
         ),
     ] = None,
+    max_connections: Annotated[int, typer.Option(min=1, help="HTTP connections.")] = 1024,
+    patience: Annotated[
+        float,
+        typer.Option(min=0.001, help="Seconds for a request's body, and to read more of a reply."),
+    ] = 30.0,
+    allow_control: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-control/--no-allow-control",
+            help="Load and unload models on request; by default on loopback hosts only.",
+            show_default=False,
+        ),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="A site whose pages may use the server; repeatable."),
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Tokens, one a line: requests must bear one.")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM; with it, TLS only.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM, of the certificate.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="PEM; with it, clients must show a certificate.")
+    ] = None,
     drain: Annotated[
         float, typer.Option(min=0, help="Seconds from SIGTERM until the sockets close.")
     ] = 1.0,
@@ -82,6 +107,14 @@ def serve(
         timeout=timeout,
         max_body=max_body_mb << 20,
         max_pending=(max_pending_mb or max(4 * max_body_mb, 256)) << 20,
+        max_connections=max_connections,
+        patience=patience,
+        allow_control=allow_control,
+        origins=tuple(allow_origin or ()),
+        token_file=token_file,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
         drain=drain,
         poll=poll,
         access_log=access_log,

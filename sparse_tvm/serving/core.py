@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparse_tvm.serving import logs
+from sparse_tvm.serving.access import Access
 from sparse_tvm.serving.budget import Budget
 from sparse_tvm.serving.metrics import Metrics
 from sparse_tvm.serving.options import Options
@@ -23,6 +24,7 @@ class Core:
 
     def __init__(self, sources: Sequence[Path], options: Options) -> None:
         self.options = options
+        self.access = Access(options)
         self.metrics = Metrics()
         self.repository = Repository(sources, options, self.metrics)
         self.budget = Budget(options.max_pending)

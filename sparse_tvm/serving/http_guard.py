@@ -9,28 +9,76 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _HEADER_SECONDS = 15.0
 _HEADER_BYTES = 64 << 10
+_LEAST_READ = 16 << 10  # bytes
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 1\r\n"
+    b"connection: close\r\n\r\n"
+)
 
 
 class GuardedProtocol(HttpToolsProtocol):  # type: ignore[misc]
-    """Closes connections whose headers take too long or grow too large.
+    """Closes connections that cost more than they bring.
 
-    Without it a client that sends one byte a minute, or headers without end, keeps a connection
-    and its memory for ever.
+    Without it a client that sends one byte a minute, or headers without end, or does not read
+    its answer, keeps a connection and its memory for ever; and enough clients keep every
+    descriptor, so that no worker can be started.
+
+    Parameters
+    ----------
+    patience : float
+        Seconds that a client may take to read more of its answer.
+    max_connections : int
+        Connections at a time; those beyond are told to come back later.
     """
 
-    _timer: asyncio.TimerHandle | None = None
-    _header_bytes = 0
-    _in_body = False
+    def __init__(self, *arguments: Any, patience: float, max_connections: int, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._patience = patience
+        self._max_connections = max_connections
+        self._timer: asyncio.TimerHandle | None = None
+        self._reading_timer: asyncio.TimerHandle | None = None
+        self._unread = 0
+        self._header_bytes = 0
+        self._in_body = False
 
     def connection_made(self, transport: Any) -> None:
         """Expect the first request's headers in time."""
         super().connection_made(transport)
+        if len(self.connections) > self._max_connections:
+            transport.write(_FULL)
+            transport.close()
+            return
         self._expect_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._stop_timer()
+        self._stop_reading_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Hold the answer back, and see to it that the client reads on."""
+        super().pause_writing()
+        self._unread = self.transport.get_write_buffer_size()
+        self._reading_timer = self.loop.call_later(self._patience, self._check_reading)
+
+    def resume_writing(self) -> None:
+        """Go on with the answer."""
+        self._stop_reading_timer()
+        super().resume_writing()
+
+    def _check_reading(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+        if unread > self._unread - _LEAST_READ:
+            self.transport.abort()
+            return
+        self._unread = unread
+        self._reading_timer = self.loop.call_later(self._patience, self._check_reading)
+
+    def _stop_reading_timer(self) -> None:
+        if self._reading_timer is not None:
+            self._reading_timer.cancel()
+            self._reading_timer = None
 
     def data_received(self, data: bytes) -> None:
         """Parse more data, unless headers have grown too large."""

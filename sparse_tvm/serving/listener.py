@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import resource
 import socket
 import struct
 
 from sparse_tvm.errors import OptionError
 
 _BACKLOG = 1024
+_DESCRIPTORS = 65536
 _SO_ATTACH_FILTER = 26
 _REFUSE_ALL = struct.pack("HBBI", 0x06, 0, 0, 0)  # a packet filter that returns 0: drop
 _ACCEPT_QUEUE = struct.Struct("24xI")  # in Linux's struct tcp_info of a listening socket
@@ -50,3 +52,16 @@ def _queued(listener: socket.socket) -> int:
     info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACCEPT_QUEUE.size)
     queued: int = _ACCEPT_QUEUE.unpack(info)[0]
     return queued
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process open as many files as the system allows it to."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def descriptor_limit() -> int:
+    """Return how many files this process may open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -19,6 +19,8 @@ def configure() -> None:
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
     _logger.setLevel(logging.INFO)
+    # It warns of every malformed request: a line for each that a stranger sends.
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
 
 
 def info(event: str, **fields: Any) -> None:

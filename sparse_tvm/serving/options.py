@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from sparse_tvm.cpu import usable_cores
 from sparse_tvm.errors import OptionError
+
+_POSITIVE = (
+    *("workers", "max_batch", "max_queue", "timeout", "max_body", "max_pending"),
+    *("max_connections", "patience"),
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,19 @@ class Options:
         Bytes of one request.
     max_pending : int
         Bytes of all requests together, from their first byte to the last of their results.
+    max_connections : int
+        HTTP connections at a time.
+    patience : float
+        Seconds that a client may take to send a request's body, or to read more of its answer.
+    allow_control : bool | None
+        Load and unload models when clients ask; by default where only this machine can ask.
+    origins : tuple[str, ...]
+        Sites whose pages may use the server in their readers' browsers.
+    token_file : Path | None
+        One of these tokens, one on each line, is asked of every request but for health.
+    tls_cert, tls_key, tls_client_ca : Path | None
+        PEM files: the server's certificate and key, and those that sign clients' certificates,
+        which are demanded then.
     drain : float
         Seconds between SIGTERM and closing the listening sockets; time for load balancers to
         see that the server is not ready any more.
@@ -54,17 +73,30 @@ class Options:
     timeout: float = 60.0
     max_body: int = 64 << 20
     max_pending: int = 256 << 20
+    max_connections: int = 1024
+    patience: float = 30.0
+    allow_control: bool | None = None
+    origins: tuple[str, ...] = ()
+    token_file: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
     drain: float = 1.0
     poll: float = 2.0
     access_log: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("workers", "max_batch", "max_queue", "timeout", "max_body", "max_pending"):
-            if getattr(self, name) <= 0:
+        for name in _POSITIVE:
+            # Written so that NaN is refused too.
+            if not getattr(self, name) > 0:
                 raise OptionError(f"{name} must be positive, not {getattr(self, name)}")
         for name in ("max_delay", "drain", "poll"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise OptionError(f"{name} must not be negative, not {getattr(self, name)}")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise OptionError("TLS takes both a certificate and its key")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise OptionError("clients show certificates over TLS only; give the server's, too")
 
     @property
     def threads_per_worker(self) -> int:

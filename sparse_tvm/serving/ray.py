@@ -49,7 +49,8 @@ def deployment(
     paths = [Path(source).absolute() for source in sources]
 
     def application() -> Any:
-        return build_app(Core(paths, replace(chosen, poll=0)), owns_core=True)
+        # One replica's models are no affair of a client's; Ray deploys all of them again.
+        return build_app(Core(paths, replace(chosen, poll=0, allow_control=False)), owns_core=True)
 
     defaults: dict[str, Any] = {
         "autoscaling_config": {

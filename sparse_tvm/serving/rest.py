@@ -11,6 +11,8 @@ from typing import Any
 import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -18,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 import sparse_tvm
 from sparse_tvm.serving import logs
+from sparse_tvm.serving.access import Needs
 from sparse_tvm.serving.budget import Hold
 from sparse_tvm.serving.core import Core
 from sparse_tvm.serving.embeddings import MAX_BODY, embeddings, parse
@@ -29,7 +32,8 @@ from sparse_tvm.serving.version import Version
 EXTENSIONS = ["binary_tensor_data", "model_repository"]
 PLATFORM = "sparse_tvm"
 _CLIENT_GONE = 499
-_BODY_SECONDS = 30.0
+
+_OPERATORS = Needs.TOKEN | Needs.CONTROL
 
 Handler = Callable[[Request, Core], Awaitable[Response]]
 
@@ -45,8 +49,8 @@ def build_app(core: Core, *, owns_core: bool = False) -> Starlette:
         Start `core` with the application's lifespan, and stop it with it.
     """
 
-    def route(path: str, handler: Handler, *methods: str) -> Route:
-        return Route(path, _Endpoint(handler, core), methods=list(methods))
+    def route(path: str, handler: Handler, method: str, needs: Needs = Needs.TOKEN) -> Route:
+        return Route(path, _Endpoint(handler, core, needs), methods=[method])
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -65,17 +69,28 @@ def build_app(core: Core, *, owns_core: bool = False) -> Starlette:
             route("/v1/models", _openai_models, "GET"),
             route("/metrics", _metrics, "GET"),
             route("/v2", _server, "GET"),
-            route("/v2/health/live", _live, "GET"),
-            route("/v2/health/ready", _ready, "GET"),
+            route("/v2/health/live", _live, "GET", Needs.NOTHING),
+            route("/v2/health/ready", _ready, "GET", Needs.NOTHING),
             route("/v2/models", _models, "GET"),
             route(model, _metadata, "GET"),
             route(version, _metadata, "GET"),
             route(f"{model}/ready", _model_ready, "GET"),
             route(f"{version}/ready", _model_ready, "GET"),
             route(f"{repository}/index", _index, "POST"),
-            route(f"{repository}/models/{{model}}/load", _load, "POST"),
-            route(f"{repository}/models/{{model}}/unload", _unload, "POST"),
+            route(f"{repository}/models/{{model}}/load", _load, "POST", _OPERATORS),
+            route(f"{repository}/models/{{model}}/unload", _unload, "POST", _OPERATORS),
         ],
+        middleware=[
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(core.access.origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=[HEADER_LENGTH],
+            )
+        ]
+        if core.access.origins
+        else [],
         exception_handlers={HTTPException: _unknown_route},
         lifespan=lifespan if owns_core else None,
     )
@@ -84,15 +99,21 @@ def build_app(core: Core, *, owns_core: bool = False) -> Starlette:
 class _Endpoint:
     """A route's ASGI application; a request's memory is its own until the answer is sent."""
 
-    def __init__(self, handler: Handler, core: Core) -> None:
+    def __init__(self, handler: Handler, core: Core, needs: Needs) -> None:
         self._handler = handler
         self._core = core
+        self._needs = needs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive, send)
         with self._core.budget.hold() as request.state.held:
-            response = await _answer(self._handler, request, self._core)
+            response = await _answer(self._checked, request, self._core)
             await response(scope, receive, send)
+
+    async def _checked(self, request: Request, core: Core) -> Response:
+        headers = request.headers
+        core.access.check(self._needs, headers.get("authorization", ""), headers.get("origin"))
+        return await self._handler(request, core)
 
 
 async def _answer(handler: Handler, request: Request, core: Core) -> Response:
@@ -130,7 +151,7 @@ async def _infer(request: Request, core: Core) -> Response:
     name, version = request.path_params["model"], request.path_params.get("version", "")
     held = request.state.held
     with core.repository.use(name, version) as loaded:
-        body = await _body(request, core.options.max_body, held)
+        body = await _body(request, core.options.max_body, core.options.patience, held)
         call = await decode(body, request.headers.get(HEADER_LENGTH), loaded, held)
         del body
         held.grow(loaded.result_bytes(call.sizes))
@@ -141,7 +162,7 @@ async def _infer(request: Request, core: Core) -> Response:
 
 async def _embeddings(request: Request, core: Core) -> Response:
     held = request.state.held
-    body = await _body(request, min(core.options.max_body, MAX_BODY), held)
+    body = await _body(request, min(core.options.max_body, MAX_BODY), core.options.patience, held)
     request.state.model, wanted = parse(body, held)
     with _watch(request):
         return _reply(await embeddings(wanted, core))
@@ -216,7 +237,7 @@ def metadata(version: Version) -> dict[str, Any]:
     }
 
 
-async def _body(request: Request, limit: int, held: Hold) -> bytearray:
+async def _body(request: Request, limit: int, seconds: float, held: Hold) -> bytearray:
     """Read the body, within the limits of its size, of all bodies together, and of time."""
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
@@ -238,11 +259,11 @@ async def _body(request: Request, limit: int, held: Hold) -> bytearray:
     reading = asyncio.ensure_future(read())
     try:
         with held.arriving(reading.cancel):
-            done, _ = await asyncio.wait({reading}, timeout=_BODY_SECONDS)
+            done, _ = await asyncio.wait({reading}, timeout=seconds)
     finally:
         reading.cancel()
     if not done:
-        raise Refusal(Kind.TOO_SLOW, f"the body took longer than {_BODY_SECONDS:g} s")
+        raise Refusal(Kind.TOO_SLOW, f"the body took longer than {seconds:g} s")
     if reading.cancelled():
         raise Refusal(Kind.TOO_SLOW, "the body took long and gave way to others", retry_after=1)
     reading.result()
@@ -286,6 +307,8 @@ def _refused(request: Request, refusal: Refusal) -> Response:
         kind = "invalid_request_error" if refusal.kind.status < 500 else "server_error"
         error = {"message": refusal.message, "type": kind, "param": None, "code": None}
     response = _reply({"error": error}, refusal.kind.status)
+    if refusal.kind is Kind.UNAUTHENTICATED:
+        response.headers["www-authenticate"] = "Bearer"
     if refusal.retry_after is not None:
         response.headers["retry-after"] = str(refusal.retry_after)
     return response

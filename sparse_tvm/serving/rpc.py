@@ -20,8 +20,10 @@ from tritonclient.grpc import service_pb2 as pb
 
 import sparse_tvm
 from sparse_tvm.serving import logs
+from sparse_tvm.serving.access import Needs
 from sparse_tvm.serving.budget import Hold
 from sparse_tvm.serving.core import Core
+from sparse_tvm.serving.options import Options
 from sparse_tvm.serving.protocol import (
     DATATYPES,
     Call,
@@ -56,6 +58,9 @@ _CONTENTS = {
 _RESULT_COPIES = 3
 """Of the results: arrays, the fields of the message, and the message as it is sent."""
 
+_MAX_RPCS = 1024
+_MAX_CONNECTIONS = 256
+_MAX_STREAMS = 256
 _MAX_RANK = 32
 _PART = 1 << 16
 
@@ -74,34 +79,52 @@ Method = Callable[[Any, _Call], Awaitable[Any]]
 
 def build_server(core: Core) -> Any:
     """Return a gRPC server for the models of `core`, without a port yet."""
-    limit = core.options.max_body
     server = grpc.aio.server(
-        options=[
-            ("grpc.max_receive_message_length", limit),
-            ("grpc.max_send_message_length", -1),
-            ("grpc.so_reuseport", 0),
-        ],
+        options=_channel_options(core.options), maximum_concurrent_rpcs=_MAX_RPCS
     )
-    methods: dict[str, tuple[type, Method]] = {
-        "ServerLive": (pb.ServerLiveRequest, _live),
-        "ServerReady": (pb.ServerReadyRequest, _ready),
-        "ModelReady": (pb.ModelReadyRequest, _model_ready),
-        "ServerMetadata": (pb.ServerMetadataRequest, _server_metadata),
-        "ModelMetadata": (pb.ModelMetadataRequest, _model_metadata),
-        "ModelConfig": (pb.ModelConfigRequest, _model_config),
-        "ModelInfer": (pb.ModelInferRequest, _infer),
-        "RepositoryIndex": (pb.RepositoryIndexRequest, _index),
-        "RepositoryModelLoad": (pb.RepositoryModelLoadRequest, _load),
-        "RepositoryModelUnload": (pb.RepositoryModelUnloadRequest, _unload),
+    operators = Needs.TOKEN | Needs.CONTROL
+    methods: dict[str, tuple[type, Method, Needs]] = {
+        "ServerLive": (pb.ServerLiveRequest, _live, Needs.NOTHING),
+        "ServerReady": (pb.ServerReadyRequest, _ready, Needs.NOTHING),
+        "ModelReady": (pb.ModelReadyRequest, _model_ready, Needs.TOKEN),
+        "ServerMetadata": (pb.ServerMetadataRequest, _server_metadata, Needs.TOKEN),
+        "ModelMetadata": (pb.ModelMetadataRequest, _model_metadata, Needs.TOKEN),
+        "ModelConfig": (pb.ModelConfigRequest, _model_config, Needs.TOKEN),
+        "ModelInfer": (pb.ModelInferRequest, _infer, Needs.TOKEN),
+        "RepositoryIndex": (pb.RepositoryIndexRequest, _index, Needs.TOKEN),
+        "RepositoryModelLoad": (pb.RepositoryModelLoadRequest, _load, operators),
+        "RepositoryModelUnload": (pb.RepositoryModelUnloadRequest, _unload, operators),
     }
     handlers = {
         name: grpc.unary_unary_rpc_method_handler(
-            _handler(message, method, core), response_serializer=_serialize
+            _handler(message, method, needs, core), response_serializer=_serialize
         )
-        for name, (message, method) in methods.items()
+        for name, (message, method, needs) in methods.items()
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     return server
+
+
+def _channel_options(options: Options) -> list[tuple[str, int]]:
+    """Return limits on connections: none is kept by a client that is idle, silent or gone.
+
+    The library buffers messages that are not complete, and gives a handler no say in it, so the
+    age of a connection is what ends one that never becomes complete.
+    """
+    grace = int(options.timeout) + 10
+    return [
+        ("grpc.max_receive_message_length", options.max_body),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_allowed_incoming_connections", _MAX_CONNECTIONS),
+        ("grpc.max_concurrent_streams", _MAX_STREAMS),
+        ("grpc.server_handshake_timeout_ms", 15_000),
+        ("grpc.max_connection_idle_ms", 5 * 60_000),
+        ("grpc.max_connection_age_ms", 10 * 60_000),
+        ("grpc.max_connection_age_grace_ms", grace * 1000),
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+    ]
 
 
 def _serialize(message: Any) -> bytes:
@@ -109,11 +132,15 @@ def _serialize(message: Any) -> bytes:
     return data
 
 
-def _handler(message: type, method: Method, core: Core) -> Callable[[bytes, Any], Awaitable[Any]]:
+def _handler(
+    message: type, method: Method, needs: Needs, core: Core
+) -> Callable[[bytes, Any], Awaitable[Any]]:
     async def handle(data: bytes, context: Any) -> Any:
         started = monotonic()
         code, model = "OK", ""
         try:
+            metadata = dict(context.invocation_metadata() or ())
+            core.access.check(needs, _text(metadata.get("authorization")), metadata.get("origin"))
             with core.budget.hold() as held:
                 held.grow(len(data))
                 request = _parse(message, data, held)
@@ -138,6 +165,10 @@ def _handler(message: type, method: Method, core: Core) -> Callable[[bytes, Any]
                 core.count(model, "grpc", code, monotonic() - started)
 
     return handle
+
+
+def _text(value: str | bytes | None) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _parse(message: Any, data: bytes, held: Hold) -> Any:
