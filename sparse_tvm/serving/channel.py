@@ -55,6 +55,14 @@ class Arena:
         offsets, size = _offsets(layout)
         return self._views(layout, offsets, size)
 
+    def close(self) -> None:
+        """Give the memory back, as soon as nobody refers to an array in it.
+
+        The map has a descriptor of its own, so it must not wait for the collector of garbage.
+        """
+        self._map = None
+        os.close(self.descriptor)
+
     def _views(
         self, layout: Sequence[tuple[str, Sequence[int]]], offsets: Sequence[int], size: int
     ) -> list[np.ndarray]:

@@ -22,7 +22,7 @@ class Engine(Protocol):
         """Run the model once; outputs come in the order of :attr:`outputs`."""
 
 
-def open_engine(path: Path, copy: Path, threads: int) -> Engine:
+def open_engine(path: Path, copy: Path, threads: int, *, verify: bool) -> Engine:
     """Load a model: ONNX Runtime runs ``.onnx``, everything else is an artifact.
 
     Parameters
@@ -33,6 +33,8 @@ def open_engine(path: Path, copy: Path, threads: int) -> Engine:
         The artifact, in a copy that nobody changes.
     threads : int
         Threads of a run.
+    verify : bool
+        Compare all of the artifact with its checksums.
 
     Raises
     ------
@@ -43,7 +45,7 @@ def open_engine(path: Path, copy: Path, threads: int) -> Engine:
         return _OnnxRuntime(path, threads)
     from sparse_tvm.runtime import load
 
-    return load(copy, threads=threads, verify=True)
+    return load(copy, threads=threads, verify=verify)
 
 
 class _OnnxRuntime:

@@ -23,6 +23,8 @@ from sparse_tvm.serving.private_copy import PrivateCopy
 _START_SECONDS = 120.0
 _END_SECONDS = 2.0
 _LOOK_SECONDS = 0.005
+_LAST_WORDS_SECONDS = 0.5
+_LONGEST_TEXT = 16 << 10
 
 
 class WorkerDied(Exception):
@@ -50,6 +52,8 @@ class WorkerProcess:
         The artifact.
     threads : int
         Threads of a run.
+    verify : bool
+        Compare all of the artifact with its checksums; once is enough for a copy.
 
     Raises
     ------
@@ -57,29 +61,33 @@ class WorkerProcess:
         When the system has no room for another process; nothing is left behind then.
     """
 
-    def __init__(self, path: Path, artifact: PrivateCopy, threads: int) -> None:
+    def __init__(self, path: Path, artifact: PrivateCopy, threads: int, *, verify: bool) -> None:
         with ExitStack() as undo:
             ours, theirs = socket.socketpair()
             undo.callback(ours.close)
             with theirs:
                 self._inputs = create_arena()
-                undo.callback(os.close, self._inputs.descriptor)
+                undo.callback(self._inputs.close)
                 self._outputs = create_arena()
-                undo.callback(os.close, self._outputs.descriptor)
+                undo.callback(self._outputs.close)
                 passed = (
                     *(artifact.descriptor, theirs.fileno()),
                     *(self._inputs.descriptor, self._outputs.descriptor),
                 )
                 command = (sys.executable, "-m", "sparse_tvm.serving.worker", os.fspath(path))
                 self._process = subprocess.Popen(
-                    [*command, *map(str, passed), str(threads)],
+                    [*command, *map(str, passed), str(threads), str(int(verify))],
                     pass_fds=passed,
                     stdin=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
                 )
             undo.pop_all()
+        assert self._process.stderr is not None
+        self._errors = self._process.stderr
         self._socket = ours
         self._writer: asyncio.StreamWriter | None = None
         self._listener: asyncio.Task[None] | None = None
+        self._relay: asyncio.Task[None] | None = None
         self._answer: asyncio.Future[dict[str, Any]] | None = None
         self._closed = False
         self.died = asyncio.Event()
@@ -99,6 +107,7 @@ class WorkerProcess:
         WorkerDied
             When the process ended without saying why.
         """
+        self._relay = asyncio.create_task(self._log_errors())
         reader, self._writer = await asyncio.open_unix_connection(sock=self._socket)
         self._answer = asyncio.get_running_loop().create_future()
         self._listener = asyncio.create_task(self._listen(reader))
@@ -165,13 +174,31 @@ class WorkerProcess:
             else:
                 self._socket.close()
             await self._end(monotonic() + _END_SECONDS)
+            if self._relay is not None:
+                await asyncio.wait({self._relay}, timeout=_LAST_WORDS_SECONDS)
         finally:
             # It is dead already, but for a cancellation: then this takes the kernel's time only.
             self._process.kill()
             status = self._process.wait()
-            os.close(self._inputs.descriptor)
-            os.close(self._outputs.descriptor)
+            if self._relay is not None:
+                self._relay.cancel()
+            else:
+                self._errors.close()
+            self._inputs.close()
+            self._outputs.close()
         return status
+
+    async def _log_errors(self) -> None:
+        """Log what the process, or a library in it, writes to its standard error."""
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), self._errors
+        )
+        try:
+            while text := await reader.read(_LONGEST_TEXT):
+                logs.warning("worker wrote", pid=self.pid, text=text.decode(errors="replace"))
+        finally:
+            transport.close()
 
     async def _end(self, deadline: float) -> None:
         """Give the process time to end by itself; needs neither a thread nor a descriptor."""

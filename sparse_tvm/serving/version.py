@@ -112,7 +112,7 @@ class Version:
 
     async def _start(self) -> None:
         self._artifact = await asyncio.to_thread(PrivateCopy, self.path)
-        first = self._spawn()
+        first = self._spawn(verify=True)
         try:
             await self._introduce(first)
         except WorkerDied:
@@ -193,10 +193,11 @@ class Version:
     def _waiting(self) -> int:
         return len(self._queue) if self._queue is not None else 0
 
-    def _spawn(self) -> WorkerProcess:
+    def _spawn(self, *, verify: bool = False) -> WorkerProcess:
         """Start a worker; it belongs to this version until :meth:`_dismiss`."""
         assert self._artifact is not None
-        worker = WorkerProcess(self.path, self._artifact, self._options.threads_per_worker)
+        threads = self._options.threads_per_worker
+        worker = WorkerProcess(self.path, self._artifact, threads, verify=verify)
         self._owned.add(worker)
         return worker
 

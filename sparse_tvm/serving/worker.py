@@ -20,7 +20,6 @@ import numpy as np
 
 from sparse_tvm.errors import InputError, SparseTvmError
 from sparse_tvm.random_inputs import random_inputs, typical_sizes
-from sparse_tvm.serving import logs
 from sparse_tvm.serving.channel import LENGTH, Arena, pack
 from sparse_tvm.serving.engines import Engine, open_engine
 
@@ -32,12 +31,17 @@ _FIRST_TO_KILL = "500"
 def main(arguments: list[str]) -> None:
     """Serve the parent process until it closes the socket."""
     _follow_the_server()
-    artifact, connection, inputs, outputs, threads = map(int, arguments[1:])
+    with suppress(BrokenPipeError):  # a server that has no use for it any more
+        _live(arguments)
+
+
+def _live(arguments: list[str]) -> None:
+    artifact, connection, inputs, outputs, threads, verify = map(int, arguments[1:])
     with socket.socket(fileno=connection) as peer, peer.makefile("rb") as messages:
         copy = f"/proc/self/fd/{artifact}"
         try:
             started = perf_counter()
-            engine = open_engine(Path(arguments[0]), Path(copy), threads)
+            engine = open_engine(Path(arguments[0]), Path(copy), threads, verify=bool(verify))
             loaded = perf_counter()
             _warm_up(engine)
             ready = perf_counter()
@@ -62,8 +66,6 @@ def main(arguments: list[str]) -> None:
 
 def _follow_the_server() -> None:
     """Leave signals to the server; die with it, and before it when memory runs out."""
-    logs.configure()
-    sys.excepthook = lambda _kind, error, _traceback: logs.exception("worker failed", error)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
