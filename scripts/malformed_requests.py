@@ -30,7 +30,8 @@ from sparse_tvm.spec import TensorSpec
 LONGEST_STALL = 0.5  # seconds of health
 MOST_GROWTH = 1.05  # of memory, from the first tenth to the end
 _AT_ONCE = 32
-_RAW_SHARE = 20  # one in so many HTTP requests is no HTTP at all
+_ANSWER_SECONDS = 0.5  # some bytes may still become a request, and get no answer
+_RAW_SHARE = 100  # one in so many HTTP requests is no HTTP at all
 
 
 def main(
@@ -163,7 +164,7 @@ class Attack:
             )
         )
         try:
-            line = await asyncio.wait_for(reader.readline(), 10)
+            line = await asyncio.wait_for(reader.readline(), _ANSWER_SECONDS)
         except (OSError, asyncio.TimeoutError):
             return "no answer"
         finally:

@@ -81,7 +81,10 @@ def serve(
         bool, typer.Option("--access-log", help="Log a line for every request.")
     ] = False,
 ) -> None:
-    """Serve MODEL.so over the Open Inference Protocol, HTTP and gRPC, until SIGTERM."""
+    """Serve MODEL.so over the Open Inference Protocol, HTTP and gRPC, until SIGTERM.
+
+    Loading a model runs its code: serve only files that you would run as programs.
+    """
     from sparse_tvm.errors import ArtifactError, SparseTvmError
     from sparse_tvm.extras import install_command
     from sparse_tvm.serving.options import Options

@@ -36,6 +36,7 @@ DATATYPES = {
 _LONGEST_QUOTE = 80
 _MAX_DIMENSION = 1 << 31
 _MAX_TIMEOUT = 1e18
+_TIMEOUT_DIGITS = 18
 
 
 @dataclass(frozen=True)
@@ -208,8 +209,8 @@ def timeout_of(timeout: Any) -> float | None:
     """
     if timeout in (None, 0, "0"):
         return None
-    if isinstance(timeout, str) and timeout.isdecimal():
-        timeout = int(timeout[:18])
+    if isinstance(timeout, str) and timeout.isdecimal() and len(timeout) <= _TIMEOUT_DIGITS:
+        timeout = int(timeout)
     # NaN is not comparable, and an integer may be too large for a float.
     plain = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
     if not plain or not 0 < timeout < _MAX_TIMEOUT:
