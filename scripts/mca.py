@@ -58,6 +58,11 @@ class Loop:
     fmas: int
 
     @property
+    def others(self) -> int:
+        """Its other instructions."""
+        return len(self.code.splitlines()) - self.fmas
+
+    @property
     def spills(self) -> int:
         """Accesses to the stack."""
         return len(re.findall(r"\[sp\b", self.code))
@@ -99,7 +104,7 @@ def shares(target: Target) -> Iterator[tuple[str, str]]:
     size = HIDDEN // HEADS
     kernel = attention(tiles, tiles, TOKENS, HEADS, size, size, size**-0.5, None, simd)
     loops = [loop for loop in inner_loops(assembly(kernel, target)) if loop.fmas]
-    exponentials = max(range(len(loops)), key=lambda i: loops[i].fmas)  # stand between the two
+    exponentials = max(range(len(loops)), key=lambda i: loops[i].others)  # between the two
     yield "attention, scores", cell(loops[:exponentials], target)
     yield "attention, values", cell(loops[exponentials + 1 :], target)
 

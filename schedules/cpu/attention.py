@@ -149,13 +149,25 @@ def attention(
             def value_block(first_row: Expr, live: int) -> None:
                 acc = Registers(live, vectors.count, simd)
                 acc.fill(lambda row, vector: zero(simd))
+                together = simd.lanes if simd.by_element else 1
                 with T.serial(0, keys.per_lead) as key_tile:
                     live_keys = tirx.min(LANES, count - key_tile * LANES)
-                    with T.serial(0, live_keys) as j:
-                        acc.multiply_add(
-                            lambda row: v[lead, key_tile, head * value_size + first_row + row, j],
-                            lambda vector: scores[tuple(score_at(key_tile * LANES + j, vector))],
+
+                    def add(key: Expr, keys: int) -> None:
+                        feature = head * value_size + first_row
+                        acc.multiply_add_steps(
+                            keys,
+                            lambda row, step: v[lead, key_tile, feature + row, key + step],
+                            lambda vector, step: scores[
+                                tuple(score_at(key_tile * LANES + key + step, vector))
+                            ],
                         )
+
+                    with T.serial(0, live_keys // together) as j:
+                        add(j * together, together)
+                    if together > 1:
+                        with T.serial(0, live_keys % together) as j:
+                            add(live_keys // together * together + j, 1)
                 for row in range(live):
                     for vector in range(vectors.count):
                         tile, lanes = vectors.at(vector)

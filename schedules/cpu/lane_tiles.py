@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tvm import tirx
@@ -217,8 +218,32 @@ class Registers:
             for vector, operand in enumerate(operands):
                 self._add_product(row, vector, scale, operand)
 
+    def multiply_add_steps(
+        self, steps: int, weight: Callable[[int, int], Expr], x: Callable[[int, int], Expr]
+    ) -> None:
+        """Add ``steps`` outer products, of ``weight(row, step)`` and ``x(vector, step)``.
+
+        For weights that are neighbours from step to step, not from row to row.
+        """
+        if not self.simd.by_element:
+            for step in range(steps):
+                self.multiply_add(partial(_swapped, weight, step), partial(_swapped, x, step))
+            return
+        weights = [
+            _loaded_together([weight(row, step) for step in range(steps)], self.simd)
+            for row in range(self.rows)
+        ]
+        for step in range(steps):
+            for vector in range(self.vectors):
+                for row in range(self.rows):
+                    self._add_product(row, vector, weights[row][step], x(vector, step))
+
     def _add_product(self, row: int, vector: int, scale: Expr, operand: Expr) -> None:
         self.set(row, vector, self.get(row, vector) + splat(scale, self.simd) * operand)
+
+
+def _swapped(function: Callable[[int, int], Expr], second: int, first: int) -> Expr:
+    return function(first, second)
 
 
 def _loaded_together(elements: Sequence[Expr], simd: Simd) -> list[Expr]:
