@@ -18,9 +18,9 @@ from tvm import relax
 
 from sparse_tvm.operators import WeightedOperator
 from sparse_tvm.passes import dialect
-from sparse_tvm.passes.formats import Choice, choose
 from sparse_tvm.passes.graph import Rewrite, same, shape_of
 from sparse_tvm.passes.infrastructure import Context, Property, graph_pass
+from sparse_tvm.passes.layout_choice import Choice, choose
 from sparse_tvm.passes.program import LayerReport, Program
 from sparse_tvm.sparsity.statistics import MeasuredWeight
 

@@ -26,7 +26,8 @@ from sparse_tvm.cli.tables import plain_table
 from sparse_tvm.cpu import allow_amx, cpu_model
 from sparse_tvm.machine_limits import use_threads
 from sparse_tvm.operators import Bias, Dense
-from sparse_tvm.passes.formats import FormatOptions, choose
+from sparse_tvm.passes.formats import FormatOptions
+from sparse_tvm.passes.layout_choice import choose
 from sparse_tvm.schedules.cpu import word_weights
 from sparse_tvm.schedules.cpu.block_arrays import split_arrays
 from sparse_tvm.schedules.cpu.dot_matmul import dot_matmul

@@ -24,7 +24,8 @@ from sparse_tvm.cli.tables import plain_table
 from sparse_tvm.cpu import cpu_model, usable_cores
 from sparse_tvm.machine_limits import ROW_BYTES, Kernel, Machine, build
 from sparse_tvm.operators import Activation, Bias, Dense, Layout, Residual, Step
-from sparse_tvm.passes.formats import FormatOptions, choose
+from sparse_tvm.passes.formats import FormatOptions
+from sparse_tvm.passes.layout_choice import choose
 from sparse_tvm.report.tables import human_bytes
 from sparse_tvm.schedules.cpu.attention import attention
 from sparse_tvm.schedules.cpu.lane_tiles import Tiles

@@ -11,10 +11,12 @@ compiler, nor even the ``onnx`` package.
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sparse_tvm import errors
+
+__version__: str
 
 if TYPE_CHECKING:
     from sparse_tvm.benchmark import bench
@@ -24,11 +26,6 @@ if TYPE_CHECKING:
     from sparse_tvm.sparsity.pruning import prune
 
 __all__ = ["__version__", "bench", "compile", "errors", "inspect", "load", "prune"]
-
-try:
-    __version__ = metadata.version("sparse-tvm")
-except metadata.PackageNotFoundError:  # run from a source tree that is not installed
-    __version__ = "0+unknown"
 
 _HOMES = {
     "bench": "sparse_tvm.benchmark",
@@ -40,11 +37,22 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
+
+
+def _version() -> str:
+    from importlib import metadata  # slow to import, for a name that is rarely wanted
+
+    try:
+        return metadata.version("sparse-tvm")
+    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

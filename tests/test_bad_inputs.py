@@ -391,7 +391,7 @@ def test_bench_refuses(
     ("options", "words"),
     [
         ("--sparsity 1.5", ("sparsity", "1.5")),
-        ("--sparsity half", ("--sparsity", "number")),
+        ("--sparsity half", ("--sparsity", "half")),
         ("--sparsity 0.5 --structure lumps", ("lumps", "4x1")),
         ("--sparsity 0.5 --structure 0x4", ("0x4",)),
         ("--sparsity 0.9 --structure 2:4", ("2:4", "0.9")),

@@ -19,8 +19,13 @@ VERBS = ("compile", "run", "bench", "inspect", "verify", "prune", "targets")
 
 
 @pytest.fixture
-def fake_compile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
-    """Put a function in the compiler's place, so that a test needs neither model nor TVM."""
+def fake_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Callable[..., Any]], None]:
+    """Put a function in the compiler's place, so that a test needs neither TVM nor more of
+    model.onnx than that it exists."""
+    monkeypatch.chdir(tmp_path)
+    Path("model.onnx").touch()
 
     def install(function: Callable[..., Any]) -> None:
         module = types.ModuleType("sparse_tvm.compiler")
@@ -43,14 +48,16 @@ def run_python(code: str) -> str:
     return result.stdout
 
 
-def test_a_missing_package_is_named() -> None:
+def test_a_missing_package_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").touch()
     code = """
 import sys
 from sparse_tvm.cli import main
 sys.modules["typing_extensions"] = None
 sys.exit(main(["inspect", "model.onnx"]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("error: a package is missing: ")
     assert "typing_extensions" in done.stderr
@@ -185,6 +192,40 @@ def test_help_imports_nothing_heavy() -> None:
         "assert not heavy, heavy"
     )
     run_python(code)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "compile nosuch.onnx -o model.so",
+        "compile model.onnx -o model.so --target nosuch",
+        "compile model.onnx -o model.so --format bsr --block 0x1",
+        "compile model.onnx -o model.so --layer query=sparse",
+        "compile model.onnx -o model.so --input-shape ids",
+        "compile model.onnx -o model.so --threads 0",
+        "compile model.onnx -o model.so --report report.pdf",
+        "compile model.onnx -o nosuch/model.so",
+        "run nosuch.so --random",
+        "run nosuch.so",
+        "bench nosuch.so",
+        "inspect nosuch.onnx",
+        "prune nosuch.onnx -o pruned.onnx",
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_slow_is_loaded(
+    arguments: str, tmp_path: Path
+) -> None:
+    (tmp_path / "model.onnx").touch()
+    code = (
+        "import sys; from sparse_tvm.cli import main;"
+        f"code = main({arguments.split()!r});"
+        "print(code, {'tvm', 'tvm_ffi', 'onnx', 'onnxruntime', 'numpy'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout in ("1 set()\n", "2 set()\n")
+    assert done.stderr.startswith("error: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_package_imports_the_compiler_on_use_only() -> None:

@@ -284,7 +284,8 @@ import sys
 from sparse_tvm.backends import backends
 from sparse_tvm.operators import Attention, Convolution, Dense
 from sparse_tvm.families import Extents, WeightedFamily
-from sparse_tvm.passes.formats import FormatOptions, choose
+from sparse_tvm.passes.formats import FormatOptions
+from sparse_tvm.passes.layout_choice import choose
 from sparse_tvm.sparsity.statistics import AssumedWeight
 
 dense = Dense(layer="fc", matrix=(768, 768))

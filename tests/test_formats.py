@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_tvm.errors import OptionError
-from sparse_tvm.sparsity.formats import BSR, CSR, occupied_blocks, parse_block
+from sparse_tvm.sparsity.blocks import parse_block
+from sparse_tvm.sparsity.formats import BSR, CSR, occupied_blocks
 
 
 @st.composite

@@ -11,7 +11,8 @@ import pytest
 from onnx import numpy_helper, parser
 
 from sparse_tvm.errors import ModelError
-from sparse_tvm.frontends.detect import file_kind, open_source
+from sparse_tvm.frontends.detect import open_source
+from sparse_tvm.frontends.kinds import file_kind
 from sparse_tvm.frontends.onnx.read import NEWEST_OPSET, read_onnx
 
 DENSE = "(float[2,16] x) => (float[2,8] y) { y = MatMul(x, w) }"

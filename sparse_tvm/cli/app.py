@@ -10,12 +10,9 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from sparse_tvm import __version__
 from sparse_tvm.cli.bench import bench
 from sparse_tvm.cli.compile import compile
-from sparse_tvm.cli.console import stderr_console
 from sparse_tvm.cli.inspect import inspect
 from sparse_tvm.cli.prune import prune
 from sparse_tvm.cli.run import run
@@ -50,6 +47,8 @@ for verb in (compile, run, bench, serve, inspect, verify, prune, targets):
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from sparse_tvm import __version__
+
         typer.echo(f"sparse-tvm {__version__}")
         raise typer.Exit
 
@@ -137,6 +136,10 @@ def _usage_hint(error: typer.TyperException) -> str:
 
 
 def _print_error(label: str, message: str, hint: str | None) -> None:
+    from rich.text import Text
+
+    from sparse_tvm.cli.console import stderr_console
+
     console = stderr_console()
     lines = [Text.assemble((f"{label}: ", "bold red"), message.replace("\n", "\\n"))]
     if hint:

@@ -44,6 +44,10 @@ def bench(
     ] = None,
 ) -> None:
     """Time MODEL.so on random inputs: latency, throughput, memory, load time."""
+    from sparse_tvm.cli.checks import check_artifact
+
+    check_artifact(model)
+
     from sparse_tvm.benchmark import bench
     from sparse_tvm.cli.console import stdout_console
     from sparse_tvm.files import replacing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +49,7 @@ def compile(
     input_shape: InputShapes = None,
     threads: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Threads it uses unless told otherwise when loaded."),
+        typer.Option(min=1, metavar="N", help="Threads it uses unless told otherwise when loaded."),
     ] = None,
     dump_ir: Annotated[
         Path | None,
@@ -80,18 +81,29 @@ def compile(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
     """Compile MODEL into one .so that skips the zeros of its weights."""
-    from sparse_tvm.cli.console import stderr_console, stdout_console
-    from sparse_tvm.cli.progress import PhaseProgress
+    from sparse_tvm.cli.checks import check_target
+    from sparse_tvm.files import check_writable
+    from sparse_tvm.frontends.input_shapes import parse_input_shapes
+    from sparse_tvm.frontends.kinds import check_model
+    from sparse_tvm.passes.formats import FormatOptions
     from sparse_tvm.report import check_report_path
-    from sparse_tvm.report.tables import print_summary
 
+    started = time.perf_counter()
+    check_target(target)
+    FormatOptions.parse(format=format, block=block, threshold=threshold, rules=layer or ())
+    input_shapes = parse_input_shapes(input_shape or ())
     for path in report or ():
         check_report_path(path)
+    check_model(model)
+    check_writable(output)
+
+    from sparse_tvm.cli.console import stderr_console, stdout_console
+    from sparse_tvm.cli.progress import PhaseProgress
+
     # Little of a compiler is garbage before its process ends.
     with without_collection(), PhaseProgress(stderr_console(), quiet=quiet) as progress:
         progress("load the compiler")
         from sparse_tvm.compiler import compile
-        from sparse_tvm.frontends.input_shapes import parse_input_shapes
 
         result = compile(
             model,
@@ -101,7 +113,7 @@ def compile(
             format=format,
             block=block,
             layer_rules=layer or (),
-            input_shapes=parse_input_shapes(input_shape or ()),
+            input_shapes=input_shapes,
             threads=threads,
             dump_ir=dump_ir,
             check_passes=check_passes or None,
@@ -111,6 +123,9 @@ def compile(
             verify=verify,
             tolerance=tolerance,
             progress=progress,
+            started=started,
         )
     if not quiet:
+        from sparse_tvm.report.tables import print_summary
+
         print_summary(stdout_console(), result.manifest, result.path)

@@ -25,11 +25,15 @@ def inspect(
     """Show sparsity and structure of each weight of a model, or the manifest of an artifact."""
     import json
 
-    from sparse_tvm.cli.console import stdout_console
     from sparse_tvm.frontends.input_shapes import parse_input_shapes
-    from sparse_tvm.inspection import inspect, is_artifact
+    from sparse_tvm.frontends.kinds import check_path
 
     shapes = parse_input_shapes(input_shape or ())
+    check_path(path)
+
+    from sparse_tvm.cli.console import stdout_console
+    from sparse_tvm.inspection import inspect, is_artifact
+
     found = inspect(path, input_shapes=shapes, allow_pickle=allow_pickle)
     if as_json:
         typer.echo(json.dumps(found, indent=2))

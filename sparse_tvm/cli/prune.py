@@ -58,13 +58,17 @@ def prune(
     allow_pickle: AllowPickle = False,
 ) -> None:
     """Prune the weights of MODEL by magnitude. Embeddings are never touched."""
-    from sparse_tvm.cli.console import stdout_console
     from sparse_tvm.frontends.input_shapes import parse_input_shapes
+    from sparse_tvm.frontends.kinds import check_model
+
+    shapes = parse_input_shapes(input_shape or ())
+    check_model(model)
+
+    from sparse_tvm.cli.console import stdout_console
     from sparse_tvm.frontends.source import SourceOptions
     from sparse_tvm.report.tables import fact_table
     from sparse_tvm.sparsity.pruning import prune
 
-    shapes = parse_input_shapes(input_shape or ())
     report = prune(
         model,
         output,

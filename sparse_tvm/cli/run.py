@@ -33,14 +33,18 @@ def run(
     ] = None,
 ) -> None:
     """Run MODEL.so once and show what it returns."""
-    from sparse_tvm.cli.console import stdout_console
+    from sparse_tvm.cli.checks import check_artifact
     from sparse_tvm.errors import OptionError
+
+    if (inputs is None) != random:
+        raise OptionError("give either -i FILE.npz or --random", hint="--random makes inputs up")
+    check_artifact(model)
+
+    from sparse_tvm.cli.console import stdout_console
     from sparse_tvm.npz import read_npz, write_npz
     from sparse_tvm.random_inputs import random_inputs, typical_sizes
     from sparse_tvm.runtime import load
 
-    if (inputs is None) != random:
-        raise OptionError("give either -i FILE.npz or --random", hint="--random makes inputs up")
     loaded = load(model, threads=threads)
     sizes = typical_sizes(loaded.inputs, loaded.bounds)
     arrays = random_inputs(loaded.inputs, seed, sizes) if inputs is None else read_npz(inputs)

@@ -29,7 +29,8 @@ from sparse_tvm.frontends.onnx.weights import (
 from sparse_tvm.frontends.onnx.write import weight_bytes, write_onnx
 from sparse_tvm.frontends.source import SourceOptions
 from sparse_tvm.sparsity.analysis import analyse
-from sparse_tvm.sparsity.formats import parse_block, reduce_blocks
+from sparse_tvm.sparsity.blocks import parse_block
+from sparse_tvm.sparsity.formats import reduce_blocks
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import pytest
 
 from sparse_tvm.backends import get_backend
 from sparse_tvm.operators import Dense, Layout
-from sparse_tvm.passes.formats import FormatOptions, choose
+from sparse_tvm.passes.formats import FormatOptions
+from sparse_tvm.passes.layout_choice import choose
 from sparse_tvm.schedules.cpu.cost import dense_rows, matmul_cycles, matmul_seconds, part_counts
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.sparsity.pruning import prune_array

@@ -14,7 +14,8 @@ from sparse_tvm.backends.cpu import CpuBackend
 from sparse_tvm.errors import OptionError
 from sparse_tvm.families import WeightedFamily, Work
 from sparse_tvm.operators import Bias, Convolution, Dense, Layout
-from sparse_tvm.passes.formats import FormatOptions, choose
+from sparse_tvm.passes.formats import FormatOptions
+from sparse_tvm.passes.layout_choice import choose
 from sparse_tvm.sparsity.pruning import prune_array
 from sparse_tvm.sparsity.statistics import MeasuredWeight
 from sparse_tvm.targets import get_target
