@@ -32,13 +32,18 @@ class OperatorCall(Generic[Op]):
     args: list[Any]
 
 
-def call(op: Operator, args: Sequence[Any], shape: Sequence[Any]) -> relax.Call:
-    """Build a call that returns a tensor of ``shape`` and of the operator's output type."""
+def call(
+    op: Operator, args: Sequence[Any], shape: Sequence[Any], dtype: str | None = None
+) -> relax.Call:
+    """Build a call that returns a tensor of ``shape``.
+
+    Its elements are of the operator's output type, unless they are packed as ``dtype``.
+    """
     text = tvm.ir.StringImm(json.dumps(to_json(op), sort_keys=True))
     return relax.call_dps_packed(
         PREFIX + op.name,
         relax.Tuple([*args, text]),
-        relax.TensorType(tuple(shape), op.types.output),
+        relax.TensorType(tuple(shape), dtype or op.types.output),
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sparse_tvm.errors import OptionError
+from sparse_tvm.operators import PRECISIONS
 from sparse_tvm.sparsity.blocks import parse_block
 
 FORMATS = ("auto", "dense", "csr", "bsr")
@@ -17,11 +18,15 @@ FORMATS = ("auto", "dense", "csr", "bsr")
 
 @dataclass(frozen=True)
 class LayerRule:
-    """One ``--layer REGEX=FORMAT`` option."""
+    """One ``--layer REGEX=FORMAT`` option.
+
+    ``format`` and ``precision`` are None where the rule leaves them to other options.
+    """
 
     pattern: re.Pattern[str]
-    format: str
+    format: str | None
     block: tuple[int, int] | None
+    precision: str | None
     text: str
 
 
@@ -38,13 +43,16 @@ class FormatOptions:
     threshold : float | None
         Layers with a smaller share of zeros stay dense.
     rules : tuple[LayerRule, ...]
-        Exceptions by layer name; the last that matches counts.
+        Exceptions by layer name; the last that matches, and has a say, counts.
+    precision : str
+        In which layers compute; ``fp32``, ``bf16`` or ``int8``.
     """
 
     format: str = "auto"
     block: tuple[int, int] | None = None
     threshold: float | None = None
     rules: tuple[LayerRule, ...] = field(default=())
+    precision: str = "fp32"
 
     @classmethod
     def parse(
@@ -54,6 +62,7 @@ class FormatOptions:
         block: str | None = None,
         threshold: float | None = None,
         rules: Sequence[str] = (),
+        precision: str = "fp32",
     ) -> FormatOptions:
         """Check the options of the command line.
 
@@ -70,24 +79,51 @@ class FormatOptions:
             raise OptionError(
                 f"threshold {threshold} is not a share of zeros", hint="a number from 0 to 1"
             )
+        _check_precision(precision)
         size = parse_block(block) if block else None
-        return cls(format, size, threshold, tuple(_parse_rule(rule) for rule in rules))
+        parsed = tuple(_parse_rule(rule) for rule in rules)
+        return cls(format, size, threshold, parsed, precision)
+
+    @property
+    def precisions(self) -> list[str]:
+        """All that are asked for."""
+        asked = [self.precision, *(rule.precision for rule in self.rules)]
+        return list(dict.fromkeys(name for name in asked if name is not None))
 
     def rule_for(self, layer: str) -> LayerRule | None:
-        """The last rule that matches the layer."""
-        return next((r for r in reversed(self.rules) if r.pattern.search(layer)), None)
+        """The last rule that matches the layer and names a format."""
+        return next((r for r in self._rules_for(layer) if r.format is not None), None)
+
+    def precision_for(self, layer: str) -> str:
+        """In which precision the layer computes."""
+        ruled = (rule.precision for rule in self._rules_for(layer))
+        return next((name for name in ruled if name is not None), self.precision)
+
+    def _rules_for(self, layer: str) -> list[LayerRule]:
+        return [rule for rule in reversed(self.rules) if rule.pattern.search(layer)]
 
 
 def _parse_rule(text: str) -> LayerRule:
-    """Parse ``REGEX=dense|csr|bsr[:RxC]``."""
+    """Parse ``REGEX=[dense|csr|bsr[:RxC]][@PRECISION]``."""
     expression, equals, wanted = text.rpartition("=")
-    format, _, block = wanted.partition(":")
-    if not equals or format not in ("dense", "csr", "bsr") or (block and format != "bsr"):
+    form, at, precision = wanted.partition("@")
+    format, _, block = form.partition(":")
+    known = format in ("dense", "csr", "bsr") or (at and not form)
+    if not equals or not known or (block and format != "bsr"):
         raise OptionError(
-            f"layer rule {text!r} is not REGEX=FORMAT", hint="for example 'query|key=bsr:4x1'"
+            f"layer rule {text!r} is not REGEX=FORMAT",
+            hint="for example 'query|key=bsr:4x1', '.=@int8' or 'output=bsr:16x4@int8'",
         )
+    if at:
+        _check_precision(precision)
     try:
         pattern = re.compile(expression)
     except re.error as error:
         raise OptionError(f"layer rule {text!r}: bad regular expression: {error}") from error
-    return LayerRule(pattern, format, parse_block(block) if block else None, text)
+    size = parse_block(block) if block else None
+    return LayerRule(pattern, format or None, size, precision or None, text)
+
+
+def _check_precision(name: str) -> None:
+    if name not in PRECISIONS:
+        raise OptionError(f"unknown precision {name!r}", hint=f"one of {', '.join(PRECISIONS)}")

@@ -117,9 +117,13 @@ class Graph:
         name = op_name(value)
         return value if name is not None and name.removeprefix("relax.") in names else None
 
+    def uses(self, expr: Expr) -> int:
+        """How many places read this variable."""
+        return self._users.get(expr, 0)
+
     def used_once(self, expr: Expr) -> bool:
         """Whether one place reads this variable."""
-        return self._users.get(expr, 0) == 1
+        return self.uses(expr) == 1
 
     def operands(self, call: relax.Call, want: Any) -> Iterable[tuple[Expr, Expr]]:
         """Both orders of a binary call's operands for which ``want(second)`` holds."""

@@ -89,6 +89,7 @@ def choose(
     if len(remarks) == len(families):
         return kept("; ".join(remarks))
     if asked is not None:
+        assert asked.format is not None
         named = Wish(asked.format, asked.block)
         return made(priced(named), named, f"{why}; ")
     if weight.nonzeros == op.matrix[0] * op.matrix[1]:

@@ -3,6 +3,7 @@
     python scripts/bench_models.py                 # five models at their usual sparsities
     python scripts/bench_models.py --sweep         # BERT's speed-up from 0 to 99 % zeros
     python scripts/bench_models.py --shapes        # one artifact at many batches and lengths
+    python scripts/bench_models.py --precision     # BERT in bf16 and int8, beside others' int8
 
 Every model is pruned from the same weights and compiled; every output must agree with ONNX
 Runtime's on the same pruned weights. All engines that run one model are timed in one run,
@@ -20,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated
 
+import bench_low_precision
 import numpy as np
 import onnx
 import typer
@@ -52,6 +54,7 @@ def main(
     threads: Annotated[list[int], typer.Option(min=1, help="Repeatable.")] = THREADS,
     sweep: Annotated[bool, typer.Option("--sweep", help="Speed-up of BERT by sparsity.")] = False,
     shapes: Annotated[bool, typer.Option("--shapes", help="One artifact at any size.")] = False,
+    precision: Annotated[bool, typer.Option("--precision", help="BERT in low precision.")] = False,
     layers: Annotated[int, typer.Option(help="Of BERT in --sweep and --shapes.")] = 12,
     duration: Annotated[float, typer.Option(help="Seconds of runs per engine.")] = 5.0,
     workdir: Annotated[Path, typer.Option(help="Where models and results go.")] = BUILD,
@@ -65,6 +68,8 @@ def main(
         bench = Bench(workdir, list(dict.fromkeys(threads)), duration, progress)
         if sweep:
             failures = bench.sweep(layers)
+        elif precision:
+            failures = bench.precision()
         elif shapes:
             failures = bench.shapes(layers)
         else:
@@ -112,6 +117,17 @@ class Bench:
         self.plot("sweep", measured, title)
         return [*wrong_outputs(measured), *dips(measured)]
 
+    def precision(self) -> list[str]:
+        workload = WORKLOADS["bert"]
+        dense = self.build("bert", workload.build())
+        compiled = self.compile_all("bert", dense, bench_low_precision.variants())
+        measured: list[Measurement] = []
+        for threads in self.threads:
+            engines = bench_low_precision.engines(workload, dense, threads, workload.feed())
+            measured += self.compare(workload.title, workload.feed(), engines, compiled, threads)
+        self.save("precision", measured, f"Median latency, {cpu_model()}")
+        return [f"{m.engine} differs by {m.difference:.2g}" for m in measured if m.difference > 1]
+
     def shapes(self, layers: int) -> list[str]:
         name = f"bert-{layers}-symbolic"
         config = BertConfig(layers=layers)
@@ -147,10 +163,12 @@ class Bench:
         for variant in variants:
             self.progress(f"{name}: prune and compile {variant.text}")
             stem = self.workdir / f"{name}-{variant.percent}-{variant.structure}"
+            stem = stem.with_name(f"{stem.name}-{variant.precision}")
             pruned, artifact = stem.with_suffix(".onnx"), stem.with_suffix(".so")
             sparsity = float(variant.percent) / 100
             sparse_tvm.prune(dense, pruned, sparsity=sparsity, structure=variant.structure)
-            sparse_tvm.compile(pruned, artifact, verify=False)  # measuring compares outputs
+            # Measuring compares outputs.
+            sparse_tvm.compile(pruned, artifact, precision=variant.precision, verify=False)
             compiled[variant.title] = pruned, artifact
         return compiled
 

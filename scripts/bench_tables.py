@@ -28,7 +28,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to prune, such as ``90%:4x1`` or ``0%``."""
+    """One way to prune, such as ``90%:4x1`` or ``0%``; ``@int8`` names a precision."""
 
     text: str
 
@@ -37,14 +37,19 @@ class Variant:
         return self.text.partition("%")[0]
 
     @property
+    def precision(self) -> str:
+        return self.text.partition("@")[2] or "fp32"
+
+    @property
     def structure(self) -> str:
-        return self.text.partition(":")[2] or "unstructured"
+        return self.text.partition("@")[0].partition(":")[2] or "unstructured"
 
     @property
     def title(self) -> str:
+        name = "sparse-tvm" if self.precision == "fp32" else f"sparse-tvm {self.precision}"
         if self.percent == "0":
-            return "sparse-tvm, dense"
-        return f"sparse-tvm, {self.percent} % {self.structure}"
+            return f"{name}, dense"
+        return f"{name}, {self.percent} % {self.structure}"
 
 
 def speed_ups(measurements: Sequence[Measurement]) -> dict[Measurement, float]:

@@ -6,7 +6,7 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +28,9 @@ from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.infrastructure import Context
 from sparse_tvm.passes.pipeline import phases as pipeline
 from sparse_tvm.passes.program import Program
+from sparse_tvm.passes.set_precision import check_precisions
 from sparse_tvm.report import check_report_path, write_report
-from sparse_tvm.verification import NotVerified, compare_with_reference
+from sparse_tvm.verification import Bound, NotVerified, compare_with_reference
 
 PathLike = str | os.PathLike[str]
 
@@ -63,6 +64,7 @@ def compile(
     format: str = "auto",
     block: str | None = None,
     layer_rules: Sequence[str] = (),
+    precision: str = "fp32",
     input_shapes: InputShapes | None = None,
     threads: int | None = None,
     dump_ir: PathLike | None = None,
@@ -70,6 +72,8 @@ def compile(
     report: PathLike | Sequence[PathLike] | None = None,
     verify: bool = True,
     tolerance: float = 1e-4,
+    min_cosine: float = 0.9,
+    verify_inputs: Mapping[str, np.ndarray] | None = None,
     check_passes: bool | None = None,
     progress: Callable[[str], None] | None = None,
     started: float | None = None,
@@ -97,6 +101,10 @@ def compile(
         ``auto``, ``dense``, ``csr`` or ``bsr``, and BSR's block as ``"RxC"``, for all layers.
     layer_rules : Sequence[str]
         Exceptions, ``"REGEX=csr|bsr:RxC|dense"``; the last that matches a layer's name counts.
+        ``"REGEX=bsr:16x4@int8"`` or ``"REGEX=@int8"`` sets the precision too.
+    precision : str
+        ``fp32``, or ``bf16`` or ``int8`` for dense layers and attention where the target has it:
+        weights are rounded per output, activations per token.
     input_shapes : InputShapes | None
         Shapes of inputs by name, each dimension a fixed size, a name, or a ``range`` of sizes;
         dimensions that are symbolic in the model stay so otherwise.
@@ -115,6 +123,11 @@ def compile(
     tolerance : float
         Largest absolute difference accepted, relative to the output's largest value if that is
         above 1.
+    min_cosine : float
+        For layers in low precision, instead of the tolerance: the least cosine of any row (along
+        the last axis) of an output with float32's.
+    verify_inputs : Mapping[str, np.ndarray] | None
+        Inputs to compare on, instead of random ones.
     check_passes : bool | None
         Check the module, and what each pass promises, after every pass; by default where
         ``SPARSE_TVM_CHECK_PASSES`` is 1.
@@ -133,9 +146,17 @@ def compile(
     started = now if started is None else started
     backend, chosen_target = resolve_target(target)
     options = FormatOptions.parse(
-        format=format, block=block, threshold=threshold, rules=layer_rules
+        format=format,
+        block=block,
+        threshold=threshold,
+        rules=layer_rules,
+        precision=precision,
     )
     context = Context(backend, chosen_target, options)
+    check_precisions(context)
+    bound = Bound(tolerance, min_cosine if options.precisions != ["fp32"] else None)
+    if not 0 <= min_cosine <= 1:
+        raise OptionError(f"the least cosine must be from 0 to 1, not {min_cosine}")
     if threads is not None and threads < 1:
         raise OptionError(f"threads must be at least 1, not {threads}")
     reports = [report] if isinstance(report, str | os.PathLike) else list(report or ())
@@ -202,7 +223,7 @@ def compile(
             with phases("verify"):
                 try:
                     manifest["verification"] = compare_with_reference(
-                        unverified, imported, source, chosen_target, tolerance
+                        unverified, imported, source, chosen_target, bound, verify_inputs
                     )
                 except NotVerified as reason:
                     manifest["unverified"] = str(reason)

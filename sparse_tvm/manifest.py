@@ -140,6 +140,17 @@ class Compile(TypedDict):
     phases: list[Phase]
 
 
+class _Similarity(TypedDict):
+    mean_abs_diff: float
+    cosine: float
+
+
+class Similarity(_Similarity, total=False):
+    """The mean difference, the least cosine of rows, and in how many rows the largest agrees."""
+
+    top1: float
+
+
 class _Verification(TypedDict):
     reference: str
     tolerance: float
@@ -147,9 +158,13 @@ class _Verification(TypedDict):
 
 
 class Verification(_Verification, total=False):
-    """How the outputs compare with the reference's, computed by which emulated CPU, if any."""
+    """How the outputs compare with the reference's, computed by which emulated CPU, if any.
+
+    ``similarity`` is there where layers compute in low precision, by output.
+    """
 
     emulated: str
+    similarity: dict[str, Similarity]
 
 
 class _Kernel(TypedDict):

@@ -49,6 +49,13 @@ class Types:
 
 FLOAT32 = Types()
 
+PRECISIONS = {
+    "fp32": FLOAT32,
+    "bf16": Types("bfloat16", "bfloat16", "float32", "float32"),
+    "int8": Types("int8", "int8", "int32", "float32"),
+}
+"""Types of a layer by what users call them."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -268,6 +275,8 @@ class Attention(Operator):
         Factor of the scores.
     mask : tuple[bool, bool, bool, bool] | None
         For an additive mask, whether it has batch, heads, queries and keys, or extent 1 there.
+    sizes : tuple[int, int] | None
+        Features of one head of q and k, and of v, where they decide which kernels there are.
     """
 
     name: ClassVar[str] = "attention"
@@ -276,6 +285,7 @@ class Attention(Operator):
     heads: int
     scale: float
     mask: tuple[bool, bool, bool, bool] | None = None
+    sizes: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,6 +388,7 @@ def _read(expected: Any, value: Any) -> Any:
 
 __all__ = [
     "FLOAT32",
+    "PRECISIONS",
     "Activation",
     "Attention",
     "Bias",

@@ -16,7 +16,7 @@ from sparse_tvm.artifact import (
     map_content,
     open_artifact,
 )
-from sparse_tvm.cpu import architecture, cpu_model, host_features, usable_cores
+from sparse_tvm.cpu import allow_amx, architecture, cpu_model, host_features, usable_cores
 from sparse_tvm.devices import Device, open_device
 from sparse_tvm.errors import ArtifactError, InputError, OptionError
 from sparse_tvm.spec import TensorSpec
@@ -58,6 +58,7 @@ def load(
     with open_artifact(path) as file:
         manifest = manifest_of(file)
         _check_machine(path, manifest["target"])
+        _allow_tiles(path, manifest)
         count = threads if threads is not None else manifest.get("threads") or usable_cores()
         if count < 1:
             raise OptionError(f"threads must be at least 1, not {count}")
@@ -310,6 +311,16 @@ def _check_machine(path: str | os.PathLike[str], target: Mapping[str, Any]) -> N
             f"{path} was compiled for {target['name']} and needs CPU features that {cpu_model()} "
             f"lacks: {', '.join(missing)}",
             hint=_OTHER_TARGET,
+        )
+
+
+def _allow_tiles(path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
+    """Ask Linux for AMX's tiles if a kernel uses them."""
+    families = {kernel.get("family") for kernel in manifest["kernels"].values()}
+    if families & {"tiles", "tile_attention"} and not allow_amx():
+        raise ArtifactError(
+            f"{path} multiplies with AMX, which Linux does not let this process use",
+            hint="compile with --precision fp32, or with --precision int8 --target avx512-vnni",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,16 @@ class NotVerified(Exception):
 
 
 def compare_with_reference(
-    artifact: Path, imported: ImportedModel, source: Source, target: BackendTarget, tolerance: float
+    artifact: Path,
+    imported: ImportedModel,
+    source: Source,
+    target: BackendTarget,
+    bound: Bound,
+    inputs: Arrays | None = None,
 ) -> dict[str, Any]:
     """Run both, an artifact for another architecture in an emulator, and compare every output.
+
+    `inputs` are the user's; without any, random ones of a few sizes are made.
 
     Returns
     -------
@@ -38,33 +46,104 @@ def compare_with_reference(
     Raises
     ------
     VerificationError
-        When an output differs by more than the tolerance, or the artifact fails.
+        When an output is worse than the bound, or the artifact fails.
     NotVerified
         When this machine can neither run nor emulate its code.
     """
-    sizes = _sizes_to_verify(imported)
-    inputs = [random_inputs(imported.inputs, sizes=each) for each in sizes]
-    outputs, where = _run(artifact, inputs, target)
+    sizes = [{}] if inputs else _sizes_to_verify(imported)
+    feeds = [inputs or random_inputs(imported.inputs, sizes=each) for each in sizes]
+    outputs, where = _run(artifact, feeds, target)
     reference = source.reference(threads=1)
     differences: dict[str, float] = {}
+    similarities: dict[str, dict[str, float]] = {}
     for i, found in enumerate(outputs):
-        expected = reference.run(inputs[i], list(found))
+        expected = reference.run(feeds[i], list(found))
+        at = ", ".join(f"{dim} {size}" for dim, size in sizes[i].items())
         for name, output in found.items():
-            difference = max_abs_difference(output, expected[name])
-            limit = tolerance * max(1.0, float(np.abs(expected[name]).max(initial=0.0)))
-            if not difference <= limit:
-                at = ", ".join(f"{dim} {size}" for dim, size in sizes[i].items())
-                raise VerificationError(
-                    f"output {name} differs from {reference.engine}'s by up to {difference:.3g}"
-                    f"{at and f' at {at}'}, more than the tolerance {limit:.3g}",
-                    hint="nothing was written; --no-verify or a larger --tolerance accepts it",
-                )
+            known, place = expected[name], at and f" at {at}"
+            difference = max_abs_difference(output, known)
+            if bound.min_cosine is None:
+                bound.check_difference(name, difference, known, reference.engine, place)
+            else:
+                similar = similarity(output, known)
+                bound.check_cosine(name, similar["cosine"], reference.engine, place)
+                similarities[name] = _worse(similar, similarities.get(name))
             differences[name] = max(difference, differences.get(name, 0.0))
     return {
         "reference": f"{reference.engine} {reference.version}",
-        "tolerance": tolerance,
+        "tolerance": bound.tolerance,
         "max_abs_diff": differences,
+        **({"similarity": similarities} if similarities else {}),
         **({"emulated": where} if where else {}),
+    }
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How far outputs may be from the reference's.
+
+    Attributes
+    ----------
+    tolerance : float
+        Largest absolute difference, relative to the output's largest value if that is above 1.
+    min_cosine : float | None
+        For layers in low precision, instead of the tolerance: the least cosine of any row of an
+        output.
+    """
+
+    tolerance: float
+    min_cosine: float | None = None
+
+    def check_difference(
+        self, name: str, difference: float, expected: np.ndarray, engine: str, at: str
+    ) -> None:
+        """Refuse a difference beyond the tolerance."""
+        limit = self.tolerance * max(1.0, float(np.abs(expected).max(initial=0.0)))
+        if not difference <= limit:
+            raise VerificationError(
+                f"output {name} differs from {engine}'s by up to {difference:.3g}{at}, "
+                f"more than the tolerance {limit:.3g}",
+                hint="nothing was written; --no-verify or a larger --tolerance accepts it",
+            )
+
+    def check_cosine(self, name: str, cosine: float, engine: str, at: str) -> None:
+        """Refuse a cosine below the least."""
+        if self.min_cosine is not None and not cosine >= self.min_cosine:
+            raise VerificationError(
+                f"output {name} has a cosine of {cosine:.4f} with {engine}'s{at}, "
+                f"less than {self.min_cosine}",
+                hint="nothing was written; use a higher --precision, for some layers too "
+                "(--layer 'REGEX=@bf16'), or a smaller --min-cosine",
+            )
+
+
+def similarity(output: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """Compare rows along the last axis: mean difference, least cosine, agreement of the largest.
+
+    The last is for outputs ``[rows, classes]``. A pair of rows of zeros has the cosine 1.
+    """
+    rows = expected.shape[-1] if expected.ndim else 1
+    ours, theirs = (np.asarray(a, np.float64).reshape(-1, rows) for a in (output, expected))
+    products = (ours * theirs).sum(axis=1)
+    lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    alike = (ours == theirs).all(axis=1)
+    cosines = np.where(alike, 1.0, products / np.where(lengths > 0, lengths, 1))
+    found = {
+        "mean_abs_diff": float(np.abs(ours - theirs).mean()) if ours.size else 0.0,
+        "cosine": float(cosines.min(initial=1.0)),
+    }
+    if expected.ndim == 2 and rows > 1:
+        found["top1"] = float((ours.argmax(axis=1) == theirs.argmax(axis=1)).mean())
+    return found
+
+
+def _worse(one: dict[str, float], other: dict[str, float] | None) -> dict[str, float]:
+    """The worse of both, number by number."""
+    if other is None:
+        return one
+    return {
+        key: max(value, other[key]) if key == "mean_abs_diff" else min(value, other[key])
+        for key, value in one.items()
     }
 
 

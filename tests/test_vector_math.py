@@ -65,3 +65,15 @@ def test_saturates_instead_of_overflowing(name):
     x = np.array([-1e30, -1e4, 1e4, 88.0], "float32")
     assert np.isfinite(apply(getattr(vector_math, name), x, 1)[:3]).all() or name == "exp"
     assert not np.isnan(apply(getattr(vector_math, name), x, 1)).any()
+
+
+@pytest.mark.parametrize("lanes", [1, 16])
+def test_rough_functions(lanes):
+    x = np.linspace(-86, 0, 8192).astype("float32")
+    got = apply(vector_math.rough_exp, x, lanes)
+    np.testing.assert_allclose(got, np.exp(x.astype("float64")), rtol=1e-4)
+    assert np.all(apply(vector_math.rough_exp, x - 1e4, lanes) < 1e-37)
+    x = np.linspace(-30, 30, 8192).astype("float32")
+    got = apply(vector_math.rough_gelu, x, lanes)
+    error = np.abs(got - REFERENCES["gelu"](x.astype("float64")))
+    assert np.all(error <= 2e-4 * np.maximum(1, np.abs(x) / 4))

@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/extra/json.h>
@@ -182,7 +183,17 @@ int Run(int argc, char** argv) {
 
 }  // namespace
 
+// Linux lets a process use AMX's tiles only after asking. Where there are none it says no, and no
+// model needs them.
+void AllowAmx() {
+#ifdef __x86_64__
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  syscall(SYS_arch_prctl, kRequestPermission, kTileData);
+#endif
+}
+
 int main(int argc, char** argv) {
+  AllowAmx();
   try {
     return Run(argc, argv);
   } catch (const std::exception& error) {

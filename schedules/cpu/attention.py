@@ -85,7 +85,7 @@ def attention(
         q = argument("q", queries.shape(heads * head_size))
         k = argument("k", keys.shape(heads * head_size))
         v = argument("v", keys.shape(heads * value_size))
-        m = _mask_argument(mask, queries) if mask else None
+        m = mask_argument(mask, queries) if mask else None
         count = key_rows if isinstance(key_rows, int) else T.arg("key_rows", symbol("key_rows"))
         out = argument("out", queries.shape(heads * value_size))
         groups = groups_of(queries.per_lead, group)
@@ -123,7 +123,7 @@ def attention(
                     score = scores[tuple(at)] * splat(T.float32(scale), simd)
                     if mask is not None and m is not None:
                         tile, lanes = vectors.at(vector)
-                        score += _mask_at(m, mask, lead, head, heads, tile, key, lanes)
+                        score += mask_at(m, mask, lead, head, heads, tile, key, lanes)
                     masked = Registers(1, 1, simd)
                     masked.set(0, 0, score)
                     T.buffer_store(scores, masked.get(0, 0), at)
@@ -191,7 +191,7 @@ def attention(
     return result["func"]
 
 
-def _mask_argument(mask: Mask, queries: Tiles) -> Buffer:
+def mask_argument(mask: Mask, queries: Tiles) -> Buffer:
     """Declare the mask; extents it broadcasts over are 1."""
     lead = symbol("mask_lead") if mask.lead else 1
     heads = symbol("mask_heads") if mask.heads else 1
@@ -202,7 +202,7 @@ def _mask_argument(mask: Mask, queries: Tiles) -> Buffer:
     return argument("mask", (lead, heads, 1, keys))
 
 
-def _mask_at(
+def mask_at(
     m: Buffer, mask: Mask, lead: Expr, head: Expr, heads: int, tile: Expr, key: Expr, lanes: Expr
 ) -> Expr:
     """The mask of one key for one vector of queries."""

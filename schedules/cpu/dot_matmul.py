@@ -8,11 +8,11 @@ unstructured W is stored as every quad that holds a non-zero.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from sparse_tvm.schedules.cpu.block_arrays import index_dtype
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
@@ -33,58 +33,35 @@ from sparse_tvm.schedules.cpu.low_matmul import (
     Rows,
     SparseWeight,
     for_job_ranges,
-    index_dtype,
     row_range,
 )
 from sparse_tvm.schedules.cpu.low_precision import words_like
-from sparse_tvm.schedules.cpu.simd import Simd
-
-MAX_GROUP = 8
-"""Tiles whose sums share a pass over W."""
+from sparse_tvm.schedules.cpu.simd import Simd, dot_group_limit
 
 _WORDS_PER_LINE = 16
 
 
-class DotInstruction(Protocol):
-    """What this family needs of an instruction (see ``schedules.x86.instructions.Dot``)."""
-
-    @property
-    def lanes(self) -> int:
-        """Words in a vector."""
-
-    @property
-    def registers(self) -> int:
-        """Vector registers."""
-
-    @property
-    def multiply_add(self) -> Callable[[Expr, Expr, Expr], Expr]:
-        """``(acc, x, w)`` to acc plus the products."""
-
-
-def simd_of(dot: DotInstruction) -> Simd:
-    """The vector unit of an instruction."""
-    return Simd(dot.lanes, dot.registers)
-
-
-def group_limit(rows: int, simd: Simd) -> int:
-    """Tiles per group whose sums fit into the registers beside each other."""
-    return max(1, min(MAX_GROUP, simd.accumulators // (rows * simd.per_tile)))
-
-
-def dot_matmul(problem: LowMatmul, rows: int, sparse: bool, dot: DotInstruction) -> tirx.PrimFunc:
+def dot_matmul(
+    problem: LowMatmul,
+    rows: int,
+    sparse: bool,
+    simd: Simd,
+    multiply_add: Callable[[Expr, Expr, Expr], Expr],
+) -> tirx.PrimFunc:
     """Build the kernel for blocks of ``rows`` outputs by one quad of inputs.
+
+    ``multiply_add(acc, x, w)`` is the dot product (see ``schedules.x86.instructions``).
 
     Arguments of the PrimFunc, in order: x; the weight: ``data`` int32, dense
     ``[ceil(n_out / rows), lines, rows]``, sparse ``[blocks, rows]`` with the arguments of
     :class:`SparseWeight`; then those of :class:`Rows`.
     """
-    simd = simd_of(dot)
-    limit = group_limit(rows, simd)
+    limit = dot_group_limit(rows, simd)
     block_rows = -(-problem.n_out // rows)
     lines = -(-problem.k_in // problem.precision.unit)
 
     with prim_func() as result:
-        outputs = Rows(problem, simd)
+        outputs = Rows(problem, simd, limit, paired=False)
         x = outputs.x
         weight = None
         if sparse:
@@ -116,7 +93,7 @@ def dot_matmul(problem: LowMatmul, rows: int, sparse: bool, dot: DotInstruction)
                 for row in range(live):
                     w = T.broadcast(weight_of(row), simd.lanes)
                     for vector, operand in enumerate(operands):
-                        total = dot.multiply_add(acc[at(row, vector)], operand, w)
+                        total = multiply_add(acc[at(row, vector)], operand, w)
                         T.buffer_store(acc, total, [at(row, vector)])
 
             if weight is None:
@@ -124,10 +101,12 @@ def dot_matmul(problem: LowMatmul, rows: int, sparse: bool, dot: DotInstruction)
                     step(line, lambda row: data[segment, line, row])
             else:
                 _for_blocks(data, weight, rows, segment, step)
-            for row, vector in every:
+            for vector in range(vectors.count):
                 tile, lanes = vectors.at(vector)
-                first_row = block_row * rows
-                outputs.finish(acc[at(row, vector)], first_row + row, tile, lanes.base)
+                with outputs.output.peak(tile - vectors.first, lanes.base) as peak:
+                    for row in range(live):
+                        sums, place = acc[at(row, vector)], block_row * rows + row
+                        outputs.finish(sums, place, tile, lanes.base, peak)
 
         def rows_kernel(first_tile: Expr, size: int, start: Expr, stop: Expr) -> None:
             vectors = TileVectors(first_tile, size, simd)
@@ -148,12 +127,13 @@ def dot_matmul(problem: LowMatmul, rows: int, sparse: bool, dot: DotInstruction)
             start, stop = row_range(weight, block_rows, job, last_job)
 
             def body(first: Expr, size: int) -> None:
-                rows_kernel(first, size, start, stop)
+                with outputs.output.jobs(first, size, job, last_job):
+                    rows_kernel(first, size, start, stop)
 
             for_group_sizes(problem.tiles.count, limit, group, body)
 
         for_job_ranges(groups_of(problem.tiles.count, limit), jobs_kernel)
-        outputs.close()
+        outputs.output.close()
     return result["func"]
 
 

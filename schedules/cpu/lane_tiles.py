@@ -91,9 +91,13 @@ def local(size: int, dtype: str = "float32") -> Buffer:
 
 
 def scratch(size: int, dtype: str = "float32") -> Buffer:
-    """Memory on the stack, for indices that are not constant."""
-    # Through a view: TVM would shrink the buffer to what an inner loop touches, and then fail.
-    return T.decl_buffer((size,), dtype, data=local(size, dtype).data)
+    """Memory on the stack, for indices that are not constant, from the start of a cache line."""
+    bytes_per_line = 64
+    lanes = bytes_per_line * 8 // int("".join(c for c in dtype if c.isdigit()))
+    # As vectors, or LLVM aligns elements only. Through a view: TVM would shrink the buffer to what
+    # an inner loop touches, and then fail.
+    lines = local(-(-size // lanes), f"{dtype}x{lanes}")
+    return T.decl_buffer((size,), dtype, data=lines.data)
 
 
 def scalar(value: Expr, dtype: str = "int32") -> Expr:

@@ -14,17 +14,22 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from sparse_tvm.operators import Activation, Bias, Residual, Step
 from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
+    Registers,
     Tiles,
     argument,
     scalar,
+    zero,
 )
-from sparse_tvm.schedules.cpu.low_precision import Lines, Precision, store_tiles
-from sparse_tvm.schedules.cpu.simd import LANES, Simd
-from sparse_tvm.schedules.cpu.vector_math import ACTIVATIONS
+from sparse_tvm.schedules.cpu.low_output import Output
+from sparse_tvm.schedules.cpu.low_precision import Lines
+from sparse_tvm.schedules.cpu.precision import Precision
+from sparse_tvm.schedules.cpu.simd import Simd
+from sparse_tvm.schedules.cpu.vector_math import ACTIVATIONS, ROUGH_ACTIVATIONS
 
 PREFETCH_BYTES = 4096
 """How far ahead of its use a weight is asked for."""
@@ -42,8 +47,8 @@ class LowMatmul:
         Features.
     precision : Precision
         Of weights and input.
-    epilogue : tuple[str, ...]
-        ``bias``, ``residual``, or a name in ``ACTIVATIONS``, in order.
+    epilogue : tuple[Step, ...]
+        ``Bias``, ``Residual`` and ``Activation``, in order.
     out : Precision | None
         Of the output; None for float32.
     """
@@ -52,13 +57,13 @@ class LowMatmul:
     n_out: int
     k_in: int
     precision: Precision
-    epilogue: tuple[str, ...] = ()
+    epilogue: tuple[Step, ...] = ()
     out: Precision | None = None
 
     @property
-    def extras(self) -> tuple[str, ...]:
+    def extras(self) -> tuple[Step, ...]:
         """The epilogue's steps that bring a tensor."""
-        return tuple(step for step in self.epilogue if step in ("bias", "residual"))
+        return tuple(step for step in self.epilogue if step.operand)
 
 
 @dataclass(frozen=True)
@@ -93,21 +98,20 @@ class SparseWeight:
         )
 
 
-def index_dtype(lines: int) -> str:
-    """Type of the indices of lines: the smaller, the less streams from memory."""
-    return "uint16" if lines <= 1 << 16 else "int32"
-
-
 class Rows:
     """The two sides of a kernel: input lines, and rows of the output with their epilogue.
 
     Made inside of an open PrimFunc, of which it declares the first argument, x; then the kernel
     declares its weight's, and :meth:`declare` the rest: for int8 ``correction`` int32 and
     ``scale`` float32 ``[n_out]``, one per ``extras`` (``[n_out]`` or like a float32 Y), and Y.
+
+    ``group`` is how many tiles of tokens a job has at most, ``paired`` whether the kernel has
+    pairs of rows at hand (see :class:`Output`).
     """
 
-    def __init__(self, problem: LowMatmul, simd: Simd) -> None:
+    def __init__(self, problem: LowMatmul, simd: Simd, group: int, paired: bool) -> None:
         self.problem, self.simd = problem, simd
+        self._group, self._paired = group, paired
         self.x = Lines("x", problem.tiles, problem.k_in, problem.precision)
 
     def declare(self) -> None:
@@ -117,52 +121,61 @@ class Rows:
             self._correction = argument("correction", (n,), "int32")
             self._scale = argument("scale", (n,))
         extras = [
-            argument(f"{step}_{i}", (n,) if step == "bias" else tiles.shape(n))
+            argument(f"{step}_{i}", (n,) if isinstance(step, Bias) else tiles.shape(n))
             for i, step in enumerate(problem.extras)
         ]
-        if problem.out is None:
-            y = argument("y", tiles.shape(n))
-        else:
-            self._rounded = Lines("y", tiles, n, problem.out)
+        self.output = Output(tiles, n, problem.out, self.simd, self._group, self._paired)
 
         self.x.bind()
-        if problem.out is None:
-            self._y = tiles.flat(y, n)
-        else:
-            self._rounded.bind()
-            self._y = T.alloc_buffer((tiles.count, n, LANES), "float32")
+        self.output.bind()
         operands = iter(extras)
-        self._steps: list[tuple[str, Buffer]] = []
+        self._steps: list[tuple[Step, Buffer]] = []
         for step in problem.epilogue:
-            extra = next(operands) if step in problem.extras else None
-            self._steps.append((step, tiles.flat(extra, n) if step == "residual" else extra))
+            extra = next(operands) if step.operand else None
+            self._steps.append(
+                (step, tiles.flat(extra, n) if isinstance(step, Residual) else extra)
+            )
 
-    def finish(self, sums: Expr, row: Expr, tile: Expr, first: Expr) -> None:
+    def finish(
+        self, sums: Expr, row: Expr, tile: Expr, first: Expr, peak: Registers | None
+    ) -> None:
         """Scale the sums of a row for some tokens of a tile, apply the epilogue and store.
 
-        ``sums`` is a vector of int32 for int8, else of float32.
+        ``sums`` is a vector of int32 for int8, else of float32; ``peak`` is the output's.
         """
+        self.output.store(self._finished(sums, row, tile, first), row, tile, first, peak)
+
+    def finish_pair(self, low: Expr, high: Expr, row: Expr, tile: Expr, first: Expr) -> None:
+        """The same for two rows of sums, where the output takes them in pairs.
+
+        ``high`` is None behind the last row.
+        """
+        even, odd = self._finished(low, row, tile, first), zero(self.simd)
+        if high is not None:
+            odd = self._finished(high, row + 1, tile, first)
+        self.output.store_pair(even, odd, row, tile, first)
+
+    def _finished(self, sums: Expr, row: Expr, tile: Expr, first: Expr) -> Expr:
         lanes = self.simd.lanes
         value = sums
         if self.problem.precision.scaled:
             exact = sums + T.broadcast(self._correction[row], lanes)
             scales = self.x.scales(tile, first, lanes) * T.broadcast(self._scale[row], lanes)
             value = T.Cast(f"float32x{lanes}", exact) * scales
-        at = [tile, row, T.ramp(first, 1, lanes)]
+        functions = ACTIVATIONS if self.problem.out is None else ROUGH_ACTIVATIONS
         for step, extra in self._steps:
-            if step == "bias":
+            if isinstance(step, Bias):
                 value = value + T.broadcast(extra[row], lanes)
-            elif step == "residual":
-                value = value + extra[tuple(at)]
+            elif isinstance(step, Residual):
+                value = value + extra[tile, row, T.ramp(first, 1, lanes)]
             else:
-                T.buffer_store(self._y, value, at)  # activations repeat their argument
-                value = ACTIVATIONS[step](self._y[tuple(at)])
-        T.buffer_store(self._y, value, at)
-
-    def close(self) -> None:
-        """Round the output, where it is wanted in low precision."""
-        if self.problem.out is not None:
-            store_tiles(self._rounded, self._y, self.problem.tiles, self.simd)
+                assert isinstance(step, Activation), step
+                held = Registers(1, 1, self.simd)  # activations repeat their argument
+                held.set(0, 0, value)
+                value = functions[step.function](held.get(0, 0))
+        held = Registers(1, 1, self.simd)
+        held.set(0, 0, value)
+        return held.get(0, 0)
 
 
 def for_job_ranges(

@@ -13,7 +13,6 @@ sixteen lines, and the words behind the last feature are zeros.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -29,61 +28,15 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     scalar,
     splat,
 )
+from sparse_tvm.schedules.cpu.precision import ZERO_POINT, Precision
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
+from sparse_tvm.schedules.cpu.vector_math import ROUNDING
 from sparse_tvm.sparsity.quantise import LARGEST
-
-LINES = 16
-"""Lines that a matrix unit multiplies at once."""
-
-ZERO_POINT = 128
-"""How an int8 activation of 0 is stored."""
 
 _TINY = 1e-30
 """Least scale's peak, so that a token of zeros has a scale to divide by."""
 
-_MAGIC = 12582912.0
-"""1.5 * 2**23: added to a small float, it leaves the nearest integer in the lowest bits."""
-
 _PARTIAL_PEAKS = 4
-
-
-@dataclass(frozen=True)
-class Precision:
-    """A number format of weights and activations that are multiplied.
-
-    Attributes
-    ----------
-    name : str
-        ``int8`` or ``bf16``.
-    unit : int
-        Features in a word of 32 bits.
-    """
-
-    name: str
-    unit: int
-
-    @property
-    def scaled(self) -> bool:
-        """Whether tiles end with a line of scales."""
-        return self.name == "int8"
-
-    def data_lines(self, features: int) -> int:
-        """Lines of a tile that hold features or padding."""
-        step = LINES * self.unit
-        return -(-features // step) * LINES
-
-    def lines(self, features: int) -> int:
-        """All lines of a tile."""
-        return self.data_lines(features) + (1 if self.scaled else 0)
-
-    def shape(self, tiles: Tiles, features: int) -> tuple[Expr, ...]:
-        """Shape of an activation, in words."""
-        return (tiles.lead, tiles.per_lead, self.lines(features), LANES)
-
-
-INT8 = Precision("int8", 4)
-BF16 = Precision("bf16", 2)
-PRECISIONS = {precision.name: precision for precision in (INT8, BF16)}
 
 
 class Lines:
@@ -99,7 +52,9 @@ class Lines:
         self.data_lines = precision.data_lines(features)
         self.features, self.precision = features, precision
         self._count = tiles.count * self.per_tile * LANES
-        self._argument = argument(name, precision.shape(tiles, features), "int32")
+        self._argument = argument(
+            name, (tiles.lead, tiles.per_lead, precision.lines(features), LANES), "int32"
+        )
 
     def bind(self) -> None:
         """See the argument as flat memory."""
@@ -139,7 +94,7 @@ def int8_quad(values: list[Expr], lanes: int) -> Expr:
     """Up to four float32 vectors within -127..127 as one vector of stored int8 quads."""
     word = None
     for position, value in enumerate(values):
-        shifted = value + T.broadcast(T.float32(_MAGIC + ZERO_POINT), lanes)
+        shifted = value + T.broadcast(T.float32(ROUNDING + ZERO_POINT), lanes)
         byte = T.reinterpret(f"int32x{lanes}", shifted)
         if position < 3:
             byte = T.bitwise_and(byte, words_like(255, lanes))
@@ -149,17 +104,29 @@ def int8_quad(values: list[Expr], lanes: int) -> Expr:
     return word
 
 
+def magnitude(value: Expr) -> Expr:
+    """The absolute value of float32."""
+    return T.call_llvm_pure_intrin(value.ty.dtype, "llvm.fabs", value)
+
+
 def store_tile(
-    lines: Lines, tile: Expr, first: Expr, load: Callable[[Expr], Expr], simd: Simd
+    lines: Lines,
+    tile: Expr,
+    first: Expr,
+    load: Callable[[Expr], Expr],
+    simd: Simd,
+    peak: Registers | None = None,
 ) -> None:
     """Round ``simd.lanes`` tokens of a float32 tile, from token ``first``, into ``lines``.
 
-    ``load(feature)`` is the vector of those tokens. int8 reads all of them twice: first for the
-    scale that lets the largest become 127.
+    ``load(feature)`` is the vector of those tokens. int8 becomes 127 where a token is largest;
+    unless ``peak`` says how large that is, all features are read twice.
     """
     lanes, unit, features = simd.lanes, lines.precision.unit, lines.features
     if lines.precision.scaled:
-        inverse = _store_scales(lines, tile, first, load, simd)
+        if peak is None:
+            peak = _peak(features, load, simd)
+        inverse = _store_scales(lines, tile, first, peak, simd)
 
     def line_of(values: list[Expr]) -> Expr:
         if lines.precision.scaled:
@@ -181,27 +148,29 @@ def store_tile(
             lines.set(tile, used + line, first, words_like(0, lanes), lanes)
 
 
-def _store_scales(
-    lines: Lines, tile: Expr, first: Expr, load: Callable[[Expr], Expr], simd: Simd
-) -> Registers:
-    """Store the scale of each token; return what features are multiplied by."""
-    lanes, features = simd.lanes, lines.features
+def _peak(features: int, load: Callable[[Expr], Expr], simd: Simd) -> Registers:
+    """The largest magnitude of each token."""
     count = next(n for n in (_PARTIAL_PEAKS, 2, 1) if features % n == 0)
     peaks = Registers(count, 1, simd)
-    peaks.fill(lambda row, vector: splat(T.float32(_TINY), simd))
+    peaks.fill(lambda row, vector: splat(T.float32(0), simd))
     with T.serial(0, features // count) as i:
         for row in range(count):
-            value = T.call_llvm_pure_intrin(f"float32x{lanes}", "llvm.fabs", load(i * count + row))
+            value = magnitude(load(i * count + row))
             peaks.set(row, 0, tirx.max(peaks.get(row, 0), value))
-    peak = peaks.get(0, 0)
     for row in range(1, count):
-        peak = tirx.max(peak, peaks.get(row, 0))
+        peaks.set(0, 0, tirx.max(peaks.get(0, 0), peaks.get(row, 0)))
+    return peaks
+
+
+def _store_scales(lines: Lines, tile: Expr, first: Expr, peak: Registers, simd: Simd) -> Registers:
+    """Store the scale of each token; return what features are multiplied by."""
+    largest = Registers(1, 1, simd)
+    largest.set(0, 0, tirx.max(peak.get(0, 0), splat(T.float32(_TINY), simd)))
+    scale = largest.get(0, 0) * splat(T.float32(1 / LARGEST), simd)
+    words = T.reinterpret(f"int32x{simd.lanes}", scale)
+    lines.set(tile, lines.data_lines, first, words, simd.lanes)
     inverse = Registers(1, 1, simd)
-    inverse.set(0, 0, peak)
-    scale = inverse.get(0, 0) * splat(T.float32(1 / LARGEST), simd)
-    words = T.reinterpret(f"int32x{lanes}", scale)
-    lines.set(tile, lines.data_lines, first, words, lanes)
-    inverse.set(0, 0, splat(T.float32(LARGEST), simd) / inverse.get(0, 0))
+    inverse.set(0, 0, splat(T.float32(LARGEST), simd) / largest.get(0, 0))
     return inverse
 
 

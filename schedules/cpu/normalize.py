@@ -17,17 +17,22 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     splat,
     zero,
 )
+from sparse_tvm.schedules.cpu.low_precision import Lines, store_tile
+from sparse_tvm.schedules.cpu.precision import Precision
 from sparse_tvm.schedules.cpu.simd import Simd
 
 _UNROLL = 4
 """Partial sums per lane: hides the latency of the additions."""
 
 
-def layer_norm(tiles: Tiles, features: int, epsilon: float, simd: Simd) -> tirx.PrimFunc:
+def layer_norm(
+    tiles: Tiles, features: int, epsilon: float, simd: Simd, out: Precision | None = None
+) -> tirx.PrimFunc:
     """Build the kernel: ``(x - mean) / sqrt(variance + epsilon) * gamma + beta`` per token.
 
     Arguments of the PrimFunc: x ``[lead, tiles, features, LANES]``, gamma and beta
-    ``[features]``, y like x. The variance is the biased one, by a second pass over x.
+    ``[features]``, y like x, or in lines of ``out``. The variance is the biased one, by a second
+    pass over x.
     """
     unroll = next(u for u in (_UNROLL, 2, 1) if features % u == 0)
     groups = simd.per_tile
@@ -36,8 +41,13 @@ def layer_norm(tiles: Tiles, features: int, epsilon: float, simd: Simd) -> tirx.
         x = argument("x", tiles.shape(features))
         gamma = argument("gamma", (features,))
         beta = argument("beta", (features,))
-        y = argument("y", tiles.shape(features))
-        x, y = tiles.flat(x, features), tiles.flat(y, features)
+        lines = Lines("y", tiles, features, out) if out else None
+        y = argument("y", tiles.shape(features)) if lines is None else None
+        x = tiles.flat(x, features)
+        if lines is None:
+            y = tiles.flat(y, features)
+        else:
+            lines.bind()
 
         with T.parallel(0, tiles.count * groups) as job:
             tile = job // groups
@@ -64,7 +74,14 @@ def layer_norm(tiles: Tiles, features: int, epsilon: float, simd: Simd) -> tirx.
             variance = average(lambda f: centred(f) * centred(f))
             root = tirx.sqrt(variance + splat(T.float32(epsilon), simd))
             deviation.set(0, 0, splat(T.float32(1), simd) / root)
-            with T.serial(0, features) as f:
+
+            def normal(f: Expr) -> Expr:
                 scaled = centred(f) * deviation.get(0, 0) * splat(gamma[f], simd)
-                T.buffer_store(y, scaled + splat(beta[f], simd), [tile, f, lanes])
+                return scaled + splat(beta[f], simd)
+
+            if lines is not None:
+                store_tile(lines, tile, lanes.base, normal, simd)
+            else:
+                with T.serial(0, features) as f:
+                    T.buffer_store(y, normal(f), [tile, f, lanes])
     return result["func"]

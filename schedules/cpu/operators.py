@@ -1,4 +1,4 @@
-"""Operators that only the CPU backend has: into its layout of activations, and out of it."""
+"""Operators that only the CPU backend has: into its layouts of activations, and out of them."""
 
 from __future__ import annotations
 
@@ -21,4 +21,15 @@ class LaneUnpack(Operator):
     """Lane tiles to ``[lead, rows, features]``."""
 
     name: ClassVar[str] = "lane_unpack"
+    operands: ClassVar[str] = "x"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineRound(Operator):
+    """Lane tiles of float32 to lines of ``types.output``.
+
+    See :mod:`sparse_tvm.schedules.cpu.low_precision`.
+    """
+
+    name: ClassVar[str] = "line_round"
     operands: ClassVar[str] = "x"

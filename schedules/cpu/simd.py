@@ -64,3 +64,11 @@ MAX_GROUP = 4
 def group_limit(rows: int, simd: Simd) -> int:
     """Tiles per group whose accumulators fit into the registers beside each other."""
     return max(1, min(MAX_GROUP, simd.accumulators // (rows * simd.per_tile)))
+
+
+_MAX_DOT_GROUP = 8
+
+
+def dot_group_limit(rows: int, simd: Simd) -> int:
+    """The same for dot products of quads, which reuse each weight more."""
+    return max(1, min(_MAX_DOT_GROUP, simd.accumulators // (rows * simd.per_tile)))

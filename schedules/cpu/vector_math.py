@@ -30,6 +30,22 @@ _EXP_POLY = (
 _EXP_LOWEST = -87.336544
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 
+ROUNDING = 12582912.0
+"""1.5 * 2**23: added to a small float, it leaves the nearest integer in the lowest bits."""
+
+_ROUGH_EXP2 = (0.055171323, 0.24261055, 0.69326099, 0.99992811)
+
+_ROUGH_GELU = (
+    4.57955849e-08,
+    -3.21044206e-06,
+    9.62076022e-05,
+    -1.63133383e-03,
+    1.75636788e-02,
+    -1.29197331e-01,
+    7.95815167e-01,
+)
+"""erf(x / sqrt 2) / x in powers of x**2, fitted for |x| <= 4."""
+
 _ERF_P = (
     -2.72614225801306e-10,
     2.77068142495902e-08,
@@ -121,6 +137,27 @@ def _exp_of_clamped(v: Expr) -> Expr:
     return _let(T.nearbyint(v * constant(math.log2(math.e), v)), with_power)
 
 
+def rough_exp(x: Expr) -> Expr:
+    """e**x for x <= 0, to 1e-4 of its value; about e**-87 below -87."""
+
+    def with_power(t: Expr) -> Expr:
+        lanes = lanes_of(t)
+        integer = "int32" if lanes == 1 else f"int32x{lanes}"
+
+        def with_shifted(shifted: Expr) -> Expr:
+            rest = t - (shifted - constant(ROUNDING, t))
+            poly = _let(rest, lambda r: _horner(r, _ROUGH_EXP2))
+            bits = T.reinterpret(integer, shifted)  # the integer is in the lowest ones
+            exponent = T.shift_left(bits, constant(23, t, "int32"))
+            total = T.reinterpret(integer, poly) + exponent
+            return T.reinterpret(integer.replace("int", "float"), total)
+
+        return _let(t + constant(ROUNDING, t), with_shifted)
+
+    scaled = x * constant(math.log2(math.e), x)
+    return _let(tirx.max(scaled, constant(-125.0, x)), with_power)
+
+
 def erf(x: Expr) -> Expr:
     """The error function; saturates beyond |x| = 4."""
 
@@ -171,6 +208,20 @@ def gelu_tanh(x: Expr) -> Expr:
     return _let(x, formula)
 
 
+def rough_gelu(x: Expr) -> Expr:
+    """The exact GELU's formula to 2e-4, for results that are rounded to few bits."""
+
+    def formula(v: Expr) -> Expr:
+        half = v * constant(0.5, v)
+
+        def with_clamped(c: Expr) -> Expr:
+            return half + half * (c * _let(c * c, lambda c2: _horner(c2, _ROUGH_GELU)))
+
+        return _let(_clamp(v, -4.0, 4.0), with_clamped)
+
+    return _let(x, formula)
+
+
 ACTIVATIONS = {
     "relu": relu,
     "gelu": gelu,
@@ -180,3 +231,6 @@ ACTIVATIONS = {
     "silu": silu,
 }
 """Activation functions an epilogue may name."""
+
+ROUGH_ACTIVATIONS = {**ACTIVATIONS, "gelu": rough_gelu}
+"""The same where the result is rounded to 8 or 16 bits."""

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparse_tvm.schedules.cpu.block_arrays import balanced_partition
-from sparse_tvm.schedules.cpu.low_matmul import index_dtype
-from sparse_tvm.schedules.cpu.low_precision import INT8, LINES, ZERO_POINT, Precision
+from sparse_tvm.schedules.cpu.block_arrays import balanced_partition, index_dtype
+from sparse_tvm.schedules.cpu.precision import INT8, LINES, ZERO_POINT, Precision
+from sparse_tvm.schedules.x86.units import TILE_ROWS
 from sparse_tvm.sparsity.formats import occupied_blocks
 from sparse_tvm.sparsity.quantise import LARGEST, quantise_rows, round_to_bf16
-
-TILE_ROWS = 16
-"""Rows of a weight's tile."""
 
 _OVERREAD = 64
 """Bytes behind packed elements that an expansion may read."""

@@ -1,6 +1,6 @@
 """x86's low-precision instructions, one small function each, and their twins in plain arithmetic.
 
-Kernels are written once, against a :class:`Dot` or a :class:`TileUnit`; which one they get decides
+Kernels are written once, against a dot product or a :class:`TileUnit`; which one they get decides
 what they compile to. The plain ones run on any CPU, so that packing and indexing are tested
 everywhere, and the native ones against them.
 
@@ -10,15 +10,16 @@ Words are 32 bits: four bytes or two bf16. Vectors of words are int32 for LLVM's
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.cpu.lane_tiles import Buffer, Expr, local, scratch
-from sparse_tvm.schedules.cpu.low_precision import LINES, Precision, words_like
+from sparse_tvm.schedules.cpu.low_precision import words_like
+from sparse_tvm.schedules.cpu.precision import LINES, Precision
 from sparse_tvm.schedules.cpu.vector_math import lanes_of
+from sparse_tvm.schedules.x86.units import AMX_FEATURES
 
 TILE_WORDS = 256
 """Words of a full AMX tile: 16 rows of 64 bytes."""
@@ -84,51 +85,16 @@ def _madd(acc: Expr, x: Expr, w: Expr) -> Expr:
     return acc + T.call_llvm_pure_intrin(f"int32x{lanes}", to_words, pairs, ones)
 
 
-@dataclass(frozen=True)
-class Dot:
-    """A dot product instruction of bytes.
-
-    Attributes
-    ----------
-    name : str
-        For titles of kernels.
-    lanes : int
-        Words in a vector.
-    registers : int
-        Vector registers.
-    features : tuple[str, ...]
-        What a CPU must have, by LLVM's names.
-    multiply_add : callable
-        ``(acc, x, w)`` to acc plus the products.
-    largest_weight : int
-        Of the weights that it multiplies exactly.
-    signed : bool
-        Whether it takes the zero point off x; else the product of the zero point and the weights
-        is left to subtract.
-    """
-
-    name: str
-    lanes: int
-    registers: int
-    features: tuple[str, ...]
-    multiply_add: Callable[[Expr, Expr, Expr], Expr]
-    largest_weight: int = 127
-    signed: bool = False
-
-
-AVX512_VNNI = Dot("avx512vnni", 16, 32, ("avx512vnni", "avx512vl", "avx512bw"), vpdpbusd)
-AVX_VNNI = Dot("avxvnni", 8, 16, ("avxvnni", "avx2"), vpdpbusd)
-AVX2 = Dot("avx2", 8, 16, ("avx2",), vpmaddubsw, largest_weight=64)
-AVX2_SIGNED = Dot("avx2-signed", 8, 16, ("avx2",), signed_vpmaddubsw, signed=True)
-SSSE3 = Dot("ssse3", 4, 16, ("ssse3",), vpmaddubsw, largest_weight=64)
-SSSE3_SIGNED = Dot("ssse3-signed", 4, 16, ("ssse3",), signed_vpmaddubsw, signed=True)
-DOTS = (AVX512_VNNI, AVX_VNNI, AVX2, AVX2_SIGNED, SSSE3, SSSE3_SIGNED)
-"""The fastest first: those with smaller weights lose a bit of them, and are twice as fast."""
-
-
-def plain(lanes: int, registers: int) -> Dot:
-    """The twin in vectors of any width."""
-    return Dot("plain", lanes, registers, (), plain_dot)
+MULTIPLY_ADD: dict[str, Callable[[Expr, Expr, Expr], Expr]] = {
+    "avx512vnni": vpdpbusd,
+    "avxvnni": vpdpbusd,
+    "avx2": vpmaddubsw,
+    "avx2-signed": signed_vpmaddubsw,
+    "ssse3": vpmaddubsw,
+    "ssse3-signed": signed_vpmaddubsw,
+    "plain": plain_dot,
+}
+"""``(acc, x, w)`` to acc plus the products, by the name of a :class:`Dot`."""
 
 
 # Expansion: the set bits of a mask say where in a line the next packed elements go
@@ -188,8 +154,6 @@ def bits_set(mask: Expr) -> Expr:
 class TileUnit(Protocol):
     """A matrix unit with eight tile registers of 16 rows by 16 words."""
 
-    features: tuple[str, ...]
-
     def configure(self) -> None:
         """Make the tiles usable on this thread."""
 
@@ -217,7 +181,7 @@ class TileUnit(Protocol):
 class Amx:
     """Intel AMX. Linux lets a process use it only after asking (see ``sparse_tvm.cpu``)."""
 
-    features = ("amx-tile", "amx-int8", "amx-bf16", "avx512vbmi2", "avx512bw", "avx512vl")
+    features = AMX_FEATURES
     expand = staticmethod(vpexpand)
     _stride = 64
 
@@ -264,7 +228,6 @@ class Amx:
 class PlainTiles:
     """The twin of AMX: tiles in memory, products in loops."""
 
-    features = ()
     expand = staticmethod(plain_expand)
 
     def __init__(self) -> None:

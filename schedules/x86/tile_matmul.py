@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from sparse_tvm.schedules.cpu.block_arrays import index_dtype
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
@@ -35,15 +36,14 @@ from sparse_tvm.schedules.cpu.low_matmul import (
     Rows,
     SparseWeight,
     for_job_ranges,
-    index_dtype,
     row_range,
 )
-from sparse_tvm.schedules.cpu.low_precision import LINES
+from sparse_tvm.schedules.cpu.precision import LINES
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.schedules.x86.instructions import TILE_WORDS, TileUnit, bits_set
+from sparse_tvm.schedules.x86.units import TILE_ROWS
 
 FORMS = ("dense", "skip", "gather", "expand")
-TILE_ROWS = 16
 MAX_GROUP = 8
 """Tiles of tokens that share a pass over W."""
 
@@ -74,7 +74,7 @@ def tile_matmul(
     form; then those of :class:`Rows`.
     """
     with prim_func() as result:
-        outputs = Rows(problem, simd)
+        outputs = Rows(problem, simd, MAX_GROUP, paired=True)
         kernel = _KERNELS[layout.form](outputs, layout, unit)
         outputs.declare()
         kernel.bind()
@@ -84,11 +84,12 @@ def tile_matmul(
             count = problem.tiles.count
             first_tile = scalar(group * MAX_GROUP)
             size = scalar(tirx.min(MAX_GROUP, count - first_tile))
-            kernel.compute(start, stop, first_tile, size)
+            with outputs.output.jobs(first_tile, size, job, last_job):
+                kernel.compute(start, stop, first_tile, size)
 
         groups = (problem.tiles.count + (MAX_GROUP - 1)) // MAX_GROUP
         for_job_ranges(groups, jobs_kernel, (unit.configure, unit.release))
-        outputs.close()
+        outputs.output.close()
     return result["func"]
 
 
@@ -156,7 +157,7 @@ class _TileKernel:
             for column in range(width):
                 move(self._sum(row, column), sums, self._spot(row, place + column))
 
-    def _spot(self, row: int, place: Expr) -> Expr:
+    def _spot(self, row: Expr, place: Expr) -> Expr:
         return (row * MAX_GROUP + place) * TILE_WORDS
 
     def sums_memory(self) -> Buffer:
@@ -167,21 +168,36 @@ class _TileKernel:
         self, sums: Buffer, block_row: Expr, first_tile: Expr, place: Expr, width: int
     ) -> None:
         """Scale, epilogue and store of the tiles of sums that lie in memory."""
-        lanes = self.outputs.simd.lanes
-        for row in range(self.height):
+        # Loops, whose ends LLVM cannot foresee: unrolled, an epilogue exceeds the cache of code.
+        with T.serial(0, self.height) as row, T.serial(0, width) as column:
             first_row = scalar((block_row * self.height + row) * TILE_ROWS)
-            live = TILE_ROWS
-            if self.problem.n_out % (TILE_ROWS * self.height):
-                live = scalar(tirx.max(tirx.min(TILE_ROWS, self.problem.n_out - first_row), 0))
-            for column in range(width):
-                at = self._spot(row, place + column)
-                with T.serial(0, live) as r:
-                    for part in range(LANES // lanes):
-                        value = sums[T.ramp(at + r * LANES + part * lanes, 1, lanes)]
-                        if not self.precision.scaled:
-                            value = T.reinterpret(f"float32x{lanes}", value)
-                        tile = first_tile + place + column
-                        self.outputs.finish(value, first_row + r, tile, part * lanes)
+            live = scalar(tirx.max(tirx.min(TILE_ROWS, self.problem.n_out - first_row), 0))
+            at = scalar(self._spot(row, place + column))
+            self._finish_tile(sums, at, first_row, live, first_tile, place + column)
+
+    def _finish_tile(
+        self, sums: Buffer, at: Expr, first_row: Expr, live: Expr, first_tile: Expr, place: Expr
+    ) -> None:
+        """The first ``live`` rows of one tile of sums."""
+        lanes, output = self.outputs.simd.lanes, self.outputs.output
+        tile = first_tile + place
+
+        def load(row: Expr, first: int) -> Expr:
+            value = sums[T.ramp(at + row * LANES + first, 1, lanes)]
+            return value if self.precision.scaled else T.reinterpret(f"float32x{lanes}", value)
+
+        for first in range(0, LANES, lanes):
+            if not output.in_pairs:
+                with output.peak(place, first) as peak, T.serial(0, live) as r:
+                    self.outputs.finish(load(r, first), first_row + r, tile, first, peak)
+                continue
+            with T.serial(0, live // 2) as pair:
+                low, high = load(pair * 2, first), load(pair * 2 + 1, first)
+                self.outputs.finish_pair(low, high, first_row + pair * 2, tile, first)
+            if self.problem.n_out % 2:
+                with T.If(live % 2 == 1), T.Then():
+                    row = first_row + live - 1
+                    self.outputs.finish_pair(load(live - 1, first), None, row, tile, first)
 
     def tokens(self, tile: Expr, line: Expr) -> tuple[Buffer, Expr]:
         """Where sixteen lines of a tile of tokens lie."""

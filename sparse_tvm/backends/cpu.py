@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sparse_tvm.backends.base import Backend, BackendTarget
 from sparse_tvm.schedules.cpu.families.attention import AttentionFamily
 from sparse_tvm.schedules.cpu.families.convolution import ConvolutionFamily, DepthwiseFamily
+from sparse_tvm.schedules.cpu.families.low_matmul import DotFamily, TileFamily
+from sparse_tvm.schedules.cpu.families.low_rows import LineRoundFamily, TileAttentionFamily
 from sparse_tvm.schedules.cpu.families.matmul import MatmulFamily
 from sparse_tvm.schedules.cpu.families.product import ProductFamily
 from sparse_tvm.schedules.cpu.families.rows import (
@@ -40,6 +42,10 @@ class CpuBackend(Backend):
                 LayerNormFamily(),
                 LanePackFamily(),
                 LaneUnpackFamily(),
+                TileFamily(),
+                DotFamily(),
+                TileAttentionFamily(),
+                LineRoundFamily(),
             ]
         )
 
@@ -55,11 +61,12 @@ class CpuBackend(Backend):
         from sparse_tvm.passes.cpu.lane_layout import lane_layout
         from sparse_tvm.passes.cpu.legalize import legalize
         from sparse_tvm.passes.cpu.lower_kernels import lower_kernels
+        from sparse_tvm.passes.cpu.round_activations import round_activations
         from sparse_tvm.passes.cpu.schedule_rest import schedule_rest
         from sparse_tvm.passes.infrastructure import Phase
 
         return (
-            Phase("lane layout", (lane_layout,)),
+            Phase("lane layout", (lane_layout, round_activations)),
             Phase("legalise", (legalize,)),
             Phase("schedule", (lower_kernels, schedule_rest)),
         )

@@ -43,9 +43,17 @@ def compile(
         list[str] | None,
         typer.Option(
             metavar="REGEX=FORMAT",
-            help="Format of the layers whose name matches: csr, bsr:4x1 or dense. Repeatable.",
+            help="Format of the layers whose name matches: csr, bsr:4x1 or dense, and with "
+            "@ the precision: bsr:16x4@int8, @bf16. Repeatable.",
         ),
     ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="In which dense layers and attention compute: fp32, bf16 or int8.",
+        ),
+    ] = "fp32",
     input_shape: InputShapes = None,
     threads: Annotated[
         int | None,
@@ -77,6 +85,16 @@ def compile(
         float,
         typer.Option(min=0.0, metavar="X", help="Largest absolute difference --verify accepts."),
     ] = 1e-4,
+    min_cosine: Annotated[
+        float,
+        typer.Option(
+            metavar="X", help="Least cosine with float32 that --verify accepts in low precision."
+        ),
+    ] = 0.9,
+    verify_inputs: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.npz", help="Inputs to verify on, instead of random ones."),
+    ] = None,
     allow_pickle: AllowPickle = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
@@ -90,7 +108,9 @@ def compile(
 
     started = time.perf_counter()
     check_target(target)
-    FormatOptions.parse(format=format, block=block, threshold=threshold, rules=layer or ())
+    FormatOptions.parse(
+        format=format, block=block, threshold=threshold, rules=layer or (), precision=precision
+    )
     input_shapes = parse_input_shapes(input_shape or ())
     for path in report or ():
         check_report_path(path)
@@ -104,6 +124,7 @@ def compile(
     with without_collection(), PhaseProgress(stderr_console(), quiet=quiet) as progress:
         progress("load the compiler")
         from sparse_tvm.compiler import compile
+        from sparse_tvm.npz import read_npz
 
         result = compile(
             model,
@@ -113,6 +134,7 @@ def compile(
             format=format,
             block=block,
             layer_rules=layer or (),
+            precision=precision,
             input_shapes=input_shapes,
             threads=threads,
             dump_ir=dump_ir,
@@ -122,6 +144,8 @@ def compile(
             allow_pickle=allow_pickle,
             verify=verify,
             tolerance=tolerance,
+            min_cosine=min_cosine,
+            verify_inputs=read_npz(verify_inputs) if verify_inputs else None,
             progress=progress,
             started=started,
         )

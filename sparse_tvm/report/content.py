@@ -89,10 +89,25 @@ def verification_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     if verification is None:
         return []
     tolerance = verification["tolerance"]
+    similarities = verification.get("similarity", {})
     return [
-        (name, f"max |difference| {difference:.1e} (tolerance {tolerance:.0e})")
+        (
+            name,
+            f"max |difference| {difference:.1e}"
+            + (
+                _similarity(similarities[name])
+                if name in similarities
+                else f" (tolerance {tolerance:.0e})"
+            ),
+        )
         for name, difference in verification["max_abs_diff"].items()
     ]
+
+
+def _similarity(found: Mapping[str, float]) -> str:
+    """How outputs of low precision compare with float32's."""
+    text = f", mean {found['mean_abs_diff']:.1e}, cosine {found['cosine']:.5f} or more"
+    return text + (f", same class in {found['top1']:.1%}" if "top1" in found else "")
 
 
 def verification_title(manifest: Mapping[str, Any]) -> str:

@@ -6,8 +6,9 @@ import numpy as np
 from harness import RUNNABLE, to_tiles
 from hypothesis import strategies as st
 
-from sparse_tvm.schedules.cpu.low_precision import BF16, INT8, LINES, ZERO_POINT, Precision
-from sparse_tvm.schedules.x86.instructions import DOTS, Amx, Dot, PlainTiles, plain
+from sparse_tvm.schedules.cpu.precision import BF16, INT8, LINES, ZERO_POINT, Precision
+from sparse_tvm.schedules.x86.instructions import Amx, PlainTiles
+from sparse_tvm.schedules.x86.units import DOTS, Dot
 from sparse_tvm.sparsity.quantise import as_words, bf16_values, quantise_rows, round_to_bf16
 from sparse_tvm.targets import TARGETS, Target
 
@@ -21,7 +22,9 @@ def runnable(features: tuple[str, ...]) -> Target | None:
     return able[0] if able else None
 
 
-DOT_TARGETS: list[tuple[Dot, Target]] = [(plain(4, 16), ANY), (plain(8, 16), ANY)]
+DOT_TARGETS: list[tuple[Dot, Target]] = [
+    (Dot("plain", lanes, 16, (), 1.0), ANY) for lanes in (4, 8)
+]
 DOT_TARGETS += [(dot, target) for dot in DOTS if (target := runnable(dot.features))]
 TILE_TARGETS = [(PlainTiles, ANY)]
 TILE_TARGETS += [(Amx, target) for target in [runnable(Amx.features)] if target]

@@ -35,7 +35,7 @@ from sparse_tvm.passes.program import Program
 
 PASSES = [one for phase in pipeline.phases(get_backend("cpu")) for one in phase.passes]
 BY_NAME = pytest.mark.parametrize("one", PASSES, ids=lambda one: one.name)
-CONTEXT = context(target="x86-64-v3")
+CONTEXT = context(target="x86-64-v3", precision="int8")
 BERT = BertConfig(layers=1, hidden=32, heads=2, intermediate=48, vocabulary=40)
 
 

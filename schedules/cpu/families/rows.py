@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from sparse_tvm.families import Extents, Kernel, KernelFamily, Op, Work, bytes_of
 from sparse_tvm.operators import FLOAT32, LayerNorm
 from sparse_tvm.schedules.cpu.families.extents import known_or_symbols, tiles_for
 from sparse_tvm.schedules.cpu.operators import LanePack, LaneUnpack
+from sparse_tvm.schedules.cpu.precision import PRECISIONS
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.targets import Target
 
@@ -39,14 +40,20 @@ class LayerNormFamily(_MovesOnly[LayerNorm]):
     name: ClassVar[str] = "layer_norm"
     operator: ClassVar[type[LayerNorm]] = LayerNorm
 
+    def refuses(self, op: LayerNorm, target: Target) -> str | None:
+        rounds = op.types == replace(FLOAT32, output=op.types.output)
+        return None if rounds and op.types.output in PRECISIONS else super().refuses(op, target)
+
     def build(
         self, op: LayerNorm, operands: Sequence[Extents], output: Extents, target: Target
     ) -> Kernel:
         from sparse_tvm.schedules.cpu.normalize import layer_norm
 
-        features: Any = output.shape[2]
-        function = layer_norm(tiles_for(operands[0]), features, op.epsilon, Simd.of(target))
-        return Kernel(f"layer_norm_{features}", function)
+        features: Any = operands[0].shape[2]
+        out = PRECISIONS.get(op.types.output)
+        tiles, simd = tiles_for(operands[0]), Simd.of(target)
+        function = layer_norm(tiles, features, op.epsilon, simd, out)
+        return Kernel(f"layer_norm_{features}" + (f"_to_{out.name}" if out else ""), function)
 
 
 @dataclass(frozen=True)

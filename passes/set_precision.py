@@ -1,0 +1,87 @@
+"""Set precision: which layers compute in fewer bits than float32, as the user wishes.
+
+Matches every dense layer whose weight is still the model's own, and gives it the element types of
+the precision that the options name for it; its operands stay float32, and the backend rounds them
+(per token) on the way in, as weights are (per output) when they are stored. Attention takes bf16
+wherever less than float32 is wished for and the backend has it. What no kernel family of the
+target takes stays float32, with a note.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tvm import relax
+
+from sparse_tvm.errors import OptionError
+from sparse_tvm.operators import FLOAT32, PRECISIONS, Attention, Dense
+from sparse_tvm.passes import dialect
+from sparse_tvm.passes.graph import Rewrite, shape_of
+from sparse_tvm.passes.infrastructure import Context, graph_pass
+from sparse_tvm.passes.program import Program
+
+
+def check_precisions(context: Context) -> None:
+    """Refuse a precision that the target has no kernels for.
+
+    Raises
+    ------
+    OptionError
+        It says which ones there are.
+    """
+    backend, target, options = context.backend, context.target, context.options
+    refusals = {
+        name: backend.refuses(Dense(layer="", matrix=(64, 64), types=types), target)
+        for name, types in PRECISIONS.items()
+    }
+    able = ", ".join(name for name, refusal in refusals.items() if refusal is None)
+    for name in options.precisions:
+        if refusals[name] is not None:
+            raise OptionError(
+                f"target {target.name} has no kernels for {name}: {refusals[name]}",
+                hint=f"--precision {able.replace(', ', ' or ')}, or another --target",
+            )
+
+
+@graph_pass()
+def set_precision(program: Program, context: Context) -> Program:
+    """Apply the pass."""
+    return _SetPrecision(program, context).run()
+
+
+class _SetPrecision(Rewrite):
+    def __init__(self, program: Program, context: Context) -> None:
+        super().__init__(program)
+        self._context = context
+
+    def rewrite(self, var: relax.Var, value: Any) -> Any:
+        dense = dialect.match(value, Dense)
+        if dense is not None and dense.op.layout is None:
+            return self._dense(dense, var)
+        attention = dialect.match(value, Attention)
+        if attention is not None and self._context.options.precision != "fp32":
+            return self._attention(attention, var)
+        return None
+
+    def _dense(self, found: dialect.OperatorCall[Dense], var: relax.Var) -> Any:
+        wished = self._context.options.precision_for(found.op.layer)
+        op = replace(found.op, types=PRECISIONS[wished])
+        if op.types == FLOAT32:
+            return None
+        refusal = self._context.backend.refuses(op, self._context.target)
+        if refusal is not None:
+            self.program.notes.append(f"{op.layer} stays float32: {refusal}")
+            return None
+        return dialect.call(op, [self.new(arg) for arg in found.args], shape_of(var))
+
+    def _attention(self, found: dialect.OperatorCall[Attention], var: relax.Var) -> Any:
+        q, _, v, *_ = found.args
+        heads = found.op.heads
+        sizes = tuple(shape_of(x)[-1] // heads for x in (q, v))
+        op = replace(found.op, types=PRECISIONS["bf16"], sizes=sizes)
+        refusal = self._context.backend.refuses(op, self._context.target)
+        if refusal is not None:
+            self.program.notes.append(f"attention stays float32: {refusal}")
+            return None
+        return dialect.call(op, [self.new(arg) for arg in found.args], shape_of(var))

@@ -1,0 +1,299 @@
+"""Dense layers in int8 and bf16 on lines of words: by dot products, and on matrix units."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from sparse_tvm.families import (
+    Extents,
+    Kernel,
+    WeightedFamily,
+    Wish,
+    Work,
+    bytes_of,
+    elements,
+)
+from sparse_tvm.operators import Activation, Bias, Dense, Layout, Residual
+from sparse_tvm.schedules.cpu import word_weights
+from sparse_tvm.schedules.cpu.families.extents import tiles_for
+from sparse_tvm.schedules.cpu.precision import (
+    BF16,
+    INT8,
+    LINES,
+    PRECISIONS,
+    ZERO_POINT,
+    Precision,
+)
+from sparse_tvm.schedules.cpu.simd import LANES, Simd, dot_group_limit, tiles_of
+from sparse_tvm.schedules.x86.units import AMX_FEATURES, DOTS, TILE_ROWS, Dot
+from sparse_tvm.sparsity.quantise import as_words
+from sparse_tvm.sparsity.statistics import WeightStatistics
+from sparse_tvm.targets import Target
+
+if TYPE_CHECKING:
+    from sparse_tvm.schedules.cpu.low_matmul import LowMatmul
+
+_UNSTRUCTURED = "csr"
+"""The wish for a sparse weight without blocks."""
+
+
+def precision_of(op: Dense) -> Precision | None:
+    """What the weight and the input are multiplied in; None if not alike or not known."""
+    types = op.types
+    return PRECISIONS.get(types.input) if types.input == types.weight else None
+
+
+def fits_wish(block: tuple[int, int], wish: Wish) -> bool:
+    """Whether blocks of this size can hold the blocks that were wished for without much waste."""
+    if wish.block is None:
+        return True
+    (rows, columns), (wished_rows, wished_columns) = block, wish.block
+    aligned = columns % wished_columns == 0 or wished_columns % columns == 0
+    return wished_rows % rows == 0 and aligned
+
+
+class _LowPrecisionFamily(WeightedFamily[Dense]):
+    """What the families share: types, epilogues, and the wishes that they can meet."""
+
+    precisions: ClassVar[tuple[Precision, ...]]
+    operator: ClassVar[type[Dense]] = Dense
+
+    @abstractmethod
+    def lacks(self, target: Target) -> str | None:
+        """What the target's CPUs miss; None if nothing."""
+
+    @abstractmethod
+    def layouts(self, op: Dense, target: Target) -> Sequence[Layout]:
+        """Dense, and sparse, layouts."""
+
+    def refuses(self, op: Dense, target: Target) -> str | None:
+        if precision_of(op) not in self.precisions:
+            names = " and ".join(precision.name for precision in self.precisions)
+            return f"{self.name} computes {names} only"
+        for step in op.epilogue:
+            if not isinstance(step, Bias | Residual | Activation):
+                return f"{self.name} has no epilogue {step}"
+        return self.lacks(target)
+
+    def candidates(
+        self, op: Dense, weight: WeightStatistics, target: Target, wish: Wish | None = None
+    ) -> Sequence[Layout]:
+        found = self.layouts(op, target)
+        if wish is None:
+            return found
+        if wish.format == "bsr":
+            blocks = [layout for layout in found if layout.format == "bsr"]
+            return [layout for layout in blocks if fits_wish(layout.block, wish)]
+        return [layout for layout in found if layout.format == wish.format]
+
+    def work(
+        self,
+        op: Dense,
+        operands: Sequence[Extents],
+        output: Extents,
+        nonzeros: int | None = None,
+    ) -> Work:
+        n, k = op.matrix
+        count = n * k if nonzeros is None else nonzeros
+        tokens = elements(Extents(output.shape[:2])) * LANES
+        return Work(2.0 * count * tokens, bytes_of([*operands, output]))
+
+
+@dataclass(frozen=True)
+class DotFamily(_LowPrecisionFamily):
+    """Kernels of :mod:`sparse_tvm.schedules.cpu.dot_matmul`."""
+
+    name: ClassVar[str] = "dot"
+    precisions: ClassVar[tuple[Precision, ...]] = (INT8,)
+
+    def dot(self, target: Target) -> Dot | None:
+        """The target's instruction."""
+        return next((dot for dot in DOTS if target.has(*dot.features)), None)
+
+    def lacks(self, target: Target) -> str | None:
+        return None if self.dot(target) else f"{target.name} has no dot products of bytes"
+
+    def layouts(self, op: Dense, target: Target) -> Sequence[Layout]:
+        n, unit = op.matrix[0], INT8.unit
+        wide = target.registers > LANES
+        rows = min(6 if wide else 2, n)
+        found = [Layout(self.name, "dense", (rows, unit))]
+        found.append(Layout(self.name, _UNSTRUCTURED, (1, unit)))
+        found += [Layout(self.name, "bsr", (rows, unit)) for rows in (1, 2, 4, 8) if rows <= n]
+        return found
+
+    def cost(
+        self, op: Dense, layout: Layout, weight: WeightStatistics, tokens: int, target: Target
+    ) -> float:
+        dot = self._dot(target)
+        simd, costs = Simd(dot.lanes, dot.registers), target.costs
+        (n, k), rows = op.matrix, layout.block[0]
+        tiles = tiles_of(tokens)
+        group = tiles / -(-tiles // dot_group_limit(rows, simd))
+        dense_blocks = -(-n // rows) * -(-k // INT8.unit)
+        blocks = weight.stored_blocks(layout.block) if layout.sparse else dense_blocks
+        x_bytes = k * group * LANES
+        far = max(0.0, 1 - 0.85 * target.caches.l1 / x_bytes) if layout.sparse else 0.0
+        line = simd.per_tile * costs.load + far * costs.l2_line
+        spilled = 1.5 if rows * group * simd.per_tile > simd.accumulators else 1.0
+        block = max(rows * dot.cycles * spilled, line) * group + costs.index
+        finish = n * group * 4.0 + -(-n // rows) * costs.row
+        streamed = blocks * (rows * 4 + 2) / costs.streamed
+        return target.seconds((blocks * block + finish + streamed) * tiles / group)
+
+    def pack(
+        self, op: Dense, w: np.ndarray, layout: Layout, target: Target
+    ) -> dict[str, np.ndarray]:
+        dot = self._dot(target)
+        zero_point = 0 if dot.signed else ZERO_POINT
+        elements, of_rows = word_weights.rounded(w, INT8, dot.largest_weight, zero_point)
+        pack = word_weights.sparse_rows if layout.sparse else word_weights.dense_rows
+        return {**pack(as_words(elements), layout.block[0]), **of_rows}
+
+    def build(
+        self, op: Dense, operands: Sequence[Extents], output: Extents, target: Target
+    ) -> Kernel:
+        from sparse_tvm.schedules.cpu.dot_matmul import dot_matmul
+        from sparse_tvm.schedules.x86.instructions import MULTIPLY_ADD
+
+        dot, layout = self._dot(target), op.stored
+        function = dot_matmul(
+            _problem(op, operands),
+            layout.block[0],
+            layout.sparse,
+            Simd(dot.lanes, dot.registers),
+            MULTIPLY_ADD[dot.name],
+        )
+        return Kernel(_title(op, dot.name.replace("-", "_")), function)
+
+    def _dot(self, target: Target) -> Dot:
+        dot = self.dot(target)
+        assert dot is not None, f"{self.name} was to refuse {target.name}"
+        return dot
+
+
+@dataclass(frozen=True)
+class TileFamily(_LowPrecisionFamily):
+    """Kernels of :mod:`sparse_tvm.schedules.x86.tile_matmul`."""
+
+    name: ClassVar[str] = "tiles"
+    precisions: ClassVar[tuple[Precision, ...]] = (INT8, BF16)
+
+    # Cycles, measured on Sapphire Rapids with two tiles of tokens: a step of K per tile of
+    # outputs; one of gathered lines, which are copied besides; a row of sixteen results; a line
+    # that is expanded; a block row.
+    _STEP, _GATHER, _GATHERED_STEP, _RESULT, _LINE, _ROW = 70.0, 76.0, 42.0, 8.0, 3.0, 60.0
+    _ONE_TILE = 0.65
+    """What the steps cost with one tile of tokens instead of two."""
+
+    def lacks(self, target: Target) -> str | None:
+        return None if target.has(*AMX_FEATURES) else f"{target.name} has no matrix unit (AMX)"
+
+    def layouts(self, op: Dense, target: Target) -> Sequence[Layout]:
+        precision = precision_of(op)
+        assert precision is not None
+        unit = precision.unit
+        found = []
+        for height in (1, 2):
+            rows = height * TILE_ROWS
+            found.append(Layout(self.name, "dense", (rows, LINES * unit)))
+            found += [Layout(self.name, "bsr", (rows, step * unit)) for step in (1, LINES)]
+            expanded = Layout(self.name, _UNSTRUCTURED, (1, 1))
+            found.append(expanded.having(height=height))
+        return found
+
+    def cost(
+        self, op: Dense, layout: Layout, weight: WeightStatistics, tokens: int, target: Target
+    ) -> float:
+        precision = precision_of(op)
+        assert precision is not None
+        (n, k), height = op.matrix, _height(layout)
+        block_rows = -(-n // (TILE_ROWS * height))
+        whole = block_rows * -(-k // (LINES * precision.unit))
+        tiles = tiles_of(tokens)
+        steps, expanded, stored_bytes = float(whole), 0.0, 0.0
+        each = self._STEP * height
+        form = _form(layout, precision)
+        if form == "skip":
+            steps = weight.stored_blocks(layout.block)
+        elif form == "gather":
+            lines = weight.stored_blocks(layout.block) / block_rows
+            steps = block_rows * (lines / LINES + (0.5 if lines else 0.0))
+            each = self._GATHER + self._GATHERED_STEP * height
+        elif form == "expand":
+            lines = whole * height * TILE_ROWS
+            # Hidden behind the products of enough tokens.
+            expanded = lines * self._LINE * (1 + 2 / tiles)
+            stored_bytes = weight.nonzeros * 4 / precision.unit + lines * 2 * precision.unit
+        if form != "expand":
+            stored_bytes = steps * height * TILE_ROWS * LINES * 4
+        products = steps * each * (tiles // 2 + self._ONE_TILE * (tiles % 2))
+        results = tiles * n * self._RESULT + block_rows * self._ROW
+        streamed = stored_bytes / target.costs.streamed
+        return target.seconds(products + results + expanded + streamed)
+
+    def pack(
+        self, op: Dense, w: np.ndarray, layout: Layout, target: Target
+    ) -> dict[str, np.ndarray]:
+        precision = precision_of(op)
+        assert precision is not None
+        elements, of_rows = word_weights.rounded(w, precision)
+        form, height = _form(layout, precision), _height(layout)
+        if form == "expand":
+            return {**word_weights.expanded_tiles(elements, height), **of_rows}
+        pack = {
+            "dense": word_weights.dense_tiles,
+            "skip": word_weights.skipped_tiles,
+            "gather": word_weights.gathered_tiles,
+        }[form]
+        return {**pack(as_words(elements), height), **of_rows}
+
+    def build(
+        self, op: Dense, operands: Sequence[Extents], output: Extents, target: Target
+    ) -> Kernel:
+        from sparse_tvm.schedules.x86.instructions import Amx
+        from sparse_tvm.schedules.x86.tile_matmul import TileLayout, tile_matmul
+
+        problem = _problem(op, operands)
+        form = _form(op.stored, problem.precision)
+        layout = TileLayout(form, _height(op.stored))
+        function = tile_matmul(problem, layout, Simd.of(target), Amx())
+        return Kernel(_title(op, f"amx_{form}"), function)
+
+
+def _height(layout: Layout) -> int:
+    """Tiles of outputs in a block row."""
+    return layout.get("height", max(1, layout.block[0] // TILE_ROWS))
+
+
+def _form(layout: Layout, precision: Precision) -> str:
+    """The kernel's form of a layout (see ``schedules.x86.tile_matmul``)."""
+    if layout.format == "bsr":
+        return "gather" if layout.block[1] == precision.unit else "skip"
+    return {"dense": "dense", _UNSTRUCTURED: "expand"}[layout.format]
+
+
+def _problem(op: Dense, operands: Sequence[Extents]) -> LowMatmul:
+    from sparse_tvm.schedules.cpu.low_matmul import LowMatmul
+
+    precision = precision_of(op)
+    assert precision is not None
+    out = PRECISIONS.get(op.types.output)
+    return LowMatmul(tiles_for(operands[0]), *op.matrix, precision, op.epilogue, out)
+
+
+def _title(op: Dense, unit: str) -> str:
+    layout, precision = op.stored, precision_of(op)
+    assert precision is not None
+    rows, columns = layout.block
+    size = f"_{rows}x{columns}" if layout.format == "bsr" else ""
+    n, k = op.matrix
+    out = PRECISIONS.get(op.types.output)
+    to = [f"to_{out.name}"] if out else []
+    names = [precision.name, unit, layout.format + size, f"{n}x{k}", *map(str, op.epilogue), *to]
+    return "_".join(names)

@@ -1,0 +1,55 @@
+"""x86's units for numbers of few bits: what they need of a CPU, and what they cost.
+
+Needs no TVM; :mod:`sparse_tvm.schedules.x86.instructions` has the instructions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TILE_ROWS = 16
+"""Rows of a tile register, and lines of one."""
+
+AMX_FEATURES = ("amx-tile", "amx-int8", "amx-bf16", "avx512vbmi2", "avx512bw", "avx512vl")
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A dot product instruction of bytes.
+
+    Attributes
+    ----------
+    name : str
+        For layouts and titles of kernels.
+    lanes : int
+        Words in a vector.
+    registers : int
+        Vector registers.
+    features : tuple[str, ...]
+        What a CPU must have, by LLVM's names.
+    cycles : float
+        For sixteen words.
+    largest_weight : int
+        Of the weights that it multiplies exactly.
+    signed : bool
+        Whether it takes the zero point off x; else the product of the zero point and the weights
+        is left to subtract.
+    """
+
+    name: str
+    lanes: int
+    registers: int
+    features: tuple[str, ...]
+    cycles: float
+    largest_weight: int = 127
+    signed: bool = False
+
+
+AVX512_VNNI = Dot("avx512vnni", 16, 32, ("avx512vnni", "avx512vl", "avx512bw"), 0.5)
+AVX_VNNI = Dot("avxvnni", 8, 16, ("avxvnni", "avx2"), 1.1)
+AVX2 = Dot("avx2", 8, 16, ("avx2",), 2.2, largest_weight=64)
+AVX2_SIGNED = Dot("avx2-signed", 8, 16, ("avx2",), 3.3, signed=True)
+SSSE3 = Dot("ssse3", 4, 16, ("ssse3",), 4.4, largest_weight=64)
+SSSE3_SIGNED = Dot("ssse3-signed", 4, 16, ("ssse3",), 6.6, signed=True)
+DOTS = (AVX512_VNNI, AVX_VNNI, AVX2, AVX2_SIGNED, SSSE3, SSSE3_SIGNED)
+"""The fastest first: those with smaller weights lose a bit of them, and are half as fast again."""

@@ -1,0 +1,76 @@
+"""Low precision in whole models: BERT-base beside engines that round as well.
+
+``bench_models.py --precision`` runs it. OpenVINO takes part as it comes, which computes in bf16
+where the CPU has it, and with the model quantised by nncf; ONNX Runtime with float32, and with
+weights and activations quantised by its dynamic int8. Outputs are compared with float32's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from bench_engines import ONNX_RUNTIME, OUTPUT, Feed, Run, Workload, of
+from bench_tables import Variant
+
+from sparse_tvm.reference import Reference
+
+VARIANTS = (
+    "0%@bf16",
+    "0%@int8",
+    "90%:unstructured@fp32",
+    "90%:unstructured@bf16",
+    "90%:unstructured@int8",
+    "90%:4x1@fp32",
+    "90%:4x4@int8",
+    "90%:16x2@bf16",
+    "90%:16x4@int8",
+    "90%:32x4@int8",
+    "90%:16x64@int8",
+)
+
+
+def variants() -> list[Variant]:
+    return [Variant(text) for text in VARIANTS]
+
+
+def engines(workload: Workload, dense: Path, threads: int, feed: Feed) -> dict[str, Run]:
+    """The engines, with the unpruned model."""
+    found = {ONNX_RUNTIME: of(Reference(dense, threads=threads))}
+    found["ONNX Runtime dynamic int8"] = of(Reference(_dynamic(dense), threads=threads))
+    found["OpenVINO as it comes"] = _openvino(dense, threads)
+    found["OpenVINO int8 (nncf)"] = _openvino(dense, threads, calibrated_on=feed)
+    return found
+
+
+def _dynamic(dense: Path) -> Path:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    path = dense.with_suffix(".dynamic.onnx")
+    if not path.exists():
+        model = onnx.load(dense)
+        quantize_dynamic(model, path, weight_type=QuantType.QInt8, per_channel=True)
+    return path
+
+
+def _openvino(path: Path, threads: int, calibrated_on: Feed | None = None) -> Run:
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    if calibrated_on is not None:
+        import nncf
+
+        data = nncf.Dataset([calibrated_on])
+        model = nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER)
+    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    compiled = core.compile_model(model, "CPU", options)
+    return lambda feed: compiled(feed)[OUTPUT]
+
+
+def least_cosine(output: np.ndarray, expected: np.ndarray) -> float:
+    """Of any token's features."""
+    from sparse_tvm.verification import similarity
+
+    return similarity(output, expected)["cosine"]

@@ -1,0 +1,126 @@
+"""Attention on matrix units against NumPy: any sizes, masks, and thread counts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from harness import KERNELS, from_tiles, run, simd, thread_counts, tiles_for, to_tiles
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from low_precision import TILE_TARGETS, from_lines, rounded, to_lines
+from test_attention import LOWEST, reference
+
+from sparse_tvm.schedules.cpu.attention import Mask
+from sparse_tvm.schedules.cpu.lane_tiles import Tiles
+from sparse_tvm.schedules.cpu.precision import BF16, INT8
+from sparse_tvm.schedules.x86.tile_attention import TileAttention, tile_attention
+
+FEW = settings(KERNELS, max_examples=10)
+lengths = st.one_of(st.sampled_from([1, 15, 16, 17, 32, 33, 128]), st.integers(1, 150))
+problems = st.fixed_dictionaries(
+    {
+        "lead": st.integers(1, 2),
+        "queries": lengths,
+        "keys": lengths,
+        "heads": st.integers(1, 3),
+        "head_size": st.sampled_from([32, 64]),
+        "value_size": st.sampled_from([32, 64]),
+        "mask": st.none() | st.builds(Mask, *[st.booleans()] * 4),
+        "low": st.sampled_from([-1e4, -math.inf, LOWEST]),
+        "dropped": st.sampled_from([0.2, 0.6, 1.0]),
+        "out": st.sampled_from([None, BF16, INT8]),
+        "symbolic": st.booleans(),
+        "native": st.sampled_from(TILE_TARGETS),
+        "threads": thread_counts,
+        "seed": st.integers(0, 2**16),
+    }
+)
+LARGER = {
+    "lead": 2,
+    "queries": 150,
+    "keys": 77,
+    "heads": 3,
+    "head_size": 64,
+    "value_size": 32,
+    "mask": None,
+    "low": -1e4,
+    "dropped": 0.2,
+    "out": None,
+    "symbolic": True,
+    "threads": 2,
+    "seed": 0,
+}
+
+
+def check(case):
+    rng = np.random.default_rng(case["seed"])
+    lead, queries, keys, heads = (case[name] for name in ("lead", "queries", "keys", "heads"))
+    mask, out = case["mask"], case["out"]
+
+    def random(rows, size):
+        x = rng.standard_normal((lead, rows, heads * size)).astype("float32")
+        return rounded(x, BF16)
+
+    q, k = random(queries, case["head_size"]), random(keys, case["head_size"])
+    v = random(keys, case["value_size"])
+    arguments = [to_lines(x, BF16) for x in (q, k, v)]
+    added = None
+    if mask is not None:
+        real = (mask.lead, mask.heads, mask.queries, mask.keys)
+        extents = (lead, heads, queries, keys)
+        shape = [n if is_real else 1 for n, is_real in zip(extents, real, strict=True)]
+        dropped = rng.random(shape) < case["dropped"]
+        added = np.where(dropped, case["low"], rng.standard_normal(shape)).astype("float32")
+        merged = added.reshape(-1, *added.shape[2:])
+        arguments.append(to_tiles(merged) if mask.queries else added)
+    if case["symbolic"]:
+        arguments.append(keys)
+    unit, target = case["native"]
+    over_queries = tiles_for(lead, queries, case["symbolic"])
+    problem = TileAttention(
+        over_queries,
+        Tiles(over_queries.lead, tiles_for(lead, keys, case["symbolic"]).per_lead),
+        None if case["symbolic"] else keys,
+        heads,
+        case["head_size"],
+        case["value_size"],
+        case["head_size"] ** -0.5,
+        mask,
+        out,
+    )
+    kernel = tile_attention(problem, simd(target), unit())
+    features, tiles = heads * case["value_size"], -(-queries // 16)
+    if out is None:
+        tiled = run(kernel, target, case["threads"], arguments, (lead, tiles, features, 16))
+        result = from_tiles(tiled, queries)
+    else:
+        shape = (lead, tiles, out.lines(features), 16)
+        lines = run(kernel, target, case["threads"], arguments, shape, "int32")
+        result = from_lines(lines, queries, features, out)
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = reference(q, k, v, heads, problem.scale, added)
+    quantum = {None: 0.0, BF16: 2.0**-8, INT8: 0.51 / 127}[out]
+    np.testing.assert_allclose(result, expected, rtol=0, atol=(2.0**-8 + quantum) * np.abs(v).max())
+
+
+@given(problems)
+@example(
+    {
+        **LARGER,
+        "mask": Mask(lead=True, heads=True, queries=True, keys=True),
+        "low": -math.inf,
+        "dropped": 1.0,
+        "native": TILE_TARGETS[-1],
+    }
+)
+@FEW
+def test_tile_attention(case):
+    check(case)
+
+
+@pytest.mark.parametrize("native", TILE_TARGETS)
+@pytest.mark.parametrize("out", [None, BF16, INT8])
+def test_many_tiles(native, out):
+    check({**LARGER, "native": native, "out": out})
