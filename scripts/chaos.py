@@ -153,7 +153,7 @@ class Run:
                     if response.status != 200:
                         return False
                 return await self.load.post(session) == "200"
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
+        except (TimeoutError, aiohttp.ClientError, OSError):
             return False
 
     def report(self, console: Console) -> int:

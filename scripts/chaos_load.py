@@ -134,7 +134,7 @@ class Load:
         try:
             async with session.post(PATH, data=body, headers=headers) as response:
                 data = await response.read()
-        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+        except (TimeoutError, aiohttp.ClientError) as error:
             return type(error).__name__
         if response.status == 200:
             head = int(response.headers["Inference-Header-Content-Length"])

@@ -165,7 +165,7 @@ class Attack:
         )
         try:
             line = await asyncio.wait_for(reader.readline(), _ANSWER_SECONDS)
-        except (OSError, asyncio.TimeoutError):
+        except (TimeoutError, OSError):
             return "no answer"
         finally:
             writer.transport.abort()
