@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 import numpy as np
 import onnx
 import onnxruntime
+import tvm
 import typer
 from kernel_timing import random_weight, simd_of
 from onnx import TensorProto, helper, numpy_helper
@@ -24,145 +25,96 @@ from sparse_tvm.backends import get_backend
 from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.cli.tables import plain_table
 from sparse_tvm.cpu import allow_amx, cpu_model
+from sparse_tvm.families import Extents, Wish
 from sparse_tvm.machine_limits import use_threads
-from sparse_tvm.operators import Bias, Dense
+from sparse_tvm.operators import PRECISIONS, Bias, Dense, Layout
 from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.layout_choice import choose
-from sparse_tvm.schedules.cpu import word_weights
-from sparse_tvm.schedules.cpu.block_arrays import split_arrays
-from sparse_tvm.schedules.cpu.dot_matmul import dot_matmul
+from sparse_tvm.schedules.cpu.families.low_matmul import DotFamily
+from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
 from sparse_tvm.schedules.cpu.lane_tiles import Tiles
-from sparse_tvm.schedules.cpu.low_matmul import LowMatmul
-from sparse_tvm.schedules.cpu.low_precision import BF16, INT8, ZERO_POINT, Precision, quantise
-from sparse_tvm.schedules.cpu.matmul import matmul
+from sparse_tvm.schedules.cpu.low_precision import quantise
+from sparse_tvm.schedules.cpu.precision import PRECISIONS as LINES_OF
 from sparse_tvm.schedules.cpu.simd import LANES
-from sparse_tvm.schedules.x86.instructions import DOTS, Amx, Dot
-from sparse_tvm.schedules.x86.tile_matmul import TileLayout, tile_matmul
-from sparse_tvm.sparsity.quantise import as_words
+from sparse_tvm.schedules.x86.units import AMX_FEATURES
+from sparse_tvm.sparsity.blocks import parse_block
 from sparse_tvm.sparsity.statistics import MeasuredWeight
 from sparse_tvm.targets import Target, get_target
 
 HIDDEN, INTERMEDIATE, LAYERS = 768, 3072, 12
 SHAPES = [*[(HIDDEN, HIDDEN)] * 4, (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)]
+TOKENS = 128
 SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95)
 
 
 @dataclass(frozen=True)
 class Form:
-    """A precision and a way to store weights; ``structure`` as prune takes it."""
+    """A precision and a way to store weights; ``structure`` as prune takes it.
+
+    ``wish`` and ``family`` choose among the layouts that the backend offers; None leaves the
+    choice to predicted cost.
+    """
 
     title: str
     structure: str
-    kernel: Callable[[np.ndarray, int, Target], tuple[object, list[np.ndarray], list[np.ndarray]]]
-    dense: bool = False
+    precision: str
+    family: str | None = None
+    wish: Wish | None = None
 
     def sparsities(self) -> Sequence[float]:
-        return SPARSITIES[:1] if self.dense else SPARSITIES[1:]
+        return SPARSITIES[:1] if self.structure == "dense" else SPARSITIES[1:]
 
-
-def float_form(w: np.ndarray, tokens: int, target: Target, format: str = "auto") -> tuple:
-    n, k = w.shape
-    options = FormatOptions(format, (4, 1) if format == "bsr" else None)
-    op = Dense(layer="layer", matrix=(n, k), epilogue=(Bias(),))
-    layout = choose(op, MeasuredWeight(w), options, get_backend("cpu"), target).layout
-    function = matmul(Tiles(1, tokens // LANES), n, k, layout, op.epilogue, simd_of(target))
-    return function, list(split_arrays(w, layout).values()), []
-
-
-def tile_form(precision: Precision, form: str, height: int) -> Callable[..., tuple]:
-    def kernel(w: np.ndarray, tokens: int, target: Target) -> tuple:
-        elements, of_rows = word_weights.rounded(w, precision)
-        words = as_words(elements)
-        if form == "expand":
-            weight = word_weights.expanded_tiles(elements, height)
-        elif form == "dense":
-            weight = word_weights.dense_tiles(words, height)
-        elif form == "skip":
-            weight = word_weights.skipped_tiles(words, height)
-        else:
-            weight = word_weights.gathered_tiles(words, height)
-        problem = LowMatmul(Tiles(1, tokens // LANES), *w.shape, precision, ("bias",))
-        layout = TileLayout(form, height)
-        function = tile_matmul(problem, layout, simd_of(target), Amx())
-        return function, list(weight.values()), list(of_rows.values())
-
-    return kernel
-
-
-def dot_form(dot: Dot, rows: int, sparse: bool) -> Callable[..., tuple]:
-    def kernel(w: np.ndarray, tokens: int, target: Target) -> tuple:
-        zero_point = 0 if dot.signed else ZERO_POINT
-        elements, of_rows = word_weights.rounded(w, INT8, dot.largest_weight, zero_point)
-        pack = word_weights.sparse_rows if sparse else word_weights.dense_rows
-        weight = pack(as_words(elements), rows)
-        problem = LowMatmul(Tiles(1, tokens // LANES), *w.shape, INT8, ("bias",))
-        function = dot_matmul(problem, rows, sparse, dot)
-        return function, list(weight.values()), list(of_rows.values())
-
-    return kernel
+    def layout(self, op: Dense, w: np.ndarray, target: Target) -> Layout:
+        backend, weight = get_backend("cpu"), MeasuredWeight(w)
+        if self.family is None:
+            return choose(op, weight, FormatOptions(), backend, target).layout
+        family = backend.family(self.family)
+        found = family.candidates(op, weight, target, self.wish)
+        exact = [each for each in found if self.wish.block in (None, each.block)]
+        return min(exact, key=lambda each: family.cost(op, each, weight, TOKENS, target))
 
 
 def forms(target: Target) -> list[Form]:
-    found = [
-        Form("fp32", "dense", float_form, dense=True),
-        Form("fp32", "unstructured", float_form),
-        Form("fp32", "4x1", float_form),
-    ]
-    if target.has(*Amx.features):
-        for precision in (INT8, BF16):
-            title = f"{precision.name} AMX"
-            unit = precision.unit
-            found += [
-                Form(title, "dense", tile_form(precision, "dense", 2), dense=True),
-                Form(title, "unstructured", tile_form(precision, "expand", 2)),
-                Form(title, f"16x{unit}", tile_form(precision, "gather", 1)),
-                Form(title, f"32x{unit}", tile_form(precision, "gather", 2)),
-                Form(title, f"16x{16 * unit}", tile_form(precision, "skip", 1)),
-            ]
-    for dot in DOTS:
-        if target.has(*dot.features):
-            title = f"int8 {dot.name}"
-            found += [
-                Form(title, "dense", dot_form(dot, 6 if dot.lanes == 16 else 2, False), dense=True),
-                Form(title, "unstructured", dot_form(dot, 1, True)),
-                Form(title, "1x4", dot_form(dot, 1, True)),
-                Form(title, "4x4", dot_form(dot, 4, True)),
-            ]
-    return found
+    """Every form that the target has."""
+    found = [Form("fp32", structure, "fp32") for structure in ("dense", "unstructured", "4x1")]
+
+    def of(family: str, precision: str, title: str, blocks: Sequence[str]) -> list[Form]:
+        wishes = {"dense": Wish("dense"), "unstructured": Wish("csr")}
+        wishes |= {block: Wish("bsr", parse_block(block)) for block in blocks}
+        return [
+            Form(f"{precision} {title}", structure, precision, family, wish)
+            for structure, wish in wishes.items()
+        ]
+
+    if target.has(*AMX_FEATURES):
+        found += of("tiles", "int8", "AMX", ("16x4", "32x4", "16x64"))
+        found += of("tiles", "bf16", "AMX", ("16x2", "32x2", "16x32"))
+    dot = DotFamily().dot(target)
+    return found + (of("dot", "int8", dot.name, ("1x4", "4x4")) if dot else [])
 
 
 class Timed:
     """A kernel on one or more weights of one shape, called in turn."""
 
     def __init__(self, form: Form, w: np.ndarray, tokens: int, target: Target, copies: int = 1):
-        import tvm
-
-        from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
-
-        n, k = w.shape
-        tiles, rng = tokens // LANES, np.random.default_rng(1)
-        function, weight, of_rows = form.kernel(w, tokens, target)
-        context = tvm.transform.PassContext(opt_level=3, config=FAST_MATH)
-        with tvm.target.Target(target.tvm_target()), context:
-            self._kernel = tvm.compile(function.with_attr("global_symbol", "kernel")).jit()[
-                "kernel"
-            ]
-            x = rng.standard_normal((1, tiles, k, LANES), np.float32)
-            lines = x
-            if not form.title.startswith("fp32"):
-                precision = INT8 if "int8" in form.title else BF16
-                rounding = quantise(Tiles(1, tiles), k, precision, simd_of(target))
-                rounding = rounding.with_attr("global_symbol", "kernel")
-                lines = np.zeros(precision.shape(Tiles(1, tiles), k), np.int32)
-                y = tvm.runtime.tensor(lines)
-                tvm.compile(rounding).jit()["kernel"](tvm.runtime.tensor(x), y)
-                lines = y.numpy()
+        (n, k), tiles, rng = w.shape, tokens // LANES, np.random.default_rng(1)
+        op = Dense(layer="layer", matrix=(n, k), types=PRECISIONS[form.precision])
+        op = replace(op, epilogue=(Bias(),))
+        op = replace(op, layout=form.layout(op, w, target))
+        backend = get_backend("cpu")
+        weight = list(backend.weighted_family(op.stored).pack(op, w, op.stored, target).values())
+        x = rng.standard_normal((1, tiles, k, LANES), np.float32)
+        lines = _in_precision(x, op.types.input, target)
         bias = rng.standard_normal(n, np.float32)
+        operands = [Extents(array.shape, str(array.dtype)) for array in (lines, *weight, bias)]
+        kernel = backend.family_for(op, target).build(
+            op, operands, Extents((1, tiles, n, LANES)), target
+        )
+        self._kernel = _compiled(kernel.function, target)
         self._y = tvm.runtime.tensor(np.zeros((1, tiles, n, LANES), np.float32))
-        shared = [tvm.runtime.tensor(array) for array in [*of_rows, bias]]
-        first = tvm.runtime.tensor(lines)
+        first, last = tvm.runtime.tensor(lines), tvm.runtime.tensor(bias)
         self._arguments = [
-            [first, *map(tvm.runtime.tensor, weight), *shared, self._y] for _ in range(copies)
+            [first, *map(tvm.runtime.tensor, weight), last, self._y] for _ in range(copies)
         ]
         self()
         expected = np.einsum("ltkm,nk->ltnm", x, w, optimize=True) + bias[:, None]
@@ -173,6 +125,24 @@ class Timed:
     def __call__(self) -> None:
         for arguments in self._arguments:
             self._kernel(*arguments)
+
+
+def _compiled(function: Any, target: Target) -> Callable[..., None]:
+    context = tvm.transform.PassContext(opt_level=3, config=FAST_MATH)
+    with tvm.target.Target(target.tvm_target()), context:
+        return tvm.compile(function.with_attr("global_symbol", "kernel")).jit()["kernel"]
+
+
+def _in_precision(x: np.ndarray, dtype: str, target: Target) -> np.ndarray:
+    """An activation as the layer reads it."""
+    if dtype not in LINES_OF:
+        return x
+    _, tiles, features, _ = x.shape
+    precision, extents = LINES_OF[dtype], Tiles(1, tiles)
+    y = tvm.runtime.tensor(np.zeros((1, tiles, precision.lines(features), LANES), np.int32))
+    function = quantise(extents, features, precision, simd_of(target))
+    _compiled(function, target)(tvm.runtime.tensor(x), y)
+    return y.numpy()
 
 
 class OnnxRuntime:
