@@ -82,11 +82,14 @@ class Work:
         Operands and output, each once.
     near_bytes : float
         Loads of activations that rows of a sparse weight cannot share, from the first cache.
+    rate : float
+        How many times the FLOPs of float32's multiply-adds the kernel's unit reaches.
     """
 
     flops: float = 0.0
     bytes: float = 0.0
     near_bytes: float = 0.0
+    rate: float = 1.0
 
 
 @dataclass(frozen=True)

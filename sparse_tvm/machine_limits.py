@@ -53,7 +53,8 @@ class MachineLimits:
 
     def seconds(self, work: Work) -> float:
         """The least time for some work: the roofline."""
-        return max(work.flops / self.flops, work.near_bytes / self.near, work.bytes / self.far)
+        flops = self.flops * work.rate
+        return max(work.flops / flops, work.near_bytes / self.near, work.bytes / self.far)
 
 
 def measured_limits(target: str, threads: int) -> MachineLimits | None:

@@ -1,9 +1,9 @@
 """Where a compiled model spends its time, per kernel and in groups, beside what bounds it.
 
 The roofline of a call is the longest of three times for the work that its kernel family accounts
-for: its FMAs at the machine's peak; the loads of activations that a sparse layer cannot share
-between rows, from the first cache; and all its operands, each read or written once, at the second
-cache's bandwidth.
+for: its FMAs at the peak (float32's, times what fewer bits allow); the loads of activations that a
+sparse layer cannot share between rows, from the first cache; and all its operands, each read or
+written once, at the second cache's bandwidth.
 """
 
 from __future__ import annotations

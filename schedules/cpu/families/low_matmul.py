@@ -30,7 +30,7 @@ from sparse_tvm.schedules.cpu.precision import (
     Precision,
 )
 from sparse_tvm.schedules.cpu.simd import LANES, Simd, dot_group_limit, tiles_of
-from sparse_tvm.schedules.x86.units import AMX_FEATURES, DOTS, TILE_ROWS, Dot
+from sparse_tvm.schedules.x86.units import AMX_FEATURES, AMX_RATE, DOTS, TILE_ROWS, Dot
 from sparse_tvm.sparsity.quantise import as_words
 from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.targets import Target
@@ -101,7 +101,12 @@ class _LowPrecisionFamily(WeightedFamily[Dense]):
         n, k = op.matrix
         count = n * k if nonzeros is None else nonzeros
         tokens = elements(Extents(output.shape[:2])) * LANES
-        return Work(2.0 * count * tokens, bytes_of([*operands, output]))
+        moved = bytes_of([*operands, output])
+        return Work(2.0 * count * tokens, moved, rate=self.rate(op))
+
+    @abstractmethod
+    def rate(self, op: Dense) -> float:
+        """Of the kernel's unit (see :class:`Work`)."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,9 @@ class DotFamily(_LowPrecisionFamily):
 
     name: ClassVar[str] = "dot"
     precisions: ClassVar[tuple[Precision, ...]] = (INT8,)
+
+    def rate(self, op: Dense) -> float:
+        return INT8.unit  # products in a word
 
     def dot(self, target: Target) -> Dot | None:
         """The target's instruction."""
@@ -190,6 +198,11 @@ class TileFamily(_LowPrecisionFamily):
     _STEP, _GATHER, _GATHERED_STEP, _RESULT, _LINE, _ROW = 70.0, 76.0, 42.0, 8.0, 3.0, 60.0
     _ONE_TILE = 0.65
     """What the steps cost with one tile of tokens instead of two."""
+
+    def rate(self, op: Dense) -> float:
+        precision = precision_of(op)
+        assert precision is not None
+        return AMX_RATE * precision.unit
 
     def lacks(self, target: Target) -> str | None:
         return None if target.has(*AMX_FEATURES) else f"{target.name} has no matrix unit (AMX)"

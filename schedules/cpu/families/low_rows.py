@@ -12,7 +12,7 @@ from sparse_tvm.schedules.cpu.families.extents import tiles_for
 from sparse_tvm.schedules.cpu.operators import LineRound
 from sparse_tvm.schedules.cpu.precision import BF16, HEAD_STEP, PRECISIONS
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
-from sparse_tvm.schedules.x86.units import AMX_FEATURES
+from sparse_tvm.schedules.x86.units import AMX_FEATURES, AMX_RATE
 from sparse_tvm.targets import Target
 
 
@@ -102,4 +102,5 @@ class TileAttentionFamily(KernelFamily[Attention]):
         assert op.sizes is not None
         queries, keys = (elements(Extents(o.shape[:2])) * LANES for o in operands[:2])
         flops = 2.0 * queries * keys * op.heads * sum(op.sizes)
-        return Work(flops / max(1, operands[0].shape[0] or 1), bytes_of([*operands, output]))
+        flops /= max(1, operands[0].shape[0] or 1)
+        return Work(flops, bytes_of([*operands, output]), rate=AMX_RATE * BF16.unit)
