@@ -109,6 +109,23 @@ def test_functions_that_do_not_unfold_much_are_inlined() -> None:
     assert [node.op_type for node in model.graph.node] == ["Abs", "Neg"]
 
 
+@pytest.mark.parametrize("name", [b"first_name", b"input_name"])
+def test_names_that_are_not_utf8(tmp_path: Path, name: bytes) -> None:
+    model = build("y = Abs(input_name)")
+    model.graph.node[0].name = "first_name"
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString().replace(name, b"\xff" * len(name)))
+    with pytest.raises(ModelError, match=r"model\.onnx: damaged: a name in it is not UTF-8"):
+        read_onnx(path)
+
+
+def test_initializer_that_does_not_fill_its_shape() -> None:
+    model = build("i = Gather(x, w) y = Abs(i)", w=np.zeros(4, np.int64))
+    model.graph.initializer[0].dims[0] = 5
+    with pytest.raises(ModelError, match=r"initializer w|tensor name: w"):
+        read_onnx(model)
+
+
 def test_node_without_outputs() -> None:
     model = build("y = Abs(x)")
     del model.graph.node[0].output[:]

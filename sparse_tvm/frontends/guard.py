@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import Message
 from onnx import shape_inference
 
 from sparse_tvm.errors import ModelError
@@ -48,6 +49,8 @@ def check_graph(model: onnx.ModelProto, where: str) -> None:
     ModelError
         When what comes after this could fail, or need more than any machine has.
     """
+    if not _names_are_text(model):
+        raise ModelError(f"{where}: damaged: a name in it is not UTF-8")
     bodies = {_key(function): function.node for function in model.functions}
     for nodes in (model.graph.node, *bodies.values()):
         for node in _all_nodes(nodes):
@@ -151,6 +154,18 @@ def bounded_memory(model: onnx.ModelProto) -> Iterator[None]:
 def _mapped_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     return pages * resource.getpagesize()
+
+
+def _names_are_text(message: Message) -> bool:
+    """Whether all names are UTF-8; protobuf hands out others as bytes, and onnx fails on them."""
+    for field, value in message.ListFields():
+        values = [value] if isinstance(value, Message | str | bytes) else value
+        if field.message_type is not None:
+            if not all(map(_names_are_text, values)):
+                return False
+        elif field.type == field.TYPE_STRING and not all(isinstance(v, str) for v in values):
+            return False
+    return True
 
 
 def _tensors(

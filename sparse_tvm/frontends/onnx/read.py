@@ -249,16 +249,21 @@ def _check_values(model: onnx.ModelProto, where: str) -> None:
     weight_names |= {ref.initializer for ref in refs}
     bad = []
     for name, tensor in stored_tensors(model.graph):
-        if tensor.data_type != TensorProto.FLOAT:
-            continue
         try:
-            nans, infinities = _count_non_finite(as_array(tensor))
-        except ValueError:
+            array = as_array(tensor)
+        except (KeyError, TypeError, ValueError) as error:
+            if tensor.data_type != TensorProto.FLOAT:
+                raise ModelError(
+                    f"{where}: initializer {name} cannot be read: {one_line(error)}"
+                ) from error
             stored = len(tensor.raw_data) // 4 or len(tensor.float_data)
             raise ModelError(
                 f"{where}: initializer {name} holds {stored} values, "
                 f"but its shape {list(tensor.dims)} needs {size_of(tensor)}"
             ) from None
+        if tensor.data_type != TensorProto.FLOAT:
+            continue
+        nans, infinities = _count_non_finite(array)
         if nans or (infinities and name in weight_names):
             bad.append((name, nans, infinities, size_of(tensor)))
     if bad:
