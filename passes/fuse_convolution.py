@@ -82,11 +82,14 @@ class _FuseConvolution(FuseEpilogue):
 
     def operand(self, chain: Chain, step: Step, extra: Any) -> Any:
         """A bias as a vector, whatever shape it was broadcast from."""
-        new = self.new(extra)
+        if not isinstance(step, Bias):
+            return self.new(extra)
         channels = (chain.op.matrix[0],)
-        if not isinstance(step, Bias) or shape_of(extra) == channels:
-            return new
-        return self.emit(relax.op.reshape(new, channels))
+        reshape = self.graph.op(extra, "reshape")
+        for vector in (extra, *(reshape.args[:1] if reshape is not None else ())):
+            if shape_of(vector) == channels:
+                return self.new(vector)
+        return self.emit(relax.op.reshape(self.new(extra), channels))
 
 
 def _clamped(chain: Chain, clamp: Clamp) -> Chain:

@@ -1,9 +1,9 @@
 """Convolutional networks against ONNX Runtime, OpenVINO and LiteRT, all interleaved in one process.
 
 Dense engines run the unpruned model, ours the pruned ones too; ``best`` is the fastest of the
-others in float32. Outputs are compared with ONNX Runtime's on the same model first. LiteRT and
-OpenVINO take part where they are installed (``ai-edge-litert``, ``openvino``); LiteRT needs
-``onnx2tf`` or a ``.tflite`` file beside the model of the same name.
+others in float32. Outputs are compared with ONNX Runtime's on the same model first. OpenVINO takes
+part where it is installed; LiteRT (``ai-edge-litert``) where the network lies in the work directory
+as a ``.tflite`` file with the same weights.
 """
 
 from __future__ import annotations

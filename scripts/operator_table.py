@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-import sparse_tvm.schedules.cpu.operators  # noqa: F401  (registers the CPU's own)
+import sparse_tvm.schedules.cpu.image_operators
+import sparse_tvm.schedules.cpu.operators  # noqa: F401  (both register the CPU's own)
 from sparse_tvm.operators import Operator, WeightedOperator, all_operators
 
 

@@ -218,7 +218,6 @@ REFUSED = {
     "bounds": Dense(layer="fc", matrix=(8, 8), epilogue=(Clamp(0.0, 6.0),)),
     "bfloat16 attention": Attention(heads=1, scale=1.0, types=Types(input="bfloat16")),
     "dot products": Product(left=(0, 1), right=(1, 0), rows=1),
-    "images of unknown size": convolution(4, 8, size=(None, 8)),
     "volumes": replace(convolution(4, 8), size=(4, 4, 4)),
     "float16 layer norm": LayerNorm(epsilon=1e-5, types=Types(output="float16")),
 }

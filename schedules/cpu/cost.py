@@ -46,7 +46,7 @@ def matmul_cycles(
     fmas = rows * vectors * _fma_cycles(rows, target, tokens)
     weights = -(-rows // costs.scalars_per_load) * costs.load
     if layout.sparse:
-        lines = tiles * _line_cycles(_x_bytes(shape[1], tiles) / parts, target)
+        lines = tiles * line_cycles(_x_bytes(shape[1], tiles) / parts, target)
         block = columns * max(fmas, weights + lines) + costs.index
     else:
         block = max(fmas, weights + vectors * costs.load) * _DENSE_LOOP
@@ -90,7 +90,7 @@ def _x_bytes(k_in: int, tiles: float) -> float:
     return k_in * tiles * LANES * 4
 
 
-def _line_cycles(x_bytes: float, target: Target) -> float:
+def line_cycles(x_bytes: float, target: Target) -> float:
     """Mean cycles to load a cache line of an X of this size, of which rows are read at random."""
     near = LANES / target.lanes * target.costs.load
     hits = min(1.0, _L1_SHARE * target.caches.l1 / x_bytes)

@@ -128,7 +128,7 @@ def _reduce(loop: tirx.For, simd: Simd) -> _Stmt | None:
 
     start = tirx.Broadcast(tirx.const(identity, "float32"), width)
     first, *others = (partial[tirx.Ramp(i, 1, simd.lanes)] for i in range(0, width, simd.lanes))
-    result = _joined(reduce(combine, others, first), simd.lanes, combine)
+    result = joined(reduce(combine, others, first), simd.lanes, combine)
     so_far = tirx.BufferLoad(store.buffer, store.indices)
     return _in_order(
         _on_stack(tirx.AllocBuffer(partial)),
@@ -138,14 +138,14 @@ def _reduce(loop: tirx.For, simd: Simd) -> _Stmt | None:
     )
 
 
-def _joined(vector: Expr, lanes: int, combine: Callable[[Expr, Expr], Expr]) -> Expr:
+def joined(vector: Expr, lanes: int, combine: Callable[[Expr, Expr], Expr]) -> Expr:
     """All lanes of a vector combined, by halves."""
     if lanes == 1:
         return vector
     half = lanes // 2
     whole = tirx.Var("whole", vector.ty)
     low, high = (tirx.Shuffle([whole], list(range(i, i + half))) for i in (0, half))
-    return tirx.Let(whole, vector, _joined(combine(low, high), half, combine))
+    return tirx.Let(whole, vector, joined(combine(low, high), half, combine))
 
 
 def _accumulate(loop: tirx.For, simd: Simd) -> _Stmt | None:

@@ -10,6 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sparse_tvm.backends.base import Backend, BackendTarget
 from sparse_tvm.schedules.cpu.families.attention import AttentionFamily
 from sparse_tvm.schedules.cpu.families.convolution import ConvolutionFamily, DepthwiseFamily
+from sparse_tvm.schedules.cpu.families.images import (
+    ImageMaskFamily,
+    ImagePackFamily,
+    ImagePoolingFamily,
+    ImageReductionFamily,
+)
 from sparse_tvm.schedules.cpu.families.low_matmul import DotFamily, TileFamily
 from sparse_tvm.schedules.cpu.families.low_rows import LineRoundFamily, TileAttentionFamily
 from sparse_tvm.schedules.cpu.families.matmul import MatmulFamily
@@ -42,6 +48,10 @@ class CpuBackend(Backend):
                 LayerNormFamily(),
                 LanePackFamily(),
                 LaneUnpackFamily(),
+                ImagePackFamily(),
+                ImageMaskFamily(),
+                ImagePoolingFamily(),
+                ImageReductionFamily(),
                 TileFamily(),
                 DotFamily(),
                 TileAttentionFamily(),
@@ -58,6 +68,7 @@ class CpuBackend(Backend):
         return get_target(name) if known else None
 
     def phases(self) -> Sequence[Phase]:
+        from sparse_tvm.passes.cpu.image_layout import image_layout
         from sparse_tvm.passes.cpu.lane_layout import lane_layout
         from sparse_tvm.passes.cpu.legalize import legalize
         from sparse_tvm.passes.cpu.lower_kernels import lower_kernels
@@ -66,6 +77,7 @@ class CpuBackend(Backend):
         from sparse_tvm.passes.infrastructure import Phase
 
         return (
+            Phase("image layout", (image_layout,)),
             Phase("lane layout", (lane_layout, round_activations)),
             Phase("legalise", (legalize,)),
             Phase("schedule", (lower_kernels, schedule_rest)),

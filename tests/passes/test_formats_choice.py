@@ -255,5 +255,6 @@ def test_depthwise_weight_stays_dense_and_says_why(format):
 def test_blocks_of_a_convolution_are_not_wide():
     op = convolution(1)
     choice = chosen(weight(op.matrix, 0.9), op=op, format="bsr", block="4x4")
-    assert choice.layout == Layout("convolution", "bsr", (4, 1))
+    layout = choice.layout
+    assert (layout.family, layout.format, layout.block) == ("convolution", "bsr", (4, 1))
     assert choice.reason.endswith("4x4 stored as 4x1")

@@ -1,4 +1,4 @@
-"""Convolutions in float32: the weight dense, CSR or BSR, and depthwise."""
+"""Convolutions in float32 on images in planes: the weight dense, CSR or BSR, and depthwise."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sparse_tvm.families import Extents, Kernel, WeightedFamily, Wish, Work
+from sparse_tvm.families import Extents, Kernel, WeightedFamily, Wish, Work, bytes_of
 from sparse_tvm.operators import FLOAT32, Convolution, Layout
-from sparse_tvm.schedules.cpu.block_arrays import balanced_partition, stored_arrays
-from sparse_tvm.schedules.cpu.cost import dense_rows, matmul_seconds
-from sparse_tvm.schedules.cpu.families.matmul import layer_work, wished_blocks
+from sparse_tvm.schedules.cpu.block_arrays import split_arrays
+from sparse_tvm.schedules.cpu.conv_cost import blocking, conv_seconds, dense_rows
+from sparse_tvm.schedules.cpu.families.extents import symbols_of
+from sparse_tvm.schedules.cpu.families.matmul import wished_blocks
+from sparse_tvm.schedules.cpu.image_operators import ImageConvolution, window_of
+from sparse_tvm.schedules.cpu.planes import Planes
 from sparse_tvm.schedules.cpu.simd import Simd
+from sparse_tvm.schedules.cpu.windows import DEPTHWISE
 from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.targets import Target
 
 _GROUPED_ROWS = (8, 6, 4, 3, 2, 1)
 
 
-class _ImageFamily(WeightedFamily[Convolution]):
-    """What both families of convolutions take."""
+class ImageFamily(WeightedFamily[Convolution]):
+    """Convolutions of images in planes: what a pass hands them is an `ImageConvolution`."""
 
     depthwise: ClassVar[bool]
 
@@ -33,8 +37,6 @@ class _ImageFamily(WeightedFamily[Convolution]):
             return f"{self.name} computes float32 only"
         if len(op.size) != 2:
             return f"{self.name} has no kernel for {len(op.size)} spatial dimensions"
-        if None in op.size:
-            return "a convolution of images of unknown size"
         return None
 
     def work(
@@ -44,12 +46,17 @@ class _ImageFamily(WeightedFamily[Convolution]):
         output: Extents,
         nonzeros: int | None = None,
     ) -> Work:
-        return layer_work(op.matrix, op.stored, operands, output, nonzeros)
+        n, k = op.matrix
+        height, width = window_of(op).out_size((op.size[0] or 0, op.size[1] or 0))
+        count = n * k if nonzeros is None else nonzeros
+        flops = 2.0 * count * height * width * (output.shape[0] or 0)
+        near = 2.0 * flops / op.stored.block[0] if op.stored.sparse else 0.0
+        return Work(flops, bytes_of([*operands, output]), near)
 
 
 @dataclass(frozen=True)
-class ConvolutionFamily(_ImageFamily):
-    """The kernel ``conv2d`` of :mod:`sparse_tvm.schedules.cpu.conv2d`.
+class ConvolutionFamily(ImageFamily):
+    """Kernels of :mod:`sparse_tvm.schedules.cpu.conv_planes`.
 
     A grouped convolution is one over all input channels, of whose weight the blocks of the groups
     are stored: its dense form too.
@@ -62,17 +69,21 @@ class ConvolutionFamily(_ImageFamily):
     def candidates(
         self, op: Convolution, weight: WeightStatistics, target: Target, wish: Wish | None = None
     ) -> Sequence[Layout]:
-        found = []
+        forms = []
         if wish is None or wish.format == "dense":
-            rows = dense_rows(weight.shape[0], Simd.of(target))
+            rows = dense_rows(op, target)
             if op.groups > 1:
                 per_group = op.out_channels // op.groups
                 rows = next(r for r in _GROUPED_ROWS if per_group % r == 0)
-            found.append(Layout(self.name, "dense", (rows, 1)))
+            forms.append(("dense", rows))
         # Neighbouring inputs of a convolution are not neighbours in the image: no block is wide.
-        for format, (rows, _) in wished_blocks(weight, wish):
-            found.append(Layout(self.name, format, (rows, 1)))
-        return list(dict.fromkeys(found))
+        forms += [(format, rows) for format, (rows, _) in wished_blocks(weight, wish)]
+        return [
+            Layout(self.name, format, (rows, 1)).having(
+                **blocking(op, "bsr" if op.groups > 1 else format, rows, target)
+            )
+            for format, rows in dict.fromkeys(forms)
+        ]
 
     def cost(
         self,
@@ -86,39 +97,29 @@ class ConvolutionFamily(_ImageFamily):
             stored = weight.stored_blocks(layout.block)
         else:
             stored = -(-weight.shape[0] // layout.block[0]) * weight.shape[1]
-        return matmul_seconds(weight.shape, layout, stored, target, tokens)
+        return conv_seconds(op, layout, stored, tokens, target)
 
     def pack(
         self, op: Convolution, w: np.ndarray, layout: Layout, target: Target
     ) -> dict[str, np.ndarray]:
-        from sparse_tvm.schedules.cpu.conv2d import tiling_of
-
-        tiling = tiling_of(_geometry(op), layout.block[0], Simd.of(target))
-        offsets = tiling.offsets()
-        arrays = stored_arrays(_block_diagonal(w, op.groups), _kernel_layout(op, layout))
-        if "indices" in arrays:
-            arrays["indices"] = offsets[arrays["indices"]]
-            arrays["partition"] = balanced_partition(arrays["indptr"], tiling.jobs)
-        else:
-            arrays["offsets"] = offsets
-        return arrays
+        return split_arrays(_block_diagonal(w, op.groups), _kernel_layout(op, layout))
 
     def build(
         self, op: Convolution, operands: Sequence[Extents], output: Extents, target: Target
     ) -> Kernel:
-        from sparse_tvm.schedules.cpu.conv2d import conv2d
+        from sparse_tvm.schedules.cpu.conv_planes import conv_planes
 
-        layout = _kernel_layout(op, op.stored)
-        batch, shapes = _batched(operands[0], output)
-        size = f"_{layout.block[0]}x1" if op.stored.format != "csr" else ""
-        title = "_".join(["conv2d", op.stored.format + size, _size(op), *op.step_titles])
-        simd = Simd.of(target)
-        return Kernel(title, conv2d(_geometry(op), batch, shapes, layout, op.epilogue, simd))
+        assert isinstance(op, ImageConvolution)
+        layout, stored = _kernel_layout(op, op.stored), op.stored
+        form = stored.format + (f"_{layout.block[0]}x1" if stored.format != "csr" else "")
+        images, residuals = _images(op, operands[0])
+        function = conv_planes(images, layout, op.epilogue, residuals, Simd.of(target))
+        return Kernel("_".join(["conv2d", form, _size(op), *op.step_titles]), function)
 
 
 @dataclass(frozen=True)
-class DepthwiseFamily(_ImageFamily):
-    """The kernel ``depthwise_conv2d`` of :mod:`sparse_tvm.schedules.cpu.conv2d`."""
+class DepthwiseFamily(ImageFamily):
+    """Kernels of :mod:`sparse_tvm.schedules.cpu.window_planes`."""
 
     name: ClassVar[str] = "depthwise_convolution"
     operator: ClassVar[type[Convolution]] = Convolution
@@ -140,8 +141,7 @@ class DepthwiseFamily(_ImageFamily):
         tokens: int,
         target: Target,
     ) -> float:
-        blocks = weight.shape[0] * weight.shape[1]
-        return matmul_seconds(weight.shape, layout, blocks, target, tokens)
+        return conv_seconds(op, layout, weight.shape[0] * weight.shape[1], tokens, target)
 
     def pack(
         self, op: Convolution, w: np.ndarray, layout: Layout, target: Target
@@ -151,30 +151,33 @@ class DepthwiseFamily(_ImageFamily):
     def build(
         self, op: Convolution, operands: Sequence[Extents], output: Extents, target: Target
     ) -> Kernel:
-        from sparse_tvm.schedules.cpu.conv2d import depthwise_conv2d
+        from sparse_tvm.schedules.cpu.window_planes import window_planes
 
-        batch, shapes = _batched(operands[0], output)
-        title = "_".join(["depthwise_conv2d", _size(op), *op.step_titles])
-        simd = Simd.of(target)
-        return Kernel(title, depthwise_conv2d(_geometry(op), batch, shapes, op.epilogue, simd))
+        assert isinstance(op, ImageConvolution)
+        images, residuals = _images(op, operands[0])
+        function = window_planes(images, DEPTHWISE, op.epilogue, residuals, Simd.of(target))
+        return Kernel("_".join(["depthwise_conv2d", _size(op), *op.step_titles]), function)
 
 
-def _geometry(op: Convolution) -> Any:
-    """The extents that the kernel is built for."""
-    from sparse_tvm.schedules.cpu.conv2d import Conv2d
+def _images(op: ImageConvolution, x: Extents) -> tuple[Any, list[Planes]]:
+    """What the kernel reads and writes, and the planes of its residuals."""
+    from sparse_tvm.schedules.cpu.conv_planes import Images
+    from sparse_tvm.schedules.cpu.lane_tiles import symbol
 
-    height, width = (dim or 0 for dim in op.size)
-    if op.kernel == op.stride == (1, 1) and not any(op.pads):
-        height, width = 1, height * width  # pixels need no neighbours: the image is one row
-    extents: list[Any] = [op.kernel, op.stride, op.dilation, op.pads]
-    return Conv2d(op.channels, (height, width), op.out_channels, *extents)
+    window, (size, sizes) = window_of(op), symbols_of(op.size)
+    out = window.out_size(size)
+    batch = symbol("batch") if x.shape[0] is None else x.shape[0]
+    source = Planes(*(size if op.depthwise else window.phase_size(size)), op.source)
+    target = Planes(*out, op.target)
+    images = Images(batch, op.channels, op.out_channels, source, target, window, sizes)
+    return images, [Planes(*out, border) for border in op.residuals]
 
 
 def _kernel_layout(op: Convolution, layout: Layout) -> Layout:
     """The layout over all input channels: groups are blocks of it."""
     if op.groups == 1 or layout.sparse:
         return layout
-    return Layout(layout.family, "bsr", layout.block)
+    return Layout(layout.family, "bsr", layout.block, layout.parameters)
 
 
 def _block_diagonal(matrix: np.ndarray, groups: int) -> np.ndarray:
@@ -189,14 +192,7 @@ def _block_diagonal(matrix: np.ndarray, groups: int) -> np.ndarray:
     return full
 
 
-def _batched(x: Extents, y: Extents) -> tuple[Any, tuple[list[Any], list[Any]]]:
-    """Batch size for a kernel, and the shapes of both images with it."""
-    from sparse_tvm.schedules.cpu.lane_tiles import symbol
-
-    batch = symbol("batch") if x.shape[0] is None else x.shape[0]
-    return batch, ([batch, *x.shape[1:]], [batch, *y.shape[1:]])
-
-
 def _size(op: Convolution) -> str:
-    kernel, size = ("x".join(map(str, extents)) for extents in (op.kernel, op.size))
+    kernel = "x".join(map(str, op.kernel))
+    size = "x".join("any" if extent is None else str(extent) for extent in op.size)
     return f"{op.out_channels}x{op.channels}x{kernel}_on_{size}"

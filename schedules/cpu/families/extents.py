@@ -23,3 +23,15 @@ def known_or_symbols(operand: Extents, names: Iterable[str]) -> list[Any]:
     return [
         symbol(name) if dim is None else dim for dim, name in zip(operand.shape, names, strict=True)
     ]
+
+
+def symbols_of(size: tuple[int | None, ...]) -> tuple[tuple[Any, Any], list[Any]]:
+    """Rows and columns of an image for a kernel, and the symbols among them."""
+    from sparse_tvm.schedules.cpu.lane_tiles import symbol
+
+    rows, columns = (
+        symbol(name) if extent is None else extent
+        for extent, name in zip(size, ("height", "width"), strict=True)
+    )
+    extents = (rows, columns)
+    return extents, [e for e, known in zip(extents, size, strict=True) if known is None]

@@ -17,7 +17,7 @@ from sparse_tvm.targets import Target
 _ROWS = ("lead", "rows", "features")
 
 
-class _MovesOnly(KernelFamily[Op]):
+class MovesOnly(KernelFamily[Op]):
     """A family whose work is to read its operands and to write its output."""
 
     def refuses(self, op: Op, target: Target) -> str | None:
@@ -34,7 +34,7 @@ class _MovesOnly(KernelFamily[Op]):
 
 
 @dataclass(frozen=True)
-class LayerNormFamily(_MovesOnly[LayerNorm]):
+class LayerNormFamily(MovesOnly[LayerNorm]):
     """The kernel of :mod:`sparse_tvm.schedules.cpu.normalize`."""
 
     name: ClassVar[str] = "layer_norm"
@@ -57,7 +57,7 @@ class LayerNormFamily(_MovesOnly[LayerNorm]):
 
 
 @dataclass(frozen=True)
-class LanePackFamily(_MovesOnly[LanePack]):
+class LanePackFamily(MovesOnly[LanePack]):
     """Into lane tiles, with :mod:`sparse_tvm.schedules.cpu.pack`."""
 
     name: ClassVar[str] = "lane_pack"
@@ -72,7 +72,7 @@ class LanePackFamily(_MovesOnly[LanePack]):
 
 
 @dataclass(frozen=True)
-class LaneUnpackFamily(_MovesOnly[LaneUnpack]):
+class LaneUnpackFamily(MovesOnly[LaneUnpack]):
     """Out of lane tiles, with :mod:`sparse_tvm.schedules.cpu.pack`."""
 
     name: ClassVar[str] = "lane_unpack"

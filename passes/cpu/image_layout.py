@@ -1,0 +1,216 @@
+"""Image layout: images stay in planes from the first convolution to the last.
+
+Matches ``sparse_tvm.convolution``, pooling, means over images, and the elementwise operators and
+concatenations between them, and turns them into the same operations on planes (see
+:mod:`sparse_tvm.schedules.cpu.planes`). Every image has a logical form, planes, and phases for
+each strided convolution that reads it; each is made from another only when somebody asks for it,
+which in an image classifier is once, at the input. :mod:`sparse_tvm.passes.cpu.image_plan` decides
+what lies around the rows.
+
+Everything else keeps its logical form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import relax
+
+from sparse_tvm.operators import Convolution, Residual
+from sparse_tvm.passes import dialect
+from sparse_tvm.passes.cpu.image_plan import (
+    BINARY,
+    UNARY,
+    ImagePlan,
+    has_own_form,
+    per_channel,
+    reduction,
+    residuals,
+    size_of,
+)
+from sparse_tvm.passes.dense_to_sparse import WEIGHTS_STORED
+from sparse_tvm.passes.graph import Rewrite, op_name, same_shape, scalar_value, shape_of
+from sparse_tvm.passes.infrastructure import Context, graph_pass
+from sparse_tvm.passes.program import Program
+from sparse_tvm.schedules.cpu.families.convolution import ImageFamily
+from sparse_tvm.schedules.cpu.image_operators import (
+    ImageConvolution,
+    ImageMask,
+    ImagePack,
+    ImagePooling,
+    ImageReduction,
+    window_of,
+)
+from sparse_tvm.schedules.cpu.planes import Border, Planes, Rows, Window
+
+
+@dataclass(frozen=True)
+class _InPlanes:
+    """A replacement that is in planes."""
+
+    expr: Any
+
+
+@graph_pass(requires=[WEIGHTS_STORED])
+def image_layout(program: Program, context: Context) -> Program:
+    """Apply the pass."""
+    return _ImageLayout(program, context).run()
+
+
+class _ImageLayout(Rewrite):
+    def __init__(self, program: Program, context: Context) -> None:
+        super().__init__(program)
+        self._context = context
+        self._plan = ImagePlan(self.graph, self._found)
+        self._planes: dict[tuple[Any, Window | None], Any] = {}
+        self._masks: dict[tuple[Any, ...], Any] = {}
+
+    def rewrite(self, var: relax.Var, value: Any) -> Any:
+        found = self._found(value)
+        if found is not None:
+            return self._convolution(var, found)
+        function = reduction(value, self._plan.in_planes)
+        if function is not None:
+            return self._reduction(var, value.args[0], function)
+        if not self._plan.in_planes(var):
+            return None
+        if var in self._plan.poolings:
+            return self._pooling(var, value.args[0])
+        name = op_name(value)
+        if name in UNARY:
+            args = [self._in_planes(value.args[0])]
+        elif name in BINARY:
+            args = [self._operand(arg, var) for arg in value.args]
+        else:
+            args = [relax.Tuple([self._in_planes(image) for image in value.args[0].fields])]
+        return _InPlanes(relax.Call(value.op, args, value.attrs, value.ty_args))
+
+    def _found(self, value: Any) -> dialect.OperatorCall[Convolution] | None:
+        """A call of a convolution whose family works on planes, taken apart."""
+        found = dialect.match(value, Convolution)
+        if found is None:
+            return None
+        family = self._context.backend.weighted_family(found.op.stored)
+        return found if isinstance(family, ImageFamily) else None
+
+    def bind(self, var: relax.Var, value: Any) -> None:
+        if isinstance(value, _InPlanes):
+            self._planes[var, None] = self.emit(value.expr, var.name)
+        else:
+            super().bind(var, value)
+
+    def new(self, expr: Any) -> Any:
+        """The logical form of an expression, unpacked if planes are all there is."""
+        if isinstance(expr, relax.Var) and expr not in self._new and (expr, None) in self._planes:
+            shape, size = shape_of(expr), size_of(expr)
+            op = ImagePack(size=_known(size), source=self._plan.border(expr))
+            args = [self._planes[expr, None], relax.ShapeExpr(size)]
+            rows = self.emit(dialect.call(op, args, (*shape[:2], Rows(*size).size)), "rows")
+            self._new[expr] = self.emit(relax.op.reshape(rows, shape))
+        return super().new(expr)
+
+    def _in_planes(self, image: Any) -> Any:
+        """An image in planes, packed if need be."""
+        if (image, None) not in self._planes:
+            self._planes[image, None] = self._packed(image, Window(), self._plan.border(image))
+        return self._planes[image, None]
+
+    def _in_form_for(self, image: Any, window: Window) -> Any:
+        """An image as one window reads it: by phases, if it is strided."""
+        if (image, window) not in self._planes:
+            border = self._plan.border(image, window)
+            self._planes[image, window] = self._packed(image, window, border)
+        return self._planes[image, window]
+
+    def _packed(self, image: Any, window: Window, target: Border) -> Any:
+        (batch, channels, *_), size = shape_of(image), size_of(image)
+        planes = self._planes.get((image, None))
+        if planes is None:
+            shape = (batch, channels, Rows(*size).size)
+            planes = self.emit(relax.op.reshape(self.new(image), shape))
+            source = None
+        else:
+            source = self._plan.border(image)
+        op = ImagePack(size=_known(size), source=source, target=target, window=window)
+        wanted = Planes(*window.phase_size(size), target)
+        call = dialect.call(
+            op,
+            [planes, relax.ShapeExpr(size)],
+            (batch, channels * len(window.phases), wanted.size),
+        )
+        return self.emit(call, "planes")
+
+    def _convolution(self, var: Any, found: dialect.OperatorCall[Convolution]) -> _InPlanes:
+        op, (x, *rest), window = found.op, found.args, window_of(found.op)
+        own = has_own_form(op)
+        image = self._in_form_for(x, window) if own else self._in_planes(x)
+        source = self._plan.border(x, window if own else None)
+        target = self._plan.border(var)
+        planar = ImageConvolution(
+            **{**vars(op), "size": _known(size_of(x))},
+            source=source,
+            target=target,
+            residuals=tuple(map(self._plan.border, residuals(found))),
+        )
+        count = len(rest) - op.extras
+        steps = [step for step in op.epilogue if step.operand]
+        extras = [
+            self._in_planes(extra) if isinstance(step, Residual) else self.new(extra)
+            for step, extra in zip(steps, rest[count:], strict=True)
+        ]
+        args = [
+            image,
+            *(self.new(array) for array in rest[:count]),
+            relax.ShapeExpr(size_of(x)),
+            *self._mask_if_padded(var, target),
+            *extras,
+        ]
+        return _InPlanes(dialect.call(planar, args, self._shape(var)))
+
+    def _pooling(self, var: Any, x: Any) -> _InPlanes:
+        pooling, target = self._plan.poolings[var], self._plan.border(var)
+        op = ImagePooling(
+            function=pooling.function,
+            size=_known(size_of(x)),
+            window=pooling.window,
+            source=self._plan.border(x),
+            target=target,
+        )
+        args = [self._in_planes(x), relax.ShapeExpr(size_of(x)), *self._mask_if_padded(var, target)]
+        return _InPlanes(dialect.call(op, args, self._shape(var)))
+
+    def _reduction(self, var: Any, x: Any, function: str) -> Any:
+        size, border = size_of(x), self._plan.border(x)
+        op = ImageReduction(function=function, size=_known(size), source=border)
+        args = [self._in_planes(x), relax.ShapeExpr(size), self._mask(x, border)]
+        reduced = self.emit(dialect.call(op, args, shape_of(x)[:2]), function)
+        return reduced if len(shape_of(var)) == 2 else relax.op.reshape(reduced, shape_of(var))
+
+    def _operand(self, arg: Any, var: Any) -> Any:
+        """An operand of an elementwise operator: an image, or a number for each channel."""
+        if per_channel(arg, var) and not same_shape(shape_of(arg), shape_of(var)):
+            return self.emit(relax.op.reshape(self.new(arg), (*shape_of(arg)[:2], 1)))
+        return arg if scalar_value(arg) is not None else self._in_planes(arg)
+
+    def _shape(self, var: Any) -> tuple[Any, ...]:
+        planes = Planes(*size_of(var), self._plan.border(var))
+        return (*shape_of(var)[:2], planes.size)
+
+    def _mask_if_padded(self, var: Any, border: Border) -> list[Any]:
+        return [self._mask(var, border)] if border.padded else []
+
+    def _mask(self, image: Any, border: Border) -> Any:
+        """The mask of an image's planes; those with the same rows share it."""
+        size, gap = size_of(image), Border(border.gap)
+        key = (*map(str, size), border.gap)
+        if key not in self._masks:
+            op = ImageMask(size=_known(size), border=gap)
+            call = dialect.call(op, [relax.ShapeExpr(size)], (Planes(*size, gap).room,))
+            self._masks[key] = self.emit(call, "mask")
+        return self._masks[key]
+
+
+def _known(size: tuple[Any, Any]) -> tuple[int | None, int | None]:
+    rows, columns = (extent if isinstance(extent, int) else None for extent in size)
+    return rows, columns

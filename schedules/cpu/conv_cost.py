@@ -1,0 +1,125 @@
+"""How convolutions in planes are cut, and their predicted cycles: as dense layers on pixels.
+
+The part of an image that a part of the weight reads should stay in the first cache; what a vector
+of pixels costs there, and beyond, is the same as for tokens (see
+:mod:`sparse_tvm.schedules.cpu.cost`).
+"""
+
+from __future__ import annotations
+
+from sparse_tvm.operators import Convolution, Layout
+from sparse_tvm.schedules.cpu.cost import line_cycles
+from sparse_tvm.schedules.cpu.image_operators import window_of
+from sparse_tvm.schedules.cpu.planes import Window
+from sparse_tvm.schedules.cpu.simd import LANES, Simd
+from sparse_tvm.targets import Target
+
+_TYPICAL_SIZE = 28
+"""Rows and columns of an image of which nobody knows them."""
+
+_MOST_VECTORS = 8
+_SPARSE_SUMS = 16
+"""Sums that a sparse weight's kernel keeps: more would reload few blocks less."""
+
+_NEAR_SHARE, _NEAR_SHARE_OF_WINDOWS = 1.0, 0.5
+_SECOND_CACHE_SHARE = 0.6
+_STREAMED_WEIGHT_BYTES = 256 << 10
+_WINDOW_INDEX_CYCLES = 0.4
+_DENSE_LOOP = 1.04
+_SPILLED = 2.0
+
+
+def blocking(op: Convolution, format: str, rows: int, target: Target) -> dict[str, int]:
+    """The layout parameters of :func:`~sparse_tvm.schedules.cpu.conv_planes.conv_planes`."""
+    simd = Simd.of(target)
+    vectors = min(_vectors(op, simd), _group(format, rows, simd))
+    parameters = {"vectors": vectors}
+    weight_bytes = 4 * op.matrix[0] * op.matrix[1]
+    window = window_of(op)
+    if format == "dense":
+        planes = op.channels * len(window.phases)
+        image_bytes = 4 * planes * _vectors(op, simd) * simd.lanes
+        if image_bytes < min(weight_bytes, _SECOND_CACHE_SHARE * target.caches.l2):
+            parameters["rows_outermost"] = 1
+        return parameters
+    share = _NEAR_SHARE if window.taps == 1 else _NEAR_SHARE_OF_WINDOWS
+    if rows < 4 or window.taps > 1:
+        share *= min(rows, 2)  # blocks load a vector less often
+        near = _read_bytes(op, vectors, simd) / (share * target.caches.l1)
+        parameters["parts"] = max(1, min(round(near), op.channels))
+    if weight_bytes // 10 > _STREAMED_WEIGHT_BYTES:
+        parameters["prefetch"] = 1
+    return parameters
+
+
+def _group(format: str, rows: int, simd: Simd) -> int:
+    """Vectors of pixels beside whose sums the operands fit into the registers."""
+    sums = simd.accumulators
+    if format != "dense":
+        sums = min(sums, _SPARSE_SUMS)
+    return max(1, min(_MOST_VECTORS if format != "dense" else 4, sums // rows))
+
+
+def dense_rows(op: Convolution, target: Target) -> int:
+    """Rows of the register block of a dense kernel: the most multiply-adds per load."""
+    simd = Simd.of(target)
+
+    def per_load(rows: int) -> float:
+        vectors = min(_vectors(op, simd), _group("dense", rows, simd))
+        if rows * vectors > simd.accumulators:
+            return 0.0
+        return rows * vectors / (rows + vectors)
+
+    return min(op.out_channels, max(range(1, 17), key=per_load))
+
+
+def conv_seconds(
+    op: Convolution, layout: Layout, blocks: int, pixels: int, target: Target
+) -> float:
+    """Seconds for so many pixels of the output on one core, with this many stored blocks."""
+    simd, costs = Simd.of(target), target.costs
+    rows, parts, limit = layout.block[0], layout.get("parts", 1), layout.get("vectors", 1)
+    groups = -(-_vectors(op, simd) // limit)
+    vectors = _vectors(op, simd) / groups
+    fmas = rows * vectors * costs.fma
+    if rows * limit > simd.accumulators:
+        fmas *= _SPILLED
+    weights = -(-rows // costs.scalars_per_load) * costs.load
+    if layout.sparse:
+        near = _read_bytes(op, limit, simd) / parts
+        lines = vectors * line_cycles(near, target) * simd.lanes / LANES
+        block = max(fmas, weights) + lines + costs.index  # too short for both to overlap
+        block += _WINDOW_INDEX_CYCLES if window_of(op).taps > 1 else 0.0
+    else:
+        block = max(fmas, weights + vectors * costs.load) * _DENSE_LOOP
+    segments = parts * -(-op.out_channels // rows)
+    sums = rows * vectors * (costs.sum if parts > 1 else 1)
+    compute = blocks * block + segments * (costs.row + sums)
+    passes = 1 if layout.get("rows_outermost", 0) else groups
+    streamed = passes * blocks * (4 * rows + (2 if layout.sparse else 0)) / costs.streamed
+    rows_out, columns_out = _out_size(op)
+    return target.seconds(groups * compute + streamed) * pixels / (rows_out * columns_out)
+
+
+def _vectors(op: Convolution, simd: Simd) -> int:
+    """Vectors of the output, gaps included."""
+    height, width = _out_size(op)
+    gap = window_of(op).reads.gap
+    return int(-(-((height - 1) * (width + gap) + width) // simd.lanes))
+
+
+def _out_size(op: Convolution) -> tuple[int, int]:
+    height, width = (extent or _TYPICAL_SIZE for extent in op.size)
+    rows, columns = window_of(op).out_size((height, width))
+    return max(1, rows), max(1, columns)
+
+
+def _read_bytes(op: Convolution, vectors: int, simd: Simd) -> float:
+    """Bytes of the input that so many vectors of the output are computed from."""
+    window: Window = window_of(op)
+    (kernel_rows, _), pitch = window.kernel, _out_size(op)[1] + window.reads.gap
+    run = vectors * simd.lanes
+    apart = kernel_rows * (run + LANES)
+    together = run + (kernel_rows - 1) * window.dilation[0] * pitch + LANES
+    elements = run if window.taps == 1 else min(apart, together)
+    return float(4 * op.channels * elements)

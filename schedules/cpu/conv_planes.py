@@ -1,0 +1,306 @@
+"""Convolutions of images in planes, the weight dense, CSR or BSR: the dense layers' kernel.
+
+Pixels are numbered along the planes, gaps between rows included, and the output's plane has the
+pitch of the input's. Whatever tap of the kernel multiplies a vector of pixels, its operand then is
+a vector of consecutive elements, at a distance that depends on channel and tap alone: an im2col
+without copies. A block of rows of the weight is multiplied with a few vectors of pixels, which
+stay in registers; a sparse weight in parts of its columns, for the part of the image that it
+reads to stay in the first cache, while the sums wait in the output.
+
+Which of the loops over rows and over pixels is outermost decides what streams from where: few
+pixels and many channels want each row's weights once, many pixels each pixel's channels once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from sparse_tvm.operators import Layout, Step
+from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP, index_dtype
+from sparse_tvm.schedules.cpu.image_output import ImageOutput
+from sparse_tvm.schedules.cpu.lane_tiles import (
+    Buffer,
+    Expr,
+    Registers,
+    argument,
+    for_group_sizes,
+    groups_of,
+    local,
+    prefetch,
+    prim_func,
+    ramp,
+    scalar,
+    symbol,
+)
+from sparse_tvm.schedules.cpu.plane_code import (
+    Extents,
+    declare_sizes,
+    flat,
+    one_of,
+    vectors_of,
+)
+from sparse_tvm.schedules.cpu.planes import Planes, Window
+from sparse_tvm.schedules.cpu.simd import LANES, Simd
+
+_PREFETCH_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a kernel reads and writes.
+
+    ``source`` are the planes that the window reads, by phases if it is strided.
+    """
+
+    batch: Expr
+    channels: int
+    out_channels: int
+    source: Planes
+    target: Planes
+    window: Window
+    sizes: Sequence[Any] = ()
+
+
+def conv_planes(
+    images: Images,
+    layout: Layout,
+    epilogue: Sequence[Step],
+    residuals: Sequence[Planes],
+    simd: Simd,
+) -> tirx.PrimFunc:
+    """Build the kernel.
+
+    Arguments of the PrimFunc, in order: x ``[batch, channels * phases, source.size]``; the weight
+    ``[out_channels, channels * taps]``, as for :func:`~sparse_tvm.schedules.cpu.matmul.matmul`;
+    ``sizes``; then as :class:`~sparse_tvm.schedules.cpu.image_output.ImageOutput` says.
+
+    The layout's parameters: ``vectors`` of pixels that a block row of the weight is multiplied
+    with at a time, ``parts`` of its columns, ``rows_outermost`` (1: all pixels of an image pass a
+    block row before the next one comes), ``prefetch`` (1: weights are asked for ahead of use).
+    """
+    return _Kernel(images, layout, simd).build(epilogue, residuals)
+
+
+class _Kernel:
+    def __init__(self, images: Images, layout: Layout, simd: Simd) -> None:
+        self._images, self._layout, self._simd = images, layout, simd
+        self._parts, self._group = layout.get("parts", 1), layout.get("vectors", 1)
+        self._rows_outermost = bool(layout.get("rows_outermost", 0))
+        self._rows = layout.block[0]
+        self._block_rows = -(-images.out_channels // self._rows)
+        self._taps = images.window.taps
+        self._k = images.channels * self._taps
+
+    def build(self, epilogue: Sequence[Step], residuals: Sequence[Planes]) -> tirx.PrimFunc:
+        images, layout = self._images, self._layout
+        planes = images.channels * len(images.window.phases)
+        with prim_func() as result:
+            x = argument("x", (images.batch, planes, images.source.size))
+            self._declare_weight()
+            declare_sizes(images.sizes)
+            out = (images.batch, images.out_channels, images.target)
+            self._output = ImageOutput(*out, epilogue, residuals, self._simd)
+            self._x = flat(x)
+            threads = scalar(tirx.call_packed("runtime.NumThreads"))
+            groups = groups_of(vectors_of(images.target, self._simd), self._group)
+            units = 1 if self._rows_outermost else groups
+            jobs = scalar(images.batch * units * JOBS_PER_GROUP)
+            with T.parallel(0, threads) as thread:
+                self._source = Extents(images.source)
+                self._output.open()
+                self._count = vectors_of(images.target, self._simd)
+                self._groups = scalar(groups_of(self._count, self._group))
+                self._tap_offsets = self._table() if self._taps > 1 else None
+                begin = scalar(thread * jobs // threads)
+                end = scalar((thread + 1) * jobs // threads)
+                first_unit = scalar(begin // JOBS_PER_GROUP)
+                stop_unit = (end + (JOBS_PER_GROUP - 1)) // JOBS_PER_GROUP
+                with T.serial(0, scalar(stop_unit - first_unit)) as i:
+                    unit = scalar(first_unit + i)
+                    job = scalar(tirx.max(begin - unit * JOBS_PER_GROUP, 0))
+                    last_job = scalar(tirx.min(end - unit * JOBS_PER_GROUP, JOBS_PER_GROUP))
+                    if layout.sparse:
+                        start = scalar(self._partition[job])
+                        stop = scalar(self._partition[last_job])
+                    else:
+                        start = scalar(job * self._block_rows // JOBS_PER_GROUP)
+                        stop = scalar(last_job * self._block_rows // JOBS_PER_GROUP)
+                    if self._rows_outermost:
+                        self._rows_then_pixels(unit, start, stop)
+                    else:
+                        self._pixels_then_rows(unit, start, stop)
+        return result["func"]
+
+    def _declare_weight(self) -> None:
+        layout, segments = self._layout, self._parts * self._block_rows
+        if not layout.sparse:
+            self._data = argument("data", (self._block_rows, self._k, self._rows))
+            return
+        blocks = symbol("blocks")
+        self._data = argument("data", (blocks, 1, self._rows))
+        self._indices = argument("indices", (blocks,), index_dtype(self._k))
+        self._indptr = argument("indptr", (segments + 1,), "int32")
+        self._order = argument("rows", (segments,), "int32")
+        self._partition = argument("partition", (JOBS_PER_GROUP + 1,), "int32")
+
+    def _table(self) -> Buffer:
+        """The taps' distances from a pixel."""
+        table = local(self._taps, "int32")
+        for tap, offset in enumerate(self._images.window.offsets(self._source)):
+            T.buffer_store(table, T.Cast("int32", offset), [tap])
+        return table
+
+    def _rows_then_pixels(self, image: Expr, start: Expr, stop: Expr) -> None:
+        def block_row(part: Expr, segment: Expr, row: Expr, live: int) -> None:
+            with T.serial(0, self._groups) as group:
+                for_group_sizes(
+                    self._count,
+                    self._group,
+                    group,
+                    lambda first, size: self._block(image, part, segment, row, live, first, size),
+                )
+
+        self._each_block_row(start, stop, block_row)
+
+    def _pixels_then_rows(self, unit: Expr, start: Expr, stop: Expr) -> None:
+        image, group = scalar(unit // self._groups), scalar(unit % self._groups)
+
+        def body(first: Expr, size: int) -> None:
+            self._each_block_row(
+                start,
+                stop,
+                lambda part, segment, row, live: self._block(
+                    image, part, segment, row, live, first, size
+                ),
+            )
+
+        for_group_sizes(self._count, self._group, group, body)
+
+    def _each_block_row(self, start: Expr, stop: Expr, body: Callable[..., None]) -> None:
+        """Call ``body(part, segment, block row, rows in it)`` for all parts of a range of rows."""
+        remainder = self._images.out_channels % self._rows
+        with T.serial(0, self._parts) as part, T.serial(0, stop - start) as i:
+            segment = scalar(part * self._block_rows + start + i)
+            row = scalar(self._order[segment]) if self._layout.sparse else segment
+            if remainder == 0:
+                body(part, segment, row, self._rows)
+            else:
+                one_of(
+                    row < self._block_rows - 1,
+                    lambda: body(part, segment, row, self._rows),
+                    lambda: body(part, segment, row, remainder),
+                )
+
+    def _block(
+        self,
+        image: Expr,
+        part: Expr,
+        segment: Expr,
+        block_row: Expr,
+        live: int,
+        first: Expr,
+        size: int,
+    ) -> None:
+        """Add one part's product to ``live`` rows of the output, for ``size`` vectors of pixels."""
+        lanes, output, parts = self._simd.lanes, self._output, self._parts
+        acc = Registers(live, size, self._simd)
+        pixel = scalar(first * lanes)
+        channel = scalar(block_row * self._rows)
+        plane = scalar(image * self._images.out_channels + channel)
+        source = scalar(
+            image * (self._images.channels * len(self._images.window.phases)) * self._source.size
+            + self._source.first
+            + pixel
+        )
+
+        def each(body: Callable[[int, int], None]) -> None:
+            for row in range(live):
+                for vector in range(size):
+                    body(row, vector)
+
+        def fresh() -> None:
+            acc.fill(lambda row, _: output.start(channel + row))
+
+        def finish() -> None:
+            each(
+                lambda row, vector: output.finish(
+                    acc.get(row, vector), plane + row, channel + row, pixel + vector * lanes
+                )
+            )
+            if output.target.border.padded:
+                with T.If(first == 0), T.Then(), T.serial(0, live) as row:
+                    output.clear_border(plane + row, self._count * lanes)
+
+        def wait() -> None:
+            each(
+                lambda row, vector: T.buffer_store(
+                    output.y, acc.get(row, vector), output.at(plane + row, pixel + vector * lanes)
+                )
+            )
+
+        def resume() -> None:
+            acc.fill(
+                lambda row, vector: output.y[tuple(output.at(plane + row, pixel + vector * lanes))]
+            )
+
+        if parts == 1:
+            fresh()
+            self._accumulate(acc, segment, source)
+            finish()
+            return
+        one_of(part == 0, fresh, resume)
+        self._accumulate(acc, segment, source)
+        one_of(part == parts - 1, finish, wait)
+
+    def _accumulate(self, acc: Registers, segment: Expr, source: Expr) -> None:
+        """Stream the stored blocks of one block row of one part."""
+        plane = self._source.size * len(self._images.window.phases)
+
+        def load(offset: Expr) -> Callable[[int], Expr]:
+            start = scalar(source + offset)
+            return lambda v: self._x[ramp(start + v * self._simd.lanes, self._simd)]
+
+        if not self._layout.sparse:
+            self._accumulate_dense(acc, segment, load, plane)
+            return
+        first = scalar(self._indptr[segment])
+        count = scalar(self._indptr[segment + 1] - first)
+        if self._layout.get("prefetch", 0):
+            self._prefetch(first, count)
+        with T.serial(0, count) as p:
+            at = first + p
+            column = scalar(self._indices[at])
+            if self._tap_offsets is None:
+                offset = column * plane
+            else:
+                channel = scalar(column // self._taps)
+                tap = column - channel * self._taps
+                offset = channel * plane + self._tap_offsets[tap]
+            acc.multiply_add(lambda row: self._data[at, 0, row], load(offset))
+
+    def _accumulate_dense(
+        self, acc: Registers, segment: Expr, load: Callable[[Expr], Any], plane: Expr
+    ) -> None:
+        with T.serial(0, self._images.channels) as channel:
+            if self._tap_offsets is None:
+                acc.multiply_add(
+                    lambda row: self._data[segment, channel, row], load(channel * plane)
+                )
+                return
+            with T.serial(0, self._taps) as tap:
+                k = scalar(channel * self._taps + tap)
+                offset = channel * plane + self._tap_offsets[tap]
+                acc.multiply_add(lambda row: self._data[segment, k, row], load(offset))
+
+    def _prefetch(self, first: Expr, count: Expr) -> None:
+        """Ask for as much of the weight, a little further on, as the next blocks will use."""
+        ahead = first + _PREFETCH_BYTES // (4 * self._rows)
+        with T.serial(0, (count * self._rows + (LANES - 1)) // LANES) as line:
+            prefetch(self._data, (ahead + line * LANES // self._rows, 0, 0))
+        with T.serial(0, (count + 2 * LANES - 1) // (2 * LANES)) as line:
+            prefetch(self._indices, (ahead + line * 2 * LANES,))

@@ -1,0 +1,114 @@
+"""Images in planes but for convolutions: conversions, masks, pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sparse_tvm.families import Extents, Kernel
+from sparse_tvm.schedules.cpu.families.extents import known_or_symbols, symbols_of
+from sparse_tvm.schedules.cpu.families.rows import MovesOnly
+from sparse_tvm.schedules.cpu.image_operators import (
+    ImageMask,
+    ImagePack,
+    ImagePooling,
+    ImageReduction,
+)
+from sparse_tvm.schedules.cpu.planes import Border, Image, Planes, Rows
+from sparse_tvm.schedules.cpu.simd import Simd
+from sparse_tvm.schedules.cpu.windows import MAX, MEAN
+from sparse_tvm.targets import Target
+
+_OPERATIONS = {"max": MAX, "mean": MEAN}
+_AXES = ("batch", "channels", "size")
+
+
+@dataclass(frozen=True)
+class ImagePackFamily(MovesOnly[ImagePack]):
+    """The kernel of :mod:`sparse_tvm.schedules.cpu.image_pack`."""
+
+    name: ClassVar[str] = "image_pack"
+    operator: ClassVar[type[ImagePack]] = ImagePack
+
+    def build(
+        self, op: ImagePack, operands: Sequence[Extents], output: Extents, target: Target
+    ) -> Kernel:
+        from sparse_tvm.schedules.cpu.image_pack import image_pack
+
+        size, sizes = symbols_of(op.size)
+        batch, channels, _ = known_or_symbols(operands[0], _AXES)
+        source, wanted = (
+            _image(extent, border)
+            for extent, border in (
+                (size, op.source),
+                (op.window.phase_size(size), op.target),
+            )
+        )
+        function = image_pack(batch, channels, source, wanted, op.window, sizes, Simd.of(target))
+        title = "unpack_image" if op.target is None else "pack_image"
+        return Kernel(title, function)
+
+
+def _image(size: tuple[Any, Any], border: Border | None) -> Image:
+    return Rows(*size) if border is None else Planes(*size, border)
+
+
+@dataclass(frozen=True)
+class ImageMaskFamily(MovesOnly[ImageMask]):
+    """The kernel of that name in :mod:`sparse_tvm.schedules.cpu.plane_code`."""
+
+    name: ClassVar[str] = "image_mask"
+    operator: ClassVar[type[ImageMask]] = ImageMask
+
+    def refuses(self, op: ImageMask, target: Target) -> str | None:
+        return None  # nothing but extents goes into it
+
+    def build(
+        self, op: ImageMask, operands: Sequence[Extents], output: Extents, target: Target
+    ) -> Kernel:
+        from sparse_tvm.schedules.cpu.plane_code import image_mask
+
+        size, sizes = symbols_of(op.size)
+        return Kernel(self.name, image_mask(Planes(*size, op.border), sizes))
+
+
+@dataclass(frozen=True)
+class ImagePoolingFamily(MovesOnly[ImagePooling]):
+    """Kernels of :mod:`sparse_tvm.schedules.cpu.window_planes`."""
+
+    name: ClassVar[str] = "image_pooling"
+    operator: ClassVar[type[ImagePooling]] = ImagePooling
+
+    def build(
+        self, op: ImagePooling, operands: Sequence[Extents], output: Extents, target: Target
+    ) -> Kernel:
+        from sparse_tvm.schedules.cpu.conv_planes import Images
+        from sparse_tvm.schedules.cpu.window_planes import window_planes
+
+        size, sizes = symbols_of(op.size)
+        batch, channels, _ = known_or_symbols(operands[0], _AXES)
+        source = Planes(*size, op.source)
+        wanted = Planes(*op.window.out_size(size), op.target)
+        images = Images(batch, channels, channels, source, wanted, op.window, sizes)
+        function = window_planes(images, _OPERATIONS[op.function], (), [], Simd.of(target))
+        return Kernel(f"{op.function}_pool", function)
+
+
+@dataclass(frozen=True)
+class ImageReductionFamily(MovesOnly[ImageReduction]):
+    """Kernels of :mod:`sparse_tvm.schedules.cpu.image_reduction`."""
+
+    name: ClassVar[str] = "image_reduction"
+    operator: ClassVar[type[ImageReduction]] = ImageReduction
+
+    def build(
+        self, op: ImageReduction, operands: Sequence[Extents], output: Extents, target: Target
+    ) -> Kernel:
+        from sparse_tvm.schedules.cpu.image_reduction import image_reduction
+
+        size, sizes = symbols_of(op.size)
+        batch, channels, _ = known_or_symbols(operands[0], _AXES)
+        source, operation = Planes(*size, op.source), _OPERATIONS[op.function]
+        function = image_reduction(batch, channels, source, operation, sizes, Simd.of(target))
+        return Kernel(f"global_{op.function}", function)

@@ -1,0 +1,99 @@
+"""Operators on images in planes (see :mod:`sparse_tvm.schedules.cpu.planes`).
+
+``size`` is that of the image that an operator reads, rows and columns, None for what only run time
+knows; all of them take it as an operand too, for the kernel to get what is not known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sparse_tvm.operators import Convolution, Operator, Types
+from sparse_tvm.schedules.cpu.planes import IN_PLACE, Border, Window
+
+Size = tuple[int | None, int | None]
+INT32 = Types(output="int32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConvolution(Convolution):
+    """A convolution of an image in planes, by phases if it is strided and not depthwise.
+
+    Attributes
+    ----------
+    source, target : Border
+        Of the planes that it reads and writes.
+    residuals : tuple[Border, ...]
+        Of the epilogue's, in order.
+    """
+
+    name: ClassVar[str] = "image_convolution"
+    operands: ClassVar[str] = "x, the weight's arrays, size, mask?, epilogue tensors"
+
+    source: Border
+    target: Border
+    residuals: tuple[Border, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePooling(Operator):
+    """The largest pixel of each window, or the mean of its pixels (``function`` max or mean)."""
+
+    name: ClassVar[str] = "image_pooling"
+    operands: ClassVar[str] = "x, size, mask?"
+
+    function: str
+    size: Size
+    window: Window
+    source: Border
+    target: Border
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageReduction(Operator):
+    """The largest pixel of each channel, or the mean of all: ``[batch, channels]``."""
+
+    name: ClassVar[str] = "image_reduction"
+    operands: ClassVar[str] = "x, size, mask"
+
+    function: str
+    size: Size
+    source: Border
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePack(Operator):
+    """From one layout to another: into planes, of the phases that a window reads, or out of them.
+
+    A border that is None stands for the model's layout.
+    """
+
+    name: ClassVar[str] = "image_pack"
+    operands: ClassVar[str] = "x, size"
+
+    size: Size
+    source: Border | None = None
+    target: Border | None = None
+    window: Window = IN_PLACE
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageMask(Operator):
+    """Which elements of planes are pixels: ones in all bits, or none."""
+
+    name: ClassVar[str] = "image_mask"
+    operands: ClassVar[str] = "size"
+
+    size: Size
+    border: Border
+    types: Types = INT32
+
+
+def window_of(op: Convolution) -> Window:
+    """The window of a convolution of images."""
+    (kernel, stride, dilation), pads = (
+        ((int(pair[0]), int(pair[1])) for pair in (op.kernel, op.stride, op.dilation)),
+        op.pads,
+    )
+    return Window(kernel, stride, dilation, (pads[0], pads[1], pads[2], pads[3]))

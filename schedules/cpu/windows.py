@@ -1,0 +1,54 @@
+"""What windows compute that look at each channel on its own, and what they read to do so.
+
+Needs no TVM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparse_tvm.schedules.cpu.planes import Border, Extent, Window
+from sparse_tvm.schedules.cpu.simd import LANES
+
+DIRECT_VECTORS = 8
+_LOWEST = -3.4028234663852886e38
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a window computes: a sum of weighted pixels, their mean, or the largest."""
+
+    name: str
+
+    @property
+    def weighted(self) -> bool:
+        """Whether each channel has a weight for each tap."""
+        return self.name == "depthwise"
+
+    @property
+    def identity(self) -> float:
+        """What changes nothing."""
+        return _LOWEST if self.name == "max" else 0.0
+
+
+DEPTHWISE, MAX, MEAN = Operation("depthwise"), Operation("max"), Operation("mean")
+
+
+def rolls(window: Window, vectors: Extent) -> bool:
+    """Whether rows are read once, for all columns of the window; else each tap reads its own."""
+    far = max(abs(step) for step, _ in window.steps(1)) >= 4
+    short = isinstance(vectors, int) and vectors <= 2 * DIRECT_VECTORS
+    return window.stride[1] <= 2 and not far and (window.strided or not short)
+
+
+def reads_in_place(window: Window) -> Border:
+    """What a window reads around planes that are not by phases."""
+    top, left, bottom, right = window.pads
+    wide = window.kernel[1] > 1
+    beyond = 4 * LANES if window.stride[1] > 1 else LANES if wide else 0
+    return Border(
+        max(left, right),
+        (top, max(left, LANES if wide else 0)),
+        (bottom, max(right, beyond)),
+        any(window.pads),
+    )

@@ -1,0 +1,156 @@
+"""Convolutions in planes against NumPy: any window, weight, epilogue, CPU and thread count."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from harness import KERNELS, run, simd, targets, thread_counts
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from image_harness import (
+    Extent,
+    apply_epilogue,
+    convolved,
+    epilogues,
+    from_planes,
+    images,
+    mask,
+    phases_of,
+    to_planes,
+    windows,
+)
+
+from sparse_tvm.operators import Activation, Bias, Layout, Residual
+from sparse_tvm.schedules.cpu.block_arrays import split_arrays
+from sparse_tvm.schedules.cpu.conv_planes import Images, conv_planes
+from sparse_tvm.schedules.cpu.planes import Border, Planes, Window
+from sparse_tvm.targets import TARGETS
+
+POINTWISE = Window()
+SAME = Window((3, 3), pads=(1, 1, 1, 1))
+problems = st.fixed_dictionaries(
+    {
+        "image": images,
+        "window": st.one_of(st.just(POINTWISE), windows),
+        "n": st.integers(1, 20),
+        "format": st.sampled_from(["dense", "csr", "bsr"]),
+        "rows": st.sampled_from([1, 2, 4, 6, 8, 16]),
+        "parts": st.sampled_from([1, 1, 2, 3]),
+        "sparsity": st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+        "vectors": st.integers(1, 8),
+        "rows_outermost": st.booleans(),
+        "prefetch": st.booleans(),
+        "padded": st.booleans(),
+        "epilogue": epilogues,
+        "target": targets,
+        "threads": thread_counts,
+    }
+)
+
+
+def check(
+    image,
+    window,
+    n,
+    format,
+    rows,
+    parts,
+    sparsity,
+    vectors,
+    rows_outermost,
+    prefetch,
+    padded,
+    epilogue,
+    target,
+    threads,
+):
+    extent = Extent(image)
+    assume(all(size > 0 for size in window.out_size(extent.numbers)))
+    x = extent.random(image["channels"])
+    batch, channels = x.shape[:2]
+    rng = np.random.default_rng(image["seed"])
+    w = rng.standard_normal((n, channels * window.taps)).astype("float32")
+    w *= rng.random(w.shape) >= sparsity
+    layout = Layout("test", format, (1 if format == "csr" else min(rows, n), 1)).having(
+        parts=1 if format == "dense" else parts,
+        vectors=vectors,
+        rows_outermost=int(rows_outermost),
+        prefetch=int(prefetch),
+    )
+    reads = window.reads
+    gap = max(reads.gap, -window.wider, 1 - window.wider if padded else 0)
+    aim = SAME.reads if padded else Border()
+
+    def planes(size):
+        """Source and target, and what a residual is stored in."""
+        out = window.out_size(size)
+        same_pitch = gap + window.wider
+        return (
+            Planes(*window.phase_size(size), reads.with_gap(gap)),
+            Planes(*out, aim.with_gap(same_pitch)),
+            Planes(*out, Border(same_pitch, front=(0, 20))),
+        )
+
+    source, wanted, like = planes(extent.symbols)
+    source_here, there, like_here = planes(extent.numbers)
+    kernel = conv_planes(
+        Images(extent.batch, channels, n, source, wanted, window, extent.names),
+        layout,
+        epilogue,
+        [like] * epilogue.count(Residual()),
+        simd(target),
+    )
+    y = convolved(x, w, window)
+    y, extras = apply_epilogue(y, epilogue, rng)
+    arguments = [
+        to_planes(phases_of(x, window), source_here),
+        *split_arrays(w, layout).values(),
+        *extent.sizes,
+        *([mask(there)] if padded else []),
+        *(extra if extra.ndim == 1 else to_planes(extra, like_here) for extra in extras),
+    ]
+    stored = run(kernel, target, threads, arguments, (batch, n, there.size))
+    scale = max(1.0, float(np.abs(y).max()))
+    np.testing.assert_allclose(from_planes(stored, there), y, rtol=0, atol=2e-5 * scale)
+    if padded:
+        whole = to_planes(from_planes(stored, there), there)
+        np.testing.assert_array_equal(stored, whole)
+
+
+IMAGE = {"batch": 1, "channels": 5, "height": 7, "width": 7, "gap": 0, "symbolic": False, "seed": 0}
+PROBLEM = {
+    "image": IMAGE,
+    "window": SAME,
+    "n": 9,
+    "format": "csr",
+    "rows": 1,
+    "parts": 1,
+    "sparsity": 0.5,
+    "vectors": 4,
+    "rows_outermost": False,
+    "prefetch": False,
+    "padded": True,
+    "epilogue": [Bias(), Residual(), Activation("relu")],
+    "target": TARGETS["x86-64-v2"],
+    "threads": 2,
+}
+
+
+FEW = settings(KERNELS, max_examples=12)  # each compiles for seconds
+
+
+@given(problems)
+@example(PROBLEM)
+@example({**PROBLEM, "format": "bsr", "rows": 4, "parts": 3, "rows_outermost": True})
+@example({**PROBLEM, "image": {**IMAGE, "symbolic": True, "batch": 2}})
+@example({**PROBLEM, "window": Window((3, 3), (2, 2), pads=(1, 1, 1, 1)), "format": "dense"})
+@FEW
+def test_convolution(problem):
+    check(**problem)
+
+
+@pytest.mark.parametrize("format", ["dense", "csr", "bsr"])
+@pytest.mark.parametrize("size", [1, 7, 14, 28, 57])
+def test_square_images(format, size):
+    image = {**IMAGE, "height": size, "width": size}
+    check(**{**PROBLEM, "image": image, "format": format, "rows": 4, "vectors": 8})
