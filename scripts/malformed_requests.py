@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import aiohttp
 import grpc
 import typer
+from health_watch import Watch
 from hostile import hostile_json, hostile_message
 from serving_load import feeds
 from tritonclient.grpc import service_pb2 as pb
@@ -107,28 +108,15 @@ class Attack:
 
     async def run(self, http: int, rpc: int) -> None:
         """Send so many requests of each kind while health is watched."""
-        ending = asyncio.Event()
-        watch = asyncio.create_task(self._watch(ending))
-        async with (
-            aiohttp.ClientSession(self._server.url) as session,
-            grpc.aio.insecure_channel(f"127.0.0.1:{self._server.grpc}") as channel,
-        ):
-            call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-            await flood(http, lambda number: self._post(session, number))
-            await flood(rpc, lambda _: self._call(call))
-        ending.set()
-        await watch
-
-    async def _watch(self, ending: asyncio.Event) -> None:
-        """Ask for health without a pause, by a process that this one's work does not hold up."""
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", _ASK, str(self._server.http)),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-        )
-        await ending.wait()
-        output, _ = await process.communicate()
-        self.longest = max(self.longest, float(output))
+        with Watch(self._server) as health:
+            async with (
+                aiohttp.ClientSession(self._server.url) as session,
+                grpc.aio.insecure_channel(f"127.0.0.1:{self._server.grpc}") as channel,
+            ):
+                call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+                await flood(http, lambda number: self._post(session, number))
+                await flood(rpc, lambda _: self._call(call))
+        self.longest = max(self.longest, health.longest)
 
     async def _post(self, session: aiohttp.ClientSession, number: int) -> None:
         if number % _RAW_SHARE == 0:
@@ -189,19 +177,6 @@ async def flood(count: int, send: Callable[[int], Awaitable[None]]) -> None:
             await send(number)
 
     await asyncio.gather(*(client() for _ in range(_AT_ONCE)))
-
-
-_ASK = """
-import http.client, select, sys, time
-connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=60)
-longest = 0.0
-while not select.select([sys.stdin], [], [], 0.01)[0]:
-    started = time.perf_counter()
-    connection.request("GET", "/v2/health/live")
-    connection.getresponse().read()
-    longest = max(longest, time.perf_counter() - started)
-print(longest)
-"""
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ pytest.importorskip("uvicorn")
 
 import aiohttp
 import grpc
-from serving_fixtures import Watch, expected, infer_body, peak_bytes, write_encoder
+from health_watch import Watch
+from serving_fixtures import expected, infer_body, peak_bytes, write_encoder
 from tritonclient.grpc import service_pb2 as pb
 
 from sparse_tvm.serving.local import LocalServer, serving

