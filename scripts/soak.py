@@ -1,4 +1,8 @@
-"""Load a server for ten minutes and plot its memory and latency: both must be flat at the end."""
+"""Load a server for long and plot what it takes: all must be flat at the end.
+
+The rate is a share of what the server does at most with these clients, measured beforehand, so that
+the load is the same on any machine.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from serving_load import feeds, fixed_rate, request_of
+from serving_load import feeds, fixed_rate, request_of, saturated
 
 from sparse_tvm.artifact import read_manifest
 from sparse_tvm.cli.console import stdout_console
@@ -22,6 +26,7 @@ from sparse_tvm.spec import TensorSpec
 
 MAX_GROWTH = 1.02  # of memory, from the second quarter to the last
 MAX_SLOWER = 1.5  # of the median latency
+MAX_MORE = 2  # threads, or descriptors
 _WIDTH, _HEIGHT, _MARGIN = 720, 150, 46
 
 
@@ -33,20 +38,22 @@ class Sample:
     memory: float  # MiB, proportional, server and workers
     p50: float  # ms
     p99: float  # ms
+    threads: int
+    descriptors: int
     answered: int
     errors: Counter
 
 
 def main(
     artifact: Annotated[Path, typer.Argument(help="model.so")],
-    minutes: Annotated[float, typer.Option(help="How long.")] = 10.0,
-    rate: Annotated[float, typer.Option(help="Requests per second.")] = 50.0,
+    minutes: Annotated[float, typer.Option(help="How long.")] = 30.0,
+    share: Annotated[float, typer.Option(help="Rate, of the most that the server does.")] = 0.7,
     clients: Annotated[int, typer.Option(help="Connections.")] = 8,
     workers: Annotated[int, typer.Option(help="Processes.")] = 1,
     longest: Annotated[int, typer.Option(help="Tokens of the longest request.")] = 128,
     plot: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("build/soak.svg"),
 ) -> None:
-    """Fail if memory or latency grow."""
+    """Fail if memory, threads, descriptors or latency grow."""
     specs = [
         TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]))
         for entry in read_manifest(artifact)["inputs"]
@@ -56,6 +63,9 @@ def main(
     slice_seconds = max(1.0, minutes * 60 / 60)
     samples = []
     with serving([artifact], "--workers", str(workers)) as server:
+        most = asyncio.run(saturated(server.url, path, requests, seconds=10, clients=clients))
+        rate = share * most.throughput
+        stdout_console().print(f"{rate:.0f} requests/s, {share:.0%} of {most.throughput:.0f}")
         started = perf_counter()
         while (elapsed := perf_counter() - started) < minutes * 60:
             result = asyncio.run(
@@ -69,6 +79,7 @@ def main(
                     memory(server),
                     1e3 * result.percentile(50),
                     1e3 * result.percentile(99),
+                    *counts(server),
                     result.statuses[200],
                     result.errors_by_kind,
                 )
@@ -83,6 +94,16 @@ def memory(server: LocalServer) -> float:
     return sum(proportional_bytes(pid) or 0 for pid in pids) / 2**20
 
 
+def counts(server: LocalServer) -> tuple[int, int]:
+    """Return how many threads and open files server and workers have."""
+    pids = [server.process.pid, *server.worker_pids()]
+    threads, files = (
+        sum(sum(1 for _ in Path(f"/proc/{pid}/{kind}").iterdir()) for pid in pids)
+        for kind in ("task", "fd")
+    )
+    return threads, files
+
+
 def report(samples: list[Sample], plot: Path) -> int:
     """Print what came out and return the exit code."""
     quarter = max(1, len(samples) // 4)
@@ -94,10 +115,14 @@ def report(samples: list[Sample], plot: Path) -> int:
         f"{sum(sample.answered for sample in samples)} answered, errors: {dict(errors) or 'none'}; "
         f"memory {median(early, 'memory'):.1f} -> {median(late, 'memory'):.1f} MiB, "
         f"p50 {median(early, 'p50'):.2f} -> {median(late, 'p50'):.2f} ms, "
-        f"p99 {median(early, 'p99'):.2f} -> {median(late, 'p99'):.2f} ms; plot: {plot}",
+        f"p99 {median(early, 'p99'):.2f} -> {median(late, 'p99'):.2f} ms, "
+        f"{median(early, 'threads'):.0f} -> {median(late, 'threads'):.0f} threads, "
+        f"{median(early, 'descriptors'):.0f} -> {median(late, 'descriptors'):.0f} descriptors; "
+        f"plot: {plot}",
         soft_wrap=True,
     )
-    return int(growth > MAX_GROWTH or slower > MAX_SLOWER or bool(errors))
+    more = max(median(late, name) - median(early, name) for name in ("threads", "descriptors"))
+    return int(growth > MAX_GROWTH or slower > MAX_SLOWER or more > MAX_MORE or bool(errors))
 
 
 def median(samples: list[Sample], name: str) -> float:
