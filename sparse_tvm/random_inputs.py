@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from sparse_tvm.spec import TensorSpec
+from sparse_tvm.spec import TensorSpec, size_of, symbols_of
 
 _UNKNOWN_RANGE = (0, 2)  # of integers that are indices into tables of unknown size
 
@@ -55,16 +55,16 @@ def typical_sizes(
     sizes: dict[str, int] = {}
     for spec in specs:
         for axis, dim in enumerate(spec.shape):
-            if isinstance(dim, str):
-                low, high = bounds.get(dim, (1, others))
+            for symbol in symbols_of(dim):
+                low, high = bounds.get(symbol, (1, others))
                 wanted = others if axis else first
-                sizes.setdefault(dim, min(max(low, wanted), max(high, low)))
+                sizes.setdefault(symbol, min(max(low, wanted), max(high, low)))
     return sizes
 
 
 def _random(spec: TensorSpec, sizes: Mapping[str, int], rng: np.random.Generator) -> np.ndarray:
     dtype = np.dtype(spec.dtype)
-    shape = tuple(sizes.get(dim, 1) if isinstance(dim, str) else dim for dim in spec.shape)
+    shape = tuple(size_of(dim, sizes) for dim in spec.shape)
     if np.issubdtype(dtype, np.floating):
         return rng.standard_normal(shape).astype(dtype)
     if "mask" in spec.name.lower():

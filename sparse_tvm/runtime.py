@@ -19,7 +19,7 @@ from sparse_tvm.artifact import (
 from sparse_tvm.cpu import allow_amx, architecture, cpu_model, host_features, usable_cores
 from sparse_tvm.devices import Device, open_device
 from sparse_tvm.errors import ArtifactError, InputError, OptionError
-from sparse_tvm.spec import TensorSpec
+from sparse_tvm.spec import LARGEST_SIZE, TensorSpec, size_of, symbols_of
 from sparse_tvm.vm import Library, MemoryBound, VirtualMachine, installed_version, runtime
 
 _OTHER_TARGET = (
@@ -204,12 +204,20 @@ class Model:
             raise self._wrong_names(inputs)
         sizes: dict[str, int] = {}
         arrays = [staged.checked(inputs[staged.spec.name], sizes) for staged in self._staged]
-        for dimension, size in sizes.items():
-            low, high = self.bounds.get(dimension, (1, size))
-            if not low <= size <= max(low, high):
-                allowed = f"{low} to {high}" if dimension in self.bounds else "1 or more"
-                raise InputError(f"{self.path.name}: {dimension} is {size}, but must be {allowed}")
+        self._check_sizes(sizes)
         return arrays
+
+    def _check_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Refuse sizes out of bounds, and expressions of symbols that do not add up."""
+        for dimension, size in sizes.items():
+            low, high = self.bounds.get(dimension, (1, LARGEST_SIZE))
+            if not low <= size <= high:
+                allowed = f"{low} or more" if high == LARGEST_SIZE else f"{low} to {high}"
+                raise InputError(f"{self.path.name}: {dimension} is {size}, but must be {allowed}")
+            if any(s != dimension and s in sizes for s in symbols_of(dimension)):
+                expected = size_of(dimension, {s: sizes[s] for s in symbols_of(dimension)})
+                if size != expected:
+                    raise InputError(f"{self.path.name}: {dimension} is {size}, not {expected}")
 
     def _wrong_names(self, inputs: Mapping[str, Any]) -> InputError:
         names = [spec.name for spec in self.inputs]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ast
+import operator
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+LARGEST_SIZE = 2**31 - 1
+"""No dimension is larger."""
 
 
 @dataclass(frozen=True)
@@ -42,3 +48,41 @@ class TensorSpec:
         """Read the entry of a manifest."""
         values = tuple(entry["range"]) if "range" in entry else None
         return cls(entry["name"], entry["dtype"], tuple(entry["shape"]), values)
+
+
+def symbols_of(dim: int | str) -> list[str]:
+    """Return the symbols in a dimension: itself, or those of an expression as ``past + new``."""
+    return re.findall(r"[A-Za-z_]\w*", dim) if isinstance(dim, str) else []
+
+
+def size_of(dim: int | str, sizes: Mapping[str, int]) -> int:
+    """Return the size of a dimension, by those of its symbols; 1 for those that are not there.
+
+    >>> size_of("past + new", {"past": 3, "new": 4})
+    7
+    """
+    if isinstance(dim, int):
+        return dim
+    if dim in sizes or not symbols_of(dim):
+        return sizes.get(dim, 1)
+    return _evaluate(ast.parse(dim, mode="eval").body, sizes)
+
+
+_ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.floordiv,
+    ast.FloorDiv: operator.floordiv,
+}
+
+
+def _evaluate(node: ast.expr, sizes: Mapping[str, int]) -> int:
+    if isinstance(node, ast.BinOp):
+        function = _ARITHMETIC[type(node.op)]
+        return function(_evaluate(node.left, sizes), _evaluate(node.right, sizes))
+    if isinstance(node, ast.Name):
+        return sizes.get(node.id, 1)
+    assert isinstance(node, ast.Constant)
+    assert isinstance(node.value, int)
+    return node.value

@@ -7,16 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from sparse_tvm.errors import OptionError
-from sparse_tvm.spec import TensorSpec
+from sparse_tvm.spec import LARGEST_SIZE, TensorSpec
 
 Dimension = int | str | range
 """A fixed size, a name (``"?"`` keeps the model's), or the sizes that are allowed."""
 
 InputShapes = Mapping[str, Sequence[Dimension]]
 """Shapes by input name."""
-
-LARGEST = 2**31 - 1
-"""No dimension is larger."""
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -42,8 +39,8 @@ class Shapes:
         order = [dim for spec in self.specs for dim in spec.shape]
         kept, gone = sorted((first, second), key=order.index)
         self.specs = [_substitute(spec, {gone: kept}) for spec in self.specs]
-        low, high = self.bounds.pop(gone, (1, LARGEST))
-        if kept in self.bounds or (low, high) != (1, LARGEST):
+        low, high = self.bounds.pop(gone, (1, LARGEST_SIZE))
+        if kept in self.bounds or (low, high) != (1, LARGEST_SIZE):
             known_low, known_high = self.bounds.get(kept, (low, high))
             self.bounds[kept] = max(low, known_low), min(high, known_high)
 

@@ -89,7 +89,7 @@ def _end(name: str, entry: Mapping[str, Any]) -> int:
     start, end = (int(offset) for offset in entry["data_offsets"])
     shape = [int(size) for size in entry["shape"]]
     dtype = _DTYPES.get(entry["dtype"])
-    if min(start, *shape) < 0 or (dtype and math.prod(shape) * dtype.itemsize != end - start):
+    if min([start, *shape]) < 0 or (dtype and math.prod(shape) * dtype.itemsize != end - start):
         raise ValueError(f"tensor {name} has shape {shape} and bytes {start} to {end}")
     return end
 
