@@ -207,7 +207,7 @@ def compile(
         "outputs": [spec.as_json() for spec in imported.outputs],
         "bounds": {name: list(bounds) for name, bounds in imported.bounds.items()},
         "layers": [layer.as_json() for layer in program.reports.values()],
-        "notes": program.notes,
+        "notes": [*source.notes(), *program.notes],
         "totals": {**totals, "weight_bytes": sum(w.nbytes for w in program.weights.values())},
         "verification": None,
         "unverified": None if verify else "compiled with --no-verify",

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import sparse_tvm
+from sparse_tvm.errors import ModelError
 
 TEXT = {
     "hidden_size": 64,
@@ -22,9 +23,14 @@ TEXT = {
 }
 TOKENS = {"vocab_size": 100, "max_position_embeddings": 64}
 DISTIL = {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128, "initializer_range": 0.2}
+CLIP = {k: v for k, v in TEXT.items() if k != "initializer_range"}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "BertForSequenceClassification": ("BertConfig", {**TEXT, **TOKENS}),
     "DistilBertForQuestionAnswering": ("DistilBertConfig", {**DISTIL, **TOKENS}),
+    "CLIPTextModel": (
+        "CLIPTextConfig",
+        {**CLIP, **TOKENS, "initializer_factor": 10.0, "bos_token_id": 0, "eos_token_id": 1},
+    ),
     "RobertaModel": ("RobertaConfig", {**TEXT, **TOKENS, "type_vocab_size": 1}),
     "ViTForImageClassification": ("ViTConfig", {**TEXT, "image_size": 32, "patch_size": 8}),
     "MobileNetV2ForImageClassification": (
@@ -77,3 +83,26 @@ def test_model(name: str, tmp_path: Path) -> None:
             largest = np.abs(reference).max()
             assert largest > 1e-3
             assert np.abs(values - reference).max() < 1e-4 * max(1.0, largest)
+
+
+def test_outputs_that_need_missing_weights_are_left_out(tmp_path: Path) -> None:
+    """Fine-tuned encoders are often saved without the pooler."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**TEXT, **TOKENS, architectures=["BertModel"])
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "model")
+    result = sparse_tvm.compile(tmp_path / "model", tmp_path / "model.so")
+    assert [output["name"] for output in result.manifest["outputs"]] == ["last_hidden_state"]
+    assert any("pooler_output" in note for note in result.manifest["notes"])
+
+
+def test_a_head_that_is_missing_is_refused(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        **TEXT, **TOKENS, architectures=["BertForSequenceClassification"]
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "model")
+    config.save_pretrained(tmp_path / "model")
+    text = (tmp_path / "model" / "config.json").read_text()
+    head = text.replace('"BertModel"', '"BertForSequenceClassification"')
+    (tmp_path / "model" / "config.json").write_text(head)
+    with pytest.raises(ModelError, match=r"all its outputs need them: classifier\.bias"):
+        sparse_tvm.compile(tmp_path / "model", tmp_path / "model.so")

@@ -98,6 +98,10 @@ class Source(ABC):
         """Tell by initializer how the source stored the zeros of its sparse weights."""
         return {}
 
+    def notes(self) -> list[str]:
+        """Tell what the user should know of how the model was opened."""
+        return []
+
     def describe(self) -> dict[str, Any]:
         """Return what a manifest says of the model: name, file, kind, and its SHA-256."""
         if self.path is None:

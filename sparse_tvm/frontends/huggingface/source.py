@@ -16,6 +16,7 @@ from sparse_tvm.errors import ModelError, OutputError
 from sparse_tvm.frontends.detect import read_json
 from sparse_tvm.frontends.huggingface.checkpoint import Checkpoint
 from sparse_tvm.frontends.onnx.in_memory import InMemoryTensors
+from sparse_tvm.frontends.onnx.prune_outputs import drop_outputs_of
 from sparse_tvm.frontends.onnx.read import first_few, one_line
 from sparse_tvm.frontends.source import Source, require
 from sparse_tvm.frontends.torch.export import quiet, to_onnx
@@ -56,6 +57,8 @@ class HuggingFaceSource(Source):
         super().__init__(str(path), path)
         self._directory = path
         self._arrays = InMemoryTensors()
+        self._missing: list[str] = []  # weights that the class has and the checkpoint lacks
+        self._dropped: list[str] = []  # outputs that need them
 
     @classmethod
     def from_hub(cls, hub_id: str) -> HuggingFaceSource:
@@ -140,12 +143,7 @@ class HuggingFaceSource(Source):
                 f"{self.name}: transformers {transformers.__version__} cannot load it: "
                 f"{one_line(error)}"
             ) from error
-        if missing := sorted(loading["missing_keys"]):
-            raise ModelError(
-                f"{self.name}: {len(missing)} weights of {head.__name__} are missing: "
-                f"{first_few(missing)}",
-                hint="the checkpoint must have the head that config.json names in architectures",
-            )
+        self._missing = sorted(loading["missing_keys"])
         return model.eval()
 
     def _head(self, transformers: Any) -> Any:
@@ -168,7 +166,27 @@ class HuggingFaceSource(Source):
     @cached_property
     def _onnx(self) -> onnx.ModelProto:
         names = output_names(self._program)
-        return to_onnx(self._program, self.name, names, {}, self._arrays, strip=_WRAPPED)
+        model = to_onnx(self._program, self.name, names, {}, self._arrays, strip=_WRAPPED)
+        if self._missing:
+            # Fine-tuned encoders are often saved without the pooler that nobody uses.
+            self._dropped = drop_outputs_of(model.graph, self._missing)
+            if not model.graph.output:
+                raise ModelError(
+                    f"{self.name}: {len(self._missing)} weights of {type(self.model).__name__} "
+                    f"are missing, and all its outputs need them: {first_few(self._missing)}",
+                    hint="the checkpoint must have the head that config.json names in "
+                    "architectures",
+                )
+        return model
+
+    def notes(self) -> list[str]:
+        """See `Source.notes`."""
+        self.as_onnx()
+        if not self._dropped:
+            return []
+        return [
+            f"left out {', '.join(self._dropped)}: the checkpoint lacks {first_few(self._missing)}"
+        ]
 
     def as_onnx(self) -> onnx.ModelProto:
         """See `Source.as_onnx`."""
@@ -198,7 +216,8 @@ class HuggingFaceSource(Source):
 
     def reference(self, threads: int) -> ReferenceModel:
         """Return the model in transformers."""
-        return TransformersReference(self.model, self._program, threads)
+        outputs = [value.name for value in self.as_onnx().graph.output]
+        return TransformersReference(self.model, self._program, outputs, threads)
 
     def write_pruned(self, weights: Mapping[str, np.ndarray], output: Path) -> None:
         """Write a directory, with tokenizer and all, and the pruned weights in safetensors."""
@@ -212,7 +231,10 @@ class HuggingFaceSource(Source):
             self.model.load_state_dict({**state, **pruned})
             try:
                 # It undoes the renaming of weights that loading does.
-                self.model.save_pretrained(output)
+                kept = self.model.state_dict()
+                for name in self._missing:
+                    kept.pop(name, None)
+                self.model.save_pretrained(output, state_dict=kept)
                 self._copy_others(output)
             except OSError as error:
                 raise OutputError(f"cannot write {output}: {error.strerror or error}") from error
@@ -232,13 +254,13 @@ class TransformersReference(ReferenceModel):
 
     engine = "transformers"
 
-    def __init__(self, model: Any, program: Any, threads: int) -> None:
+    def __init__(self, model: Any, program: Any, outputs: list[str], threads: int) -> None:
         import torch
         import transformers
 
         self.version = transformers.__version__
         self.inputs = list(program.graph_signature.user_inputs)
-        self.outputs = output_names(program)
+        self.outputs = outputs
         self._model = model
         torch.set_num_threads(threads)
 
@@ -282,7 +304,6 @@ def _wrap(model: Any, name: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         )
     dynamic = torch.export.Dim.DYNAMIC
     options = _call_options(model)
-    causal = any(getattr(module, "is_causal", False) for module in model.modules())
 
     class Pixels(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -296,7 +317,7 @@ def _wrap(model: Any, name: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         def forward(  # type: ignore[override]
             self, input_ids: Any, attention_mask: Any, token_type_ids: Any = None
         ) -> dict[str, Any]:
-            mask = attention_mask if causal else _additive(attention_mask)
+            mask = _additive(attention_mask) if additive else attention_mask
             segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
             return _tensors(
                 self.model(input_ids=input_ids, attention_mask=mask, **segments, **options)
@@ -318,6 +339,7 @@ def _wrap(model: Any, name: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     if getattr(config, "type_vocab_size", 0) > 1 and _takes(model, "token_type_ids"):
         names.append("token_type_ids")
     examples = {key: torch.ones(shape, dtype=torch.int64) for key in names}
+    additive = _takes_additive_mask(model, options)
     return Tokens().eval(), examples, {key: {0: dynamic, 1: dynamic} for key in names}
 
 
@@ -327,6 +349,29 @@ def _additive(attention_mask: Any) -> Any:
 
     lowest = torch.finfo(torch.float32).min
     return (1.0 - attention_mask[:, None, None, :].to(torch.float32)) * lowest
+
+
+def _takes_additive_mask(model: Any, options: dict[str, Any]) -> bool:
+    """Whether a mask that is added to the scores does the same as the tokenizer's.
+
+    It does not where the model is causal, or looks at the mask in other places.
+    """
+    import torch
+
+    count = _EXAMPLE_BATCH * _EXAMPLE_SEQUENCE
+    ids = torch.arange(count).reshape(_EXAMPLE_BATCH, _EXAMPLE_SEQUENCE)
+    ids = ids % getattr(model.config, "vocab_size", count)
+    mask = torch.ones_like(ids)
+    mask[1, _EXAMPLE_SEQUENCE // 2 :] = 0
+    try:
+        with torch.no_grad(), quiet():
+            plain, added = (
+                _tensors(model(input_ids=ids, attention_mask=given, **options))
+                for given in (mask, _additive(mask))
+            )
+    except Exception:
+        return False
+    return all(torch.allclose(plain[name], added[name], atol=1e-4) for name in plain)
 
 
 def _takes(model: Any, name: str) -> bool:

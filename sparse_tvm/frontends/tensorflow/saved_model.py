@@ -232,7 +232,9 @@ def tidy(
     renamed |= dict(zip((value.name for value in graph.output), outputs, strict=True))
     taken = set(renamed.values())
     for tensor in graph.initializer:
-        renamed[tensor.name] = _unique(layer_name(tensor.name), taken)
+        # A layer goes by its weight's name, which nothing else may have: outputs do.
+        role = "weight" if len(tensor.dims) >= 2 else "bias"
+        renamed[tensor.name] = _unique(f"{layer_name(tensor.name)}.{role}", taken)
     for node in graph.node:
         node.name = layer_name(node.name) or node.name
     for value in (*graph.input, *graph.output, *graph.initializer):

@@ -8,6 +8,7 @@ import onnx
 from onnx import numpy_helper
 
 from sparse_tvm.frontends.onnx.detach import as_array
+from sparse_tvm.frontends.onnx.prune_outputs import drop_unread
 
 PRUNE_MASK = "torch.nn.utils.prune mask"
 PARAMETRISED_MASK = "parametrised mask"
@@ -56,7 +57,7 @@ def fold_masks(model: onnx.ModelProto) -> dict[str, str]:
             break
     if renamed:
         _rename(graph, renamed)
-        _drop_unread(graph)
+        drop_unread(graph)
     return origins
 
 
@@ -86,22 +87,3 @@ def _rename(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
     for node in graph.node:
         for index, name in enumerate(node.input):
             node.input[index] = renamed.get(name, name)
-
-
-def _drop_unread(graph: onnx.GraphProto) -> None:
-    """Remove casts of masks, then originals and masks, that nothing reads any more."""
-    outputs = {value.name for value in graph.output}
-    while True:
-        read = outputs | {name for node in graph.node for name in node.input}
-        kept = [
-            node
-            for node in graph.node
-            if node.op_type not in _PASS_THROUGH or read.intersection(node.output)
-        ]
-        if len(kept) == len(graph.node):
-            break
-        del graph.node[:]
-        graph.node.extend(kept)
-    tensors = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(tensors)
