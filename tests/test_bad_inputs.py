@@ -124,7 +124,7 @@ BAD_MODELS: dict[str, tuple[Content, tuple[str, ...]]] = {
     "text": (b"hello, this is a letter\n" * 20, ("a text file",)),
     "image": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), ("not an ONNX file",)),
     "truncated": (lambda: tiny_model().SerializeToString()[:-200], ("truncated",)),
-    "old opset": (lambda: tiny_model(opset=9), ("opset 9",)),
+    "old opset": (lambda: tiny_model(opset=5), ("opset 5",)),
     "unknown opset": (lambda: tiny_model(opset=999), ("opset 999",)),
     "NaN": (lambda: with_weight_value(np.nan), ("NaN", "fc")),
     "Inf": (lambda: with_weight_value(-np.inf), ("Inf", "fc")),

@@ -122,6 +122,8 @@ class Importer:
                 outputs = (Tensor(self.normalize(value), self),)
             if len(outputs) == 1 and isinstance(outputs[0], Tensor):
                 outputs = self._fields(outputs[0])
+            if any(proto.output[len(outputs) :]):
+                raise ValueError(f"its output {proto.output[len(outputs)]} is not supported")
             for name, output in zip(proto.output, outputs, strict=False):
                 self._bind(name, output, node)
         except SameSize:
@@ -147,7 +149,12 @@ class Importer:
         elif isinstance(output, IndexExpression | Coordinates):
             self.index_expressions[name] = output
         else:
-            self._tensors[name] = self.checked(output.value, node.tensors())
+            value = self.checked(output.value, node.tensors())
+            shape = shape_of(value)
+            if all(isinstance(size, int) for size in shape) and 0 in shape:
+                # No kernel need compute what has no elements, and few can.
+                value = self.normalize(relax.op.zeros(shape, value.ty.dtype))
+            self._tensors[name] = value
 
     def tensor(self, name: str) -> relax.Expr:
         """Return a value of the graph as a run-time tensor."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +17,7 @@ from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.frontends.guard import bounded_memory
 from sparse_tvm.frontends.importer.graph import SUPPORTED_OPS, Importer, NodeError, SameSize
 from sparse_tvm.frontends.importer.input_ranges import Range, input_ranges
+from sparse_tvm.frontends.importer.least_sizes import demand_windows_fit
 from sparse_tvm.frontends.importer.sizes import as_text
 from sparse_tvm.frontends.importer.tvm_adapter import abandon
 from sparse_tvm.frontends.input_shapes import InputShapes, Shapes, choose_shapes
@@ -22,7 +25,7 @@ from sparse_tvm.frontends.onnx.detach import as_array
 from sparse_tvm.frontends.onnx.read import CONTRIB_DOMAIN, describe, first_few, one_line, read_onnx
 from sparse_tvm.frontends.onnx.simplify import input_specs, set_input_shapes, simplify
 from sparse_tvm.frontends.onnx.weights import find_weights
-from sparse_tvm.spec import TensorSpec
+from sparse_tvm.spec import LARGEST_SIZE, TensorSpec
 
 _SUPPORTED_CONTRIB_OPS = {
     "BiasGelu",
@@ -30,10 +33,6 @@ _SUPPORTED_CONTRIB_OPS = {
     "FastGelu",
     "SkipLayerNormalization",
 }
-
-# The ONNX standard defines these by other operators, and TVM does not know them (its Attention
-# is ONNX Runtime's, another operator).
-_EXPANDED_OPS = {"Attention", "Celu", "RotaryEmbedding", "SwiGLU", "Swish"}
 
 # TVM imports these, but what comes of it cannot be compiled here.
 _UNSUPPORTED_OPS = {
@@ -131,7 +130,7 @@ def _import(
     source: str | os.PathLike[str] | onnx.ModelProto,
 ) -> ImportedModel:
     shapes = choose_shapes(input_specs(proto), input_shapes or {})
-    program, tensors = simplify(proto, shapes.specs, definitions=_EXPANDED_OPS)
+    program, tensors = simplify(proto, shapes.specs, definitions=_defined_only())
     _check_operators(program)
     module, ranges = _import_program(program, shapes)
     return ImportedModel(
@@ -142,6 +141,18 @@ def _import(
         layers=_layers(proto, program, tensors),
         source=source,
         bounds=shapes.bounds,
+    )
+
+
+@cache
+def _defined_only() -> frozenset[str]:
+    """Return the operators that cannot be imported, but that the standard defines by others."""
+    schemas: list[Any] = [s for s in onnx.defs.get_all_schemas() if s.domain == ""]
+    return frozenset(
+        schema.name
+        for schema in schemas
+        if (schema.has_function or schema.has_context_dependent_function)
+        and schema.name not in SUPPORTED_OPS
     )
 
 
@@ -180,6 +191,7 @@ def _import_program(
             shapes.merge(*same.names)
             continue
         ranges = input_ranges(program.graph, importer)
+        _check_windows(module, importer)
         _check_bounds(given, shapes)
         main = module["main"].with_attr("num_input", len(shapes.specs))
         module["main"] = main.with_attrs(_bound_attributes(shapes))
@@ -194,35 +206,42 @@ def _build(importer: Importer) -> tvm.IRModule:
     try:
         return importer.build()
     except NodeError as error:
-        abandon(importer.builder)
         node, cause = error.node, error.__cause__ or error
         raise ModelError(
             f"node {node.name or node.output[0]} ({node.op_type}) cannot be imported: "
             f"{one_line(cause)}"
         ) from cause
-    except SameSize:
+    finally:
         abandon(importer.builder)
-        raise
+
+
+def _check_windows(module: tvm.IRModule, importer: Importer) -> None:
+    try:
+        demand_windows_fit(module, importer.sizes)
+    except ValueError as error:
+        raise ModelError(str(error), hint="give larger sizes with --input-shape") from error
 
 
 def _check_bounds(given: Mapping[str, tuple[int, int]], shapes: Shapes) -> None:
     """Refuse sizes that the user wants but the model does not allow."""
-    for name, (_, wanted) in given.items():
-        _, largest = shapes.bounds.get(name, (1, wanted))
+    for name, (lowest, wanted) in given.items():
+        least, largest = shapes.bounds.get(name, (1, wanted))
         if wanted > largest:
             raise OptionError(
                 f"--input-shape has {name} up to {wanted}, but the model allows at most {largest}"
+            )
+        if lowest < least:
+            raise OptionError(
+                f"--input-shape has {name} from {lowest}, but the model needs at least {least}"
             )
 
 
 def _bound_attributes(shapes: Shapes) -> dict[str, dict[str, int]]:
     """Return the bounds of dimensions as TVM's memory planner reads them."""
-    if not shapes.bounds:
-        return {}
-    return {
-        "tir_var_lower_bound": {name: low for name, (low, _) in shapes.bounds.items()},
-        "tir_var_upper_bound": {name: high for name, (_, high) in shapes.bounds.items()},
-    }
+    lower = {name: low for name, (low, _) in shapes.bounds.items() if low > 1}
+    upper = {name: high for name, (_, high) in shapes.bounds.items() if high < LARGEST_SIZE}
+    found = {"tir_var_lower_bound": lower, "tir_var_upper_bound": upper}
+    return {name: bounds for name, bounds in found.items() if bounds}
 
 
 def _has_constant_calls(module: tvm.IRModule) -> bool:
@@ -241,6 +260,9 @@ def _output_specs(module: tvm.IRModule, program: onnx.ModelProto) -> list[Tensor
     """Return the outputs with the shapes that the program gives them."""
     result = module["main"].ret_ty
     types = result.fields if isinstance(result, relax.TupleType) else [result]
+    for value, type_ in zip(program.graph.output, types, strict=True):
+        if any(isinstance(size, tvm.tirx.IntImm) and size == 0 for size in type_.shape.values):
+            raise ModelError(f"output {value.name} never has any elements")
     return [
         TensorSpec(
             value.name,

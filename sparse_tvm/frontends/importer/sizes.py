@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import tvm
 from tvm import tirx
 
-from sparse_tvm.frontends.input_shapes import LARGEST
+from sparse_tvm.spec import LARGEST_SIZE
 
 Size: TypeAlias = int | Any
 """An int, or a ``tirx.Expr``: an int64 expression of symbolic dimensions."""
@@ -41,7 +41,7 @@ class Sizes:
 
     def declare(self, dimension: tirx.Var) -> None:
         """Introduce a symbolic dimension."""
-        low, high = self.bounds.get(dimension.name, (1, LARGEST))
+        low, high = self.bounds.get(dimension.name, (1, LARGEST_SIZE))
         extent = tvm.ir.Range.from_min_extent(as_expr(low), as_expr(high - low + 1))
         self._analyzer.bind(dimension, extent, allow_override=True)
 
@@ -150,7 +150,7 @@ class Sizes:
         for dimension in tirx.analysis.undefined_vars(as_expr(size)):
             offset = self.simplify(size - dimension)
             if isinstance(offset, int):
-                low, high = self.bounds.get(dimension.name, (1, LARGEST))
+                low, high = self.bounds.get(dimension.name, (1, LARGEST_SIZE))
                 self.bounds[dimension.name] = low, min(high, largest - offset)
                 self.declare(dimension)
                 return True

@@ -15,7 +15,7 @@ from tvm import relax, tirx
 from sparse_tvm.frontends.importer.forms import Form
 from sparse_tvm.frontends.importer.known import Known
 from sparse_tvm.frontends.importer.sizes import Size, Sizes, is_number
-from sparse_tvm.frontends.input_shapes import LARGEST
+from sparse_tvm.spec import LARGEST_SIZE
 
 
 class Scope(Protocol):
@@ -110,7 +110,7 @@ class Tensor(Form):
             )
         else:
             # Going down, TVM takes an end of -1 to count from the end: before the first is lower.
-            lower = [-LARGEST if is_number(end, -1) else end for end in ends]
+            lower = [-LARGEST_SIZE if is_number(end, -1) else end for end in ends]
             part = relax.op.strided_slice(self.value, list(cut), list(begins), lower, list(steps))
         return self._of(part)
 

@@ -82,6 +82,8 @@ def detach_weights(
     }
     skeleton = onnx.ModelProto()
     _copy_fields(model, skeleton, except_for=("graph",))
+    # Before version 4, initializers had to be inputs too; few models kept to that.
+    skeleton.ir_version = max(model.ir_version, 4)
     graph = skeleton.graph
     _copy_fields(model.graph, graph, except_for=("node", "initializer", "input"))
     graph.node.extend(

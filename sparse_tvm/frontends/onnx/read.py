@@ -25,7 +25,7 @@ from sparse_tvm.frontends.onnx.external_data import load_external_data
 from sparse_tvm.frontends.onnx.in_memory import find_array
 from sparse_tvm.frontends.onnx.weights import find_weights
 
-OLDEST_OPSET = 11
+OLDEST_OPSET = 6
 NEWEST_OPSET = onnx.defs.onnx_opset_version()
 
 CONTRIB_DOMAIN = "com.microsoft"

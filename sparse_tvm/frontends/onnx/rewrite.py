@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection
 from typing import cast
 
@@ -14,15 +13,20 @@ import onnx.version_converter
 
 from sparse_tvm.frontends.onnx.detach import stored_tensors
 
+_OLDEST_IMPORTED = 11  # operators before that are converted, or refused
+
 
 def modernise(model: onnx.ModelProto) -> onnx.ModelProto:
     """Infer shapes, and spell old Softmax and its like as opset 13 does, where that is possible."""
     model = onnx.shape_inference.infer_shapes(model)
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     if opset < 13:
-        # Not all operators can be converted; TVM imports the old ones too.
-        with contextlib.suppress(RuntimeError):
+        try:
             model = onnx.version_converter.convert_version(model, 13)
+        except RuntimeError:
+            if opset < _OLDEST_IMPORTED:
+                raise
+            # Not all operators can be converted; the old ones are imported too.
     return onnx.shape_inference.infer_shapes(model)
 
 

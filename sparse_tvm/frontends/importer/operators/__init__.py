@@ -1,11 +1,15 @@
 """The rules of ONNX's operators, by kind. Importing this registers them all."""
 
 from sparse_tvm.frontends.importer.operators import (  # noqa: F401
+    attention,
     creation,
     elementwise,
     indexing,
     movement,
+    normalization,
     reduction,
+    resize,
+    vision,
 )
 from sparse_tvm.frontends.importer.rules import RULES
 

@@ -51,6 +51,9 @@ def _one_hot(node: Node) -> Any:
     if node.form is not Tensor or depth is None or values is None:
         raise NotInForm
     off, on = (tirx.const(value, values.dtype.name) for value in values.tolist())
-    indices = wrap(node, node.tensor(0), [int(depth)])
-    axis = node.attributes.get("axis", -1)
+    indices = node.input(0)
+    if not indices.dtype.startswith("int"):
+        indices = indices.astype("int64")
+    indices = wrap(node, indices.value, [int(depth)])
+    axis = node.axis(-1, len(node.shape(0)) + 1)
     return node.emit(relax.op.one_hot(indices, on, off, int(depth), axis))

@@ -259,11 +259,59 @@ def _pow(node: Node) -> Any:
     """Multiply for the powers that models use: pow is slow and not vectorised."""
     if node.form is not Tensor:
         raise NotInForm
-    base, exponent = node.tensor(0), node.scalar(1)
+    base, exponent = node.input(0), node.scalar(1)
     if exponent == 2:
-        return node.emit(relax.op.multiply(base, base))
+        return node.emit(relax.op.multiply(base.value, base.value))
     if exponent == 3:
-        return node.emit(relax.op.multiply(relax.op.multiply(base, base), base))
-    if exponent == 0.5:
-        return node.emit(relax.op.sqrt(base))
-    raise NotInForm
+        square = relax.op.multiply(base.value, base.value)
+        return node.emit(relax.op.multiply(square, base.value))
+    if exponent == 0.5 and base.dtype.startswith("float"):
+        return node.emit(relax.op.sqrt(base.value))
+    # Integers go by way of float64, and so does what has a power of another type.
+    common = base.dtype if base.dtype.startswith("float") else "float64"
+    power = relax.op.power(base.astype(common).value, node.input(1).astype(common).value)
+    return node.emit(power if common == base.dtype else relax.op.round(power)).astype(base.dtype)
+
+
+@rule("Sinh", "Cosh")
+def _hyperbolic(node: Node) -> Any:
+    if node.form is not Tensor:
+        raise NotInForm
+    growing = relax.op.exp(node.tensor(0))
+    falling = relax.op.exp(relax.op.negative(node.tensor(0)))
+    operator = relax.op.subtract if node.op == "Sinh" else relax.op.add
+    return node.emit(relax.op.multiply(operator(growing, falling), relax.const(0.5, node.dtype(0))))
+
+
+@rule("Mod")
+def _mod(node: Node) -> Any:
+    """Of floats, the remainder has the divisor's sign, or with ``fmod`` the dividend's."""
+    if node.form is Known:
+        return elementwise(node)
+    if node.form is not Tensor or not node.dtype(0).startswith("float"):
+        raise NotInForm
+    remainder = on_tensors(node, relax.op.mod)
+    if node.attributes.get("fmod", 0):
+        return remainder
+    divisor, zero = node.tensor(1), relax.const(0.0, remainder.dtype)
+    differ = relax.op.logical_xor(
+        relax.op.less(remainder.value, zero), relax.op.less(divisor, zero)
+    )
+    wrong = relax.op.logical_and(differ, relax.op.not_equal(remainder.value, zero))
+    moved = relax.op.add(remainder.value, divisor)
+    return node.emit(relax.op.where(wrong, moved, remainder.value))
+
+
+@rule("PRelu")
+def _prelu(node: Node) -> Any:
+    """Slopes broadcast as elsewhere, or go by channel as they did before opset 7."""
+    if node.form is not Tensor:
+        raise NotInForm
+    shape, slopes = node.shape(0), node.shape(1)
+    slope = node.input(1)
+    last = len(slopes) == 1 and (slopes[0] == 1 or node.sizes.equal(slopes[0], shape[-1]))
+    if len(slopes) == 1 and len(shape) > 1 and not last:
+        slope = slope.reshape([slopes[0], *[1] * (len(shape) - 2)])
+    data, zero = node.tensor(0), relax.const(0, node.dtype(0))
+    below = relax.op.multiply(slope.value, relax.op.minimum(data, zero))
+    return node.emit(relax.op.add(relax.op.maximum(data, zero), below))

@@ -13,7 +13,7 @@ from sparse_tvm.frontends.importer.known import Known
 from sparse_tvm.frontends.importer.rules import Node, rule
 from sparse_tvm.frontends.importer.sizes import Size, is_number
 from sparse_tvm.frontends.importer.tensors import Tensor
-from sparse_tvm.frontends.input_shapes import LARGEST
+from sparse_tvm.spec import LARGEST_SIZE
 
 
 @rule("Identity")
@@ -91,8 +91,12 @@ def _tile(node: Node) -> Form:
 
 @rule("Concat")
 def _concat(node: Node) -> Any:
-    first, *others = node.inputs()
-    return first.concat(others, node.axis()) if others else first
+    axis = node.axis()
+    parts = node.inputs()
+    if node.form is Tensor:
+        parts = [p for p in parts if not is_number(p.sizes_of_axes[axis], 0)] or parts[:1]
+    first, *others = parts
+    return first.concat(others, axis) if others else first
 
 
 @rule("Split")
@@ -143,7 +147,7 @@ def _window(node: Node, extent: Size, start: Size, end: Size, step: int) -> tupl
 
 def _within(bound: Size) -> Size:
     """Leave a bound that is compared with a symbolic size at run time to TVM."""
-    return max(min(bound, LARGEST), -LARGEST) if isinstance(bound, int) else bound
+    return max(min(bound, LARGEST_SIZE), -LARGEST_SIZE) if isinstance(bound, int) else bound
 
 
 @rule("Shape", "Size")
@@ -152,3 +156,31 @@ def _shape(node: Node) -> Known:
     if node.op == "Size":
         return Known.scalar(node.sizes.product(shape), "int64")
     return Known.shape(shape[node.attributes.get("start", 0) : node.attributes.get("end")])
+
+
+@rule("SpaceToDepth")
+def _space_to_depth(node: Node) -> Any:
+    if node.form is not Tensor:
+        raise NotInForm
+    batch, channels, height, width = node.shape(0)
+    block = node.attributes["blocksize"]
+    rows, columns = node.sizes.floordiv(height, block), node.sizes.floordiv(width, block)
+    split = node.input(0).reshape([batch, channels, rows, block, columns, block])
+    order = [0, 1, 3, 5, 2, 4] if node.attributes.get("mode") == b"CRD" else [0, 3, 5, 1, 2, 4]
+    depth = node.sizes.product([channels, block, block])
+    return split.transpose(order).reshape([batch, depth, rows, columns])
+
+
+@rule("DepthToSpace")
+def _depth_to_space(node: Node) -> Any:
+    if node.form is not Tensor:
+        raise NotInForm
+    batch, depth, rows, columns = node.shape(0)
+    block = node.attributes["blocksize"]
+    channels = node.sizes.floordiv(depth, block * block)
+    by_column = node.attributes.get("mode") == b"CRD"
+    blocks = [channels, block, block] if by_column else [block, block, channels]
+    order = [0, 1, 4, 2, 5, 3] if by_column else [0, 3, 4, 1, 5, 2]
+    split = node.input(0).reshape([batch, *blocks, rows, columns]).transpose(order)
+    height, width = node.sizes.product([rows, block]), node.sizes.product([columns, block])
+    return split.reshape([batch, channels, height, width])

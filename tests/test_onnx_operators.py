@@ -1,0 +1,137 @@
+"""Operators where TVM's importer leaves outputs or attributes out, or fails."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx_models import assert_same_as_onnxruntime, build, normal
+
+import sparse_tvm
+from sparse_tvm.errors import InputError, ModelError, OptionError
+from sparse_tvm.frontends.importer.model import import_onnx
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+@pytest.mark.parametrize("transformation", ["half_pixel", "asymmetric", "pytorch_half_pixel"])
+def test_resize_by_fractions(mode: str, transformation: str) -> None:
+    graph = f"""(float[1,2,7,9] x) => (float[1,2,9,5] y) {{
+        y = Resize<mode="{mode}", coordinate_transformation_mode="{transformation}">(x, , s)
+    }}"""
+    assert_same_as_onnxruntime(build(graph, s=np.array([1, 1, 1.3, 0.6], np.float32)))
+
+
+def test_resize_to_what_was_before_pooling() -> None:
+    graph = """(float[b,3,h,w] x) => (float[b,3,h,w] y) {
+        half = MaxPool<kernel_shape=[2,2], strides=[2,2]>(x)
+        shape = Shape(x)
+        y = Resize<mode="nearest", coordinate_transformation_mode="asymmetric",
+                   nearest_mode="floor">(half, , , shape)
+    }"""
+    sizes = [{"b": 1, "h": 4, "w": 6}, {"b": 2, "h": 7, "w": 5}]
+    assert_same_as_onnxruntime(build(graph), sizes=sizes)
+
+
+def test_resize_to_sizes_keeps_the_batch_symbolic() -> None:
+    graph = """(float[b,3,4,4] x) => (float[b,3,9,9] y) {
+        kept = Shape<start=0, end=2>(x)
+        sizes = Concat<axis=0>(kept, wanted)
+        y = Resize<mode="linear">(x, , , sizes)
+    }"""
+    assert_same_as_onnxruntime(build(graph, wanted=np.array([9, 9])), sizes=[{"b": 1}, {"b": 3}])
+
+
+def test_flatten_from_the_end() -> None:
+    graph = "(float[2,3,4,5] x) => (float[6,20] y) { y = Flatten<axis=-2>(x) }"
+    assert_same_as_onnxruntime(build(graph))
+
+
+def test_layer_normalization_returns_mean_and_inverse_deviation() -> None:
+    graph = """(float[2,3,8] x) => (float[2,3,8] y, float[2,3,1] m, float[2,3,1] d) {
+        y, m, d = LayerNormalization(x, w, b)
+    }"""
+    assert_same_as_onnxruntime(build(graph, w=normal(8), b=normal(8)))
+
+
+def test_transposed_convolution_of_a_wanted_shape() -> None:
+    graph = """(float[1,2,3,3] x) => (float[1,4,10,8] y) {
+        y = ConvTranspose<strides=[3,2], output_shape=[10,8]>(x, w)
+    }"""
+    assert_same_as_onnxruntime(build(graph, w=normal(2, 4, 3, 3)))
+
+
+def test_dropout_returns_a_mask_of_booleans() -> None:
+    graph = "(float[2,3] x) => (float[2,3] y, bool[2,3] m) { y, m = Dropout(x) }"
+    assert_same_as_onnxruntime(build(graph))
+
+
+def test_infinities_of_one_sign() -> None:
+    graph = """(float[4] x) => (bool[4] up, bool[4] down) {
+        y = Mul(x, large)
+        z = Mul(y, large)
+        up = IsInf<detect_negative=0>(z)
+        down = IsInf<detect_positive=0>(z)
+    }"""
+    assert_same_as_onnxruntime(build(graph, opset=20, large=np.float32(1e30)))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "y = Sinh(x)",
+        "y = Cosh(x)",
+        "y = PRelu(x, slope)",
+        "i = Cast<to=7>(x) p = Pow(i, five) y = Cast<to=1>(p)",
+        "y = Pow(x, two)",
+        "a, b = Split<axis=1>(x, parts) y = Concat<axis=1>(b, a)",
+        "none = Slice(x, four, four, one) y = Concat<axis=1>(none, x)",
+    ],
+)
+def test_operators_that_ended_in_internal_errors(body: str) -> None:
+    tensors = {"five": np.array(5), "two": np.array(2), "parts": np.array([0, 4])}
+    tensors |= {"four": np.array([4]), "one": np.array([1]), "slope": normal(4)}
+    graph = f"(float[3,4] x) => (float[3,4] y) {{ {body} }}"
+    assert_same_as_onnxruntime(build(graph, opset=18, **tensors))
+
+
+def test_largest_of_booleans() -> None:
+    graph = """(float[3,4] x) => (bool[3] y) {
+        b = Greater(x, zero)
+        y = ReduceMax<keepdims=0>(b, one)
+    }"""
+    model = build(graph, opset=20, zero=np.float32(0), one=np.array([1]))
+    assert_same_as_onnxruntime(model)
+
+
+WINDOWS = """(float[1,1,length] x) => (float[1,4,n] y) {
+    a = Conv<strides=[5]>(x, w)
+    b = Relu(a)
+    y = Conv<strides=[2]>(b, v)
+}"""
+
+
+def test_windows_demand_a_least_size(tmp_path) -> None:
+    model = build(WINDOWS, w=normal(4, 1, 10), v=normal(4, 4, 3))
+    result = sparse_tvm.compile(model, tmp_path / "model.so")
+    assert result.manifest["bounds"]["length"][0] == 20
+    loaded = sparse_tvm.load(tmp_path / "model.so")
+    assert loaded.run({"x": np.zeros((1, 1, 20), np.float32)})["y"].shape == (1, 4, 1)
+    with pytest.raises(InputError, match="length is 19, but must be 20 or more"):
+        loaded.run({"x": np.zeros((1, 1, 19), np.float32)})
+
+
+def test_windows_that_never_fit_are_refused() -> None:
+    model = build(WINDOWS, w=normal(4, 1, 10), v=normal(4, 4, 3))
+    with pytest.raises(ModelError, match="larger than what it moves over"):
+        import_onnx(model, {"x": (1, 1, 5)})
+    with pytest.raises(OptionError, match="needs at least 20"):
+        import_onnx(model, {"x": (1, 1, range(1, 512))})
+
+
+@pytest.mark.parametrize("opset", [7, 9])
+def test_old_opsets_are_converted(opset: int) -> None:
+    graph = """(float[n,8] x) => (float[n,4] y) {
+        a = MatMul(x, w)
+        b = Relu(a)
+        y = Softmax<axis=1>(b)
+    }"""
+    assert_same_as_onnxruntime(build(graph, opset=opset, w=normal(8, 4)), sizes=[{"n": 3}])
