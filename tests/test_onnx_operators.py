@@ -135,3 +135,28 @@ def test_old_opsets_are_converted(opset: int) -> None:
         y = Softmax<axis=1>(b)
     }"""
     assert_same_as_onnxruntime(build(graph, opset=opset, w=normal(8, 4)), sizes=[{"n": 3}])
+
+
+def test_dimensions_that_are_sums_of_others(tmp_path) -> None:
+    """As decoders have them that take what they computed before."""
+    graph = """(float[b,2,past,8] before, float[b,2,new,8] k, float[b,1,1,total] mask)
+            => (float[b,2,new,total] y) {
+        all = Concat<axis=2>(before, k)
+        turned = Transpose<perm=[0,1,3,2]>(all)
+        scores = MatMul(k, turned)
+        masked = Add(scores, mask)
+        y = Softmax<axis=-1>(masked)
+    }"""
+    model = build(graph)
+    model.graph.input[2].type.tensor_type.shape.dim[3].dim_param = "past + new"
+    model.graph.output[0].type.tensor_type.shape.dim[3].dim_param = "past + new"
+    sparse_tvm.compile(model, tmp_path / "model.so")
+    loaded = sparse_tvm.load(tmp_path / "model.so")
+
+    def run(total: int) -> np.ndarray:
+        shapes = {"before": (1, 2, 5, 8), "k": (1, 2, 1, 8), "mask": (1, 1, 1, total)}
+        return loaded.run({n: np.zeros(s, np.float32) for n, s in shapes.items()})["y"]
+
+    assert run(6).shape == (1, 2, 1, 6)
+    with pytest.raises(InputError, match="past \\+ new is 7, not 6"):
+        run(7)
