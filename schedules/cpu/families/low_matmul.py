@@ -42,6 +42,11 @@ _UNSTRUCTURED = "csr"
 """The wish for a sparse weight without blocks."""
 
 
+_STREAMED = 3.0
+"""Bytes of weights per cycle from the last cache, measured with BERT-base's layers in a row: such
+kernels leave little time to hide them in."""
+
+
 def precision_of(op: Dense) -> Precision | None:
     """What the weight and the input are multiplied in; None if not alike or not known."""
     types = op.types
@@ -151,7 +156,7 @@ class DotFamily(_LowPrecisionFamily):
         spilled = 1.5 if rows * group * simd.per_tile > simd.accumulators else 1.0
         block = max(rows * dot.cycles * spilled, line) * group + costs.index
         finish = n * group * 4.0 + -(-n // rows) * costs.row
-        streamed = blocks * (rows * 4 + 2) / costs.streamed
+        streamed = blocks * (rows * 4 + 2) / min(_STREAMED, costs.streamed)
         return target.seconds((blocks * block + finish + streamed) * tiles / group)
 
     def pack(
@@ -196,6 +201,9 @@ class TileFamily(_LowPrecisionFamily):
     # outputs; one of gathered lines, which are copied besides; a row of sixteen results; a line
     # that is expanded; a block row.
     _STEP, _GATHER, _GATHERED_STEP, _RESULT, _LINE, _ROW = 70.0, 76.0, 42.0, 8.0, 3.0, 60.0
+    _NEAR, _FAR_LINE = 96 << 10, 8.0
+    """Bytes of expanded lines beyond which each takes longer, and how much with twice as many."""
+
     _ONE_TILE = 0.65
     """What the steps cost with one tile of tokens instead of two."""
 
@@ -240,14 +248,16 @@ class TileFamily(_LowPrecisionFamily):
             each = self._GATHER + self._GATHERED_STEP * height
         elif form == "expand":
             lines = whole * height * TILE_ROWS
-            # Hidden behind the products of enough tokens.
-            expanded = lines * self._LINE * (1 + 2 / tiles)
+            # Hidden behind the products of enough tokens; two block rows wait in memory.
+            waiting = 2 * lines / block_rows * LINES * 4
+            far = max(0.0, waiting / self._NEAR - 1)
+            expanded = lines * (self._LINE + self._FAR_LINE * far) * (1 + 2 / tiles)
             stored_bytes = weight.nonzeros * 4 / precision.unit + lines * 2 * precision.unit
         if form != "expand":
             stored_bytes = steps * height * TILE_ROWS * LINES * 4
         products = steps * each * (tiles // 2 + self._ONE_TILE * (tiles % 2))
         results = tiles * n * self._RESULT + block_rows * self._ROW
-        streamed = stored_bytes / target.costs.streamed
+        streamed = stored_bytes / min(_STREAMED, target.costs.streamed)
         return target.seconds(products + results + expanded + streamed)
 
     def pack(
