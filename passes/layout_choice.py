@@ -72,7 +72,7 @@ def choose(
 
     def made(pairs: list[tuple[float, Layout]], asked: Wish | None, why: str) -> Choice:
         seconds, layout = best(pairs)
-        reason = f"{why}predicted {dense_seconds / seconds:.1f}x dense"
+        reason = why + _compared(seconds, dense_seconds)
         if asked is not None and asked.block is not None and asked.block != layout.block:
             reason += "; {}x{} stored as {}x{}".format(*asked.block, *layout.block)
         return Choice(layout, reason, seconds, dense_seconds)
@@ -99,3 +99,9 @@ def choose(
     if choice.seconds * _MARGIN >= dense_seconds:
         return kept(f"sparsity {weight.sparsity:.1%} does not pay: {choice.reason}")
     return choice
+
+
+def _compared(seconds: float, dense_seconds: float) -> str:
+    if seconds <= dense_seconds:
+        return f"{dense_seconds / seconds:.1f}x faster than dense (predicted)"
+    return f"{seconds / dense_seconds:.1f}x slower than dense (predicted)"

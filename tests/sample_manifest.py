@@ -15,7 +15,7 @@ def sample_layer(name: str, sparsity: float, **changes: Any) -> dict[str, Any]:
         "block": [4, 1],
         "kernel": "bsr_4x1_3072x768_bias_gelu_residual",
         "epilogue": ["bias", "gelu"],
-        "reason": "rule value=csr; predicted 7.6x dense",
+        "reason": "rule value=csr; 7.6x faster than dense (predicted)",
         "bytes": 1_200_000,
         "precision": "float32",
     }

@@ -89,7 +89,9 @@ def test_reasons(compiled):
     assert reasons[f"{prefix}.0.attention.output.dense"] == f"rule {RULES[0]}"
     assert reasons[f"{prefix}.1.intermediate.dense"].startswith(f"rule {RULES[1]}; predicted")
     assert reasons[f"{prefix}.1.attention.self.value"].startswith(f"rule {RULES[2]}; predicted")
-    assert re.fullmatch(r"predicted \d+\.\dx dense", reasons[f"{prefix}.0.attention.self.query"])
+    assert re.fullmatch(
+        r"\d+\.\dx faster than dense \(predicted\)", reasons[f"{prefix}.0.attention.self.query"]
+    )
     assert reasons[f"{prefix}.0.output.dense"] == "no zeros"
 
 

@@ -8,12 +8,18 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from sample_manifest import sample_manifest
+from sample_manifest import sample_layer, sample_manifest
 
 from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.errors import OptionError, OutputError
 from sparse_tvm.report import check_report_path, write_report
-from sparse_tvm.report.content import human_bytes, human_count, human_percent
+from sparse_tvm.report.content import (
+    human_bytes,
+    human_count,
+    human_percent,
+    nothing_sparse,
+)
+from sparse_tvm.report.groups import common_prefix, grouped
 from sparse_tvm.report.tables import fold_name, layer_table, print_summary
 
 
@@ -101,9 +107,47 @@ def test_tables_fit_the_console_and_keep_every_word(width: int) -> None:
     text = capture.get()
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
-    for word in ("predicted", "7.6x", "dense", "(fill", "1.00)", "gelu"):
-        assert text.count(word) >= 24, word
-    assert layer_table(sample_manifest(depth=12)).row_count == 25
+    for word in ("(predicted)", "7.6x", "faster", "dense", "(fill", "1.00)", "gelu", "layer.0-11."):
+        assert text.count(word) >= 2, word
+    assert layer_table(sample_manifest(depth=12)).row_count == 3
+    assert text.splitlines()[-1] == "next: sparse-tvm bench model.so"
+
+
+def test_layers_that_repeat_share_a_row() -> None:
+    assert grouped(
+        [
+            ("layer.0.query", "bsr 4x1", "9.1x faster"),
+            ("layer.0.key", "csr", "9.1x faster"),
+            ("layer.1.query", "bsr 4x1", "8.7x faster"),
+            ("layer.2.query", "bsr 8x1", "8.7x faster"),
+            ("layer.3.query", "bsr 4x1", "10.0x faster"),
+            ("layer.1.conv2.weight", "dense", ""),
+        ]
+    ) == [
+        ("layer.0-1,3.query", "bsr 4x1", "8.7-10.0x faster"),
+        ("layer.0.key", "csr", "9.1x faster"),
+        ("layer.2.query", "bsr 8x1", "8.7x faster"),
+        ("layer.1.conv2.weight", "dense", ""),
+    ]
+
+
+def test_what_all_names_begin_with_is_found() -> None:
+    assert common_prefix(["bert.encoder.0.query", "bert.embeddings"]) == "bert."
+    assert common_prefix(["bert.encoder.0", "bert.encoder.10"]) == "bert.encoder."
+    assert common_prefix(["query", "key"]) == ""
+    assert common_prefix(["bert.query"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("sparsities", "says"),
+    [([], "no layer"), ([0.0, 0.0], "hold no zeros"), ([0.3, 0.0], "--layer")],
+)
+def test_a_model_that_gains_nothing_is_warned_of(sparsities: list[float], says: str) -> None:
+    layers = [sample_layer(f"l{n}", s, format="dense") for n, s in enumerate(sparsities)]
+    warning = nothing_sparse({"layers": layers})
+    assert warning is not None
+    assert says in warning
+    assert nothing_sparse(sample_manifest()) is None
 
 
 def test_long_names_break_at_their_parts() -> None:

@@ -124,13 +124,14 @@ def _shape(shape: list[int | str]) -> str:
 
 def _weight_table(layers: list[dict[str, Any]]) -> Table:
     from sparse_tvm.cli.tables import name_cell, plain_table, shape_cell
+    from sparse_tvm.report.groups import grouped
     from sparse_tvm.report.tables import human_count, human_percent
 
     numbers = ("non-zeros", "sparsity")
     table = plain_table("layer", "op", "shape", *numbers, "structure", "origin", numbers=numbers)
-    for layer in layers:
-        table.add_row(
-            name_cell(layer["name"]),
+    rows = [
+        (
+            layer["name"],
             layer["op"],
             shape_cell(layer["shape"]),
             human_count(layer["nnz"]),
@@ -138,6 +139,10 @@ def _weight_table(layers: list[dict[str, Any]]) -> Table:
             layer["structure"],
             layer["origin"] or "",
         )
+        for layer in layers
+    ]
+    for name, *cells in grouped(rows):
+        table.add_row(name_cell(name), *cells)
     return table
 
 

@@ -90,19 +90,24 @@ def _layer_table(report: PruneReport) -> Table:
     from rich.text import Text
 
     from sparse_tvm.cli.tables import name_cell, plain_table, shape_cell
+    from sparse_tvm.report.groups import grouped
     from sparse_tvm.report.tables import human_percent
 
     numbers = ("before", "after")
     table = plain_table("layer", "op", "shape", *numbers, "structure", numbers=numbers)
-    for layer in report.layers:
-        table.add_row(
-            name_cell(layer.name),
+    rows = [
+        (
+            layer.name,
             layer.op,
             shape_cell(layer.shape),
             human_percent(layer.before),
             human_percent(layer.after),
             layer.structure,
         )
+        for layer in report.layers
+    ]
+    for name, *cells in grouped(rows):
+        table.add_row(name_cell(name), *cells)
     for name, reason in report.skipped.items():
         table.add_row(name_cell(name), "", "", "", "", Text(f"skipped: {reason}"))
     return table

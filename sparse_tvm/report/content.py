@@ -83,6 +83,24 @@ def summary_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def nothing_sparse(manifest: Mapping[str, Any]) -> str | None:
+    """Return what to do where no layer became sparse, so that the model gains nothing."""
+    layers = manifest["layers"]
+    if any(layer["format"] != "dense" for layer in layers):
+        return None
+    if not layers:
+        return "nothing became sparse: the model has no layer whose weights could be"
+    if not any(layer["sparsity"] for layer in layers):
+        return (
+            "nothing became sparse: the weights hold no zeros; prune the model while training it, "
+            "or try `sparse-tvm prune MODEL -o PRUNED --sparsity 0.9 --structure 4x1`"
+        )
+    return (
+        "nothing became sparse; the reasons are in the table. More zeros pay, and so do zeros in "
+        "blocks, as of `sparse-tvm prune --structure 16x1`; --layer REGEX=FORMAT insists"
+    )
+
+
 def verification_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (output name, largest difference and tolerance) pairs; empty when not verified."""
     verification = manifest["verification"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,16 @@ from rich.table import Table
 from rich.text import Text
 
 from sparse_tvm.report.content import (
-    LayerRow,
     human_bytes,
     human_count,
     human_percent,
     layer_rows,
+    nothing_sparse,
     summary_facts,
     verification_facts,
     verification_title,
 )
+from sparse_tvm.report.groups import common_prefix, grouped
 
 __all__ = [
     "fact_table",
@@ -33,45 +35,66 @@ __all__ = [
 ]
 
 WIDE = 100
+"""Columns from which on everything about a layer has a column of its own."""
+
 NAME_WIDTH = 24
 STRUCTURE_WIDTH = 12
 KERNEL_WIDTH = 21
+_OTHER_COLUMNS = 46  # of the narrow table: shape, sparsity, format, and what parts them
 
 
 def layer_table(manifest: Mapping[str, Any], width: int = WIDE) -> Table:
     """Return the table of a manifest's layers: what each became, and why.
 
-    With fewer than :data:`WIDE` columns of `width`, names may break inside words.
+    Layers that repeat share a row, and what all names begin with is said once, in the header.
+    With fewer than :data:`WIDE` columns of `width`, the reason stands under the name.
     """
     rows = layer_rows(manifest)
-    name_header, kernel_header = "layer", "format, kernel"
-    kernel_width = KERNEL_WIDTH + max(0, width - WIDE) // 2
-    names = [fold_name(row.name) for row in rows]
-    kernels = [_format_and_kernel(row, kernel_width) for row in rows]
+    prefix = common_prefix([row.name for row in rows])
+    cells = grouped([(row.name.removeprefix(prefix), *row.cells[1:]) for row in rows])
+    header = f"layer ({prefix}...)" if prefix else "layer"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    fixed: dict[str, int] = {}
-    if width >= WIDE:  # only the reason gives way
-        fixed = {
-            "name": min(_widest([name_header, *names]), NAME_WIDTH),
-            "structure": STRUCTURE_WIDTH,
-            "kernel": min(_widest([kernel_header, *map(str, kernels)]), kernel_width),
-        }
-    table.add_column(name_header, overflow="fold", width=fixed.get("name"))
+    (_wide_rows if width >= WIDE else _narrow_rows)(table, fold_name(header), cells, width)
+    return table
+
+
+def _wide_rows(table: Table, header: str, rows: list[tuple[str, ...]], width: int) -> None:
+    kernel_width = KERNEL_WIDTH + max(0, width - WIDE) // 2
+    names = [fold_name(name) for name, *_ in rows]
+    kernels = [
+        _format_and_kernel(format, kernel, epilogue, kernel_width)
+        for *_, format, kernel, epilogue, _ in rows
+    ]
+    kernel_header = "format, kernel"
+    table.add_column(header, width=min(_widest([header, *names]), NAME_WIDTH))
     table.add_column("shape", no_wrap=True)
     table.add_column("sparsity", justify="right", no_wrap=True)
-    table.add_column("structure", width=fixed.get("structure"), max_width=STRUCTURE_WIDTH)
-    table.add_column(kernel_header, overflow="fold", width=fixed.get("kernel"))
-    table.add_column("reason", overflow="fold")
-    for name, kernel, row in zip(names, kernels, rows, strict=True):
+    table.add_column("structure", width=STRUCTURE_WIDTH)
+    table.add_column(
+        kernel_header, width=min(_widest([kernel_header, *map(str, kernels)]), kernel_width)
+    )
+    table.add_column("reason")  # only the reason gives way
+    for name, kernel, (_, shape, sparsity, structure, *_, reason) in zip(
+        names, kernels, rows, strict=True
+    ):
+        table.add_row(Text(name), shape, sparsity, Text(structure), kernel, Text(reason))
+
+
+def _narrow_rows(table: Table, header: str, rows: list[tuple[str, ...]], width: int) -> None:
+    table.add_column(header, ratio=1, overflow="fold")
+    table.add_column("shape", no_wrap=True)
+    table.add_column("sparsity", justify="right", no_wrap=True)
+    table.add_column("format", max_width=KERNEL_WIDTH)
+    table.expand = True
+    name_width = max(width - _OTHER_COLUMNS, NAME_WIDTH)
+    for name, shape, sparsity, structure, format, _kernel, epilogue, reason in rows:
+        known = f"{structure}; {reason}" if structure != format else reason
         table.add_row(
-            Text(name),
-            row.shape,
-            row.sparsity,
-            Text(row.structure),
-            kernel,
-            Text(row.reason),
+            Text.assemble(fold_name(name, name_width), "\n", (known, "dim")),
+            shape,
+            sparsity,
+            _format_and_kernel(format, "", epilogue, KERNEL_WIDTH),
         )
-    return table
 
 
 def fact_table(facts: list[tuple[str, str]]) -> Table:
@@ -89,11 +112,14 @@ def print_summary(console: Console, manifest: Mapping[str, Any], output: Path) -
     console.print(layer_table(manifest, console.width))
     for note in manifest["notes"]:
         console.print(Text.assemble(("note: ", "dim"), note))
+    if warning := nothing_sparse(manifest):
+        console.print(Text.assemble(("warning: ", "bold yellow"), warning))
     console.print(fact_table(summary_facts(manifest)))
     console.print()
     console.print(Text(verification_title(manifest)))
     console.print(fact_table(verification_facts(manifest)))
     console.print(Text.assemble("wrote ", (str(output), "bold")), soft_wrap=True)
+    console.print(Text(f"next: sparse-tvm bench {shlex.quote(str(output))}"), soft_wrap=True)
 
 
 def fold_name(name: str, width: int = NAME_WIDTH, separators: str = "./") -> str:
@@ -112,9 +138,11 @@ def _widest(cells: Iterable[str]) -> int:
     return max((len(line) for cell in cells for line in cell.splitlines()), default=0)
 
 
-def _format_and_kernel(row: LayerRow, width: int) -> Text:
+def _format_and_kernel(format: str, kernel: str, epilogue: str, width: int) -> Text:
     """Return ``bsr 4x1 + bias + gelu`` over the kernel's name, folded to `width`."""
-    kernel = fold_name(row.kernel, width, separators="_")
-    style = "dim" if row.format == "dense" else "green"
-    epilogue = f" + {row.epilogue}" if row.epilogue else ""
-    return Text.assemble((row.format, style), epilogue, "\n", (kernel, "dim"))
+    text = Text.assemble((format, "dim" if format == "dense" else "green"))
+    if epilogue:
+        text.append(f" + {epilogue}")
+    if kernel:
+        text.append("\n" + fold_name(kernel, width, separators="_"), "dim")
+    return text

@@ -95,7 +95,7 @@ def test_reports():
         found.label,
     )
     assert report.epilogue == ("bias", "relu")
-    assert "x dense" in report.reason
+    assert "than dense (predicted)" in report.reason
     stored = [a.nbytes for name, a in after.weights.items() if name.startswith("sparse_fc.")]
     assert report.bytes == sum(stored)
     plain = after.reports["plain"]
