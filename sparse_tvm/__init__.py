@@ -23,13 +23,24 @@ if TYPE_CHECKING:
     from sparse_tvm.compiler import compile
     from sparse_tvm.inspection import inspect
     from sparse_tvm.runtime import load
+    from sparse_tvm.session import InferenceSession
     from sparse_tvm.sparsity.pruning import prune
 
-__all__ = ["__version__", "bench", "compile", "errors", "inspect", "load", "prune"]
+__all__ = [
+    "InferenceSession",
+    "__version__",
+    "bench",
+    "compile",
+    "errors",
+    "inspect",
+    "load",
+    "prune",
+]
 
 _HOMES = {
     "bench": "sparse_tvm.benchmark",
     "compile": "sparse_tvm.compiler",
+    "InferenceSession": "sparse_tvm.session",
     "inspect": "sparse_tvm.inspection",
     "load": "sparse_tvm.runtime",
     "prune": "sparse_tvm.sparsity.pruning",

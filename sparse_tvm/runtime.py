@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -123,6 +123,7 @@ class Model:
         self.bounds: dict[str, tuple[int, int]] = {
             name: (low, high) for name, (low, high) in manifest.get("bounds", {}).items()
         }
+        self._closed = False
         self._machine = machine
         self._device = device
         self._staged = [_Staged(spec, device) for spec in self.inputs]
@@ -138,14 +139,32 @@ class Model:
             f"{self.manifest['target']['name']}, {self.threads} threads>"
         )
 
-    def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory of weights and inputs back. No run may follow."""
+        self._machine.call(self._release)
+
+    def _release(self) -> None:
+        self._closed = True
+        self._weights, self._staged, self._mapped = None, [], np.empty(0, np.uint8)
+
+    def run(self, *inputs: Any, into: Callable[[Any], Any] | None = None) -> dict[str, Any]:
         """Run the model once.
 
         Parameters
         ----------
-        inputs : Mapping[str, np.ndarray]
-            One array per input, by name, of exactly the dtype and shape in :attr:`inputs`; any
-            alignment, strides and byte order. Lists of Python numbers take the input's dtype.
+        inputs : Mapping[str, array] | arrays
+            One array per input, by name or in the order of :attr:`inputs`, of exactly the dtype
+            and shape there; any alignment, strides and byte order. NumPy's, or of whatever else
+            speaks DLPack, such as PyTorch. Lists of Python numbers take the input's dtype.
+        into : Callable[[Any], Any] | None
+            What outputs are handed to, such as ``torch.from_dlpack``, which copies nothing; they
+            are NumPy's arrays by default.
 
         Returns
         -------
@@ -155,10 +174,12 @@ class Model:
         Raises
         ------
         InputError
-            When an input is missing, unknown, or of another dtype or shape.
+            When an input is missing, unknown, or of another dtype or shape, or the model closed.
         """
-        arrays = self._checked(inputs)
+        arrays = self._checked(self._named(inputs))
         results = self._machine.call(self._execute, self._machine.main, arrays)
+        if into is not None:
+            results = [into(result) for result in results]
         return {spec.name: result for spec, result in zip(self.outputs, results, strict=True)}
 
     def trace(self, inputs: Mapping[str, Any], runs: int = 1) -> list[list[Call]]:
@@ -191,13 +212,26 @@ class Model:
             traces.append(calls.copy())
         return traces
 
-    def _checked(self, inputs: Mapping[str, Any]) -> list[np.ndarray]:
-        """Return the inputs as arrays in the model's order."""
-        if not isinstance(inputs, Mapping):
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise InputError(f"{self.path.name} is closed", hint="load it again")
+
+    def _named(self, inputs: Sequence[Any]) -> Mapping[str, Any]:
+        """Return inputs by name that were given so, or in the model's order."""
+        if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+            return inputs[0]
+        if len(inputs) != len(self.inputs):
+            given = ", ".join(type(value).__name__ for value in inputs) or "nothing"
             raise InputError(
-                f"{self.path.name}: the inputs are a {type(inputs).__name__}, not arrays by name",
+                f"{self.path.name}: the inputs are {given}, neither arrays by name nor one for "
+                f"each of {len(self.inputs)}",
                 hint=f"the model takes {', '.join(map(str, self.inputs))}",
             )
+        return {spec.name: value for spec, value in zip(self.inputs, inputs, strict=True)}
+
+    def _checked(self, inputs: Mapping[str, Any]) -> list[np.ndarray]:
+        """Return the inputs as arrays in the model's order."""
+        self._refuse_if_closed()
         if len(inputs) != len(self._staged) or any(
             staged.spec.name not in inputs for staged in self._staged
         ):
@@ -235,6 +269,7 @@ class Model:
 
     def _execute(self, main: Any, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run `main`; the machine sees to it that nothing else touches the staged inputs."""
+        self._refuse_if_closed()  # it may have been while this run waited for its turn
         shapes = tuple(array.shape for array in arrays)
         self._memory.before_run(shapes, sum(array.nbytes for array in arrays))
         tensors = [staged.fill(array) for staged, array in zip(self._staged, arrays, strict=True)]
@@ -280,9 +315,10 @@ class _Staged:
         return self.buffer.tensor
 
     def _as_array(self, value: Any) -> np.ndarray:
+        # Ragged lists, and tensors of another device or that need gradients, are refused.
         try:
-            array = np.asarray(value)
-        except (ValueError, TypeError, OverflowError, RecursionError) as error:  # ragged lists
+            array = np.from_dlpack(value) if _speaks_dlpack(value) else np.asarray(value)
+        except (BufferError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise self._mismatch(f"is not an array: {error}") from error
         is_plain = isinstance(value, (list, tuple, bool, int, float))
         if is_plain and np.can_cast(array.dtype, self._dtype, "same_kind"):
@@ -304,6 +340,10 @@ class _Staged:
 
     def _mismatch(self, problem: str, hint: str | None = None) -> InputError:
         return InputError(f"input {self.spec.name!r} {problem}", hint=hint)
+
+
+def _speaks_dlpack(value: Any) -> bool:
+    return hasattr(value, "__dlpack__") and not isinstance(value, np.generic)
 
 
 def _check_machine(path: str | os.PathLike[str], target: Mapping[str, Any]) -> None:

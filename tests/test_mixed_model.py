@@ -87,8 +87,8 @@ def test_reasons(compiled):
     reasons = {name: layer["reason"] for name, layer in layers_of(compiled.manifest).items()}
     prefix = "encoder.layer"
     assert reasons[f"{prefix}.0.attention.output.dense"] == f"rule {RULES[0]}"
-    assert reasons[f"{prefix}.1.intermediate.dense"].startswith(f"rule {RULES[1]}; predicted")
-    assert reasons[f"{prefix}.1.attention.self.value"].startswith(f"rule {RULES[2]}; predicted")
+    assert reasons[f"{prefix}.1.intermediate.dense"].startswith(f"rule {RULES[1]}; ")
+    assert reasons[f"{prefix}.1.attention.self.value"].startswith(f"rule {RULES[2]}; ")
     assert re.fullmatch(
         r"\d+\.\dx faster than dense \(predicted\)", reasons[f"{prefix}.0.attention.self.query"]
     )

@@ -7,6 +7,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import artifacts
 import numpy as np
@@ -140,8 +141,51 @@ def test_wrong_inputs(model: Model, change: dict, message: str) -> None:
 
 @pytest.mark.parametrize("inputs", [np.zeros((8, 64), np.float32), [1.0], None, "x"])
 def test_inputs_without_names(model: Model, inputs: object) -> None:
-    with pytest.raises(InputError, match=r"small\.so: the inputs are a .*takes x float32"):
-        model.run(inputs)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"small\.so: the inputs are .*takes x float32"):
+        model.run(inputs)
+
+
+class Foreign:
+    """An array of a library that NumPy knows only through DLPack."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.array.__dlpack_device__()
+
+
+def test_inputs_in_order_and_by_dlpack(model: Model) -> None:
+    values = artifacts.inputs()
+    expected = artifacts.expected(values)
+    np.testing.assert_allclose(model.run(values["x"], values["ids"])["y"], expected, atol=1e-5)
+    foreign = {name: Foreign(array) for name, array in values.items()}
+    np.testing.assert_allclose(model.run(foreign)["y"], expected, atol=1e-5)
+
+
+def test_outputs_go_into_another_library_without_a_copy(model: Model) -> None:
+    kept: list[np.ndarray] = []
+
+    def into(array: np.ndarray) -> Foreign:
+        kept.append(array)
+        return Foreign(array)
+
+    outputs = model.run(artifacts.inputs(), into=into)
+    assert all(
+        np.shares_memory(outputs[s.name].array, a) for s, a in zip(model.outputs, kept, strict=True)
+    )
+    assert [type(value) for value in outputs.values()] == [Foreign] * 3
+
+
+def test_a_model_is_closed_at_the_end_of_its_context(tmp_path: Path) -> None:
+    with load(artifacts.write(tmp_path / "small.so")) as model:
+        outputs = model.run(artifacts.inputs())
+    np.testing.assert_allclose(outputs["y"], artifacts.expected(artifacts.inputs()), atol=1e-5)
+    with pytest.raises(InputError, match=r"small\.so is closed"):
+        model.run(artifacts.inputs())
 
 
 @pytest.mark.parametrize("value", [object(), {"a": 1}, [2**70], [None], [[[]]], 1j, b"x"])
