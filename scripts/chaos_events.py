@@ -182,8 +182,7 @@ class Events:
         await asyncio.sleep(self._rng.uniform(0, 1.5))
 
     async def _take_away(self) -> None:
-        if len(self._versions()) > 1:
-            self._remove(self._newest)
+        self._remove(self._versions()[-1])
         await self._kill_one()
 
     def _put(self, data: bytes) -> None:
@@ -200,6 +199,7 @@ class Events:
         return sorted(int(path.name) for path in self._model.iterdir())
 
     def _remove(self, version: int) -> None:
+        """Remove a version, unless it is the only one."""
         if self._versions() != [version]:
             shutil.rmtree(self._model / str(version))
 
