@@ -263,6 +263,35 @@ def resident(server: LocalServer) -> int:
     return pages * 4096
 
 
+def send_slowly(connection: socket.socket, data: bytes) -> None:
+    for start in range(0, len(data), 1 << 16):
+        connection.sendall(data[start : start + (1 << 16)])
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [b"0\r\n" + b"x: y\r\n" * (1 << 20), b"0\r\nx: " + b"y" * (6 << 20), b"1;" + b"e" * (6 << 20)],
+    ids=["trailers", "trailer", "extension"],
+)
+def test_chunks_and_trailers_without_end(server: LocalServer, endless: bytes) -> None:
+    before = peak_bytes(server.process.pid)
+    with socket.create_connection(("127.0.0.1", server.http), timeout=5) as connection:
+        connection.sendall(f"POST {INFER} HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n".encode())
+        with pytest.raises(OSError, match=r"reset|Broken pipe"):
+            send_slowly(connection, endless)
+    assert peak_bytes(server.process.pid) - before < 4 * MIB
+
+
+def test_bodies_in_tiny_chunks_are_taken(server: LocalServer) -> None:
+    body = json.dumps(infer_body(IDS)).encode()
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
+    with socket.create_connection(("127.0.0.1", server.http), timeout=5) as connection:
+        head = f"POST {INFER} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+        connection.sendall(head.encode() + chunks + b"0\r\ntrailer: x\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+
+
 def test_connections_are_bounded(artifact: Path) -> None:
     with serving([artifact], "--max-connections", "20") as server:
         connections = [

@@ -10,6 +10,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 _HEADER_SECONDS = 15.0
 _HEADER_BYTES = 64 << 10
 _LEAST_READ = 16 << 10  # bytes
+_FRAMING = 16
+"""Bytes around one byte of a body in chunks; a chunk of one byte takes five."""
+
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 1\r\n"
     b"connection: close\r\n\r\n"
@@ -38,7 +41,7 @@ class GuardedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         self._timer: asyncio.TimerHandle | None = None
         self._reading_timer: asyncio.TimerHandle | None = None
         self._unread = 0
-        self._header_bytes = 0
+        self._header_bytes = self._framing_bytes = self._body_bytes = 0
         self._in_body = False
 
     def connection_made(self, transport: Any) -> None:
@@ -82,11 +85,26 @@ class GuardedProtocol(HttpToolsProtocol):  # type: ignore[misc]
 
     def data_received(self, data: bytes) -> None:
         """Parse more data, unless headers have grown too large."""
-        if not self._in_body:
+        if self._in_body:
+            self._framing_bytes += len(data)
+        else:
             self._header_bytes += len(data)
         super().data_received(data)
         if not self._in_body and self._header_bytes > _HEADER_BYTES:
             self._give_up("headers too large")
+        if self._in_body and self._framing_bytes > _HEADER_BYTES + _FRAMING * self._body_bytes:
+            self._give_up("chunks or trailers too large")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; what follows a body in chunks is read by nobody, and may have no end."""
+        if not self._in_body:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of the body."""
+        self._framing_bytes -= len(body)
+        self._body_bytes += len(body)
+        super().on_body(body)
 
     def on_message_begin(self) -> None:
         """Start a request; on a connection kept alive, its headers must come in time too."""
@@ -98,7 +116,7 @@ class GuardedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         """Start to answer."""
         self._stop_timer()
         self._in_body = True
-        self._header_bytes = 0
+        self._header_bytes = self._framing_bytes = self._body_bytes = 0
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
