@@ -40,7 +40,7 @@ def link(
     arguments += ["-lm"]
     failures = []
     wanted = triple or f"{architecture()}-linux-gnu"
-    for name, command in _linkers(wanted):
+    for name, command in linkers(wanted):
         failure = _run([*command, *arguments]) if command else "not found"
         if failure is None:
             return
@@ -65,20 +65,20 @@ def fcompile(
     link(objects, output, triple)
 
 
-def _linkers(triple: str) -> list[tuple[str, list[str]]]:
+def linkers(triple: str) -> list[tuple[str, list[str]]]:
     """Return (name, command) in order of preference; the command is empty where missing."""
     if chosen := os.environ.get("CC"):
         return [(f"$CC ({chosen})", _found(shlex.split(chosen)))]
     machine = triple.split("-")[0]
     if machine == architecture():
-        linkers = [(name, _found([name])) for name in _COMPILERS]
+        found = [(name, _found([name])) for name in _COMPILERS]
     else:
         clang = ["clang", f"--target={triple}", "-fuse-ld=lld"]
         cross = [f"{machine}-linux-gnu-gcc"]
-        linkers = [(command[0], _found(command)) for command in (cross, clang)]
+        found = [(command[0], _found(command)) for command in (cross, clang)]
     zig = [sys.executable, "-m", "ziglang", "cc", "-target", _zig_target(triple)]
-    linkers.append(("ziglang", zig if find_spec("ziglang") else []))
-    return linkers
+    found.append(("ziglang", zig if find_spec("ziglang") else []))
+    return found
 
 
 def _found(command: list[str]) -> list[str]:

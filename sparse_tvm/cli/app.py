@@ -13,6 +13,7 @@ import typer
 
 from sparse_tvm.cli.bench import bench
 from sparse_tvm.cli.compile import compile
+from sparse_tvm.cli.doctor import doctor
 from sparse_tvm.cli.inspect import inspect
 from sparse_tvm.cli.prune import prune
 from sparse_tvm.cli.run import run
@@ -41,7 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (compile, run, bench, serve, inspect, verify, prune, targets):
+for verb in (compile, run, bench, serve, inspect, verify, prune, targets, doctor):
     app.command()(verb)
 
 
