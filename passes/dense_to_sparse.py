@@ -10,15 +10,16 @@ model's own array then has no reader left and leaves the program.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tvm import relax
 
-from sparse_tvm.operators import WeightedOperator
+from sparse_tvm.families import TYPICAL_TOKENS
+from sparse_tvm.operators import Dense, WeightedOperator
 from sparse_tvm.passes import dialect
-from sparse_tvm.passes.graph import Rewrite, same, shape_of
+from sparse_tvm.passes.graph import Rewrite, product, same, shape_of
 from sparse_tvm.passes.infrastructure import Context, Property, graph_pass
 from sparse_tvm.passes.layout_choice import Choice, choose
 from sparse_tvm.passes.program import LayerReport, Program
@@ -37,6 +38,14 @@ WEIGHTS_STORED = Property("every layer's weight has a layout", _without_layout)
 def dense_to_sparse(program: Program, context: Context) -> Program:
     """Apply the pass."""
     return _DenseToSparse(program, context).run()
+
+
+def _tokens(op: WeightedOperator, x: relax.Var) -> Sequence[int]:
+    """How many tokens the layer sees at a time: their number, or typical ones."""
+    if not isinstance(op, Dense):
+        return TYPICAL_TOKENS[:1]
+    count = product(shape_of(x)[:-1])
+    return (count,) if isinstance(count, int) else TYPICAL_TOKENS
 
 
 @dataclass
@@ -61,26 +70,26 @@ class _DenseToSparse(Rewrite):
         if found is None or found.op.layout is not None:
             return None
         x, w, *extras = found.args
-        stored = self._store(w, found.op)
+        stored = self._store(w, found.op, _tokens(found.op, x))
         op = replace(found.op, layout=stored.choice.layout)
         op = replace(op, layer=self._report(op, stored))
         args = [self.new(x), *stored.params, *(self.new(extra) for extra in extras)]
         return dialect.call(op, args, shape_of(var))
 
-    def _store(self, w: relax.Var, op: WeightedOperator) -> _Stored:
+    def _store(self, w: relax.Var, op: WeightedOperator, tokens: Sequence[int]) -> _Stored:
         """The stored form of a weight, made once for all layers of one kind that share it."""
         key = self.graph.value(w), replace(op, epilogue=())
         if key not in self._stored:
-            self._stored[key] = self._pack(w, op)
+            self._stored[key] = self._pack(w, op, tokens)
         return self._stored[key]
 
-    def _pack(self, w: relax.Var, op: WeightedOperator) -> _Stored:
+    def _pack(self, w: relax.Var, op: WeightedOperator, tokens: Sequence[int]) -> _Stored:
         array = self.array(w)
         assert array is not None, f"{op.layer}: its weight is no constant"
         backend, target = self._context.backend, self._context.target
         matrix = array.reshape(op.matrix)
         weight = MeasuredWeight(matrix)
-        choice = choose(op, weight, self._context.options, backend, target)
+        choice = choose(op, weight, self._context.options, backend, target, tokens)
         arrays = backend.weighted_family(choice.layout).pack(op, matrix, choice.layout, target)
         source = self.graph.value(w)
         name = source.name if isinstance(source, relax.Var) else op.layer

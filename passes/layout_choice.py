@@ -8,6 +8,7 @@ prediction.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,14 +51,19 @@ def choose(
     options: FormatOptions,
     backend: Backend,
     target: BackendTarget,
-    tokens: int = TYPICAL_TOKENS,
+    tokens: Sequence[int] = TYPICAL_TOKENS[:1],
 ) -> Choice:
-    """Choose how the weight of one layer is stored."""
-    families = [f for f in backend.accepting(op, target) if isinstance(f, WeightedFamily)]
+    """Choose how the weight of one layer is stored, that is to see so many tokens at a time.
 
-    def priced(wish: Wish | None = None) -> list[tuple[float, Layout]]:
+    The first number of tokens decides between layouts, and tells the report; at none of the others
+    may a sparse layout be slower than the dense one.
+    """
+    families = [f for f in backend.accepting(op, target) if isinstance(f, WeightedFamily)]
+    usual, *others = tokens
+
+    def priced(wish: Wish | None = None, at: int = usual) -> list[tuple[float, Layout]]:
         return [
-            (family.cost(op, layout, weight, tokens, target), layout)
+            (family.cost(op, layout, weight, at, target), layout)
             for family in families
             for layout in family.candidates(op, weight, target, wish)
         ]
@@ -65,7 +71,14 @@ def choose(
     def best(pairs: list[tuple[float, Layout]]) -> tuple[float, Layout]:
         return min(pairs, key=lambda pair: pair[0])
 
-    dense_seconds, dense = best(priced(Wish("dense")))
+    # Several dense layouts: the one that is nearest to the best at every number of tokens.
+    losses: dict[Layout, float] = {}
+    for count in tokens:
+        pairs = priced(Wish("dense"), count)
+        for seconds, layout in pairs:
+            losses[layout] = losses.get(layout, 0.0) + seconds / best(pairs)[0]
+    dense = min(losses, key=lambda layout: losses[layout])
+    dense_seconds = next(seconds for seconds, layout in priced(Wish("dense")) if layout == dense)
 
     def kept(reason: str) -> Choice:
         return Choice(dense, reason, dense_seconds, dense_seconds)
@@ -95,7 +108,18 @@ def choose(
     if weight.nonzeros == op.matrix[0] * op.matrix[1]:
         return kept("no zeros")
     wish = Wish("bsr", options.block) if options.block else None
-    choice = made([p for p in priced(wish) if p[1].sparse], wish, "")
+    slower: dict[Layout, int] = {}
+    for count in others:
+        limit, _ = best(priced(Wish("dense"), count))
+        slower |= {layout: count for seconds, layout in priced(wish, count) if seconds > limit}
+    sparse = [pair for pair in priced(wish) if pair[1].sparse]
+    fitting = [pair for pair in sparse if pair[1] not in slower]
+    choice = made(fitting or sparse, wish, "")
+    if not fitting:
+        return kept(
+            f"sparsity {weight.sparsity:.1%} does not pay: predicted slower than dense at "
+            f"{slower[choice.layout]} tokens"
+        )
     if choice.seconds * _MARGIN >= dense_seconds:
         return kept(f"sparsity {weight.sparsity:.1%} does not pay: {choice.reason}")
     return choice

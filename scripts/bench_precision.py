@@ -107,6 +107,8 @@ class Timed:
         lines = _in_precision(x, op.types.input, target)
         bias = rng.standard_normal(n, np.float32)
         operands = [Extents(array.shape, str(array.dtype)) for array in (lines, *weight, bias)]
+        if backend.weighted_family(op.stored).counts_rows:
+            operands.append(Extents((tokens,), "int64", numbers=True))
         kernel = backend.family_for(op, target).build(
             op, operands, Extents((1, tiles, n, LANES)), target
         )

@@ -48,4 +48,5 @@ def matmul_kernel(
     y = np.zeros((1, tiles, n, LANES), np.float32)
     operands = [x, *family.pack(op, w, layout, target).values(), *extras]
     *extents, output = [Extents(a.shape, str(a.dtype)) for a in (*operands, y)]
+    extents.append(Extents((tokens,), "int64", numbers=True))
     return build(family.build(op, extents, output, target).function, [*operands, y], target)

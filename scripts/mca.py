@@ -98,7 +98,7 @@ def shares(target: Target) -> Iterator[tuple[str, str]]:
         ("BSR 4x1", "bsr", 4),
     ):
         layout = Layout("matmul", format, (rows, 1))
-        kernel = matmul(tiles, HIDDEN, HIDDEN, layout, [], simd)
+        kernel = matmul(tiles, TOKENS, HIDDEN, HIDDEN, layout, [], simd)
         loop = max(inner_loops(assembly(kernel, target)), key=lambda loop: loop.fmas)
         yield title, cell([loop], target)
     size = HIDDEN // HEADS

@@ -27,8 +27,8 @@ Weighted = TypeVar("Weighted", bound=WeightedOperator)
 AnyTarget = Any
 """A target of the family's backend."""
 
-TYPICAL_TOKENS = 128
-"""Tokens that costs are for where nobody says how many."""
+TYPICAL_TOKENS = (128, 1, 4, 8, 16, 32, 64)
+"""Tokens at a time that a layer may see where nobody says how many; the usual number first."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,13 @@ class KernelFamily(ABC, Generic[Op]):
 
 
 class WeightedFamily(KernelFamily[Weighted]):
-    """The kernels of an operator whose constant weight may be stored in several ways."""
+    """The kernels of an operator whose constant weight may be stored in several ways.
+
+    ``counts_rows`` tells that its kernels of activations in tiles want to know, as a last operand,
+    how many rows each leading index really has.
+    """
+
+    counts_rows: ClassVar[bool] = False
 
     @abstractmethod
     def candidates(

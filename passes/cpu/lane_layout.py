@@ -84,12 +84,13 @@ class _Tiled:
 @graph_pass(requires=[WEIGHTS_STORED], ensures=[IN_LANE_TILES])
 def lane_layout(program: Program, context: Context) -> Program:
     """Apply the pass."""
-    return _LaneLayout(program).run()
+    return _LaneLayout(program, context).run()
 
 
 class _LaneLayout(Rewrite):
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, context: Context) -> None:
         super().__init__(program)
+        self._context = context
         self._tiled: dict[Any, _Tiled] = {}
 
     def rewrite(self, var: relax.Var, value: Any) -> Any:
@@ -167,6 +168,8 @@ class _LaneLayout(Rewrite):
             for step, extra in zip(steps, extras, strict=True)
         ]
         args = [source.expr, *(self.new(array) for array in weight), *operands]
+        if self._context.backend.weighted_family(op.stored).counts_rows:
+            args.append(relax.ShapeExpr([source.rows]))
         return self._emit_tiled(op, args, *like, shape_of(var)[-1])
 
     def _attention(self, found: dialect.OperatorCall[Attention], var: relax.Var) -> _Tiled:

@@ -17,7 +17,7 @@ import numpy as np
 from sparse_tvm.families import TYPICAL_TOKENS
 from sparse_tvm.operators import Layout
 from sparse_tvm.schedules.cpu.block_arrays import index_dtype
-from sparse_tvm.schedules.cpu.simd import LANES, Simd, group_limit, tiles_of
+from sparse_tvm.schedules.cpu.simd import LANES, Simd, group_limit, rows_per_pass, tiles_of
 from sparse_tvm.targets import Target
 
 _L1_SHARE = 0.85
@@ -35,11 +35,12 @@ def matmul_cycles(
     layout: Layout,
     blocks: int,
     target: Target,
-    tokens: int = TYPICAL_TOKENS,
+    tokens: int = TYPICAL_TOKENS[0],
 ) -> float:
     """Cycles per tile of tokens for a weight of ``shape`` with this many stored blocks."""
     simd, costs = Simd.of(target), target.costs
-    rows, columns = layout.block
+    rows, columns = rows_per_pass(layout, simd), layout.block[1]
+    blocks *= layout.block[0] // rows
     parts = layout.get("parts", 1)
     tiles = _tiles_per_group(rows, simd, tokens)
     vectors = tiles * simd.per_tile
@@ -64,7 +65,7 @@ def matmul_seconds(
     layout: Layout,
     blocks: int,
     target: Target,
-    tokens: int = TYPICAL_TOKENS,
+    tokens: int = TYPICAL_TOKENS[0],
 ) -> float:
     """Seconds for all ``tokens`` on one core."""
     return target.seconds(tiles_of(tokens) * matmul_cycles(shape, layout, blocks, target, tokens))
@@ -97,14 +98,14 @@ def line_cycles(x_bytes: float, target: Target) -> float:
     return near + (1 - hits) * target.costs.l2_line
 
 
-def part_counts(k_in: int, rows: int, target: Target, tokens: int = TYPICAL_TOKENS) -> list[int]:
+def part_counts(k_in: int, rows: int, target: Target, tokens: int = TYPICAL_TOKENS[0]) -> list[int]:
     """Numbers of parts worth a look: one, and those with X about as large as the first cache."""
     tiles = min(group_limit(rows, Simd.of(target)), tiles_of(tokens))
     caches = _x_bytes(k_in, tiles) / target.caches.l1
     return sorted({1, *(max(1, round(caches * share)) for share in (0.75, 1.0, 1.5))})
 
 
-def dense_rows(n_out: int, simd: Simd, tokens: int = TYPICAL_TOKENS) -> int:
+def dense_rows(n_out: int, simd: Simd, tokens: int = TYPICAL_TOKENS[0]) -> int:
     """Rows of the register block of a dense kernel: the most FMAs per load that fit."""
 
     def fmas_per_load(rows: int) -> float:

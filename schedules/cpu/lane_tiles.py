@@ -182,6 +182,16 @@ def groups_of(count: Expr, limit: int) -> Expr:
     return (count + (limit - 1)) // limit
 
 
+def unrolled(count: Expr, by: int, body: Callable[[Expr, int], None]) -> None:
+    """``body(i, i % by)`` for all i below ``count``, as a loop with ``by`` of them in a row."""
+    with T.serial(0, count // by) as i:
+        for chain in range(by):
+            body(i * by + chain, chain)
+    if by > 1 and not (isinstance(count, int) and count % by == 0):
+        with T.serial(0, count % by) as i:
+            body(count // by * by + i, 0)
+
+
 class Registers:
     """A ``rows`` x ``vectors`` block of vector accumulators."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sparse_tvm.operators import Layout
 from sparse_tvm.targets import Target
 
 LANES = 16
@@ -59,6 +60,27 @@ def tiles_of(rows: Any) -> Any:
 
 MAX_GROUP = 4
 """Tiles whose accumulators share a pass over W: enough to reuse each weight 64 times."""
+
+ROW_COUNTS = (1, 2, 4, 8)
+"""Rows of activations, in all, that there are kernels of their own for: fewer count as so many."""
+
+
+def rows_per_pass(layout: Layout, simd: Simd) -> int:
+    """Rows of a block that are computed together.
+
+    A dense block may have more than there are registers for: of its divisors, the one with the most
+    multiply-adds per load.
+    """
+    rows = layout.block[0]
+    if layout.sparse:
+        return rows
+
+    def per_load(part: int) -> float:
+        vectors = group_limit(part, simd) * simd.per_tile
+        fits = part * vectors <= simd.accumulators
+        return part * vectors / (part + vectors) if fits else 0.0
+
+    return max((part for part in range(1, rows + 1) if rows % part == 0), key=per_load)
 
 
 def group_limit(rows: int, simd: Simd) -> int:

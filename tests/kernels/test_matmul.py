@@ -86,11 +86,14 @@ def check(
     layout = Layout("matmul", format, blocks[format])
     if format != "dense":
         layout = layout.having(parts=parts)
-    kernel = matmul(tiles_for(lead, rows, symbolic), n, k, layout, epilogue, simd(target))
+    tiles = tiles_for(lead, rows, symbolic)
+    known = None if symbolic else rows
+    kernel = matmul(tiles, known, n, k, layout, epilogue, simd(target))
     arguments = [
         to_tiles(x),
         *split_arrays(w, layout).values(),
         *(extra if extra.ndim == 1 else to_tiles(extra) for extra in extras),
+        *([rows] if symbolic else []),
     ]
     tiled = run(kernel, target, threads, arguments, (lead, -(-rows // 16), n, 16))
 
@@ -158,7 +161,7 @@ def test_bsr(target, problem):
     check("bsr", target=target, **problem)
 
 
-@pytest.mark.parametrize("rows", [1, 16, 17, 63, 64, 65, 130])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 16, 17, 63, 64, 65, 130])
 def test_one_symbolic_kernel_serves_any_number_of_rows(rows):
     problem = {**SMALLEST, "lead": 2, "rows": rows, "n": 12, "k": 9, "sparsity": 0.5}
     check("bsr", target=PORTABLE, **{**problem, "block": (4, 1), "symbolic": True, "threads": 2})

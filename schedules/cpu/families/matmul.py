@@ -13,9 +13,13 @@ from sparse_tvm.operators import FLOAT32, Activation, Bias, Dense, Layout, Resid
 from sparse_tvm.schedules.cpu.block_arrays import split_arrays
 from sparse_tvm.schedules.cpu.cost import dense_rows, matmul_seconds, part_counts
 from sparse_tvm.schedules.cpu.families.extents import tiles_for
-from sparse_tvm.schedules.cpu.simd import Simd
+from sparse_tvm.schedules.cpu.row_cost import few_rows_seconds
+from sparse_tvm.schedules.cpu.simd import LANES, ROW_COUNTS, Simd
 from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.targets import Target
+
+_DENSE_ROWS = LANES
+"""Rows of a dense block for few tokens: outputs fill the vectors where tokens cannot."""
 
 _BLOCKS = ((2, 1), (4, 1), (8, 1), (16, 1))
 _MAX_BLOCK_ROWS, _MAX_BLOCK_COLUMNS = 16, 8
@@ -44,9 +48,14 @@ def wished_blocks(weight: WeightStatistics, wish: Wish | None) -> list[tuple[str
 
 @dataclass(frozen=True)
 class MatmulFamily(WeightedFamily[Dense]):
-    """Kernels of :mod:`sparse_tvm.schedules.cpu.matmul`."""
+    """Kernels of :mod:`sparse_tvm.schedules.cpu.matmul`.
+
+    Operands are lane tiles of x, the weight's arrays, the epilogue's operands, and how many rows
+    each leading index has.
+    """
 
     name: ClassVar[str] = "matmul"
+    counts_rows: ClassVar[bool] = True
     operator: ClassVar[type[Dense]] = Dense
 
     def refuses(self, op: Dense, target: Target) -> str | None:
@@ -62,8 +71,8 @@ class MatmulFamily(WeightedFamily[Dense]):
     ) -> Sequence[Layout]:
         found = []
         if wish is None or wish.format == "dense":
-            rows = dense_rows(weight.shape[0], Simd.of(target))
-            found.append(Layout(self.name, "dense", (rows, 1)))
+            for rows in dict.fromkeys((dense_rows(weight.shape[0], Simd.of(target)), _DENSE_ROWS)):
+                found.append(Layout(self.name, "dense", (rows, 1)))
         for format, block in wished_blocks(weight, wish):
             for parts in part_counts(weight.shape[1], block[0], target):
                 layout = Layout(self.name, format, block)
@@ -73,7 +82,8 @@ class MatmulFamily(WeightedFamily[Dense]):
     def cost(
         self, op: Dense, layout: Layout, weight: WeightStatistics, tokens: int, target: Target
     ) -> float:
-        return matmul_seconds(weight.shape, layout, _stored(weight, layout), target, tokens)
+        predict = few_rows_seconds if tokens <= ROW_COUNTS[-1] else matmul_seconds
+        return predict(weight.shape, layout, _stored(weight, layout), target, tokens)
 
     def pack(
         self, op: Dense, w: np.ndarray, layout: Layout, target: Target
@@ -92,8 +102,8 @@ class MatmulFamily(WeightedFamily[Dense]):
         parts = layout.get("parts", 1)
         split = [f"{parts}parts"] if parts > 1 else []
         title = "_".join([layout.format + size, f"{n}x{k}", *split, *op.step_titles])
-        tiles = tiles_for(operands[0])
-        return Kernel(title, matmul(tiles, n, k, layout, op.epilogue, Simd.of(target)))
+        tiles, (count,) = tiles_for(operands[0]), operands[-1].shape
+        return Kernel(title, matmul(tiles, count, n, k, layout, op.epilogue, Simd.of(target)))
 
     def work(
         self,

@@ -86,7 +86,7 @@ class LayerInTiles:
             )
             dense = R.call_dps_packed(
                 "sparse_tvm.dense",
-                (pack, w, R.str(DENSE)),
+                (pack, w, R.shape([20]), R.str(DENSE)),
                 out_ty=R.Tensor((2, 2, 6, 16), "float32"),
             )
             y = R.call_dps_packed(

@@ -1,0 +1,150 @@
+"""What kernels for a layer's weight share, for many rows of activations and for few.
+
+The weight's arrays as arguments of a kernel (:mod:`block_arrays` makes them), and the epilogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tvm.script.ir_builder import tirx as T
+
+from sparse_tvm.operators import Activation, Bias, Layout, Residual, Step
+from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP, index_dtype
+from sparse_tvm.schedules.cpu.lane_tiles import (
+    Buffer,
+    Expr,
+    Tiles,
+    argument,
+    prefetch,
+    scalar,
+    symbol,
+)
+from sparse_tvm.schedules.cpu.simd import LANES
+from sparse_tvm.schedules.cpu.vector_math import ACTIVATIONS
+
+PREFETCH_BYTES = 4096
+"""How far ahead of its use a weight is asked for: the CPU's own prefetchers stop at each page."""
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight ``[n_out, k_in]``, as the arguments of the open PrimFunc.
+
+    ``data`` (dense ``[ceil(n_out / r), k_in, r]``; sparse ``[blocks, c, r]``) and, if sparse,
+    ``indices`` ``[blocks]`` (first input column of each block), ``indptr`` int32
+    ``[parts * ceil(n_out / r) + 1]`` (first block of each block row of each part), ``order`` int32
+    ``[parts * ceil(n_out / r)]`` (which block row that is) and ``partition`` int32
+    ``[JOBS_PER_GROUP + 1]`` (first of a part's block rows for each job).
+    """
+
+    layout: Layout
+    n_out: int
+    k_in: int
+    data: Buffer
+    indices: Buffer = None
+    indptr: Buffer = None
+    order: Buffer = None
+    partition: Buffer = None
+
+    @classmethod
+    def declare(cls, layout: Layout, n_out: int, k_in: int) -> StoredWeight:
+        """Declare the weight's arrays as the next arguments."""
+        rows, columns = layout.block
+        block_rows = -(-n_out // rows)
+        if not layout.sparse:
+            return cls(layout, n_out, k_in, argument("data", (block_rows, k_in, rows)))
+        blocks, segments = symbol("blocks"), layout.get("parts", 1) * block_rows
+        return cls(
+            layout,
+            n_out,
+            k_in,
+            argument("data", (blocks, columns, rows)),
+            argument("indices", (blocks,), index_dtype(k_in)),
+            argument("indptr", (segments + 1,), "int32"),
+            argument("rows", (segments,), "int32"),
+            argument("partition", (JOBS_PER_GROUP + 1,), "int32"),
+        )
+
+    @property
+    def parts(self) -> int:
+        """Ranges of columns, stored one after the other."""
+        return int(self.layout.get("parts", 1))
+
+    @property
+    def block_rows(self) -> int:
+        """Block rows of the whole weight, and of each part."""
+        return -(-self.n_out // self.layout.block[0])
+
+    def first_of(self, job: Expr) -> Expr:
+        """First block row (in a part's order) of a job."""
+        if self.layout.sparse:
+            return scalar(self.partition[job])
+        return scalar(job * self.block_rows // JOBS_PER_GROUP)
+
+    def prefetch(self, first: Expr, count: Expr) -> None:
+        """Ask for as much of the weight, a little further on, as the next blocks will use."""
+        rows, columns = self.layout.block
+        size = rows * columns
+        ahead = first + PREFETCH_BYTES // (4 * size)
+        if size == 1:  # a row of a part is too short for a loop
+            for line in range(2):
+                prefetch(self.data, (ahead + line * LANES, 0, 0))
+            prefetch(self.indices, (ahead,))
+            return
+        with T.serial(0, (count * size + (LANES - 1)) // LANES) as line:
+            prefetch(self.data, (ahead + line * LANES // size, 0, 0))
+        with T.serial(0, (count + 2 * LANES - 1) // (2 * LANES)) as line:
+            prefetch(self.indices, (ahead + line * 2 * LANES,))
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """Steps after the product, each with its operand: a bias ``[n_out]``, a residual like Y."""
+
+    steps: Sequence[tuple[Step, Buffer]]
+
+    @classmethod
+    def declare(cls, steps: Sequence[Step], tiles: Tiles, n_out: int) -> Epilogue:
+        """Declare the steps' operands as the next arguments."""
+        return cls(
+            [
+                (
+                    step,
+                    argument(
+                        f"{step}_{i}",
+                        (n_out,) if isinstance(step, Bias) else tiles.shape(n_out),
+                    )
+                    if step.operand
+                    else None,
+                )
+                for i, step in enumerate(steps)
+            ]
+        )
+
+    def flat(self, tiles: Tiles, n_out: int) -> Epilogue:
+        """The same with residuals seen as ``[count, n_out, LANES]``."""
+        return Epilogue(
+            [
+                (step, tiles.flat(extra, n_out) if isinstance(step, Residual) else extra)
+                for step, extra in self.steps
+            ]
+        )
+
+    def apply(
+        self,
+        value: Expr,
+        bias: Callable[[Buffer], Expr],
+        residual: Callable[[Buffer], Expr],
+    ) -> Expr:
+        """All steps on a vector; ``bias`` and ``residual`` load from an operand for it."""
+        for step, extra in self.steps:
+            if isinstance(step, Bias):
+                value = value + bias(extra)
+            elif isinstance(step, Residual):
+                value = value + residual(extra)
+            else:
+                assert isinstance(step, Activation), step
+                value = ACTIVATIONS[step.function](value)
+        return value
