@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from harness import KERNELS, run, simd, targets, thread_counts
+from harness import FORMS, KERNELS, run, simd, thread_counts
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from image_harness import Extent, images, mask, phases_of, to_planes, windows
@@ -13,7 +13,7 @@ from sparse_tvm.schedules.cpu.plane_code import image_mask
 from sparse_tvm.schedules.cpu.planes import Border, Planes, Rows, Window
 
 
-@given(images, windows, st.booleans(), st.booleans(), targets, thread_counts)
+@given(images, windows, st.booleans(), st.booleans(), st.sampled_from(FORMS), thread_counts)
 @KERNELS
 def test_into_planes(image, window, from_planes, beyond, target, threads):
     extent = Extent(image)
@@ -36,7 +36,7 @@ def test_into_planes(image, window, from_planes, beyond, target, threads):
     np.testing.assert_array_equal(y, to_planes(phases_of(x, window), there, border=0))
 
 
-@given(images, targets, thread_counts)
+@given(images, st.sampled_from(FORMS), thread_counts)
 @KERNELS
 def test_out_of_planes(image, target, threads):
     extent, border = Extent(image), Border(image["gap"])
@@ -50,7 +50,7 @@ def test_out_of_planes(image, target, threads):
     np.testing.assert_array_equal(y.reshape(x.shape), x)
 
 
-@given(images, targets)
+@given(images, st.sampled_from(FORMS))
 @KERNELS
 def test_mask(image, target):
     extent, border = Extent(image), Border(image["gap"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from harness import KERNELS, run, simd, targets, thread_counts
+from harness import FORMS, KERNELS, run, simd, thread_counts
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from image_harness import (
@@ -38,7 +38,7 @@ problems = st.fixed_dictionaries(
         "multiplier": st.integers(1, 2),
         "padded": st.booleans(),
         "epilogue": epilogues,
-        "target": targets,
+        "target": st.sampled_from(FORMS),
         "threads": thread_counts,
     }
 )
