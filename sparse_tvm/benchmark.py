@@ -20,15 +20,17 @@ from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.interleave import interleave, time_runs
 from sparse_tvm.machine_limits import measured_limits
 from sparse_tvm.profiling import Profile, profile_model
-from sparse_tvm.random_inputs import random_inputs, typical_sizes
+from sparse_tvm.random_inputs import random_inputs, sizes_of, typical_sizes
 from sparse_tvm.runtime import Model, load
 
 if TYPE_CHECKING:
+    from sparse_tvm.frontends.input_shapes import InputShapes
     from sparse_tvm.reference import ReferenceModel
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
+_NOISY = 1.5
 _Loaded = TypeVar("_Loaded")
 
 
@@ -51,6 +53,11 @@ class Timing:
     load_seconds: float
     peak_memory_bytes: int
 
+    @property
+    def is_noisy(self) -> bool:
+        """Whether one run in ten took so much longer than most that the machine was disturbed."""
+        return self.p90 > _NOISY * self.p50
+
 
 @dataclass(frozen=True)
 class BenchResult:
@@ -64,6 +71,7 @@ class BenchResult:
     speedup: float | None
     max_abs_diff: dict[str, float] | None
     profile: Profile | None
+    shapes: dict[str, tuple[int, ...]]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as nested dictionaries and lists."""
@@ -79,6 +87,7 @@ def bench(
     warmup: float = 1.0,
     duration: float = 5.0,
     inputs: Mapping[str, np.ndarray] | None = None,
+    shapes: InputShapes | None = None,
     profile: bool = False,
 ) -> BenchResult:
     """Measure a compiled model, and the framework it came from beside it.
@@ -98,6 +107,8 @@ def bench(
         Seconds of uncounted and of counted runs, per engine.
     inputs : Mapping[str, np.ndarray] | None
         Inputs by name; random ones by default.
+    shapes : InputShapes | None
+        Shapes of random inputs by name; by default one example, and 128 tokens.
     profile : bool
         Also time every kernel, and measure this machine's limits for their rooflines.
 
@@ -113,7 +124,10 @@ def bench(
             raise OptionError(f"{name} must not be negative, is {value:g} s")
     ours = _Engine("sparse-tvm", lambda: load(path, threads=threads))
     model = ours.loaded
-    sizes = typical_sizes(model.inputs, model.bounds)
+    sizes = {
+        **typical_sizes(model.inputs, model.bounds),
+        **sizes_of(model.inputs, shapes or {}),
+    }
     feed = random_inputs(model.inputs, sizes=sizes) if inputs is None else inputs
     ours.warm_up(lambda: model.run(feed), warmup)
     engines: list[_Engine[Any]] = [ours]
@@ -132,6 +146,7 @@ def bench(
         speedup=timings[1].p50 / timings[0].p50 if against is not None else None,
         max_abs_diff=differences,
         profile=_profile(model, feed) if profile else None,
+        shapes={name: np.shape(values) for name, values in feed.items()},
     )
 
 

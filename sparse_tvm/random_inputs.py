@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sparse_tvm.errors import OptionError
 from sparse_tvm.spec import TensorSpec, size_of, symbols_of
+
+if TYPE_CHECKING:
+    from sparse_tvm.frontends.input_shapes import InputShapes
 
 _UNKNOWN_RANGE = (0, 2)  # of integers that are indices into tables of unknown size
 
@@ -59,6 +64,33 @@ def typical_sizes(
                 low, high = bounds.get(symbol, (1, others))
                 wanted = others if axis else first
                 sizes.setdefault(symbol, min(max(low, wanted), max(high, low)))
+    return sizes
+
+
+def sizes_of(specs: Iterable[TensorSpec], shapes: InputShapes) -> dict[str, int]:
+    """Return the sizes that `shapes` gives to the symbolic dimensions of `specs`.
+
+    Raises
+    ------
+    OptionError
+        When there is no such input, or its shape is another one.
+    """
+    known = {spec.name: spec for spec in specs}
+    sizes: dict[str, int] = {}
+    for name, shape in shapes.items():
+        if name not in known:
+            inputs = ", ".join(map(str, known.values()))
+            raise OptionError(f"--shape: the model has no input {name!r}", hint=f"it has {inputs}")
+        dims = known[name].shape
+        fits = len(shape) == len(dims) and all(isinstance(size, int) for size in shape)
+        for size, dim in zip(shape, dims, strict=True) if fits else ():
+            if isinstance(size, int) and isinstance(dim, str) and symbols_of(dim) == [dim]:
+                sizes.setdefault(dim, size)
+            if set(symbols_of(dim)) <= sizes.keys():
+                fits = fits and size == size_of(dim, sizes)
+        if not fits:
+            given = ",".join(map(str, shape))
+            raise OptionError(f"--shape {name}:{given} is no shape of {known[name]}")
     return sizes
 
 

@@ -10,6 +10,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from sparse_tvm import bench, compile, interleave, prune
+from sparse_tvm.benchmark import Timing
 from sparse_tvm.cli import main
 from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.machine_limits import MachineLimits, measured_limits
@@ -69,6 +70,14 @@ def test_bench_measures(path: Path) -> None:
     assert timing.throughput == pytest.approx(1 / timing.mean)
     assert result.reference is None
     assert result.speedup is None
+
+
+def test_noise_is_told_from_results() -> None:
+    def timing(p90: float) -> Timing:
+        return Timing("sparse-tvm", 100, 1e-3, p90, p90, 1e-3, 1e3, 0.1, 0)
+
+    assert timing(p90=2e-3).is_noisy
+    assert not timing(p90=1.2e-3).is_noisy
 
 
 def test_bench_against_onnx_runtime(path: Path, tmp_path: Path) -> None:
@@ -296,6 +305,9 @@ def test_bench_verb(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().out
     for words in ("ONNX Runtime", "p99", "x the speed of", "difference of y", "encoder.bias"):
         assert words in printed
+    assert "inputs: x 8x64, ids 8" in printed
+    assert main(["bench", str(path), "--shape", "x:8,65", *quick]) == 2
+    assert "no shape of x float32[8, 64]" in capsys.readouterr().err
     result = json.loads(figures.read_text())
     assert result["max_abs_diff"]["y"] < 1e-4
     assert result["profile"]["kernels"][0]["seconds"] > 0

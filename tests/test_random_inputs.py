@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from sparse_tvm.random_inputs import random_inputs, typical_sizes
+from sparse_tvm.errors import OptionError
+from sparse_tvm.random_inputs import random_inputs, sizes_of, typical_sizes
 from sparse_tvm.spec import TensorSpec
 
 IDS = TensorSpec("input_ids", "int64", ("batch", "sequence"), values=(0, 30522))
@@ -63,3 +65,18 @@ def test_specs_survive_json() -> None:
         again = TensorSpec.from_json(spec.as_json())
         assert again == spec
         assert again.values == spec.values
+
+
+def test_sizes_are_taken_from_shapes() -> None:
+    specs = [TensorSpec("ids", "int64", ("batch", "n")), TensorSpec("x", "float32", ("batch", 4))]
+    assert sizes_of(specs, {"ids": (2, 8)}) == {"batch": 2, "n": 8}
+    assert sizes_of(specs, {"ids": (2, 8), "x": (2, 4)}) == {"batch": 2, "n": 8}
+
+
+@pytest.mark.parametrize(
+    "shapes", [{"y": (1,)}, {"ids": (1,)}, {"x": (1, 5)}, {"ids": (2, 8), "x": (3, 4)}]
+)
+def test_shapes_that_do_not_fit_are_refused(shapes: dict[str, tuple[int, ...]]) -> None:
+    specs = [TensorSpec("ids", "int64", ("batch", "n")), TensorSpec("x", "float32", ("batch", 4))]
+    with pytest.raises(OptionError, match="--shape"):
+        sizes_of(specs, shapes)

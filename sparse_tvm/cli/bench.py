@@ -32,6 +32,12 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="By default as compiled, else every core.")
     ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:DIMS", help="Shape of an input, as in input_ids:8,128. Repeatable."
+        ),
+    ] = None,
     warmup: Annotated[
         float, typer.Option(metavar="S", help="Seconds of uncounted runs, per engine.")
     ] = 1.0,
@@ -45,8 +51,10 @@ def bench(
 ) -> None:
     """Time MODEL.so on random inputs: latency, throughput, memory, load time."""
     from sparse_tvm.cli.checks import check_artifact
+    from sparse_tvm.frontends.input_shapes import parse_input_shapes
 
     check_artifact(model)
+    shapes = parse_input_shapes(shape or (), "--shape")
 
     from sparse_tvm.benchmark import bench
     from sparse_tvm.cli.console import stdout_console
@@ -60,6 +68,7 @@ def bench(
             threads=threads,
             warmup=warmup,
             duration=duration,
+            shapes=shapes,
             profile=profile,
         )
 
@@ -80,8 +89,19 @@ def _to_json(result: BenchResult) -> str:
 
 
 def _print(console: Console, result: BenchResult) -> None:
+    from rich.text import Text
+
+    from sparse_tvm.cli.tables import shape_cell
+
     console.print(f"{result.path}, {result.threads} threads, {result.cpu}")
+    shapes = (f"{name} {shape_cell(shape)}" for name, shape in result.shapes.items())
+    console.print(Text(f"inputs: {', '.join(shapes)}"))
     console.print(_timings(result))
+    for timing in filter(None, (result.model, result.reference)):
+        if timing.is_noisy:
+            noise = f"{timing.engine} is too noisy to tell: p90 is {timing.p90 / timing.p50:.1f}x"
+            advice = "p50; stop other programs, or raise --duration"
+            console.print(Text.assemble(("warning: ", "bold yellow"), noise, " ", advice))
     if result.speedup is not None and result.reference is not None:
         engine = result.reference.engine
         console.print(f"{result.speedup:.2f}x the speed of {engine} (ratio of medians)")

@@ -45,8 +45,10 @@ class Shapes:
             self.bounds[kept] = max(low, known_low), min(high, known_high)
 
 
-def parse_input_shapes(options: Iterable[str]) -> dict[str, tuple[Dimension, ...]]:
-    """Parse ``--input-shape`` options.
+def parse_input_shapes(
+    options: Iterable[str], called: str = "--input-shape"
+) -> dict[str, tuple[Dimension, ...]]:
+    """Parse ``--input-shape`` options, or others that are `called` something else.
 
     >>> parse_input_shapes(["ids:1,128", "mask:batch,1..512"])
     {'ids': (1, 128), 'mask': ('batch', range(1, 513))}
@@ -64,12 +66,12 @@ def parse_input_shapes(options: Iterable[str]) -> dict[str, tuple[Dimension, ...
         shape = tuple(_parse_dimension(dim.strip()) for dim in listed)
         if not name or None in shape:
             raise OptionError(
-                f"--input-shape {option!r} is not NAME:DIM,DIM,... where each DIM is a positive "
+                f"{called} {option!r} is not NAME:DIM,DIM,... where each DIM is a positive "
                 "integer, a range as 1..512, a name or ?",
-                hint="for example --input-shape input_ids:1,128",
+                hint=f"for example {called} input_ids:1,128",
             )
         if shapes.setdefault(name, shape) != shape:  # type: ignore[arg-type]
-            raise OptionError(f"--input-shape gives {name!r} two shapes")
+            raise OptionError(f"{called} gives {name!r} two shapes")
     return shapes
 
 
