@@ -126,6 +126,14 @@ def test_initializer_that_does_not_fill_its_shape() -> None:
         read_onnx(model)
 
 
+def test_elements_of_less_than_a_byte() -> None:
+    model = build("y = Abs(x)")
+    tensor = helper.make_tensor("w", TensorProto.INT4, [4], [1, 2, 3, 4])
+    model.graph.initializer.append(tensor)
+    with pytest.raises(ModelError, match=r"only float32 is supported.*w \(int4\)"):
+        read_onnx(model)
+
+
 def test_node_without_outputs() -> None:
     model = build("y = Abs(x)")
     del model.graph.node[0].output[:]

@@ -32,6 +32,13 @@ CONTRIB_DOMAIN = "com.microsoft"
 """ONNX Runtime's own operators; the onnx package does not know them, but models have them."""
 
 _HALF_TYPES = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
+_PACKED_TYPES = {
+    value
+    for name, value in TensorProto.DataType.items()
+    if name in ("INT2", "UINT2", "INT4", "UINT4", "FLOAT4E2M1")
+}
+"""Several elements to a byte, which TVM's constants cannot hold."""
+
 _QUANTISED_OPS = {
     "ConvInteger",
     "DequantizeLinear",
@@ -202,7 +209,8 @@ def _check_types(model: onnx.ModelProto, where: str) -> None:
     halves = [
         f"{name} ({TensorProto.DataType.Name(t.data_type).lower()})"
         for name, t in stored_tensors(model.graph)
-        if t.data_type in _HALF_TYPES or (t.data_type == TensorProto.DOUBLE and len(t.dims) > 1)
+        if t.data_type in _HALF_TYPES | _PACKED_TYPES
+        or (t.data_type == TensorProto.DOUBLE and len(t.dims) > 1)
     ]
     halves += [
         f"{i.name} (input, {TensorProto.DataType.Name(i.type.tensor_type.elem_type).lower()})"
