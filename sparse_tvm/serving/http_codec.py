@@ -75,6 +75,11 @@ class _Request(msgspec.Struct):
     id: msgspec.Raw = msgspec.Raw()
 
 
+_documents = msgspec.json.Decoder(_Request)
+_shapes = msgspec.json.Decoder(list[int])
+_names = msgspec.json.Decoder(str)
+
+
 async def decode(
     body: bytes | bytearray, header_length: str | None, version: Version, held: Hold
 ) -> Call:
@@ -147,7 +152,7 @@ def _document(text: memoryview) -> _Request:
     if bytes(text).count(b"{") > _MAX_OBJECTS:
         raise invalid(f"the JSON has more than {_MAX_OBJECTS} objects")
     try:
-        return msgspec.json.decode(text, type=_Request)
+        return _documents.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise invalid(f"the body is no inference request: {error}") from None
 
@@ -156,7 +161,7 @@ def _shape(entry: _Input) -> list[int]:
     raw = memoryview(entry.shape)
     try:
         if len(raw) <= _MAX_SHAPE:
-            return msgspec.json.decode(raw, type=list[int])
+            return _shapes.decode(raw)
     except (msgspec.DecodeError, RecursionError):
         pass
     raise invalid(f"the shape of input {quoted(entry.name)} is no list of integers")
@@ -165,7 +170,7 @@ def _shape(entry: _Input) -> list[int]:
 def _id(document: _Request) -> str:
     """Return the request's name; others than strings do not count."""
     try:
-        return msgspec.json.decode(document.id, type=str)
+        return _names.decode(document.id)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return ""
 

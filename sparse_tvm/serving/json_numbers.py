@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -24,7 +25,12 @@ _WITHIN_NUMBERS = b"0123456789+-.eE" + b"truefalse" + b" \t\r\n"
 _COPIES = 4
 """Of the JSON: the text, its skeleton, the one that its shape has, and the numbers."""
 
-_KINDS = {"b": list[bool], "i": list[int], "u": list[int], "f": list[float]}
+_DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
+    "b": msgspec.json.Decoder(list[bool]),
+    "i": msgspec.json.Decoder(list[int]),
+    "u": msgspec.json.Decoder(list[int]),
+    "f": msgspec.json.Decoder(list[float]),
+}
 
 
 async def decode_numbers(
@@ -55,7 +61,7 @@ async def decode_numbers(
         )
     dtype = np.dtype(spec.dtype)
     held.grow(count * dtype.itemsize)
-    decoder = msgspec.json.Decoder(_KINDS[dtype.kind])
+    decoder = _DECODERS[dtype.kind]
     numbers = text.translate(None, b"[]")
     result = np.empty(count, dtype)
     start = filled = 0
