@@ -131,6 +131,7 @@ def run(names: list[str]) -> Iterator[tuple[str, tuple[str, str]]]:
         worker.start()
         theirs.close()
         try:
+            ours.recv()  # it has started, which takes a while on a busy machine
             while left:
                 if not ours.poll(SECONDS):
                     raise EOFError
@@ -145,6 +146,7 @@ def run(names: list[str]) -> Iterator[tuple[str, tuple[str, str]]]:
 
 def _work(pipe: Any, names: list[str]) -> None:
     found = {**cases(), **cases(expanded=True)}
+    pipe.send("ready")
     with tempfile.TemporaryDirectory() as directory:
         for name in names:
             pipe.send(outcome(found[name], Path(directory) / "model.so"))
