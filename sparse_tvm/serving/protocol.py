@@ -165,7 +165,9 @@ def from_numbers(spec: TensorSpec, values: Any, shape: Sequence[int]) -> np.ndar
         )
     dtype = np.dtype(spec.dtype)
     try:
-        array = np.asarray(values)
+        # Integers beyond int64 beside smaller ones would become floats.
+        beyond = dtype == np.uint64 and len(values) > 0 and min(values) >= 0
+        array = np.asarray(values, np.uint64 if beyond else None)
     except (ValueError, TypeError, OverflowError):
         array = np.empty(0, object)
     if not _fits(array, dtype):
