@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log
 from typing import TYPE_CHECKING
 
 from sparse_tvm.families import TYPICAL_TOKENS, WeightedFamily, Wish
@@ -55,40 +56,52 @@ def choose(
 ) -> Choice:
     """Choose how the weight of one layer is stored, that is to see so many tokens at a time.
 
-    The first number of tokens decides between layouts, and tells the report; at none of the others
-    may a sparse layout be slower than the dense one.
+    Layouts are compared by how much faster than dense they are in the mean over these numbers; the
+    report tells of the first, and of those at which dense would be faster.
     """
     families = [f for f in backend.accepting(op, target) if isinstance(f, WeightedFamily)]
-    usual, *others = tokens
+    usual = tokens[0]
 
-    def priced(wish: Wish | None = None, at: int = usual) -> list[tuple[float, Layout]]:
-        return [
-            (family.cost(op, layout, weight, at, target), layout)
+    def priced(wish: Wish | None = None) -> dict[Layout, list[float]]:
+        """Seconds of every layout at each number of tokens."""
+        layouts = [
+            (family, layout)
             for family in families
             for layout in family.candidates(op, weight, target, wish)
         ]
+        return {
+            layout: [family.cost(op, layout, weight, count, target) for count in tokens]
+            for family, layout in layouts
+        }
 
-    def best(pairs: list[tuple[float, Layout]]) -> tuple[float, Layout]:
-        return min(pairs, key=lambda pair: pair[0])
+    dense_layouts = priced(Wish("dense"))
+    fastest_dense = [min(column) for column in zip(*dense_layouts.values(), strict=True)]
 
-    # Several dense layouts: the one that is nearest to the best at every number of tokens.
-    losses: dict[Layout, float] = {}
-    for count in tokens:
-        pairs = priced(Wish("dense"), count)
-        for seconds, layout in pairs:
-            losses[layout] = losses.get(layout, 0.0) + seconds / best(pairs)[0]
-    dense = min(losses, key=lambda layout: losses[layout])
-    dense_seconds = next(seconds for seconds, layout in priced(Wish("dense")) if layout == dense)
+    def loss(seconds: list[float]) -> float:
+        """Mean over the numbers of tokens of how much slower than dense, as a logarithm."""
+        ratios = zip(seconds, fastest_dense, strict=True)
+        return sum(log(one / best) for one, best in ratios) / len(tokens)
+
+    dense = min(dense_layouts, key=lambda layout: loss(dense_layouts[layout]))
+    dense_seconds = dense_layouts[dense][0]
 
     def kept(reason: str) -> Choice:
         return Choice(dense, reason, dense_seconds, dense_seconds)
 
-    def made(pairs: list[tuple[float, Layout]], asked: Wish | None, why: str) -> Choice:
-        seconds, layout = best(pairs)
-        reason = why + _compared(seconds, dense_seconds)
+    def made(pairs: dict[Layout, list[float]], asked: Wish | None, why: str) -> Choice:
+        layout = min(pairs, key=lambda layout: loss(pairs[layout]))
+        seconds = pairs[layout]
+        reason = why + _compared(seconds[0], dense_seconds)
+        slower = [
+            count
+            for count, one, best in zip(tokens, seconds, fastest_dense, strict=True)
+            if one > best
+        ]
+        if slower and usual not in slower:
+            reason += f"; slower at {', '.join(map(str, sorted(slower)))} tokens"
         if asked is not None and asked.block is not None and asked.block != layout.block:
             reason += "; {}x{} stored as {}x{}".format(*asked.block, *layout.block)
-        return Choice(layout, reason, seconds, dense_seconds)
+        return Choice(layout, reason, seconds[0], dense_seconds)
 
     rule = options.rule_for(op.layer)
     asked = rule or (options if options.format != "auto" else None)
@@ -108,19 +121,10 @@ def choose(
     if weight.nonzeros == op.matrix[0] * op.matrix[1]:
         return kept("no zeros")
     wish = Wish("bsr", options.block) if options.block else None
-    slower: dict[Layout, int] = {}
-    for count in others:
-        limit, _ = best(priced(Wish("dense"), count))
-        slower |= {layout: count for seconds, layout in priced(wish, count) if seconds > limit}
-    sparse = [pair for pair in priced(wish) if pair[1].sparse]
-    fitting = [pair for pair in sparse if pair[1] not in slower]
-    choice = made(fitting or sparse, wish, "")
-    if not fitting:
-        return kept(
-            f"sparsity {weight.sparsity:.1%} does not pay: predicted slower than dense at "
-            f"{slower[choice.layout]} tokens"
-        )
-    if choice.seconds * _MARGIN >= dense_seconds:
+    sparse = {layout: seconds for layout, seconds in priced(wish).items() if layout.sparse}
+    choice = made(sparse, wish, "")
+    mean = loss(sparse[choice.layout])
+    if mean + log(_MARGIN) >= 0 or choice.seconds * _MARGIN >= dense_seconds:
         return kept(f"sparsity {weight.sparsity:.1%} does not pay: {choice.reason}")
     return choice
 

@@ -27,7 +27,7 @@ Weighted = TypeVar("Weighted", bound=WeightedOperator)
 AnyTarget = Any
 """A target of the family's backend."""
 
-TYPICAL_TOKENS = (128, 1, 4, 8, 16, 32, 64)
+TYPICAL_TOKENS = (128, 1, 4, 16, 32, 64)
 """Tokens at a time that a layer may see where nobody says how many; the usual number first."""
 
 
