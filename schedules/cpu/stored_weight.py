@@ -17,12 +17,14 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     Expr,
     Tiles,
     argument,
+    local,
     prefetch,
     scalar,
+    span,
     symbol,
 )
 from sparse_tvm.schedules.cpu.simd import LANES
-from sparse_tvm.schedules.cpu.vector_math import ACTIVATIONS
+from sparse_tvm.schedules.cpu.vector_math import ACTIVATIONS, lanes_of
 
 PREFETCH_BYTES = 4096
 """How far ahead of its use a weight is asked for: the CPU's own prefetchers stop at each page."""
@@ -139,6 +141,8 @@ class Epilogue:
         residual: Callable[[Buffer], Expr],
     ) -> Expr:
         """All steps on a vector; ``bias`` and ``residual`` load from an operand for it."""
+        lanes = lanes_of(value)
+        kept, at = local(lanes), span(0, lanes)
         for step, extra in self.steps:
             if isinstance(step, Bias):
                 value = value + bias(extra)
@@ -146,5 +150,7 @@ class Epilogue:
                 value = value + residual(extra)
             else:
                 assert isinstance(step, Activation), step
-                value = ACTIVATIONS[step.function](value)
+                # Functions read their argument many times: nested, they would grow exponentially.
+                T.buffer_store(kept, value, [at])
+                value = ACTIVATIONS[step.function](kept[at])
         return value
