@@ -75,7 +75,8 @@ def no_descriptors(pid: int) -> Iterator[None]:
 def test_a_worker_that_dies_while_descriptors_are_short_comes_back(tmp_path: Path) -> None:
     with serving([write_encoder(tmp_path / "encoder.so")]) as server:
         connection = http.client.HTTPConnection("127.0.0.1", server.http, timeout=20)
-        connection.connect()
+        connection.request("GET", "/v2/health/live")  # the server has accepted it for sure then
+        connection.getresponse().read()
         [worker] = server.worker_pids()
         with no_descriptors(server.process.pid):
             os.kill(worker, signal.SIGKILL)
