@@ -128,8 +128,10 @@ class Run:
                 await self._survive(name, event)
             await self._events.clear_up()
             await self._survive("the end", _nothing)
-        await asyncio.sleep(3)  # retired versions end
-        self.after = Resources(self._server)
+        ending = monotonic() + READY_SECONDS  # in which retired versions end
+        while (left := Resources(self._server)).leaks(self.before) and monotonic() < ending:
+            await asyncio.sleep(0.5)
+        self.after = left
 
     async def _survive(self, name: str, event: Callable[[], Awaitable[None]]) -> None:
         self.load.event = name

@@ -22,6 +22,7 @@ from sparse_tvm.serving.local import LocalServer
 
 PATH = "/v2/models/model/infer"
 _KEPT_VERSIONS = 3
+_LOAD_LOOKS = 300
 
 
 class Events:
@@ -81,9 +82,20 @@ class Events:
         return name, self._events[name]
 
     async def clear_up(self) -> None:
-        """Leave one sound version."""
+        """Leave a sound version, served."""
         await self._new_version()
-        await asyncio.sleep(3)
+        for _ in range(_LOAD_LOOKS):
+            if await self._serves(self._newest):
+                return
+            await asyncio.sleep(0.1)
+
+    async def _serves(self, version: int) -> bool:
+        async with (
+            aiohttp.ClientSession(self._server.url) as session,
+            session.post("/v2/repository/index") as response,
+        ):
+            rows = await response.json()
+        return any(row["version"] == str(version) and row["state"] == "READY" for row in rows)
 
     # Processes
 

@@ -39,6 +39,10 @@ class RunFailed(Exception):
         self.invalid = invalid
 
 
+class NoRoom(Exception):
+    """The system has no memory or descriptor left for the tensors of a run; it may have later."""
+
+
 class WorkerProcess:
     """Starts a process for a model; runs one batch at a time in it.
 
@@ -137,7 +141,7 @@ class WorkerProcess:
 
         Raises
         ------
-        RunFailed, WorkerDied
+        RunFailed, WorkerDied, NoRoom
             When there is no result.
         """
         if self._writer is None or self.died.is_set():
@@ -145,14 +149,14 @@ class WorkerProcess:
         try:
             fill(self._inputs.place(layout))
         except (OSError, MemoryError) as error:
-            raise RunFailed(f"no memory for the inputs: {error}", invalid=False) from error
+            raise NoRoom(f"no room for the inputs: {error}") from error
         self._answer = asyncio.get_running_loop().create_future()
         self._writer.write(pack({"inputs": layout}))
         answer = await self._answered(timeout)
         try:
             return self._outputs.read(answer["outputs"]), answer["seconds"]
         except (OSError, MemoryError) as error:
-            raise RunFailed(f"no memory for the outputs: {error}", invalid=False) from error
+            raise NoRoom(f"no room for the outputs: {error}") from error
 
     def kill(self) -> None:
         """End the process at once."""

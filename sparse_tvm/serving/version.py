@@ -19,7 +19,7 @@ from sparse_tvm.serving.limits import Limits, limits_of
 from sparse_tvm.serving.metrics import Metrics
 from sparse_tvm.serving.options import Options
 from sparse_tvm.serving.private_copy import PrivateCopy
-from sparse_tvm.serving.process import RunFailed, WorkerDied, WorkerProcess
+from sparse_tvm.serving.process import NoRoom, RunFailed, WorkerDied, WorkerProcess
 from sparse_tvm.serving.queueing import Queue, Request
 from sparse_tvm.serving.refusal import Kind, Refusal
 from sparse_tvm.serving.text_model import TextModel, load_text_model, tokenizer_of
@@ -341,6 +341,10 @@ class Version:
             self._queue_seconds.observe(started - request.enqueued)
         try:
             results = await self._run(self.layout, [r.tensors for r in batch], worker)
+        except NoRoom as error:
+            for request in batch:
+                _set_exception(request, Refusal(Kind.UNAVAILABLE, str(error), retry_after=1))
+            return
         except RunFailed as error:
             if len(batch) > 1:
                 self._queue.put_back([request for request in batch if not request.result.done()])
