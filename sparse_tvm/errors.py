@@ -51,10 +51,6 @@ class InputError(SparseTvmError):
     """An input given to a compiled model has a wrong name, dtype or shape."""
 
 
-class ForkError(SparseTvmError):
-    """A forked process runs a model whose threads have stayed behind in the first one."""
-
-
 class OutputError(SparseTvmError):
     """A result cannot be written (directory missing, not writable, disk full)."""
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_tvm.devices import Device
-from sparse_tvm.errors import ArtifactError, ForkError
+from sparse_tvm.errors import ArtifactError
 
 _SHARE_ALL_CORES = -3
 
@@ -119,14 +119,14 @@ class VirtualMachine:
     """One program ready to run, on an exact number of threads, one call at a time.
 
     TVM keeps a pool of workers for every *calling* thread and fixes its size when that thread
-    first uses it. The main thread's pool serves the calls made there as long as it is large
-    enough. All other calls are handed over to a thread that belongs to this machine: otherwise a
-    server with forty request threads would own forty pools, and whichever model came first on a
-    thread would decide how many workers the others get. Handing over costs 20 us; on a machine
-    whose cores are all busy, a turn of the scheduler.
+    first uses it. Calls that need workers are handed over to a thread that belongs to this
+    machine: otherwise a server with forty request threads would own forty pools, and whichever
+    model came first on a thread would decide how many workers the others get. Nor may the main
+    thread have workers: they do not survive a fork, and TVM would wait for them for ever when the
+    forked process ends. Only calls on one thread, in the main thread, are made where they are
+    (handing over costs 20 to 60 us, as much as one thread's work in a small model).
 
-    Threads do not survive a fork. A thread of the machine's own is started again there; the main
-    thread's pool would wait for its workers for ever, and cannot be replaced, so calls are refused.
+    In a forked process a thread of the machine's own is started again.
 
     Parameters
     ----------
@@ -152,20 +152,9 @@ class VirtualMachine:
         self._own_thread: _OwnThread | None = None
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return ``function(*args)``, called on a thread with the right pool, and alone.
-
-        Raises
-        ------
-        ForkError
-            When this process was forked by a main thread that had run a model with workers.
-        """
-        if _pool_is_lost:
-            raise ForkError(
-                "this process was forked after a model had run in its main thread, and has none of "
-                "the threads that it ran on",
-                hint="run models after forking only, or start processes with spawn or forkserver",
-            )
-        if threading.get_ident() == threading.main_thread().ident and _set_pool(self._threads):
+        """Return ``function(*args)``, called on a thread with the right pool, and alone."""
+        in_main_thread = threading.get_ident() == threading.main_thread().ident
+        if self._threads == 1 and in_main_thread and _set_pool(1):
             return self._alone(function, *args)
         with self._creating:
             if self._own_thread is None:
@@ -225,7 +214,6 @@ def _set_pool(threads: int) -> bool:
     if getattr(_pool, "threads", None) != threads or size() != threads:
         configure(_SHARE_ALL_CORES, threads, [str(core) for core in range(threads)])
         _pool.threads = threads
-        _pool.has_workers = getattr(_pool, "has_workers", threads > 1)
     return bool(size() == threads)
 
 
@@ -236,14 +224,12 @@ def _pool_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 _pool = threading.local()
-_pool_is_lost = False
 
 
 def _after_fork() -> None:
     """Forget, in a forked process, locks that other threads held, and threads."""
-    global _loading, _pool_is_lost
+    global _loading
     _loading = threading.Lock()
-    _pool_is_lost |= getattr(_pool, "has_workers", False)
     for machine in list(_machines):
         machine.without_threads()
 
