@@ -30,12 +30,12 @@ from sparse_tvm.machine_limits import use_threads
 from sparse_tvm.operators import PRECISIONS, Bias, Dense, Layout
 from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.layout_choice import choose
-from sparse_tvm.schedules.cpu.families.low_matmul import DotFamily
 from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
 from sparse_tvm.schedules.cpu.lane_tiles import Tiles
 from sparse_tvm.schedules.cpu.low_precision import quantise
 from sparse_tvm.schedules.cpu.precision import PRECISIONS as LINES_OF
 from sparse_tvm.schedules.cpu.simd import LANES
+from sparse_tvm.schedules.x86.families.dots import X86DotFamily
 from sparse_tvm.schedules.x86.units import AMX_FEATURES
 from sparse_tvm.sparsity.blocks import parse_block
 from sparse_tvm.sparsity.statistics import MeasuredWeight
@@ -89,7 +89,7 @@ def forms(target: Target) -> list[Form]:
     if target.has(*AMX_FEATURES):
         found += of("tiles", "int8", "AMX", ("16x4", "32x4", "16x64"))
         found += of("tiles", "bf16", "AMX", ("16x2", "32x2", "16x32"))
-    dot = DotFamily().dot(target)
+    dot = X86DotFamily().dot(target)
     return found + (of("dot", "int8", dot.name, ("1x4", "4x4")) if dot else [])
 
 

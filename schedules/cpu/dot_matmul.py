@@ -41,12 +41,16 @@ from sparse_tvm.schedules.cpu.simd import Simd, dot_group_limit
 _WORDS_PER_LINE = 16
 
 
+MultiplyAdd = Callable[[Expr, Expr, Expr], Expr]
+"""A dot product instruction: sums, words of x and words of weights to new sums."""
+
+
 def dot_matmul(
     problem: LowMatmul,
     rows: int,
     sparse: bool,
     simd: Simd,
-    multiply_add: Callable[[Expr, Expr, Expr], Expr],
+    multiply_add: MultiplyAdd,
 ) -> tirx.PrimFunc:
     """Build the kernel for blocks of ``rows`` outputs by one quad of inputs.
 

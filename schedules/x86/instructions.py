@@ -9,12 +9,12 @@ Words are 32 bits: four bytes or two bf16. Vectors of words are int32 for LLVM's
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
 from sparse_tvm.schedules.cpu.lane_tiles import Buffer, Expr, local, scratch
 from sparse_tvm.schedules.cpu.low_precision import words_like
 from sparse_tvm.schedules.cpu.precision import LINES, Precision
@@ -85,7 +85,7 @@ def _madd(acc: Expr, x: Expr, w: Expr) -> Expr:
     return acc + T.call_llvm_pure_intrin(f"int32x{lanes}", to_words, pairs, ones)
 
 
-MULTIPLY_ADD: dict[str, Callable[[Expr, Expr, Expr], Expr]] = {
+MULTIPLY_ADD: dict[str, MultiplyAdd] = {
     "avx512vnni": vpdpbusd,
     "avxvnni": vpdpbusd,
     "avx2": vpmaddubsw,

@@ -70,7 +70,7 @@ def tile_matmul(
 ) -> tirx.PrimFunc:
     """Build the kernel.
 
-    Arguments of the PrimFunc, in order: x; the weight, as ``schedules.cpu.word_weights`` packs its
+    Arguments of the PrimFunc, in order: x; the weight, as ``schedules.x86.tile_weights`` packs its
     form; then those of :class:`Rows`.
     """
     with prim_func() as result:

@@ -5,7 +5,7 @@ Needs no TVM; :mod:`sparse_tvm.schedules.x86.instructions` has the instructions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from sparse_tvm.schedules.cpu.dots import Dot
 
 TILE_ROWS = 16
 """Rows of a tile register, and lines of one."""
@@ -14,38 +14,6 @@ AMX_FEATURES = ("amx-tile", "amx-int8", "amx-bf16", "avx512vbmi2", "avx512bw", "
 
 AMX_RATE = 8.0
 """Words that AMX multiplies while AVX-512 multiplies one float32: 256 a cycle, and 32."""
-
-
-@dataclass(frozen=True)
-class Dot:
-    """A dot product instruction of bytes.
-
-    Attributes
-    ----------
-    name : str
-        For layouts and titles of kernels.
-    lanes : int
-        Words in a vector.
-    registers : int
-        Vector registers.
-    features : tuple[str, ...]
-        What a CPU must have, by LLVM's names.
-    cycles : float
-        For sixteen words.
-    largest_weight : int
-        Of the weights that it multiplies exactly.
-    signed : bool
-        Whether it takes the zero point off x; else the product of the zero point and the weights
-        is left to subtract.
-    """
-
-    name: str
-    lanes: int
-    registers: int
-    features: tuple[str, ...]
-    cycles: float
-    largest_weight: int = 127
-    signed: bool = False
 
 
 AVX512_VNNI = Dot("avx512vnni", 16, 32, ("avx512vnni", "avx512vl", "avx512bw"), 0.5)

@@ -16,8 +16,7 @@ from sparse_tvm.schedules.cpu.families.images import (
     ImagePoolingFamily,
     ImageReductionFamily,
 )
-from sparse_tvm.schedules.cpu.families.low_matmul import DotFamily, TileFamily
-from sparse_tvm.schedules.cpu.families.low_rows import LineRoundFamily, TileAttentionFamily
+from sparse_tvm.schedules.cpu.families.lines import LineRoundFamily
 from sparse_tvm.schedules.cpu.families.matmul import MatmulFamily
 from sparse_tvm.schedules.cpu.families.product import ProductFamily
 from sparse_tvm.schedules.cpu.families.rows import (
@@ -25,6 +24,9 @@ from sparse_tvm.schedules.cpu.families.rows import (
     LaneUnpackFamily,
     LayerNormFamily,
 )
+from sparse_tvm.schedules.x86.families.dots import X86DotFamily
+from sparse_tvm.schedules.x86.families.tile_attention import TileAttentionFamily
+from sparse_tvm.schedules.x86.families.tiles import TileFamily
 from sparse_tvm.targets import ALIASES, NATIVE, TARGETS, Target, get_target
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ class CpuBackend(Backend):
                 ImagePoolingFamily(),
                 ImageReductionFamily(),
                 TileFamily(),
-                DotFamily(),
+                X86DotFamily(),
                 TileAttentionFamily(),
                 LineRoundFamily(),
             ]

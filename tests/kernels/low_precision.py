@@ -6,9 +6,10 @@ import numpy as np
 from harness import RUNNABLE, to_tiles
 from hypothesis import strategies as st
 
+from sparse_tvm.schedules.cpu.dots import Dot
 from sparse_tvm.schedules.cpu.precision import BF16, INT8, LINES, ZERO_POINT, Precision
 from sparse_tvm.schedules.x86.instructions import Amx, PlainTiles
-from sparse_tvm.schedules.x86.units import DOTS, Dot
+from sparse_tvm.schedules.x86.units import DOTS
 from sparse_tvm.sparsity.quantise import as_words, bf16_values, quantise_rows, round_to_bf16
 from sparse_tvm.targets import TARGETS, Target
 

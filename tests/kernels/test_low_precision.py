@@ -24,6 +24,7 @@ from sparse_tvm.schedules.cpu.low_matmul import LowMatmul
 from sparse_tvm.schedules.cpu.low_precision import quantise
 from sparse_tvm.schedules.cpu.precision import BF16, INT8, ZERO_POINT
 from sparse_tvm.schedules.cpu.simd import Simd
+from sparse_tvm.schedules.x86 import tile_weights
 from sparse_tvm.schedules.x86.instructions import MULTIPLY_ADD
 from sparse_tvm.schedules.x86.tile_matmul import FORMS, TileLayout, tile_matmul
 from sparse_tvm.sparsity.quantise import as_words, bf16_values, round_to_bf16
@@ -172,11 +173,11 @@ def rounded_for(dot, w):
 
 def pack_tiles(elements, layout):
     if layout.form == "expand":
-        return word_weights.expanded_tiles(elements, layout.height)
+        return tile_weights.expanded_tiles(elements, layout.height)
     pack = {
-        "dense": word_weights.dense_tiles,
-        "skip": word_weights.skipped_tiles,
-        "gather": word_weights.gathered_tiles,
+        "dense": tile_weights.dense_tiles,
+        "skip": tile_weights.skipped_tiles,
+        "gather": tile_weights.gathered_tiles,
     }[layout.form]
     return pack(as_words(elements), layout.height)
 

@@ -1,4 +1,4 @@
-"""Dense layers in int8 and bf16 on lines of words: by dot products, and on matrix units."""
+"""Dense layers in int8 and bf16 on lines of words: what their families share, and dot products."""
 
 from __future__ import annotations
 
@@ -20,29 +20,28 @@ from sparse_tvm.families import (
 )
 from sparse_tvm.operators import Activation, Bias, Dense, Layout, Residual
 from sparse_tvm.schedules.cpu import word_weights
+from sparse_tvm.schedules.cpu.dots import Dot
 from sparse_tvm.schedules.cpu.families.extents import tiles_for
 from sparse_tvm.schedules.cpu.precision import (
-    BF16,
     INT8,
-    LINES,
     PRECISIONS,
     ZERO_POINT,
     Precision,
 )
 from sparse_tvm.schedules.cpu.simd import LANES, Simd, dot_group_limit, tiles_of
-from sparse_tvm.schedules.x86.units import AMX_FEATURES, AMX_RATE, DOTS, TILE_ROWS, Dot
 from sparse_tvm.sparsity.quantise import as_words
 from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.targets import Target
 
 if TYPE_CHECKING:
+    from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
     from sparse_tvm.schedules.cpu.low_matmul import LowMatmul
 
-_UNSTRUCTURED = "csr"
+UNSTRUCTURED = "csr"
 """The wish for a sparse weight without blocks."""
 
 
-_STREAMED = 3.0
+STREAMED = 3.0
 """Bytes of weights per cycle from the last cache, measured with BERT-base's layers in a row: such
 kernels leave little time to hide them in."""
 
@@ -62,7 +61,7 @@ def fits_wish(block: tuple[int, int], wish: Wish) -> bool:
     return wished_rows % rows == 0 and aligned
 
 
-class _LowPrecisionFamily(WeightedFamily[Dense]):
+class LowPrecisionFamily(WeightedFamily[Dense]):
     """What the families share: types, epilogues, and the wishes that they can meet."""
 
     precisions: ClassVar[tuple[Precision, ...]]
@@ -115,18 +114,24 @@ class _LowPrecisionFamily(WeightedFamily[Dense]):
 
 
 @dataclass(frozen=True)
-class DotFamily(_LowPrecisionFamily):
+class DotFamily(LowPrecisionFamily):
     """Kernels of :mod:`sparse_tvm.schedules.cpu.dot_matmul`."""
 
     name: ClassVar[str] = "dot"
     precisions: ClassVar[tuple[Precision, ...]] = (INT8,)
+    dots: ClassVar[tuple[Dot, ...]]
+    """Of a kind of CPU, the fastest first."""
+
+    @abstractmethod
+    def multiply_add(self, dot: Dot) -> MultiplyAdd:
+        """The instruction itself."""
 
     def rate(self, op: Dense) -> float:
         return INT8.unit  # products in a word
 
     def dot(self, target: Target) -> Dot | None:
         """The target's instruction."""
-        return next((dot for dot in DOTS if target.has(*dot.features)), None)
+        return next((dot for dot in self.dots if target.has(*dot.features)), None)
 
     def lacks(self, target: Target) -> str | None:
         return None if self.dot(target) else f"{target.name} has no dot products of bytes"
@@ -136,7 +141,7 @@ class DotFamily(_LowPrecisionFamily):
         wide = target.registers > LANES
         rows = min(6 if wide else 2, n)
         found = [Layout(self.name, "dense", (rows, unit))]
-        found.append(Layout(self.name, _UNSTRUCTURED, (1, unit)))
+        found.append(Layout(self.name, UNSTRUCTURED, (1, unit)))
         found += [Layout(self.name, "bsr", (rows, unit)) for rows in (1, 2, 4, 8) if rows <= n]
         return found
 
@@ -156,7 +161,7 @@ class DotFamily(_LowPrecisionFamily):
         spilled = 1.5 if rows * group * simd.per_tile > simd.accumulators else 1.0
         block = max(rows * dot.cycles * spilled, line) * group + costs.index
         finish = n * group * 4.0 + -(-n // rows) * costs.row
-        streamed = blocks * (rows * 4 + 2) / min(_STREAMED, costs.streamed)
+        streamed = blocks * (rows * 4 + 2) / min(STREAMED, costs.streamed)
         return target.seconds((blocks * block + finish + streamed) * tiles / group)
 
     def pack(
@@ -172,17 +177,16 @@ class DotFamily(_LowPrecisionFamily):
         self, op: Dense, operands: Sequence[Extents], output: Extents, target: Target
     ) -> Kernel:
         from sparse_tvm.schedules.cpu.dot_matmul import dot_matmul
-        from sparse_tvm.schedules.x86.instructions import MULTIPLY_ADD
 
         dot, layout = self._dot(target), op.stored
         function = dot_matmul(
-            _problem(op, operands),
+            problem_of(op, operands),
             layout.block[0],
             layout.sparse,
             Simd(dot.lanes, dot.registers),
-            MULTIPLY_ADD[dot.name],
+            self.multiply_add(dot),
         )
-        return Kernel(_title(op, dot.name.replace("-", "_")), function)
+        return Kernel(title_of(op, dot.name.replace("-", "_")), function)
 
     def _dot(self, target: Target) -> Dot:
         dot = self.dot(target)
@@ -190,118 +194,8 @@ class DotFamily(_LowPrecisionFamily):
         return dot
 
 
-@dataclass(frozen=True)
-class TileFamily(_LowPrecisionFamily):
-    """Kernels of :mod:`sparse_tvm.schedules.x86.tile_matmul`."""
-
-    name: ClassVar[str] = "tiles"
-    precisions: ClassVar[tuple[Precision, ...]] = (INT8, BF16)
-
-    # Cycles, measured on Sapphire Rapids with two tiles of tokens: a step of K per tile of
-    # outputs; one of gathered lines, which are copied besides; a row of sixteen results; a line
-    # that is expanded; a block row.
-    _STEP, _GATHER, _GATHERED_STEP, _RESULT, _LINE, _ROW = 70.0, 76.0, 42.0, 8.0, 3.0, 60.0
-    _NEAR, _FAR_LINE = 96 << 10, 8.0
-    """Bytes of expanded lines beyond which each takes longer, and how much with twice as many."""
-
-    _ONE_TILE = 0.65
-    """What the steps cost with one tile of tokens instead of two."""
-
-    def rate(self, op: Dense) -> float:
-        precision = precision_of(op)
-        assert precision is not None
-        return AMX_RATE * precision.unit
-
-    def lacks(self, target: Target) -> str | None:
-        return None if target.has(*AMX_FEATURES) else f"{target.name} has no matrix unit (AMX)"
-
-    def layouts(self, op: Dense, target: Target) -> Sequence[Layout]:
-        precision = precision_of(op)
-        assert precision is not None
-        unit = precision.unit
-        found = []
-        for height in (1, 2):
-            rows = height * TILE_ROWS
-            found.append(Layout(self.name, "dense", (rows, LINES * unit)))
-            found += [Layout(self.name, "bsr", (rows, step * unit)) for step in (1, LINES)]
-            expanded = Layout(self.name, _UNSTRUCTURED, (1, 1))
-            found.append(expanded.having(height=height))
-        return found
-
-    def cost(
-        self, op: Dense, layout: Layout, weight: WeightStatistics, tokens: int, target: Target
-    ) -> float:
-        precision = precision_of(op)
-        assert precision is not None
-        (n, k), height = op.matrix, _height(layout)
-        block_rows = -(-n // (TILE_ROWS * height))
-        whole = block_rows * -(-k // (LINES * precision.unit))
-        tiles = tiles_of(tokens)
-        steps, expanded, stored_bytes = float(whole), 0.0, 0.0
-        each = self._STEP * height
-        form = _form(layout, precision)
-        if form == "skip":
-            steps = weight.stored_blocks(layout.block)
-        elif form == "gather":
-            lines = weight.stored_blocks(layout.block) / block_rows
-            steps = block_rows * (lines / LINES + (0.5 if lines else 0.0))
-            each = self._GATHER + self._GATHERED_STEP * height
-        elif form == "expand":
-            lines = whole * height * TILE_ROWS
-            # Hidden behind the products of enough tokens; two block rows wait in memory.
-            waiting = 2 * lines / block_rows * LINES * 4
-            far = max(0.0, waiting / self._NEAR - 1)
-            expanded = lines * (self._LINE + self._FAR_LINE * far) * (1 + 2 / tiles)
-            stored_bytes = weight.nonzeros * 4 / precision.unit + lines * 2 * precision.unit
-        if form != "expand":
-            stored_bytes = steps * height * TILE_ROWS * LINES * 4
-        products = steps * each * (tiles // 2 + self._ONE_TILE * (tiles % 2))
-        results = tiles * n * self._RESULT + block_rows * self._ROW
-        streamed = stored_bytes / min(_STREAMED, target.costs.streamed)
-        return target.seconds(products + results + expanded + streamed)
-
-    def pack(
-        self, op: Dense, w: np.ndarray, layout: Layout, target: Target
-    ) -> dict[str, np.ndarray]:
-        precision = precision_of(op)
-        assert precision is not None
-        elements, of_rows = word_weights.rounded(w, precision)
-        form, height = _form(layout, precision), _height(layout)
-        if form == "expand":
-            return {**word_weights.expanded_tiles(elements, height), **of_rows}
-        pack = {
-            "dense": word_weights.dense_tiles,
-            "skip": word_weights.skipped_tiles,
-            "gather": word_weights.gathered_tiles,
-        }[form]
-        return {**pack(as_words(elements), height), **of_rows}
-
-    def build(
-        self, op: Dense, operands: Sequence[Extents], output: Extents, target: Target
-    ) -> Kernel:
-        from sparse_tvm.schedules.x86.instructions import Amx
-        from sparse_tvm.schedules.x86.tile_matmul import TileLayout, tile_matmul
-
-        problem = _problem(op, operands)
-        form = _form(op.stored, problem.precision)
-        layout = TileLayout(form, _height(op.stored))
-        function = tile_matmul(problem, layout, Simd.of(target), Amx())
-        return Kernel(_title(op, f"amx_{form}"), function)
-
-
-def _height(layout: Layout) -> int:
-    """Tiles of outputs in a block row."""
-    return layout.get("height", max(1, layout.block[0] // TILE_ROWS))
-
-
-def _form(layout: Layout, precision: Precision) -> str:
-    """The kernel's form of a layout (see ``schedules.x86.tile_matmul``)."""
-    if layout.format == "bsr":
-        return "gather" if layout.block[1] == precision.unit else "skip"
-    return {"dense": "dense", _UNSTRUCTURED: "expand"}[layout.format]
-
-
-def _problem(op: Dense, operands: Sequence[Extents]) -> LowMatmul:
+def problem_of(op: Dense, operands: Sequence[Extents]) -> LowMatmul:
+    """A layer's kernel, but for how its weight is stored."""
     from sparse_tvm.schedules.cpu.low_matmul import LowMatmul
 
     precision = precision_of(op)
@@ -310,7 +204,8 @@ def _problem(op: Dense, operands: Sequence[Extents]) -> LowMatmul:
     return LowMatmul(tiles_for(operands[0]), *op.matrix, precision, op.epilogue, out)
 
 
-def _title(op: Dense, unit: str) -> str:
+def title_of(op: Dense, unit: str) -> str:
+    """The kernel's name, given that of what multiplies."""
     layout, precision = op.stored, precision_of(op)
     assert precision is not None
     rows, columns = layout.block

@@ -1,0 +1,40 @@
+"""Dot product instructions of bytes, as packing, costs and kernels see those of any CPU.
+
+Needs no TVM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A dot product instruction of bytes.
+
+    Attributes
+    ----------
+    name : str
+        For layouts and titles of kernels.
+    lanes : int
+        Words in a vector.
+    registers : int
+        Vector registers.
+    features : tuple[str, ...]
+        What a CPU must have, by LLVM's names.
+    cycles : float
+        For sixteen words.
+    largest_weight : int
+        Of the weights that it multiplies exactly.
+    signed : bool
+        Whether it takes the zero point off x; else the product of the zero point and the weights
+        is left to subtract.
+    """
+
+    name: str
+    lanes: int
+    registers: int
+    features: tuple[str, ...]
+    cycles: float
+    largest_weight: int = 127
+    signed: bool = False
