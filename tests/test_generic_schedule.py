@@ -255,3 +255,46 @@ def test_vectors_are_used():
     text = schedule_generic(tvm.te.create_prim_func([x, y]), Simd(16, 32)).script()
     assert "T.vectorized(16)" in text
     assert "T.vectorized(5)" in text
+
+
+@each_target
+@pytest.mark.parametrize("size", [2, 4, 8, 16, 24, 48])
+def test_indices_that_wrap_around(target, size):
+    """Two halves of the last axis turned, of heads that were second, and joined."""
+    op, half = relax.op, (1, 3, 1, size // 2)
+    shapes = ((2, 4, 3, size), half, half)
+
+    def rotated(x, c, s):
+        x = op.permute_dims(x, [0, 2, 1, 3])
+        low, high = (op.strided_slice(x, [3], [i], [i + size // 2]) for i in (0, size // 2))
+        real = op.subtract(op.multiply(low, c), op.multiply(high, s))
+        imaginary = op.add(op.multiply(low, s), op.multiply(high, c))
+        joined = op.reshape(op.concat([real, imaginary], 3), (2, 3, 4 * size))
+        return op.add(joined, joined)
+
+    run = compile_function(rotated, *shapes, target=target)
+    x, c, s = (normal(*shape) + i for i, shape in enumerate(shapes))
+    low, high = np.split(x.transpose(0, 2, 1, 3), 2, -1)
+    joined = np.concatenate([low * c - high * s, low * s + high * c], -1).reshape(2, 3, -1)
+    np.testing.assert_allclose(run(x, c, s), joined * 2, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "columns"), [(5, 8, 20), (5, 16, 40), (9, 2, 6), (5, 24, 20)]
+)
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_rows_cut_anew(rows, size, columns, symbolic):
+    """Rows that begin and end within a period of what they are made of."""
+    op, both = relax.op, 2 * rows * size // columns
+
+    def recut(x, b):
+        joined = op.concat([op.exp(x), x], 1 if symbolic else 0)
+        shape = (x.ty.shape[0], both, columns) if symbolic else (both, columns)
+        return op.multiply(op.reshape(joined, shape), b)
+
+    lead = (3,) if symbolic else ()
+    run = compile_function(recut, (*(("n",) if symbolic else ()), rows, size), (both, 1))
+    x, b = normal(*lead, rows, size), normal(both, 1)
+    joined = np.concatenate([np.exp(x), x], 1 if symbolic else 0)
+    expected = joined.reshape((*lead, both, columns)) * b
+    np.testing.assert_allclose(run(x, b), expected, rtol=1e-5, atol=1e-5)

@@ -1,6 +1,7 @@
 """Innermost loops of lowered TIR, cut into vectors and a tail of any size.
 
-What a schedule leaves serial is looked at loop by loop, its conditions moved out first:
+What a schedule leaves serial is looked at loop by loop, cut first where an index wraps around, its
+conditions moved out:
 
 - a loop over consecutive elements becomes vectors, and one shorter vector for what is left;
 - a reduction along consecutive elements keeps several vectors of partial results;
@@ -28,6 +29,7 @@ from tvm_ffi import structural_map, structural_walk
 from sparse_tvm.schedules.cpu.conditions import comparisons, hoist_conditions, replace, uses
 from sparse_tvm.schedules.cpu.lane_tiles import Expr
 from sparse_tvm.schedules.cpu.simd import Simd
+from sparse_tvm.schedules.cpu.wraps import split_wraps
 
 _Stmt = Any
 _ANALYZER = Analyzer()
@@ -62,10 +64,13 @@ def vectorise_innermost(function: tirx.PrimFunc, simd: Simd) -> tirx.PrimFunc:
             loop = replace(loop.body, loop.loop_var, loop.min)
         return _accumulate(loop, simd) or loop
 
+    def finish(plain: tirx.For) -> _Stmt:
+        return _vectorised(plain, simd)
+
     def innermost(loop: tirx.For) -> _Stmt:
         if loop.kind != tirx.ForKind.SERIAL or not isinstance(loop.body, _LEAVES):
             return loop
-        return hoist_conditions(loop, lambda plain: _vectorised(plain, simd))
+        return split_wraps(loop, lambda part: hoist_conditions(part, finish))
 
     nests = structural_map(body.body, (tirx.For, nest), order="pre")
     loops = structural_map(nests, ((tirx.For, innermost), (tirx.AllocBuffer, _on_stack)))

@@ -1,0 +1,104 @@
+"""Loops cut where an index wraps around.
+
+A reshape behind other operators reads elements by the remainder of its own index: of ``i % 8``
+say. Cut every 8 elements, the remainder is the variable of the inner loop, along which everything
+is consecutive. It also keeps remainders from LLVM, whose vectoriser takes ``c + i % 8`` to be
+consecutive for all ``i``: where it proves that ``c + i`` does not overflow 32 bits, it believes the
+same of the three bits that ``i % 8`` has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm import tirx
+from tvm.sym import Analyzer
+from tvm_ffi import structural_equal, structural_map, structural_walk
+
+from sparse_tvm.schedules.cpu.conditions import replace, uses
+
+_Expr = Any
+_Stmt = Any
+_ANALYZER = Analyzer()
+
+_LEAST = 8
+"""Elements that are worth a loop; fewer are written out."""
+
+
+def split_wraps(loop: tirx.For, finish: Callable[[tirx.For], _Stmt]) -> _Stmt:
+    """Rewrite an innermost loop as loops within which no index wraps, each of them finished."""
+    found = _wrap(loop)
+    if found is None:
+        return finish(loop)
+    offset, size = found
+    dtype = loop.loop_var.ty.dtype
+    first = _ANALYZER.simplify(tirx.floormod(offset, size))  # of the first element, in its period
+    end = first + loop.extent
+    outer, inner = (tirx.Var(name, loop.loop_var.ty) for name in ("period", "element"))
+    whole = all(_is_zero(part) for part in (first, tirx.floormod(loop.extent, size)))
+    low = tirx.const(0, dtype) if whole else tirx.max(first - outer * size, 0)
+    high = tirx.const(size, dtype) if whole else tirx.min(end - outer * size, size)
+    extent = _ANALYZER.simplify(high - low)
+
+    def body(element: _Expr) -> _Stmt:
+        return _within(loop, offset, size, outer, element, loop.min + outer * size - first)
+
+    zero = tirx.const(0, dtype)
+    periods = _ANALYZER.simplify(tirx.floordiv(end + (size - 1), size))
+    if whole and size < _LEAST:
+        listed = [body(tirx.const(element, dtype)) for element in range(size)]
+        return split_wraps(
+            tirx.For(outer, zero, periods, loop.kind, tirx.SeqStmt(listed)), lambda rest: rest
+        )
+    part = tirx.For(inner, zero, extent, loop.kind, body(_ANALYZER.simplify(low + inner)))
+    return tirx.For(outer, zero, periods, loop.kind, split_wraps(part, finish))
+
+
+def _wrap(loop: tirx.For) -> tuple[_Expr, int] | None:
+    """The shortest period of a remainder along a loop, and what is divided at its start."""
+    found: list[tuple[int, _Expr]] = []
+    var = loop.loop_var
+
+    def look(node: Any) -> None:
+        size = node.b
+        if not isinstance(size, tirx.IntImm) or int(size) < 2 or not uses(node.a, var):
+            return
+        step = _ANALYZER.simplify(replace(node.a, var, var + 1) - node.a)
+        if isinstance(step, tirx.IntImm) and int(step) == 1:
+            found.append((int(size), _ANALYZER.simplify(replace(node.a, var, loop.min))))
+
+    structural_walk(loop.body, (tirx.FloorMod, look))
+    if not found:
+        return None
+    size, offset = min(found, key=lambda wrap: wrap[0])
+    return offset, size
+
+
+def _within(
+    loop: tirx.For, offset: _Expr, size: int, outer: _Expr, element: _Expr, value: _Expr
+) -> _Stmt:
+    """The body for one element of a period, whose quotients and remainders are then known."""
+    var = loop.loop_var
+    quotient = _ANALYZER.simplify(tirx.floordiv(offset, size) + outer)
+
+    def same(node: Any) -> bool:
+        if not isinstance(node.b, tirx.IntImm) or int(node.b) != size or not uses(node.a, var):
+            return False
+        start = _ANALYZER.simplify(replace(node.a, var, loop.min) - offset)
+        step = _ANALYZER.simplify(replace(node.a, var, var + 1) - node.a)
+        return _is_zero(start) and structural_equal(step, tirx.const(1, var.ty.dtype))
+
+    known = structural_map(
+        loop.body,
+        (
+            (tirx.FloorMod, lambda node: element if same(node) else node),
+            (tirx.FloorDiv, lambda node: quotient if same(node) else node),
+        ),
+    )
+    return replace(known, var, _ANALYZER.simplify(value + element))
+
+
+def _is_zero(value: _Expr) -> bool:
+    simple = _ANALYZER.simplify(value)
+    return isinstance(simple, tirx.IntImm) and int(simple) == 0
