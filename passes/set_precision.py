@@ -30,11 +30,8 @@ def check_precisions(context: Context) -> None:
     OptionError
         It says which ones there are.
     """
-    backend, target, options = context.backend, context.target, context.options
-    refusals = {
-        name: backend.refuses(Dense(layer="", matrix=(64, 64), types=types), target)
-        for name, types in PRECISIONS.items()
-    }
+    target, options = context.target, context.options
+    refusals = {name: _refusal(context, name) for name in PRECISIONS}
     able = ", ".join(name for name, refusal in refusals.items() if refusal is None)
     for name in options.precisions:
         if refusals[name] is not None:
@@ -42,6 +39,16 @@ def check_precisions(context: Context) -> None:
                 f"target {target.name} has no kernels for {name}: {refusals[name]}",
                 hint=f"--precision {able.replace(', ', ' or ')}, or another --target",
             )
+
+
+def has_kernels(context: Context, precision: str) -> bool:
+    """Whether the target computes layers in a precision."""
+    return _refusal(context, precision) is None
+
+
+def _refusal(context: Context, precision: str) -> str | None:
+    layer = Dense(layer="", matrix=(64, 64), types=PRECISIONS[precision])
+    return context.backend.refuses(layer, context.target)
 
 
 @graph_pass()

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,15 @@ from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.infrastructure import Context
 from sparse_tvm.passes.pipeline import phases as pipeline
 from sparse_tvm.passes.program import Program
-from sparse_tvm.passes.set_precision import check_precisions
+from sparse_tvm.passes.set_precision import check_precisions, has_kernels
 from sparse_tvm.report import check_report_path, write_report
-from sparse_tvm.verification import Bound, NotVerified, compare_with_reference
+from sparse_tvm.verification import (
+    TOLERANCE,
+    TOLERANCE_16_BIT,
+    Bound,
+    NotVerified,
+    compare_with_reference,
+)
 
 PathLike = str | os.PathLike[str]
 
@@ -64,14 +70,14 @@ def compile(
     format: str = "auto",
     block: str | None = None,
     layer_rules: Sequence[str] = (),
-    precision: str = "fp32",
+    precision: str | None = None,
     input_shapes: InputShapes | None = None,
     threads: int | None = None,
     dump_ir: PathLike | None = None,
     save_ir: PathLike | None = None,
     report: PathLike | Sequence[PathLike] | None = None,
     verify: bool = True,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
     min_cosine: float = 0.9,
     verify_inputs: Mapping[str, np.ndarray] | None = None,
     check_passes: bool | None = None,
@@ -83,7 +89,7 @@ def compile(
     Parameters
     ----------
     model : path, torch.nn.Module, keras.Model or onnx.ModelProto
-        A float32 model of any kind that ``docs/sources.md`` lists; files are told by content.
+        A model of any kind that ``docs/sources.md`` lists; files are told by content.
     output : path
         The artifact to write. It appears complete and verified, or not at all. A tokenizer's
         files go to ``<output>.tokenizer`` (in place of its suffix) beside it.
@@ -102,9 +108,10 @@ def compile(
     layer_rules : Sequence[str]
         Exceptions, ``"REGEX=csr|bsr:RxC|dense"``; the last that matches a layer's name counts.
         ``"REGEX=bsr:16x4@int8"`` or ``"REGEX=@int8"`` sets the precision too.
-    precision : str
+    precision : str | None
         ``fp32``, or ``bf16`` or ``int8`` for dense layers and attention where the target has it:
-        weights are rounded per output, activations per token.
+        weights are rounded per output, activations per token. By default ``fp32``, or ``bf16`` for
+        a model of bfloat16 where the target has it.
     input_shapes : InputShapes | None
         Shapes of inputs by name, each dimension a fixed size, a name, or a ``range`` of sizes;
         dimensions that are symbolic in the model stay so otherwise.
@@ -120,9 +127,9 @@ def compile(
     verify : bool
         Compare with the model's own framework on random inputs; another architecture's code in
         an emulator, and where there is none the manifest says that it was not verified.
-    tolerance : float
+    tolerance : float | None
         Largest absolute difference accepted, relative to the output's largest value if that is
-        above 1.
+        above 1; by default 1e-4, and 1e-2 for a model of 16-bit floats.
     min_cosine : float
         For layers in low precision, instead of the tolerance: the least cosine of any row (along
         the last axis) of an output with float32's.
@@ -150,11 +157,10 @@ def compile(
         block=block,
         threshold=threshold,
         rules=layer_rules,
-        precision=precision,
+        precision=precision or "fp32",
     )
     context = Context(backend, chosen_target, options)
     check_precisions(context)
-    bound = Bound(tolerance, min_cosine if options.precisions != ["fp32"] else None)
     if not 0 <= min_cosine <= 1:
         raise OptionError(f"the least cosine must be from 0 to 1, not {min_cosine}")
     if threads is not None and threads < 1:
@@ -183,6 +189,12 @@ def compile(
         if save_ir is not None:
             write_ir(source, imported, save_ir)
         program = Program(imported.module, dict(imported.weights), dict(imported.layers))
+        if precision is None and "bfloat16" in imported.widened:
+            context = replace(context, options=_in_bf16(context))
+        options = context.options
+        if tolerance is None:
+            tolerance = TOLERANCE_16_BIT if imported.widened else TOLERANCE
+        bound = Bound(tolerance, min_cosine if options.precisions != ["fp32"] else None)
         totals = _model_totals(program)
         phases.program = program
     for phase in pipeline(backend):
@@ -207,7 +219,7 @@ def compile(
         "outputs": [spec.as_json() for spec in imported.outputs],
         "bounds": {name: list(bounds) for name, bounds in imported.bounds.items()},
         "layers": [layer.as_json() for layer in program.reports.values()],
-        "notes": [*source.notes(), *program.notes],
+        "notes": [*source.notes(), *imported.notes, *program.notes],
         "totals": {**totals, "weight_bytes": sum(w.nbytes for w in program.weights.values())},
         "verification": None,
         "unverified": None if verify else "compiled with --no-verify",
@@ -271,6 +283,12 @@ class _Phases:
 
     def as_json(self) -> list[dict[str, Any]]:
         return [{"name": n, "seconds": round(s, 3)} for n, s in self.seconds.items()]
+
+
+def _in_bf16(context: Context) -> FormatOptions:
+    """The options with bf16 as the precision, where the target has it."""
+    able = has_kernels(context, "bf16")
+    return replace(context.options, precision="bf16") if able else context.options
 
 
 def _check_rules(options: FormatOptions, program: Program) -> None:

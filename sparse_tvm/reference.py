@@ -75,6 +75,8 @@ class Reference(ReferenceModel):
         An ONNX file, or a serialized model.
     threads : int
         Threads within an operator; operators run one after the other.
+    widened : bool
+        Run a model of bfloat16, for which ONNX Runtime lacks most operators, in float32.
 
     Raises
     ------
@@ -85,22 +87,28 @@ class Reference(ReferenceModel):
     engine = "ONNX Runtime"
     version = onnxruntime.__version__
 
-    def __init__(self, model: str | os.PathLike[str] | bytes, *, threads: int) -> None:
+    def __init__(
+        self, model: str | os.PathLike[str] | bytes, *, threads: int, widened: bool = False
+    ) -> None:
         self.name = "the model" if isinstance(model, bytes) else os.fspath(model)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # what is fatal; errors are raised
-        self._session = self._open(model if isinstance(model, bytes) else self.name, options)
+        source = model if isinstance(model, bytes) else self.name
+        self._session = self._open(source, options, widened)
         self.inputs = [node.name for node in self._session.get_inputs()]
         self.outputs = [node.name for node in self._session.get_outputs()]
 
-    def _open(self, source: str | bytes, options: Any) -> Any:
+    def _open(self, source: str | bytes, options: Any, widened: bool) -> Any:
         """Load the model, spelled as ONNX Runtime knows it where it refuses."""
         opset: int | None = None
         expanded: set[str] = set()
         with tempfile.TemporaryDirectory() as directory:
             spelled = source
+            if widened:
+                spelled = str(Path(directory) / "spelled.onnx")
+                write_at_opset(source, opset, Path(spelled))
             while True:
                 try:
                     return _session(spelled, options)

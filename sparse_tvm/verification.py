@@ -21,6 +21,9 @@ from sparse_tvm.targets import Target
 
 Arrays = Mapping[str, np.ndarray]
 
+TOLERANCE, TOLERANCE_16_BIT = 1e-4, 1e-2
+"""Largest differences from models of float32, and from those that round to 16 bits on their way."""
+
 
 class NotVerified(Exception):
     """The artifact cannot run here; the text says why."""

@@ -132,12 +132,12 @@ def test_torch_custom_operator(tmp_path: Path) -> None:
     assert "example.twice" in refusal(Custom(), tmp_path, example_inputs=(torch.ones(4),))
 
 
-def test_torch_half_precision_program(tmp_path: Path) -> None:
-    path = tmp_path / "half.pt2"
-    module = nn.Linear(64, 64).to(torch.bfloat16)
-    example = torch.zeros(2, 64, dtype=torch.bfloat16)
+def test_torch_double_precision_program(tmp_path: Path) -> None:
+    path = tmp_path / "double.pt2"
+    module = nn.Linear(64, 64).to(torch.float64)
+    example = torch.zeros(2, 64, dtype=torch.float64)
     torch.export.save(torch.export.export(module, (example,)), path)
-    assert "only float32" in refusal(path, tmp_path)
+    assert "float32 or of 16 bits" in refusal(path, tmp_path)
 
 
 def huggingface(directory: Path, **changes: Any) -> Path:

@@ -48,12 +48,13 @@ def compile(
         ),
     ] = None,
     precision: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME",
-            help="In which dense layers and attention compute: fp32, bf16 or int8.",
+            help="In which dense layers and attention compute: fp32, bf16 or int8; by default "
+            "fp32, or bf16 for a model of bfloat16.",
         ),
-    ] = "fp32",
+    ] = None,
     input_shape: InputShapes = None,
     threads: Annotated[
         int | None,
@@ -82,9 +83,13 @@ def compile(
         typer.Option(help="Compare with the model's own framework on random inputs."),
     ] = True,
     tolerance: Annotated[
-        float,
-        typer.Option(min=0.0, metavar="X", help="Largest absolute difference --verify accepts."),
-    ] = 1e-4,
+        float | None,
+        typer.Option(
+            min=0.0,
+            metavar="X",
+            help="Largest absolute difference --verify accepts: 1e-4, in 16 bits 1e-2.",
+        ),
+    ] = None,
     min_cosine: Annotated[
         float,
         typer.Option(
@@ -109,7 +114,11 @@ def compile(
     started = time.perf_counter()
     check_target(target)
     FormatOptions.parse(
-        format=format, block=block, threshold=threshold, rules=layer or (), precision=precision
+        format=format,
+        block=block,
+        threshold=threshold,
+        rules=layer or (),
+        precision=precision or "fp32",
     )
     input_shapes = parse_input_shapes(input_shape or ())
     for path in report or ():

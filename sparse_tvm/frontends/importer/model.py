@@ -25,6 +25,7 @@ from sparse_tvm.frontends.onnx.detach import as_array
 from sparse_tvm.frontends.onnx.read import CONTRIB_DOMAIN, describe, first_few, one_line, read_onnx
 from sparse_tvm.frontends.onnx.simplify import input_specs, set_input_shapes, simplify
 from sparse_tvm.frontends.onnx.weights import find_weights
+from sparse_tvm.frontends.onnx.widen import widened_types
 from sparse_tvm.spec import LARGEST_SIZE, TensorSpec
 
 _SUPPORTED_CONTRIB_OPS = {
@@ -83,6 +84,8 @@ class ImportedModel:
         What the model was imported from.
     bounds : dict[str, tuple[int, int]]
         Smallest and largest size of those symbolic dimensions that are bounded.
+    widened : list[str]
+        The types of 16 bits that the model has, ``float16`` and ``bfloat16``.
     """
 
     module: tvm.IRModule
@@ -92,6 +95,18 @@ class ImportedModel:
     layers: dict[str, str]
     source: str | os.PathLike[str] | onnx.ModelProto
     bounds: dict[str, tuple[int, int]] = field(default_factory=dict)
+    widened: list[str] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of how the model was imported."""
+        if not self.widened:
+            return []
+        types = " and ".join(self.widened)
+        note = f"the model's {types} values became float32, and only layers of less round them"
+        if "bfloat16" in self.widened:
+            note += "; bfloat16 inputs and outputs are float32"
+        return [note]
 
 
 def import_onnx(
@@ -103,7 +118,7 @@ def import_onnx(
     Parameters
     ----------
     model : path or onnx.ModelProto
-        A float32 model.
+        A model of float32, or of 16-bit floats.
     input_shapes : InputShapes | None
         Shapes of inputs by name, to fix symbolic dimensions, name or bound them.
 
@@ -141,6 +156,7 @@ def _import(
         layers=_layers(proto, program, tensors),
         source=source,
         bounds=shapes.bounds,
+        widened=widened_types(proto),
     )
 
 

@@ -25,7 +25,7 @@ from sparse_tvm.reference import ReferenceModel
 from sparse_tvm.sparsity.sources import decode_bitmask, encode_bitmask, find_bitmasks
 from sparse_tvm.spec import TensorSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _SPARSE_FROM = 0.5  # sparsity from which a bitmask and values are clearly smaller
 _BITMASK_ORIGIN = "saved as bitmask"
@@ -64,6 +64,7 @@ def write_ir(source: Source, imported: ImportedModel, path: str | os.PathLike[st
         "outputs": [spec.as_json() for spec in imported.outputs],
         "bounds": imported.bounds,
         "layers": imported.layers,
+        "widened": imported.widened,
         "weights": list(imported.weights),
         "origins": {name: origins[name] for name in imported.weights if name in origins},
         "module": tvm.ir.save_json(imported.module),
@@ -120,6 +121,7 @@ class IrSource(Source):
             layers=document["layers"],
             source=self.name,
             bounds={name: (low, high) for name, (low, high) in document["bounds"].items()},
+            widened=document["widened"],
         )
 
     def _module(self) -> tvm.IRModule:

@@ -18,6 +18,8 @@ from sparse_tvm.frontends.onnx.in_memory import find_array
 MIN_WEIGHT_SIZE = 64
 """Float tensors with fewer elements are constants of the program, not weights."""
 
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+
 
 def stored_tensors(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TensorProto]]:
     """Yield the name and tensor of all initializers and ``Constant`` nodes."""
@@ -42,8 +44,8 @@ def size_of(tensor: onnx.TensorProto) -> int:
 
 
 def is_weight(tensor: onnx.TensorProto) -> bool:
-    """Whether the tensor is large enough to stay outside of the program, and float32."""
-    return tensor.data_type == onnx.TensorProto.FLOAT and size_of(tensor) >= MIN_WEIGHT_SIZE
+    """Whether the tensor is large enough to stay outside of the program, and of floats."""
+    return tensor.data_type in _FLOATS and size_of(tensor) >= MIN_WEIGHT_SIZE
 
 
 def as_array(tensor: onnx.TensorProto) -> np.ndarray:

@@ -15,6 +15,7 @@ from onnx import TensorProto
 from sparse_tvm.errors import ModelError
 from sparse_tvm.frontends.guard import check_graph
 from sparse_tvm.frontends.onnx.detach import (
+    MIN_WEIGHT_SIZE,
     as_array,
     attach_weights,
     detach_weights,
@@ -24,6 +25,7 @@ from sparse_tvm.frontends.onnx.detach import (
 from sparse_tvm.frontends.onnx.external_data import load_external_data
 from sparse_tvm.frontends.onnx.in_memory import find_array
 from sparse_tvm.frontends.onnx.weights import find_weights
+from sparse_tvm.frontends.onnx.widen import widen
 
 OLDEST_OPSET = 6
 NEWEST_OPSET = onnx.defs.onnx_opset_version()
@@ -31,7 +33,6 @@ NEWEST_OPSET = onnx.defs.onnx_opset_version()
 CONTRIB_DOMAIN = "com.microsoft"
 """ONNX Runtime's own operators; the onnx package does not know them, but models have them."""
 
-_HALF_TYPES = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
 _PACKED_TYPES = {
     value
     for name, value in TensorProto.DataType.items()
@@ -62,7 +63,7 @@ _WEIGHT_OPS = {
 def read_onnx(
     model: str | os.PathLike[str] | onnx.ModelProto, *, mapped: bool = False
 ) -> onnx.ModelProto:
-    """Read and check a model: float32, opset 11 or newer, all weights there and finite.
+    """Read and check a model: opset 6 or newer, all weights there and finite.
 
     Parameters
     ----------
@@ -74,8 +75,9 @@ def read_onnx(
     Returns
     -------
     onnx.ModelProto
-        The model with its weights and with local functions inlined. A model given in
-        memory is never changed; it is returned as it is where nothing had to be.
+        The model with its weights, with local functions inlined, and in float32 where it was
+        of 16-bit floats. A model given in memory is never changed; it is returned as it is where
+        nothing had to be.
 
     Raises
     ------
@@ -93,6 +95,7 @@ def read_onnx(
         _check_versions(model, where)
         load_external_data(model, path, mapped=mapped)
     model = _inline_functions(model, where)
+    model = widen(model)
     _check_types(model, where)
     _check_structure(model, where)
     _check_values(model, where)
@@ -205,22 +208,16 @@ def _inline_functions(model: onnx.ModelProto, where: str) -> onnx.ModelProto:
 
 
 def _check_types(model: onnx.ModelProto, where: str) -> None:
-    """Refuse half precision, double precision and quantised models."""
-    halves = [
+    """Refuse weights in double precision or of less than a byte, and quantised models."""
+    others = [
         f"{name} ({TensorProto.DataType.Name(t.data_type).lower()})"
         for name, t in stored_tensors(model.graph)
-        if t.data_type in _HALF_TYPES | _PACKED_TYPES
-        or (t.data_type == TensorProto.DOUBLE and len(t.dims) > 1)
+        if t.data_type in _PACKED_TYPES or (t.data_type == TensorProto.DOUBLE and len(t.dims) > 1)
     ]
-    halves += [
-        f"{i.name} (input, {TensorProto.DataType.Name(i.type.tensor_type.elem_type).lower()})"
-        for i in model.graph.input
-        if i.type.tensor_type.elem_type in _HALF_TYPES
-    ]
-    if halves:
+    if others:
         raise ModelError(
-            f"{where}: only float32 is supported, but {len(halves)} tensors are not: "
-            f"{first_few(halves)}",
+            f"{where}: weights are float32 or of 16 bits, but {len(others)} tensors are not: "
+            f"{first_few(others)}",
             hint="export the model in float32",
         )
     quantised = [
@@ -243,7 +240,8 @@ def _check_structure(model: onnx.ModelProto, where: str) -> None:
             f"{where}: sparse initializers are not supported: {name}",
             hint="store the weights dense; zeros are found here",
         )
-    skeleton, _ = detach_weights(model)
+    large = {name for name, t in stored_tensors(model.graph) if size_of(t) >= MIN_WEIGHT_SIZE}
+    skeleton, _ = detach_weights(model, large)
     try:
         onnx.checker.check_model(skeleton)
     except onnx.checker.ValidationError as error:

@@ -15,6 +15,7 @@ from sparse_tvm.errors import ModelError
 from sparse_tvm.frontends.guard import check_graph
 from sparse_tvm.frontends.onnx.external_data import load_external_data
 from sparse_tvm.frontends.onnx.read import one_line, parse_onnx
+from sparse_tvm.frontends.onnx.widen import half_types
 from sparse_tvm.frontends.source import Source
 from sparse_tvm.reference import Reference
 
@@ -62,9 +63,12 @@ class OnnxSource(Source):
 
     def reference(self, threads: int) -> Reference:
         """Return the model in ONNX Runtime."""
+        source: Path | bytes
         if isinstance(self._model, Path):
-            return Reference(self._model, threads=threads)
-        return Reference(self._model.SerializeToString(), threads=threads)
+            source, model = self._model, parse_onnx(self._model)
+        else:
+            source, model = self._model.SerializeToString(), self._model
+        return Reference(source, threads=threads, widened="bfloat16" in half_types(model))
 
 
 def decode_sparse_initializers(model: onnx.ModelProto) -> dict[str, str]:

@@ -126,9 +126,9 @@ def _name_layers(graph: Any) -> None:
 
 def _values(model: str, name: str, tensor: Any) -> np.ndarray:
     dtype = tensor.dtype.name.lower()
-    if dtype in ("bfloat16", "float16", "double"):
+    if dtype == "double":
         raise ModelError(
-            f"{model}: only float32 is supported, but {name} is {dtype}",
+            f"{model}: weights are float32 or of 16 bits, but {name} is {dtype}",
             hint="convert the model with .float() and export it again",
         )
     values: np.ndarray = np.ascontiguousarray(tensor.numpy())

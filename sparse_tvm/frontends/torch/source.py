@@ -181,6 +181,7 @@ class TorchReference(ReferenceModel):
         self.version = torch.__version__
         self.inputs = list(program.graph_signature.user_inputs)
         self.outputs = output_names(program)
+        self._dtypes = _input_dtypes(program)
         self._structure = program.call_spec.in_spec
         self._module = module
         torch.set_num_threads(threads)
@@ -192,16 +193,26 @@ class TorchReference(ReferenceModel):
         import torch
         from torch.utils import _pytree as pytree
 
-        tensors = [torch.from_numpy(np.array(inputs[name])) for name in self.inputs]
+        tensors = [
+            torch.from_numpy(np.array(inputs[name])).to(self._dtypes.get(name))
+            for name in self.inputs
+        ]
         args, kwargs = pytree.tree_unflatten(tensors, self._structure)
         with torch.no_grad():
             leaves = pytree.tree_leaves(self._module(*args, **kwargs))
         found = {
-            name: leaf.numpy()
+            name: (leaf.float() if leaf.dtype == torch.bfloat16 else leaf).numpy()
             for name, leaf in zip(self.outputs, leaves, strict=True)
             if leaf is not None
         }
         return {name: found[name] for name in (self.outputs if outputs is None else outputs)}
+
+
+def _input_dtypes(program: Any) -> dict[str, Any]:
+    """Return the element types of a program's inputs, which NumPy may not have."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    names = program.graph_signature.user_inputs
+    return {name: values[name].dtype for name in names if hasattr(values.get(name), "dtype")}
 
 
 def export(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any) -> Any:
@@ -251,7 +262,7 @@ def write_program(program: Any, weights: Mapping[str, np.ndarray], output: Path)
                 f"{stem}: its weight is computed, not stored, in the program",
                 hint="give an output that ends in .onnx",
             )
-        tensor = torch.from_numpy(np.array(values, np.float32))
+        tensor = torch.from_numpy(np.array(values, np.float32)).to(state[owner].dtype)
         stored_as_parameter = isinstance(state[owner], torch.nn.Parameter)
         state[owner] = torch.nn.Parameter(tensor) if stored_as_parameter else tensor
     changed = {"graph": copied_graph(program), "state_dict": state}

@@ -1,0 +1,148 @@
+"""Models of float16 and bfloat16: their values are kept, and computed with in float32 or bf16."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, numpy_helper, parser
+from typer.testing import CliRunner
+
+import sparse_tvm
+from sparse_tvm.cli.app import app
+from sparse_tvm.frontends.onnx.read import read_onnx
+from sparse_tvm.frontends.onnx.widen import half_types, widen, widened_types
+from sparse_tvm.models.bert import BertConfig, build_bert
+from sparse_tvm.targets import TARGETS, runs_here
+
+SMALL = BertConfig(layers=1, hidden=64, heads=2, intermediate=128, vocabulary=100, max_positions=64)
+HALVES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def narrowed(model, name):
+    """A float32 model with everything in 16 bits."""
+    dtype = HALVES[name]
+    type_ = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+
+    def narrow(tensor):
+        if tensor.data_type == TensorProto.FLOAT:
+            values = np.clip(numpy_helper.to_array(tensor), -6e4, 6e4).astype(dtype)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    half = onnx.ModelProto()
+    half.CopyFrom(model)
+    for tensor in half.graph.initializer:
+        narrow(tensor)
+    for node in half.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+                attribute.i = type_
+            if attribute.name == "value":
+                narrow(attribute.t)
+    for value in (*half.graph.input, *half.graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = type_
+    del half.graph.value_info[:]
+    onnx.checker.check_model(half)
+    return half
+
+
+@pytest.fixture(scope="module")
+def bert():
+    return build_bert(SMALL, batch=1, sequence=16)
+
+
+def saved(model, path):
+    onnx.save(model, path)
+    return path
+
+
+def test_float16_agrees_with_onnx_runtime(bert, tmp_path):
+    path = saved(narrowed(bert, "float16"), tmp_path / "half.onnx")
+    manifest = sparse_tvm.compile(path, tmp_path / "half.so").manifest
+    assert manifest["outputs"][0]["dtype"] == "float16"
+    assert manifest["verification"]["reference"].startswith("ONNX Runtime")
+    assert manifest["verification"]["max_abs_diff"]["last_hidden_state"] < 1e-2
+    assert {layer["precision"] for layer in manifest["layers"]} == {"float32"}
+    assert any("float16" in note for note in manifest["notes"])
+
+
+@pytest.mark.parametrize("target", ["sapphirerapids", "x86-64-v3"])
+def test_bfloat16_computes_in_bf16_where_the_target_has_it(bert, tmp_path, target):
+    if not runs_here(TARGETS[target]):
+        pytest.skip(f"this CPU is not of the family {target}")
+    path = saved(narrowed(bert, "bfloat16"), tmp_path / "half.onnx")
+    manifest = sparse_tvm.compile(path, tmp_path / "half.so", target=target).manifest
+    expected = "bfloat16" if target == "sapphirerapids" else "float32"
+    assert {layer["precision"] for layer in manifest["layers"]} == {expected}
+    assert manifest["outputs"][0]["dtype"] == "float32"
+    exact = sparse_tvm.compile(path, tmp_path / "exact.so", target=target, precision="fp32")
+    assert {layer["precision"] for layer in exact.manifest["layers"]} == {"float32"}
+    assert exact.manifest["verification"]["max_abs_diff"]["last_hidden_state"] < 1e-4
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_weights_keep_their_values_and_their_zeros(tmp_path, name):
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((256, 256)).astype(HALVES[name])
+    w[np.kron(rng.random((256, 64)) < 0.9, np.ones((1, 4), bool))] = 0
+    graph = "(float[8,256] x) => (float[8,256] y) { h = Relu(x) y = MatMul(h, w) }"
+    model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> g {graph}')
+    model.graph.initializer.append(numpy_helper.from_array(w.astype(np.float32), "w"))
+    path = saved(narrowed(model, name), tmp_path / "half.onnx")
+    [stored] = read_onnx(path).graph.initializer
+    assert np.array_equal(numpy_helper.to_array(stored), w.astype(np.float32))
+    [layer] = sparse_tvm.inspect(path)["layers"]
+    assert layer["nnz"] == np.count_nonzero(w)
+    assert layer["structure"] == "4x1 blocks (fill 1.00)"
+    [layer] = sparse_tvm.compile(path, tmp_path / "half.so", precision="fp32").manifest["layers"]
+    assert layer["format"] == "bsr"
+
+
+def test_float16_goes_through_every_verb(bert, tmp_path):
+    graph = "(float16[2,64] x) => (float16[2,8] y) { y = MatMul(x, w) }"
+    model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> g {graph}')
+    w = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float16)
+    model.graph.initializer.append(numpy_helper.from_array(w, "w"))
+    path, artifact = saved(model, tmp_path / "half.onnx"), tmp_path / "half.so"
+    x = np.random.default_rng(1).standard_normal((2, 64)).astype(np.float16)
+    np.savez(tmp_path / "x.npz", x=x)
+    for arguments in (
+        ["compile", path, "-o", artifact],
+        ["run", artifact, "--inputs", tmp_path / "x.npz", "--output", tmp_path / "y.npz"],
+        ["bench", artifact, "--against", path, "--duration", "0.2", "--warmup", "0.1"],
+        ["verify", artifact],
+        ["inspect", path],
+    ):
+        result = CliRunner().invoke(app, [str(a) for a in arguments])
+        assert result.exit_code == 0, result.output
+    y = np.load(tmp_path / "y.npz")["y"]
+    assert y.dtype == np.float16
+    np.testing.assert_allclose(y, x.astype(np.float32) @ w.astype(np.float32), rtol=1e-2, atol=1e-2)
+
+
+def test_widening_reaches_inner_graphs_and_leaves_the_model_alone():
+    graph = """(float16[4] x, bool c) => (float16[4] y, float16[4] z) {
+        y = If (c) <
+            then_branch = then () => (float16[4] a) { a = Add(x, one) },
+            else_branch = other () => (float16[4] b) { b = Cast<to = 10>(x) } >
+        z = Neg(y)
+    }"""
+    model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> g {graph}')
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(4, np.float16), "one"))
+    before = model.SerializeToString()
+    wide = widen(model)
+    assert model.SerializeToString() == before
+    assert (half_types(model), widened_types(wide)) == (["float16"], ["float16"])
+    onnx.checker.check_model(wide, full_check=True)
+    ends = (*wide.graph.input[:1], *wide.graph.output)
+    assert {value.type.tensor_type.elem_type for value in ends} == {TensorProto.FLOAT16}
+    casts = [node for node in wide.graph.node if node.op_type == "Cast"]
+    assert [node.input[0] for node in casts] == ["x", "y.float32", "z.float32"]
+    from sparse_tvm.reference import Reference
+
+    x = {"x": np.float16([1, -2, 3, 4]), "c": np.array(False)}
+    results = [Reference(m.SerializeToString(), threads=1).run(x) for m in (model, wide)]
+    for name in ("y", "z"):
+        assert np.array_equal(results[0][name], results[1][name])
