@@ -40,12 +40,19 @@ def dense_to_sparse(program: Program, context: Context) -> Program:
     return _DenseToSparse(program, context).run()
 
 
-def _tokens(op: WeightedOperator, x: relax.Var) -> Sequence[int]:
-    """How many tokens the layer sees at a time: their number, or typical ones."""
-    if not isinstance(op, Dense):
+def typical_tokens(op: WeightedOperator, output: Sequence[Any]) -> Sequence[int]:
+    """How many tokens the layer sees at a time, or pixels: their number, or typical ones.
+
+    Of images whose number is not known there is one.
+    """
+    if isinstance(op, Dense):
+        count = product(output[:-1])
+        return (count,) if isinstance(count, int) else TYPICAL_TOKENS
+    batch, _, *size = output
+    pixels = product(size)
+    if not isinstance(pixels, int):
         return TYPICAL_TOKENS[:1]
-    count = product(shape_of(x)[:-1])
-    return (count,) if isinstance(count, int) else TYPICAL_TOKENS
+    return (pixels * batch if isinstance(batch, int) else pixels,)
 
 
 @dataclass
@@ -70,7 +77,7 @@ class _DenseToSparse(Rewrite):
         if found is None or found.op.layout is not None:
             return None
         x, w, *extras = found.args
-        stored = self._store(w, found.op, _tokens(found.op, x))
+        stored = self._store(w, found.op, typical_tokens(found.op, shape_of(var)))
         op = replace(found.op, layout=stored.choice.layout)
         op = replace(op, layer=self._report(op, stored))
         args = [self.new(x), *stored.params, *(self.new(extra) for extra in extras)]
@@ -89,7 +96,8 @@ class _DenseToSparse(Rewrite):
         backend, target = self._context.backend, self._context.target
         matrix = array.reshape(op.matrix)
         weight = MeasuredWeight(matrix)
-        choice = choose(op, weight, self._context.options, backend, target, tokens)
+        options, evidence = self._context.options, self._context.evidence
+        choice = choose(op, weight, options, backend, target, tokens, evidence)
         arrays = backend.weighted_family(choice.layout).pack(op, matrix, choice.layout, target)
         source = self.graph.value(w)
         name = source.name if isinstance(source, relax.Var) else op.layer
@@ -121,5 +129,7 @@ class _DenseToSparse(Rewrite):
             reason=reason,
             bytes=nbytes,
             precision=op.types.weight,
+            basis=choice.basis,
+            times=choice.times,
         )
         return layer

@@ -17,6 +17,7 @@ from sparse_tvm.backends.base import Backend, BackendTarget
 from sparse_tvm.errors import BuildError
 from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.program import Program
+from sparse_tvm.tuning.evidence import Evidence
 
 CHECK_VARIABLE = "SPARSE_TVM_CHECK_PASSES"
 """Environment variable: ``1`` turns the checks on where the caller does not say."""
@@ -34,11 +35,14 @@ class Context:
         One of the backend's.
     options : FormatOptions
         The user's wishes.
+    evidence : Evidence
+        What was measured of layers, and on how many threads they are to run.
     """
 
     backend: Backend
     target: BackendTarget
     options: FormatOptions = field(default_factory=FormatOptions)
+    evidence: Evidence = field(default_factory=Evidence)
 
 
 @dataclass(frozen=True)

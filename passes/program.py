@@ -38,6 +38,11 @@ class LayerReport:
         Size of the stored weight; 0 where another layer stores it.
     precision : str
         Element type of the weight's values.
+    basis : str
+        ``measured`` or ``predicted``: what the layout was chosen by, or compared with dense by.
+    times : dict[str, Any]
+        The seconds that this rests on, of the layout and of the best dense one (see
+        ``docs/formats.md``).
     """
 
     name: str
@@ -53,6 +58,8 @@ class LayerReport:
     reason: str
     bytes: int
     precision: str = "float32"
+    basis: str = "predicted"
+    times: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The report as the manifest stores it."""

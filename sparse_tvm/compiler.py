@@ -18,6 +18,7 @@ import tvm
 from sparse_tvm import __version__
 from sparse_tvm.artifact import read_manifest, rewrite_manifest, write_artifact
 from sparse_tvm.backends import resolve_target
+from sparse_tvm.cpu import cpu_model
 from sparse_tvm.errors import OptionError, OutputError
 from sparse_tvm.files import check_writable, replacing
 from sparse_tvm.frontends.detect import open_source
@@ -30,6 +31,9 @@ from sparse_tvm.passes.pipeline import phases as pipeline
 from sparse_tvm.passes.program import Program
 from sparse_tvm.passes.set_precision import check_precisions, has_kernels
 from sparse_tvm.report import check_report_path, write_report
+from sparse_tvm.targets import NATIVE
+from sparse_tvm.tuning.evidence import Evidence
+from sparse_tvm.tuning.records import read_records
 from sparse_tvm.verification import (
     TOLERANCE,
     TOLERANCE_16_BIT,
@@ -73,6 +77,7 @@ def compile(
     precision: str | None = None,
     input_shapes: InputShapes | None = None,
     threads: int | None = None,
+    records: Sequence[PathLike] = (),
     dump_ir: PathLike | None = None,
     save_ir: PathLike | None = None,
     report: PathLike | Sequence[PathLike] | None = None,
@@ -117,6 +122,9 @@ def compile(
         dimensions that are symbolic in the model stay so otherwise.
     threads : int | None
         Threads the artifact uses unless told otherwise when loaded; by default all cores there.
+    records : Sequence[path]
+        What ``sparse-tvm tune`` measured: it decides before predictions do. For ``native`` only
+        records of this machine's CPU count, for a target by name those of any of its CPUs.
     dump_ir : path | None
         Directory for the module after each phase, as TVMScript.
     save_ir : path | None
@@ -159,7 +167,8 @@ def compile(
         rules=layer_rules,
         precision=precision or "fp32",
     )
-    context = Context(backend, chosen_target, options)
+    measured = read_records(records, cpu_model() if target == NATIVE else None)
+    context = Context(backend, chosen_target, options, Evidence(measured, threads))
     check_precisions(context)
     if not 0 <= min_cosine <= 1:
         raise OptionError(f"the least cosine must be from 0 to 1, not {min_cosine}")
@@ -219,7 +228,7 @@ def compile(
         "outputs": [spec.as_json() for spec in imported.outputs],
         "bounds": {name: list(bounds) for name, bounds in imported.bounds.items()},
         "layers": [layer.as_json() for layer in program.reports.values()],
-        "notes": [*source.notes(), *imported.notes, *program.notes],
+        "notes": [*measured.remarks, *source.notes(), *imported.notes, *program.notes],
         "totals": {**totals, "weight_bytes": sum(w.nbytes for w in program.weights.values())},
         "verification": None,
         "unverified": None if verify else "compiled with --no-verify",

@@ -146,6 +146,12 @@ class WeightedFamily(KernelFamily[Weighted]):
     ) -> Sequence[Layout]:
         """Layouts that the weight may have: all worth comparing, or those nearest to a wish."""
 
+    def variants(
+        self, op: Weighted, weight: WeightStatistics, target: AnyTarget, wish: Wish | None = None
+    ) -> Sequence[Layout]:
+        """More layouts that only a measurement can tell to be better, for the tuner."""
+        return ()
+
     def remark(self, op: Weighted) -> str | None:
         """Why the family has no sparse layouts for ``op``, where it has none."""
         return None

@@ -98,9 +98,24 @@ class Origin(TypedDict):
     sha256: str | None
 
 
-class Layer(TypedDict):
-    """What became of one layer, and why."""
+class _Figures(TypedDict):
+    seconds: float
+    dense_seconds: float
 
+
+class _Times(TypedDict):
+    tokens: Natural
+    predicted: _Figures
+
+
+class Times(_Times, total=False):
+    """Seconds of a call for so many tokens, on one core or on so many threads."""
+
+    threads: Natural
+    measured: _Figures
+
+
+class _Layer(TypedDict):
     name: str
     op: str
     shape: list[Natural]
@@ -114,6 +129,13 @@ class Layer(TypedDict):
     reason: str
     bytes: Natural
     precision: str
+
+
+class Layer(_Layer, total=False):
+    """What became of one layer, and why."""
+
+    basis: Literal["measured", "predicted"]
+    times: Times
 
 
 class Totals(TypedDict):
@@ -214,10 +236,17 @@ def check_manifest(value: Any) -> None:
     ValueError
         With the first place that is not as it should be, and what stands there.
     """
-    _check(value, Manifest, "")
+    check(value, Manifest, "")
 
 
-def _check(value: Any, expected: Any, where: str) -> None:
+def check(value: Any, expected: Any, where: str) -> None:
+    """Check that a value read from JSON is of a type, which may be a `TypedDict`.
+
+    Raises
+    ------
+    ValueError
+        As :func:`check_manifest`; ``where`` is the place of the value itself.
+    """
     origin, arguments = get_origin(expected), get_args(expected)
     if expected is Any:
         return
@@ -226,18 +255,18 @@ def _check(value: Any, expected: Any, where: str) -> None:
     elif origin is list:
         _demand(isinstance(value, list), value, "a list", where)
         for index, item in enumerate(value):
-            _check(item, arguments[0], f"{where}[{index}]")
+            check(item, arguments[0], f"{where}[{index}]")
     elif origin is tuple:
         found = isinstance(value, list) and len(value) == len(arguments)
         _demand(found, value, f"a list of {len(arguments)}", where)
         for index, item in enumerate(value):
-            _check(item, arguments[index], f"{where}[{index}]")
+            check(item, arguments[index], f"{where}[{index}]")
     elif origin is dict:
         _demand(isinstance(value, dict), value, "an object", where)
         for key, item in value.items():
-            _check(item, arguments[1], f"{where}[{key!r}]")
+            check(item, arguments[1], f"{where}[{key!r}]")
     elif origin in (Union, UnionType):
-        _check(value, _alternative(value, arguments), where)
+        check(value, _alternative(value, arguments), where)
     elif origin is Literal:
         _demand(value in arguments, value, f"one of {', '.join(arguments)}", where)
     elif expected == Natural:
@@ -253,7 +282,7 @@ def _check_keys(value: Any, expected: Any, where: str) -> None:
         raise ValueError(f"{where or 'the manifest'} has no {missing[0]!r}")
     for key, type_ in _fields(expected).items():
         if key in value:
-            _check(value[key], type_, f"{where}.{key}" if where else key)
+            check(value[key], type_, f"{where}.{key}" if where else key)
 
 
 @cache

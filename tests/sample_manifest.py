@@ -18,6 +18,8 @@ def sample_layer(name: str, sparsity: float, **changes: Any) -> dict[str, Any]:
         "reason": "rule value=csr; 7.6x faster than dense (predicted)",
         "bytes": 1_200_000,
         "precision": "float32",
+        "basis": "predicted",
+        "times": {"tokens": 128, "predicted": {"seconds": 1e-5, "dense_seconds": 7.6e-5}},
     }
     return {**layer, **changes}
 

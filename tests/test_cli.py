@@ -15,7 +15,7 @@ import sparse_tvm
 from sparse_tvm.cli import main
 from sparse_tvm.errors import ModelError, OptionError, SparseTvmError, VerificationError
 
-VERBS = ("compile", "run", "bench", "inspect", "verify", "prune", "targets", "doctor")
+VERBS = ("compile", "run", "bench", "inspect", "verify", "prune", "tune", "targets", "doctor")
 
 
 @pytest.fixture

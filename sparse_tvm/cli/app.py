@@ -19,6 +19,7 @@ from sparse_tvm.cli.prune import prune
 from sparse_tvm.cli.run import run
 from sparse_tvm.cli.serve import serve
 from sparse_tvm.cli.targets import targets
+from sparse_tvm.cli.tune import tune
 from sparse_tvm.cli.verify import verify
 from sparse_tvm.errors import OutputError, SparseTvmError
 
@@ -42,7 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (compile, run, bench, serve, inspect, verify, prune, targets, doctor):
+for verb in (compile, run, bench, serve, inspect, verify, prune, tune, targets, doctor):
     app.command()(verb)
 
 

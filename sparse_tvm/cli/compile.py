@@ -60,6 +60,12 @@ def compile(
         int | None,
         typer.Option(min=1, metavar="N", help="Threads it uses unless told otherwise when loaded."),
     ] = None,
+    records: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="What `sparse-tvm tune` measured: it decides. Repeatable."
+        ),
+    ] = None,
     dump_ir: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write the module here after each phase."),
@@ -146,6 +152,7 @@ def compile(
             precision=precision,
             input_shapes=input_shapes,
             threads=threads,
+            records=records or (),
             dump_ir=dump_ir,
             check_passes=check_passes or None,
             save_ir=save_ir,

@@ -1,0 +1,64 @@
+"""What is known of how long a layer takes, as the choice of its layout asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sparse_tvm.operators import WeightedOperator
+from sparse_tvm.sparsity.statistics import WeightStatistics
+from sparse_tvm.tuning.records import Condition, Records, Seconds, nearest
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Layouts of one layer that were measured under the same conditions.
+
+    Attributes
+    ----------
+    conditions : dict[int, list[Condition]]
+        Under which ones, by the number of tokens that they stand for; a number is missing where
+        nothing near it was measured.
+    seconds : dict[Layout, dict[Condition, float]]
+        Of every layout that was measured under all of these.
+    """
+
+    conditions: dict[int, list[Condition]]
+    seconds: Seconds
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Records, and how the model is to run.
+
+    Attributes
+    ----------
+    records : Records
+        What was measured; nothing by default.
+    threads : int | None
+        On how many threads the layers will run; None for any number that was measured.
+    """
+
+    records: Records = field(default_factory=Records)
+    threads: int | None = None
+
+    def of(
+        self, op: WeightedOperator, weight: WeightStatistics, target: str, tokens: Sequence[int]
+    ) -> Measured | None:
+        """What was measured of such a layer, of dense layouts and of others, or None."""
+        seconds = self.records.seconds(op, weight, target)
+        dense = [found for layout, found in seconds.items() if not layout.sparse]
+        known = {condition for found in dense for condition in found}
+        threads = {condition.threads for condition in known}
+        if self.threads in threads:
+            known = {condition for condition in known if condition.threads == self.threads}
+        conditions: dict[int, list[Condition]] = {}
+        for count in tokens:
+            near = nearest(count, {condition.tokens for condition in known})
+            if near is not None:
+                conditions[count] = sorted(c for c in known if c.tokens == near)
+        needed = {condition for column in conditions.values() for condition in column}
+        complete = {layout: s for layout, s in seconds.items() if needed <= s.keys()}
+        if not needed or all(layout.sparse for layout in complete):
+            return None
+        return Measured(conditions, complete)

@@ -1,0 +1,403 @@
+"""The tuner: which candidate of which kernel is measured next, until time or trials are used up.
+
+Every kernel gets its turns in rounds, so that whenever tuning ends, each has had its most promising
+candidates measured. First come what is chosen without measuring and, by prediction, the fastest of
+dense and sparse forms, which are what the compiler compares; then what is predicted to be fastest,
+where predictions are corrected by what was measured of the same format and block. Candidates that
+are so predicted to be far from the best are left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from math import exp, log
+from pathlib import Path
+from statistics import mean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from sparse_tvm.backends import resolve_target
+from sparse_tvm.cpu import usable_cores
+from sparse_tvm.errors import OptionError
+from sparse_tvm.families import WeightedFamily, Wish
+from sparse_tvm.files import check_writable
+from sparse_tvm.frontends.detect import open_source
+from sparse_tvm.frontends.input_shapes import InputShapes
+from sparse_tvm.frontends.source import SourceOptions
+from sparse_tvm.operators import Layout, to_json
+from sparse_tvm.passes.formats import FormatOptions
+from sparse_tvm.passes.infrastructure import Context
+from sparse_tvm.passes.layout_choice import choose
+from sparse_tvm.passes.program import Program
+from sparse_tvm.passes.set_precision import check_precisions
+from sparse_tvm.targets import Target, runs_here
+from sparse_tvm.tuning.job import Job
+from sparse_tvm.tuning.layers import TunedLayer, layers_of
+from sparse_tvm.tuning.measuring import Measurer
+from sparse_tvm.tuning.records import (
+    Condition,
+    Record,
+    Records,
+    append_record,
+    here,
+    read_records,
+    tidy,
+)
+
+PathLike = str | os.PathLike[str]
+
+TRIALS = 16
+"""Candidates of a kernel that are measured unless told otherwise."""
+
+_HOPELESS = 1.5
+"""How much slower than the best a candidate may be predicted, corrected, and still be tried."""
+
+_SECONDS = 0.1
+"""How long one timing of a candidate takes."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate that was measured.
+
+    Attributes
+    ----------
+    kernel : Kernel
+        Of which kernel.
+    layout : Layout
+        The candidate.
+    records : list[Record]
+        One for each condition.
+    left : int
+        Candidates of all kernels that are still to come, at most.
+    """
+
+    kernel: Kernel
+    layout: Layout
+    records: list[Record]
+    left: int
+
+
+@dataclass
+class Kernel:
+    """One kernel's candidates, and what is known of them.
+
+    Attributes
+    ----------
+    layer : TunedLayer
+        What is computed.
+    untuned : Layout
+        The candidate that is chosen without measuring.
+    predicted : dict[Layout, list[float]]
+        Seconds of every candidate at each number of tokens, on one core.
+    measured : dict[Layout, dict[Condition, float]]
+        Seconds of those that were measured.
+    failed : set[Layout]
+        Those that could not be.
+    """
+
+    layer: TunedLayer
+    untuned: Layout
+    predicted: dict[Layout, list[float]]
+    measured: dict[Layout, dict[Condition, float]] = field(default_factory=dict)
+    failed: set[Layout] = field(default_factory=set)
+
+    @property
+    def tried(self) -> int:
+        """How many candidates are done with."""
+        return len(self.measured) + len(self.failed)
+
+    @property
+    def best(self) -> Layout | None:
+        """The fastest candidate so far, in the mean over all conditions."""
+        return min(self.measured, key=self._measured_loss, default=None)
+
+    def gain(self) -> float | None:
+        """How much faster the best is than what would have been chosen; None if not known."""
+        if self.best is None or self.untuned not in self.measured:
+            return None
+        return exp(self._measured_loss(self.untuned) - self._measured_loss(self.best))
+
+    def next(self) -> Layout | None:
+        """The candidate to measure now; None if no other one is worth it."""
+        open_ones = [one for one in self.predicted if one not in self.measured.keys() | self.failed]
+        if self.untuned in open_ones:
+            return self.untuned
+        for sparse in (False, True):
+            if not any(layout.sparse == sparse for layout in self.measured):
+                offers = [layout for layout in open_ones if layout.sparse == sparse]
+                if offers:
+                    return min(offers, key=self._corrected_loss)
+        best = min(open_ones, key=self._corrected_loss, default=None)
+        if best is None or self.best is None:
+            return best
+        hopeless = self._corrected_loss(best) > self._measured_loss(self.best) + log(_HOPELESS)
+        return None if hopeless else best
+
+    def _measured_loss(self, layout: Layout) -> float:
+        return mean(log(seconds) for seconds in self.measured[layout].values())
+
+    def _predicted_loss(self, layout: Layout) -> float:
+        return mean(log(seconds) for seconds in self.predicted[layout])
+
+    def _corrected_loss(self, layout: Layout) -> float:
+        """Predicted, and corrected by what was measured of the layouts most like it."""
+        errors: dict[int, list[float]] = {}
+        for known in self.measured:
+            alike = (known.format == layout.format) + (known.block == layout.block)
+            alike += known.sparse == layout.sparse
+            error = self._measured_loss(known) - self._predicted_loss(known)
+            errors.setdefault(alike, []).append(error)
+        correction = mean(errors[max(errors)]) if errors else 0.0
+        return self._predicted_loss(layout) + correction
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning came to.
+
+    Attributes
+    ----------
+    kernels : Sequence[Kernel]
+        All of the model's, in the order of their weight.
+    remarks : Sequence[str]
+        What was left out, or passed over in the records.
+    """
+
+    kernels: Sequence[Kernel]
+    remarks: Sequence[str]
+
+
+def tune(
+    model: Any,
+    records: PathLike,
+    *,
+    target: str = "native",
+    trials: int = TRIALS,
+    seconds: float | None = None,
+    layers: str | None = None,
+    tokens: Sequence[int] | None = None,
+    threads: Sequence[int] | None = None,
+    precision: str = "fp32",
+    input_shapes: InputShapes | None = None,
+    allow_pickle: bool = False,
+    measurer: Measurer | None = None,
+    progress: Callable[[Trial], None] | None = None,
+) -> Tuned:
+    """Measure candidates for the kernels of a model, and keep what they take.
+
+    What ``records`` has of them already is not measured again.
+
+    Parameters
+    ----------
+    model : path, torch.nn.Module, keras.Model or onnx.ModelProto
+        As :func:`sparse_tvm.compile` takes it.
+    records : path
+        The file that measurements are added to, each as soon as it is made.
+    target : str
+        A target that this machine runs.
+    trials : int
+        Candidates per kernel, at most.
+    seconds : float | None
+        When to stop; None without a limit.
+    layers : str | None
+        A regular expression; only layers whose name it matches are tuned.
+    tokens : Sequence[int] | None
+        Numbers of tokens to measure, of layers for which run time decides; by default typical ones.
+    threads : Sequence[int] | None
+        Numbers of threads to measure; by default 1 and all cores.
+    precision : str
+        As :func:`sparse_tvm.compile` takes it.
+    input_shapes, allow_pickle
+        As :func:`sparse_tvm.compile` takes them.
+    measurer : Measurer | None
+        What measures; by default a worker process.
+    progress : Callable[[Trial], None] | None
+        Called after each candidate.
+
+    Raises
+    ------
+    SparseTvmError
+        A subclass that says what is wrong with the model, an option or the records.
+    """
+    deadline = None if seconds is None else time.monotonic() + seconds
+    context = _context(target, precision)
+    threads = _checked(threads or sorted({1, usable_cores()}), "threads")
+    tokens = _checked(tokens, "tokens") if tokens else None
+    if trials < 1:
+        raise OptionError(f"trials must be at least 1, not {trials}")
+    pattern = _pattern(layers)
+    check_writable(records)
+    known = read_records([records], here().cpu) if Path(records).exists() else Records()
+
+    shapes = SourceOptions(allow_pickle=allow_pickle, input_shapes=input_shapes or {})
+    imported = open_source(model, shapes).load(input_shapes)
+    program = Program(imported.module, dict(imported.weights), dict(imported.layers))
+    found, left_out = layers_of(program, context)
+    model_bytes = sum(one.matrix.nbytes * len(one.layers) for one in found)
+    found = [one for one in found if any(pattern.search(layer) for layer in one.layers)]
+    if not found:
+        raise OptionError(
+            "there is no layer to tune" + (f" that matches {layers!r}" if layers else ""),
+            hint="; ".join(left_out) or "`sparse-tvm inspect MODEL` lists the layers",
+        )
+    if tokens is not None:
+        found = [one.at(tokens) for one in found]
+    kernels = [_kernel(one, context, known, threads) for one in found]
+    tuner = _Tuner(context, kernels, threads, model_bytes, Path(records), progress)
+    own = measurer if measurer is not None else Measurer()
+    try:
+        with own, TemporaryDirectory() as directory:
+            tuner.run(own, trials, deadline, Path(directory))
+    finally:
+        if Path(records).exists():
+            tidy(records)
+    return Tuned(kernels, [*known.remarks, *left_out])
+
+
+@dataclass
+class _Tuner:
+    context: Context
+    kernels: Sequence[Kernel]
+    threads: Sequence[int]
+    model_bytes: int
+    path: Path
+    progress: Callable[[Trial], None] | None
+
+    def run(self, measurer: Measurer, trials: int, deadline: float | None, directory: Path) -> None:
+        """Measure round by round."""
+        for kernel, layout in self._rounds(trials):
+            if deadline is not None and time.monotonic() > deadline:
+                return
+            weight = directory / f"{self.kernels.index(kernel)}.npy"
+            if not weight.exists():
+                np.save(weight, kernel.layer.matrix)
+            answer = measurer(self._job(kernel, layout, weight))
+            records = list(self._records(kernel, layout, answer))
+            for record in records:
+                append_record(self.path, record)
+                if record.seconds is None:
+                    kernel.failed.add(layout)
+                else:
+                    column = kernel.measured.setdefault(layout, {})
+                    column[record.condition] = record.seconds
+            if self.progress is not None:
+                self.progress(Trial(kernel, layout, records, self._left(trials)))
+
+    def _rounds(self, trials: int) -> Iterator[tuple[Kernel, Layout]]:
+        while True:
+            waiting = False
+            for kernel in self.kernels:
+                layout = kernel.next() if kernel.tried < trials else None
+                if layout is not None:
+                    waiting = True
+                    yield kernel, layout
+            if not waiting:
+                return
+
+    def _left(self, trials: int) -> int:
+        return sum(
+            min(trials, len(kernel.predicted)) - min(trials, kernel.tried)
+            for kernel in self.kernels
+            if kernel.next() is not None
+        )
+
+    def _job(self, kernel: Kernel, layout: Layout, weight: Path) -> Job:
+        layer = kernel.layer
+        return {
+            "backend": self.context.backend.name,
+            "target": self.context.target.name,
+            "operator": layer.call.op.name,
+            "call": to_json(replace(layer.problem.op, layout=layout)),
+            "leading": list(layer.call.leading),
+            "weight": str(weight),
+            "tokens": list(layer.tokens),
+            "threads": list(self.threads),
+            "copies": -(-self.model_bytes // layer.matrix.nbytes),
+            "seconds": _SECONDS,
+        }
+
+    def _records(
+        self, kernel: Kernel, layout: Layout, answer: Mapping[str, Any]
+    ) -> Iterator[Record]:
+        weight = kernel.layer.weight
+        n, k = kernel.layer.call.op.matrix
+        rows = layout.block[0]
+        stored = weight.stored_blocks(layout.block) if layout.sparse else -(-n // rows) * k
+        provenance = here(datetime.now(UTC).isoformat(timespec="seconds"))
+        failure = answer.get("failure")
+        results = answer.get("results") or [
+            {"tokens": tokens, "threads": threads, "seconds": None, "noise": 0.0}
+            for tokens in kernel.layer.tokens
+            for threads in self.threads
+        ]
+        for result in results:
+            yield Record(
+                kernel.layer.problem,
+                Condition(result["tokens"], result["threads"]),
+                layout,
+                stored,
+                result["seconds"],
+                result["noise"],
+                failure,
+                provenance,
+            )
+
+
+def _kernel(layer: TunedLayer, context: Context, known: Records, threads: Sequence[int]) -> Kernel:
+    """A kernel with its candidates, and what the records know of them."""
+    op, weight, target = layer.call.op, layer.weight, context.target
+    families = [f for f in context.backend.accepting(op, target) if isinstance(f, WeightedFamily)]
+    wish = Wish("dense") if weight.nonzeros == op.matrix[0] * op.matrix[1] else None
+    predicted = {
+        layout: [family.cost(op, layout, weight, count, target) for count in layer.tokens]
+        for family in families
+        for layout in (
+            *family.candidates(op, weight, target, wish),
+            *family.variants(op, weight, target, wish),
+        )
+    }
+    needed = {Condition(count, each) for count in layer.tokens for each in threads}
+    measured = {
+        layout: {condition: seconds[condition] for condition in needed}
+        for layout, seconds in known.seconds(op, weight, target.name).items()
+        if needed <= seconds.keys()
+    }
+    failed = known.failures(op, weight, target.name) & predicted.keys()
+    untuned = choose(op, weight, context.options, context.backend, target, layer.tokens).layout
+    return Kernel(layer, untuned, predicted, measured, failed)
+
+
+def _context(name: str, precision: str) -> Context:
+    backend, target = resolve_target(name)
+    if backend.device != "cpu" or (isinstance(target, Target) and not runs_here(target)):
+        raise OptionError(
+            f"target {target.name} does not run on this machine, so nothing can be measured",
+            hint="run `sparse-tvm tune` on a machine of that kind and pass the records on",
+        )
+    context = Context(backend, target, FormatOptions.parse(precision=precision))
+    check_precisions(context)
+    return context
+
+
+def _checked(numbers: Sequence[int] | None, what: str) -> Sequence[int]:
+    for number in numbers or ():
+        if number < 1:
+            raise OptionError(f"{what} must be at least 1, not {number}")
+    if what == "threads" and max(numbers or (1,)) > usable_cores():
+        raise OptionError(f"{max(numbers or ())} threads on {usable_cores()} cores")
+    return list(dict.fromkeys(numbers or ()))
+
+
+def _pattern(text: str | None) -> re.Pattern[str]:
+    try:
+        return re.compile(text or "")
+    except re.error as error:
+        raise OptionError(f"--layer {text!r}: bad regular expression: {error}") from error

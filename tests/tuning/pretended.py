@@ -1,0 +1,72 @@
+"""What the tests of tuning share: layers, records, and a measurer that measures nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from sparse_tvm.operators import Bias, Dense, Layout, from_json
+from sparse_tvm.sparsity.pruning import prune_array
+from sparse_tvm.sparsity.statistics import MeasuredWeight
+from sparse_tvm.targets import get_target
+from sparse_tvm.tuning.measuring import Measurer
+from sparse_tvm.tuning.records import Condition, Problem, Record, here
+
+NATIVE = get_target().name
+DENSE, CSR = Layout("matmul", "dense", (6, 1)), Layout("matmul", "csr")
+
+
+def sparse_weight(n: int = 96, k: int = 64, sparsity: float = 0.9) -> np.ndarray:
+    w = np.random.default_rng(0).standard_normal((n, k)).astype(np.float32)
+    return prune_array(w, sparsity, "unstructured") if sparsity else w
+
+
+def layer_of(w: np.ndarray) -> Dense:
+    return Dense(layer="fc", matrix=(w.shape[0], w.shape[1]), epilogue=(Bias(),))
+
+
+def record(
+    w: np.ndarray,
+    layout: Layout,
+    seconds: float | None,
+    tokens: int = 128,
+    threads: int = 1,
+    date: str = "2026-01-01T00:00:00+00:00",
+    target: str = NATIVE,
+    **provenance: str,
+) -> Record:
+    """What measuring a layer of this weight would leave."""
+    weight = MeasuredWeight(w)
+    stored = weight.stored_blocks(layout.block) if layout.sparse else w.size // layout.block[0]
+    return Record(
+        Problem.of(layer_of(w), weight, target),
+        Condition(tokens, threads),
+        layout,
+        stored,
+        seconds,
+        0.01,
+        None if seconds is not None else "killed by SIGABRT",
+        replace(here(date), **provenance),
+    )
+
+
+class Pretender(Measurer):
+    """Answers from a function of the layout, and remembers what it was asked."""
+
+    def __init__(self, seconds: Callable[[Layout], float]) -> None:
+        super().__init__()
+        self.jobs: list[Any] = []
+        self._seconds = seconds
+
+    def __call__(self, job: Any) -> dict[str, Any]:
+        self.jobs.append(job)
+        layout = from_json(job["operator"], job["call"]).stored
+        results = [
+            {"tokens": t, "threads": n, "seconds": self._seconds(layout), "noise": 0.0}
+            for t in job["tokens"]
+            for n in job["threads"]
+        ]
+        return {"title": "pretended", "results": results}

@@ -1,0 +1,271 @@
+"""Tuning: what is measured, in which order, and what survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pretended import Pretender, layer_of, sparse_weight
+
+from sparse_tvm import compile
+from sparse_tvm.cli import main
+from sparse_tvm.errors import OptionError
+from sparse_tvm.operators import Bias, Convolution, Layout, from_json, to_json
+from sparse_tvm.targets import get_target
+from sparse_tvm.tuning.measuring import Measurer
+from sparse_tvm.tuning.records import read_records
+from sparse_tvm.tuning.tuner import tune
+
+CRASHING_WORKER = """
+import os, time
+from dataclasses import dataclass
+from sparse_tvm.backends import get_backend
+from sparse_tvm.schedules.cpu.families.matmul import MatmulFamily
+from sparse_tvm.tuning.worker import serve
+
+class Crashing(MatmulFamily):
+    name = "crashing"
+
+    def build(self, op, operands, output, target):
+        if op.stored.format == "abort":
+            print("no such instruction", file=__import__("sys").stderr, flush=True)
+            os.abort()
+        if op.stored.format == "raise":
+            raise ValueError("too many registers")
+        time.sleep(1000)
+
+    def pack(self, op, w, layout, target):
+        return {"data": w}
+
+get_backend("cpu").add(Crashing())
+serve()
+"""
+
+
+def job(op, layout, weight: Path, leading=(None,), tokens=(1, 20), threads=(1,)):
+    from dataclasses import replace
+
+    return {
+        "backend": "cpu",
+        "target": get_target().name,
+        "operator": op.name,
+        "call": to_json(replace(op, layer="", layout=layout)),
+        "leading": list(leading),
+        "weight": str(weight),
+        "tokens": list(tokens),
+        "threads": list(threads),
+        "copies": 4,
+        "seconds": 0.01,
+    }
+
+
+@pytest.fixture
+def weight(tmp_path):
+    path = tmp_path / "w.npy"
+    np.save(path, sparse_weight())
+    return path
+
+
+def test_a_candidate_that_takes_the_process_with_it_costs_itself_only(tmp_path, weight):
+    script = tmp_path / "worker.py"
+    script.write_text(CRASHING_WORKER)
+    op, csr = layer_of(sparse_weight()), Layout("matmul", "csr")
+    with Measurer([sys.executable, str(script)]) as measurer:
+        died = measurer(job(op, Layout("crashing", "abort"), weight))
+        refused = measurer(job(op, Layout("crashing", "raise"), weight))
+        fine = measurer(job(op, csr, weight))
+    assert died == {"failure": "killed by SIGABRT: no such instruction"}
+    assert refused == {"failure": "ValueError: too many registers"}
+    assert [(r["tokens"], r["threads"]) for r in fine["results"]] == [(1, 1), (20, 1)]
+    assert all(0 < r["seconds"] < 1 for r in fine["results"])
+
+
+def test_a_candidate_that_hangs_costs_its_time_only(tmp_path, weight):
+    script = tmp_path / "worker.py"
+    script.write_text(CRASHING_WORKER)
+    op = layer_of(sparse_weight())
+    with Measurer([sys.executable, str(script)], limit=2) as measurer:
+        hung = measurer(job(op, Layout("crashing", "hang"), weight))
+        assert hung == {"failure": "took longer than 2 s"}
+
+
+def test_a_worker_that_never_starts():
+    with Measurer([sys.executable, "-c", "raise SystemExit('no TVM here')"]) as measurer:
+        assert measurer({}) == {"failure": "ended with code 1: no TVM here"}
+
+
+CONVOLUTION = Convolution(
+    layer="conv",
+    matrix=(16, 72),
+    epilogue=(Bias(),),
+    channels=8,
+    out_channels=16,
+    size=(9, 9),
+    kernel=(3, 3),
+    stride=(1, 1),
+    dilation=(1, 1),
+    pads=(1, 1, 1, 1),
+)
+
+
+def test_kernels_of_images_and_of_fixed_shapes_are_measured(tmp_path):
+    conv, dense = tmp_path / "conv.npy", tmp_path / "dense.npy"
+    np.save(conv, sparse_weight(16, 72))
+    np.save(dense, sparse_weight())
+    op = layer_of(sparse_weight())
+    layout = Layout("convolution", "csr").having(vectors=2)
+    with Measurer() as measurer:
+        image = measurer(job(CONVOLUTION, layout, conv, tokens=(81,)))
+        fixed = measurer(job(op, Layout("matmul", "csr"), dense, leading=(2, 5), tokens=(10,)))
+    assert "results" in image, image
+    assert image["title"].startswith("conv2d_csr")
+    assert "results" in fixed, fixed
+
+
+def by_format(layout):
+    """Of dense the wide block is faster, of sparse what is stored in blocks of 2."""
+    return {"dense": 5e-6, "csr": 3e-6, "bsr": 1e-6 * layout.block[0]}[layout.format]
+
+
+def layouts(jobs):
+    return [from_json(one["operator"], one["call"]).stored for one in jobs]
+
+
+def test_the_best_is_found_and_decides(tmp_path, model):
+    records, pretender = tmp_path / "records.jsonl", Pretender(by_format)
+    tuned = tune(model, records, trials=64, threads=[1], measurer=pretender)
+    sparse, dense = tuned.kernels
+    assert (sparse.best.format, sparse.best.block) == ("bsr", (2, 1))
+    assert not any(layout.sparse for layout in dense.predicted)  # it has no zeros
+    assert sparse.gain() == pytest.approx(by_format(sparse.untuned) / 2e-6)
+    asked = layouts(pretender.jobs)
+    assert asked[0] == sparse.untuned
+    assert {layout.sparse for layout in asked[:3]} == {True, False}
+    assert len(pretender.jobs) == sparse.tried + dense.tried
+    first, second = compile(model, tmp_path / "m.so", records=[records]).manifest["layers"]
+    assert (first["block"], first["basis"], second["basis"]) == ([2, 1], "measured", "measured")
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path, model):
+    records = tmp_path / "records.jsonl"
+    first, second = Pretender(by_format), Pretender(by_format)
+    tune(model, records, trials=2, threads=[1], measurer=first)
+    written = records.read_bytes()
+    tune(model, records, trials=2, threads=[1], measurer=second)
+    assert len(first.jobs) > 0
+    assert second.jobs == []
+    assert records.read_bytes() == written
+    tune(model, records, trials=4, threads=[1], measurer=second)
+    assert not {*layouts(first.jobs)} >= {*layouts(second.jobs)}
+
+
+def test_an_interrupt_keeps_what_is_measured(tmp_path, model):
+    records, left = tmp_path / "records.jsonl", [3]
+
+    def seconds(layout):
+        left[0] -= 1 / 6  # one for each number of tokens
+        if left[0] < -1e-9:
+            raise KeyboardInterrupt
+        return by_format(layout)
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, records, threads=[1], measurer=Pretender(seconds))
+    assert len(read_records([records])) == 3 * 6
+    again = Pretender(by_format)
+    tune(model, records, threads=[1], measurer=again)
+    everything = Pretender(by_format)
+    tune(model, tmp_path / "other.jsonl", threads=[1], measurer=everything)
+    assert len(again.jobs) == len(everything.jobs) - 3
+
+
+def test_a_failure_is_kept_and_not_tried_again(tmp_path, model):
+    class Failing(Pretender):
+        def __call__(self, job):
+            answer = super().__call__(job)
+            (layout,) = layouts([job])
+            return {"failure": "killed by SIGILL"} if layout.format == "csr" else answer
+
+    records = tmp_path / "records.jsonl"
+    tuned = tune(model, records, trials=64, threads=[1], measurer=Failing(by_format))
+    assert {layout.format for layout in tuned.kernels[0].failed} == {"csr"}
+    again = Pretender(by_format)
+    tune(model, records, trials=64, threads=[1], measurer=again)
+    assert not any(layout.format == "csr" for layout in layouts(again.jobs))
+
+
+def test_time_ends_it(tmp_path, model):
+    pretender = Pretender(by_format)
+    tune(model, tmp_path / "records.jsonl", seconds=1e-9, measurer=pretender)
+    assert pretender.jobs == []
+
+
+def test_layers_tokens_and_threads_are_chosen(tmp_path, model):
+    pretender = Pretender(by_format)
+    options = {"layers": "w1", "tokens": [3, 7], "threads": [1], "trials": 1}
+    (kernel,) = tune(model, tmp_path / "r.jsonl", measurer=pretender, **options).kernels
+    assert kernel.layer.layers == ["w1"]
+    assert {(tuple(j["tokens"]), tuple(j["threads"])) for j in pretender.jobs} == {((3, 7), (1,))}
+    fixed = {"layers": "w1", "threads": [1], "trials": 1, "input_shapes": {"x": (5, 64)}}
+    pretender = Pretender(by_format)
+    tune(model, tmp_path / "r.jsonl", measurer=pretender, **fixed)
+    assert {tuple(j["tokens"]) for j in pretender.jobs} == {(5,)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": "nowhere"}, "no layer to tune that matches 'nowhere'"),
+        ({"layers": "("}, "bad regular expression"),
+        ({"threads": [0]}, "threads must be at least 1, not 0"),
+        ({"threads": [4096]}, "4096 threads on"),
+        ({"tokens": [0]}, "tokens must be at least 1, not 0"),
+        ({"trials": 0}, "trials must be at least 1, not 0"),
+        ({"target": "cortex-a72"}, "does not run on this machine"),
+    ],
+)
+def test_options_that_make_no_sense(tmp_path, model, options, message):
+    if options.get("target") == get_target().name:
+        pytest.skip("it does run here")
+    with pytest.raises(OptionError, match=message.replace("(", r"\(")):
+        tune(model, tmp_path / "records.jsonl", measurer=Pretender(by_format), **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--time", "soon"], "--time 'soon' is no length of time"),
+        (["--tokens", "1,x"], "--tokens '1,x' is no list of numbers"),
+        (["--target", "z80"], "unknown target 'z80'"),
+        (["-o", "nowhere/records.jsonl"], "cannot write nowhere/records.jsonl"),
+    ],
+)
+def test_arguments_that_make_no_sense(model, capsys, arguments, message):
+    assert main(["tune", model, *arguments]) in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_command_line_tunes_is_interrupted_and_goes_on(tmp_path, model):
+    records = tmp_path / "records.jsonl"
+    command = [sys.executable, "-m", "sparse_tvm", "tune", model, "-o", str(records)]
+    command += ["--threads", "1", "--tokens", "1,16"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    os.kill(process.pid, signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait() == 130
+    assert "dense 96x64 bias relu (90% unstructured)" in first
+    assert "interrupted: " in rest
+    kept = len(records.read_text().splitlines())
+    assert kept >= 2
+    done = subprocess.run([*command, "--trials", "2"], capture_output=True, text=True, check=True)
+    assert "dense 32x96 bias (no zeros)" in done.stdout
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    assert len(lines) > kept
+    assert all(line["seconds"] > 0 for line in lines)
