@@ -300,7 +300,9 @@ def test_bench_verb(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     model = save(tmp_path / "small.onnx", onnx_model())
     figures = tmp_path / "figures.json"
     quick = ["--warmup", "0", "--duration", "0.02"]
+    report = tmp_path / "report.html"
     arguments = ["--against", str(model), "--profile", "--json", str(figures)]
+    arguments += ["--report", str(report)]
     assert main(["bench", str(path), *arguments, *quick]) == 0
     printed = capsys.readouterr().out
     for words in ("ONNX Runtime", "p99", "x the speed of", "difference of y", "encoder.bias"):
@@ -308,6 +310,7 @@ def test_bench_verb(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "inputs: x 8x64, ids 8" in printed
     assert main(["bench", str(path), "--shape", "x:8,65", *quick]) == 2
     assert "no shape of x float32[8, 64]" in capsys.readouterr().err
+    assert "the speed of ONNX Runtime" in report.read_text()
     result = json.loads(figures.read_text())
     assert result["max_abs_diff"]["y"] < 1e-4
     assert result["profile"]["kernels"][0]["seconds"] > 0

@@ -65,12 +65,73 @@ def test_html_report_is_complete_and_needs_no_other_file(tmp_path: Path) -> None
     page.feed((tmp_path / "report.html").read_text())
     assert not page.links
     layers = [row for row in page.rows if "predicted" in row]
-    assert len(layers) == 5
+    assert len(layers) == 2 + 5  # those that repeat, and each
+    assert "layer.0-1.attention" in layers[0]
     assert "bsr 4x1" in layers[0]
     assert "90.0 %" in layers[0]
     assert "pooler|<dense>" in layers[-1]
     assert any("last_hidden_state" in row and "3.1e-06" in row for row in page.rows)
-    assert any("build" in row and "21.50 s" in row for row in page.rows)
+    text = (tmp_path / "report.html").read_text()
+    assert len(text) < 200_000
+    for title in ("model&#39;s order", "bytes go", "Compile phases"):
+        assert title in text
+    for title in (
+        "Time of each layer",
+        "time goes",
+        "machine's limit",
+    ):  # of which nothing is known
+        assert title not in text
+
+
+def bench_of(manifest: dict) -> dict:
+    kernels = [
+        {"layer": layer["name"], "function": layer["kernel"], "group": "sparse layers",
+         "seconds": 4e-4, "share": 0.15, "bound": 2e-4}
+        for layer in manifest["layers"]
+    ]  # fmt: skip
+    group = {"group": "sparse layers", "seconds": 2e-3, "share": 1.0}
+    return {
+        "threads": 2,
+        "cpu": "Some CPU",
+        "model": {"p50": 0.0025},
+        "speedup": 7.25,
+        "reference": {"engine": "ONNX Runtime 1.31.1"},
+        "profile": {"kernels": kernels, "groups": [group]},
+    }
+
+
+def test_html_report_plots_what_was_predicted_and_measured(tmp_path: Path) -> None:
+    manifest = sample_manifest()
+    figures = {"seconds": 1e-4, "dense_seconds": 8e-4}
+    for layer in manifest["layers"]:
+        layer["times"] = {"tokens": 128, "predicted": figures}
+    write_report(manifest, tmp_path / "report.html", bench_of(manifest))
+    text = (tmp_path / "report.html").read_text()
+    for title in ("Time of each layer", "time goes", "machine&#39;s limit"):
+        assert title in text
+    assert "<b>7.2x</b>" in text
+    assert "<b>8.0x</b>" in text
+    label = r'aria-label="pooler\|&lt;dense&gt;: dense 0.100 ms, dense 0.800 ms, measured 0.400 ms"'
+    assert re.search(label, text)
+    assert "sparse layers: 2.000 ms, 100.0 %" in text
+
+
+def test_markdown_and_json_reports_have_the_measurements(tmp_path: Path) -> None:
+    manifest = sample_manifest()
+    for suffix in (".md", ".json"):
+        write_report(manifest, tmp_path / f"report{suffix}", bench_of(manifest))
+    assert "7.2x: the speed of ONNX Runtime 1.31.1, measured" in (
+        tmp_path / "report.md"
+    ).read_text().replace("\\", "")
+    assert json.loads((tmp_path / "report.json").read_text())["bench"]["speedup"] == 7.25
+
+
+def test_html_needs_what_draws_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparse_tvm.report.files.find_spec", lambda name: None)
+    with pytest.raises(OptionError, match="vl_convert") as refusal:
+        check_report_path(tmp_path / "report.html")
+    assert "pip install" in str(refusal.value.hint)
+    check_report_path(tmp_path / "report.md")
 
 
 def test_reports_say_when_nothing_was_verified(tmp_path: Path) -> None:

@@ -48,6 +48,12 @@ def bench(
     json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write all figures here.")
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Report on the model and its figures: .html, .md or .json."
+        ),
+    ] = None,
 ) -> None:
     """Time MODEL.so on random inputs: latency, throughput, memory, load time."""
     from sparse_tvm.cli.checks import check_artifact
@@ -56,9 +62,14 @@ def bench(
     check_artifact(model)
     shapes = parse_input_shapes(shape or (), "--shape")
 
+    from sparse_tvm.artifact import read_manifest
     from sparse_tvm.benchmark import bench
     from sparse_tvm.cli.console import stdout_console
     from sparse_tvm.files import replacing
+    from sparse_tvm.report import check_report_path, write_report
+
+    if report is not None:
+        check_report_path(report)
 
     def measure() -> BenchResult:
         return bench(
@@ -79,6 +90,8 @@ def bench(
             temporary.touch()  # a path that cannot be written fails before the measurement
             result = measure()
             temporary.write_text(_to_json(result), encoding="utf-8")
+    if report is not None:
+        write_report(read_manifest(model), report, result.to_dict())
     _print(stdout_console(), result)
 
 

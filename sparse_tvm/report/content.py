@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ LAYER_HEADER = (
     "epilogue",
     "reason",
 )
+
+_FLOAT32 = 4
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,64 @@ def format_name(layer: Mapping[str, Any]) -> str:
         return str(layer["format"])
     rows, columns = layer["block"]
     return f"{layer['format']} {rows}x{columns}"
+
+
+def claims(manifest: Mapping[str, Any], bench: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What to know first, as a figure and what it is of."""
+    return [
+        claim
+        for claim in (
+            _measured_speed(bench) if bench else None,
+            _layers_speed(manifest["layers"]),
+            _size(manifest["totals"]),
+            _difference(manifest["verification"]),
+        )
+        if claim is not None
+    ]
+
+
+def _measured_speed(bench: Mapping[str, Any]) -> tuple[str, str]:
+    p50 = f"{1e3 * bench['model']['p50']:.2f} ms"
+    where = f"{bench['threads']} threads, {bench['cpu']}"
+    if bench["speedup"] is None:
+        return p50, f"a run (median), {where}"
+    reference = bench["reference"]["engine"]
+    return f"{bench['speedup']:.1f}x", f"the speed of {reference}, measured: {p50}, {where}"
+
+
+def _layers_speed(layers: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
+    timed = [layer for layer in layers if "times" in layer]
+    if not timed:
+        return None
+    dense = sum(layer_figures(layer)["dense_seconds"] for layer in timed)
+    chosen = sum(layer_figures(layer)["seconds"] for layer in timed)
+    basis = " and ".join(sorted({_basis(layer) for layer in timed}))
+    tokens = " or ".join(map(str, sorted({layer["times"]["tokens"] for layer in timed})))
+    what = f"the speed of the same layers stored dense ({basis}, {tokens} tokens)"
+    return f"{dense / chosen:.1f}x", what
+
+
+def _size(totals: Mapping[str, Any]) -> tuple[str, str]:
+    dense = human_bytes(totals["parameters"] * _FLOAT32)
+    return human_bytes(totals["file_bytes"]), f"the file; {dense} of dense float32 weights before"
+
+
+def _difference(verification: Mapping[str, Any] | None) -> tuple[str, str]:
+    if verification is None:
+        return "not verified", "see below"
+    largest = max(verification["max_abs_diff"].values(), default=0.0)
+    return f"{largest:.1e}", f"largest difference from {verification['reference']}"
+
+
+def layer_figures(layer: Mapping[str, Any]) -> Mapping[str, float]:
+    """Return what a layer's choice rests on: ``seconds`` and ``dense_seconds`` of a call."""
+    times: Mapping[str, Any] = layer["times"]
+    figures: Mapping[str, float] = times[_basis(layer)]
+    return figures
+
+
+def _basis(layer: Mapping[str, Any]) -> str:
+    return "measured" if "measured" in layer["times"] else "predicted"
 
 
 def summary_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:

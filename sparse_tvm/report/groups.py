@@ -23,15 +23,22 @@ def grouped(rows: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
         Each group where its first row was; what differs within it is a range, as ``0-11`` in
         names and ``89.5-90.0 %`` in other cells.
     """
-    groups: dict[tuple[str, ...], list[Sequence[str]]] = {}
+    return [merged(group) for group in groups(rows)]
+
+
+def groups(rows: Sequence[Sequence[str]]) -> list[list[Sequence[str]]]:
+    """Return the rows that :func:`grouped` merges, together."""
+    found: dict[tuple[str, ...], list[Sequence[str]]] = {}
     for row in rows:
         name, *cells = row
         key = (_INDEX.sub("#", name, count=1), *(_DECIMAL.sub("#", cell) for cell in cells))
-        groups.setdefault(key, []).append(row)
-    return [
-        (_merged_names([row[0] for row in group]), *map(_merged, *[row[1:] for row in group]))
-        for group in groups.values()
-    ]
+        found.setdefault(key, []).append(row)
+    return list(found.values())
+
+
+def merged(group: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """Return one of :func:`groups` as one row."""
+    return (_merged_names([row[0] for row in group]), *map(_merged, *[row[1:] for row in group]))
 
 
 def common_prefix(names: Sequence[str]) -> str:

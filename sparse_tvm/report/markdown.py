@@ -7,6 +7,7 @@ from typing import Any
 
 from sparse_tvm.report.content import (
     LAYER_HEADER,
+    claims,
     layer_rows,
     summary_facts,
     verification_facts,
@@ -14,11 +15,12 @@ from sparse_tvm.report.content import (
 )
 
 
-def render_markdown(manifest: Mapping[str, Any]) -> str:
-    """Return the report of `manifest` as GitHub-flavoured Markdown."""
+def render_markdown(manifest: Mapping[str, Any], bench: Mapping[str, Any] | None = None) -> str:
+    """Return the report of `manifest`, and of what was measured, as GitHub-flavoured Markdown."""
     phases = [(phase["name"], f"{phase['seconds']:.2f}") for phase in manifest["compile"]["phases"]]
     sections = [
         f"# {_escape(manifest['model']['name'])}",
+        "\n".join(f"- {_escape(f'{figure}: {of}')}" for figure, of in claims(manifest, bench)),
         _table(("", ""), summary_facts(manifest)),
         "## Verification",
         _escape(verification_title(manifest)) + ".",
