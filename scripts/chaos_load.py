@@ -31,7 +31,6 @@ _OF_EVENT = {
     "kill": {"500", "INTERNAL"},  # a request that lost two workers
     "stop": {"500", "INTERNAL"},
     "memory": {"500", "INTERNAL"},
-    "disk": {"500", "INTERNAL"},
     "descriptors": {"ServerDisconnectedError", "ClientOSError", "ClientConnectorError"},
 }
 """What may come in the time of an event that begins so, and shortly after, beside."""

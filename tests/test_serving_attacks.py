@@ -97,6 +97,24 @@ def test_a_small_request_cannot_take_memory_or_the_loop(server: LocalServer, bom
     assert peak_bytes(server.process.pid) - before < 4 * len(body) + 32 * MIB
 
 
+def test_many_long_requests_let_short_ones_through(server: LocalServer) -> None:
+    """Each is skimmed in one step, and one after the other would add up to seconds."""
+    body = with_data("[" + "[]," * (4 << 20) + "[]]")
+
+    async def send(count: int) -> list[int]:
+        async def one() -> int:
+            async with session.post(INFER, data=body) as response:
+                return response.status
+
+        async with aiohttp.ClientSession(server.url) as session:
+            return await asyncio.gather(*(one() for _ in range(count)))
+
+    with Watch(server) as health:
+        statuses = asyncio.run(send(12))
+    assert set(statuses) <= {400, 429}  # 429: so many do not fit the memory for requests
+    assert health.longest < 0.5
+
+
 def test_long_json_is_decoded_in_steps(tmp_path: Path) -> None:
     """Half a million numbers are fine, right, and hold up nobody."""
     path = write_encoder(tmp_path / "encoder.so", longest=1 << 19)

@@ -217,7 +217,7 @@ def test_the_walk_over_fields_refuses_nothing_that_can_be_parsed(data: bytes) ->
 )
 def test_any_embeddings_request(body: bytes) -> None:
     try:
-        _, request = embeddings.parse(body, hold())
+        _, request = asyncio.run(embeddings.parse(body, hold()))
         texts = embeddings._texts(request.input)
     except Refusal as refusal:
         check_refusal(refusal)

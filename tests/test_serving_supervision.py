@@ -72,6 +72,23 @@ def no_descriptors(pid: int) -> Iterator[None]:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
 
 
+@pytest.mark.parametrize("whose", ["server", "worker"])
+def test_no_room_for_tensors_is_answered_with_503(tmp_path: Path, whose: str) -> None:
+    with serving([write_encoder(tmp_path / "encoder.so")]) as server:
+        [worker] = server.worker_pids()
+        pid = worker if whose == "worker" else server.process.pid
+        before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, before[1]))
+        large = infer_body(np.ones((2, 500), int))
+        status, answer = ask(server, "/v2/models/encoder/infer", large)
+        assert status == 503
+        assert "no room" in answer["error"]
+        assert infer(server)[0] == 200
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+        assert ask(server, "/v2/models/encoder/infer", large)[0] == 200
+        assert server.worker_pids() == [worker]
+
+
 def test_a_worker_that_dies_while_descriptors_are_short_comes_back(tmp_path: Path) -> None:
     with serving([write_encoder(tmp_path / "encoder.so")]) as server:
         connection = http.client.HTTPConnection("127.0.0.1", server.http, timeout=20)

@@ -1,9 +1,10 @@
-"""Memory for requests: bytes that those of all clients together may occupy."""
+"""What the requests of all clients share: memory, and turns on the event loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from time import monotonic
 
 from sparse_tvm.serving.refusal import Kind, Refusal
@@ -11,9 +12,15 @@ from sparse_tvm.serving.refusal import Kind, Refusal
 _GRACE_SECONDS = 1.0
 """A body that has been coming in for longer gives way when memory is short."""
 
+_LONG_STEP = 64 << 10
+"""Bytes that are decoded in less than a millisecond: nobody need wait for a turn."""
+
+_ROUNDS = 4
+"""Of the event loop between two long steps: a new client connects, asks, and has its answer."""
+
 
 class Budget:
-    """Bytes that the requests of all clients together may occupy.
+    """Bytes that the requests of all clients together may occupy, and their turns.
 
     Parameters
     ----------
@@ -25,6 +32,7 @@ class Budget:
         self.limit = limit
         self.used = 0
         self._arriving: dict[Hold, None] = {}
+        self._turn = asyncio.Lock()
 
     @contextmanager
     def hold(self) -> Iterator[Hold]:
@@ -78,6 +86,23 @@ class Hold:
             )
         self._budget.take(size)
         self._size += size
+
+    @asynccontextmanager
+    async def turn(self, size: int) -> AsyncIterator[None]:
+        """While `size` bytes are worked on in one step, which nothing on the event loop interrupts.
+
+        Long steps, of whatever requests, are taken one at a time, and short requests get through
+        between them.
+        """
+        if size < _LONG_STEP:
+            yield
+            return
+        async with self._budget._turn:
+            try:
+                yield
+            finally:
+                for _ in range(_ROUNDS):
+                    await asyncio.sleep(0)
 
     @contextmanager
     def arriving(self, cancel: Callable[[], object]) -> Iterator[None]:

@@ -29,6 +29,10 @@ def pack(message: dict[str, Any]) -> bytes:
     return LENGTH.pack(len(text)) + text
 
 
+class NoRoom(Exception):
+    """The system has no memory or descriptor left for the tensors of a run; it may have later."""
+
+
 class Arena:
     """Tensors in memory that two processes share: one of them writes, the other reads.
 
@@ -43,15 +47,30 @@ class Arena:
         self._map: mmap.mmap | None = None
 
     def place(self, layout: Sequence[tuple[str, Sequence[int]]]) -> list[np.ndarray]:
-        """Return writable arrays of these dtypes and shapes, in place of all earlier ones."""
+        """Return writable arrays of these dtypes and shapes, in place of all earlier ones.
+
+        Raises
+        ------
+        NoRoom
+            When the system has no memory for them.
+        """
         offsets, size = _offsets(layout)
         held = os.fstat(self.descriptor).st_size
         if size > held or held > max(_KEPT, _KEPT_RATIO * size):
-            os.ftruncate(self.descriptor, -(-size // _PAGE) * _PAGE)
+            try:
+                os.ftruncate(self.descriptor, -(-size // _PAGE) * _PAGE)
+            except OSError as error:
+                raise NoRoom(f"no room for {size} bytes of tensors: {error.strerror}") from error
         return self._views(layout, offsets, size)
 
     def read(self, layout: Sequence[tuple[str, Sequence[int]]]) -> list[np.ndarray]:
-        """Return the arrays that the other side placed; they last until it places others."""
+        """Return the arrays that the other side placed; they last until it places others.
+
+        Raises
+        ------
+        NoRoom
+            When the system has no memory or descriptor for mapping them.
+        """
         offsets, size = _offsets(layout)
         return self._views(layout, offsets, size)
 
@@ -68,7 +87,11 @@ class Arena:
     ) -> list[np.ndarray]:
         if self._map is None or len(self._map) < size:
             # The old map goes with the last array that refers to it.
-            self._map = mmap.mmap(self.descriptor, os.fstat(self.descriptor).st_size)
+            held = os.fstat(self.descriptor).st_size
+            try:
+                self._map = mmap.mmap(self.descriptor, held)
+            except (OSError, MemoryError) as error:
+                raise NoRoom(f"no room for {held} bytes of tensors: {error}") from error
         return [
             np.ndarray(shape, dtype, buffer=self._map, offset=offset)
             for (dtype, shape), offset in zip(layout, offsets, strict=True)

@@ -42,14 +42,15 @@ class _Request(msgspec.Struct):
     dimensions: int | None = None
 
 
-def parse(body: bytes | bytearray, held: Hold) -> tuple[str, _Request]:
+async def parse(body: bytes | bytearray, held: Hold) -> tuple[str, _Request]:
     """Return the name of the model that is asked for, and the request."""
     held.grow(_DECODED_RATIO * len(body))
-    request = _decoded(body, _Request)
+    async with held.turn(len(body)):
+        request = _decoded(body, _Request)
     return request.model, request
 
 
-async def embeddings(request: _Request, core: Core) -> dict[str, Any]:
+async def embeddings(request: _Request, core: Core, held: Hold) -> dict[str, Any]:
     """Answer an OpenAI embeddings request."""
     if request.encoding_format not in ("float", "base64"):
         raise invalid("encoding_format must be float or base64")
@@ -60,7 +61,8 @@ async def embeddings(request: _Request, core: Core) -> dict[str, Any]:
                 f"model {version.model!r} takes no text: there is no "
                 f"{tokenizer_of(version.path).name}/tokenizer.json beside the artifact"
             )
-        texts = _texts(request.input)
+        async with held.turn(len(memoryview(request.input))):
+            texts = _texts(request.input)
         token_ids = [ids async for ids in _token_ids(model, texts)]
         vectors = await _embed(version, model, token_ids, core)
     if request.dimensions not in (None, vectors[0].size):

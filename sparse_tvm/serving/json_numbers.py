@@ -7,7 +7,6 @@ as many numbers as the tensor has, flat or nested as its shape is.
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -50,8 +49,36 @@ async def decode_numbers(
     Refusal
         When it is something else than numbers of this shape, or they do not fit the dtype.
     """
-    held.grow(_COPIES * len(memoryview(raw)))
-    text = bytes(raw)
+    size = len(memoryview(raw))
+    count = math.prod(shape)
+    async with held.turn(size):
+        held.grow(_COPIES * size)
+        numbers = _without_brackets(bytes(raw), spec, shape)
+    dtype = np.dtype(spec.dtype)
+    held.grow(count * dtype.itemsize)
+    decoder = _DECODERS[dtype.kind]
+    result = np.empty(count, dtype)
+    start = filled = 0
+    while start < len(numbers):
+        end = numbers.find(b",", start + _PART)
+        part = numbers[start:] if end < 0 else numbers[start:end]
+        async with held.turn(len(part)):
+            try:
+                values = decoder.decode(b"[" + part + b"]")
+            except msgspec.DecodeError as error:
+                raise invalid(f"the data of input {spec.name!r}: {error}") from None
+            result[filled : filled + len(values)] = from_numbers(spec, values, [len(values)])
+        filled += len(values)
+        if end < 0:
+            break
+        start = end + 1
+    if filled != count:  # an empty list has the skeleton of a list of one
+        raise invalid(f"the data of input {spec.name!r} are {filled} numbers, not {count}")
+    return result.reshape(shape)
+
+
+def _without_brackets(text: bytes, spec: TensorSpec, shape: Sequence[int]) -> bytes:
+    """Return the numbers with commas between them, if they are as many as the shape has."""
     count = math.prod(shape)
     # What remains without digits and blanks are brackets and commas; of anything else, more.
     skeleton = text.translate(None, _WITHIN_NUMBERS)
@@ -59,28 +86,7 @@ async def decode_numbers(
         raise invalid(
             f"the data of input {spec.name!r} are not {count} numbers, flat or nested as its shape"
         )
-    dtype = np.dtype(spec.dtype)
-    held.grow(count * dtype.itemsize)
-    decoder = _DECODERS[dtype.kind]
-    numbers = text.translate(None, b"[]")
-    result = np.empty(count, dtype)
-    start = filled = 0
-    while start < len(numbers):
-        end = numbers.find(b",", start + _PART)
-        part = numbers[start:] if end < 0 else numbers[start:end]
-        try:
-            values = decoder.decode(b"[" + part + b"]")
-        except msgspec.DecodeError as error:
-            raise invalid(f"the data of input {spec.name!r}: {error}") from None
-        result[filled : filled + len(values)] = from_numbers(spec, values, [len(values)])
-        filled += len(values)
-        if end < 0:
-            break
-        start = end + 1
-        await asyncio.sleep(0)
-    if filled != count:  # an empty list has the skeleton of a list of one
-        raise invalid(f"the data of input {spec.name!r} are {filled} numbers, not {count}")
-    return result.reshape(shape)
+    return text.translate(None, b"[]")
 
 
 def _flat(count: int) -> bytes:

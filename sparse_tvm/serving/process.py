@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sparse_tvm.serving import logs
-from sparse_tvm.serving.channel import LENGTH, create_arena, pack
+from sparse_tvm.serving.channel import LENGTH, NoRoom, create_arena, pack
 from sparse_tvm.serving.private_copy import PrivateCopy
 
 _START_SECONDS = 120.0
@@ -37,10 +37,6 @@ class RunFailed(Exception):
     def __init__(self, message: str, *, invalid: bool) -> None:
         super().__init__(message)
         self.invalid = invalid
-
-
-class NoRoom(Exception):
-    """The system has no memory or descriptor left for the tensors of a run; it may have later."""
 
 
 class WorkerProcess:
@@ -146,17 +142,11 @@ class WorkerProcess:
         """
         if self._writer is None or self.died.is_set():
             raise WorkerDied
-        try:
-            fill(self._inputs.place(layout))
-        except (OSError, MemoryError) as error:
-            raise NoRoom(f"no room for the inputs: {error}") from error
+        fill(self._inputs.place(layout))
         self._answer = asyncio.get_running_loop().create_future()
         self._writer.write(pack({"inputs": layout}))
         answer = await self._answered(timeout)
-        try:
-            return self._outputs.read(answer["outputs"]), answer["seconds"]
-        except (OSError, MemoryError) as error:
-            raise NoRoom(f"no room for the outputs: {error}") from error
+        return self._outputs.read(answer["outputs"]), answer["seconds"]
 
     def kill(self) -> None:
         """End the process at once."""
@@ -218,6 +208,8 @@ class WorkerProcess:
             answer = await self._answer
         finally:
             end.cancel()
+        if answer.get("no_room"):
+            raise NoRoom(answer["error"])
         if "error" in answer:
             raise RunFailed(answer["error"], invalid=answer.get("invalid", True))
         return answer

@@ -163,9 +163,9 @@ async def _infer(request: Request, core: Core) -> Response:
 async def _embeddings(request: Request, core: Core) -> Response:
     held = request.state.held
     body = await _body(request, min(core.options.max_body, MAX_BODY), core.options.patience, held)
-    request.state.model, wanted = parse(body, held)
+    request.state.model, wanted = await parse(body, held)
     with _watch(request):
-        return _reply(await embeddings(wanted, core))
+        return _reply(await embeddings(wanted, core, held))
 
 
 async def _openai_models(_: Request, core: Core) -> Response:

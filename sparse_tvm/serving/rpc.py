@@ -143,7 +143,8 @@ def _handler(
             core.access.check(needs, _text(metadata.get("authorization")), metadata.get("origin"))
             with core.budget.hold() as held:
                 held.grow(len(data))
-                request = _parse(message, data, held)
+                async with held.turn(len(data)):
+                    request = _parse(message, data, held)
                 model = getattr(request, "model_name", "")
                 return await method(request, _Call(core, context, held))
         except Refusal as refusal:
@@ -311,8 +312,7 @@ async def _from_contents(
     result = np.empty(count, spec.dtype)
     held.grow(result.nbytes)
     for start in range(0, count, _PART):
-        part = values[start : start + _PART]
-        result[start : start + len(part)] = from_numbers(spec, part, [len(part)])
-        if start + _PART < count:
-            await asyncio.sleep(0)
+        async with held.turn(result[start : start + _PART].nbytes):
+            part = values[start : start + _PART]
+            result[start : start + len(part)] = from_numbers(spec, part, [len(part)])
     return result.reshape(shape)

@@ -15,11 +15,12 @@ from sparse_tvm.errors import SparseTvmError
 from sparse_tvm.random_inputs import random_inputs
 from sparse_tvm.serving import logs
 from sparse_tvm.serving.batching import Layout, Tensors
+from sparse_tvm.serving.channel import NoRoom
 from sparse_tvm.serving.limits import Limits, limits_of
 from sparse_tvm.serving.metrics import Metrics
 from sparse_tvm.serving.options import Options
 from sparse_tvm.serving.private_copy import PrivateCopy
-from sparse_tvm.serving.process import NoRoom, RunFailed, WorkerDied, WorkerProcess
+from sparse_tvm.serving.process import RunFailed, WorkerDied, WorkerProcess
 from sparse_tvm.serving.queueing import Queue, Request
 from sparse_tvm.serving.refusal import Kind, Refusal
 from sparse_tvm.serving.text_model import TextModel, load_text_model, tokenizer_of
@@ -106,7 +107,7 @@ class Version:
             await self._end()
             if isinstance(error, LoadFailed) or not isinstance(error, Exception):
                 raise
-            if not isinstance(error, (SparseTvmError, RunFailed, WorkerDied, OSError)):
+            if not isinstance(error, (SparseTvmError, RunFailed, WorkerDied, NoRoom, OSError)):
                 logs.exception("version failed in an unexpected way", error)
             raise LoadFailed(_reason(error)) from error
 
@@ -387,7 +388,7 @@ def _reason(error: Exception) -> str:
     """Return why a version or a worker failed, in one line."""
     if isinstance(error, WorkerDied):
         return "its process ended before it was ready"
-    if isinstance(error, (SparseTvmError, RunFailed)):
+    if isinstance(error, (SparseTvmError, RunFailed, NoRoom)):
         return str(error)
     return f"{type(error).__name__}: {error}"
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from sparse_tvm.errors import InputError, SparseTvmError
 from sparse_tvm.random_inputs import random_inputs, typical_sizes
-from sparse_tvm.serving.channel import LENGTH, Arena, pack
+from sparse_tvm.serving.channel import LENGTH, Arena, NoRoom, pack
 from sparse_tvm.serving.engines import Engine, open_engine
 
 _WARM_UP_RUNS = 2
@@ -86,9 +86,9 @@ def _serve(
     names = [spec.name for spec in engine.inputs]
     while header := messages.read(LENGTH.size):
         layout = json.loads(messages.read(LENGTH.unpack(header)[0]))["inputs"]
-        arrays = inputs.read(layout)
-        started = perf_counter()
         try:
+            arrays = inputs.read(layout)
+            started = perf_counter()
             results = engine.run(dict(zip(names, arrays, strict=True)))
             seconds = perf_counter() - started
             described = [(array.dtype.str, array.shape) for array in results.values()]
@@ -98,6 +98,7 @@ def _serve(
             answer: dict[str, Any] = {
                 "error": str(error) or type(error).__name__,
                 "invalid": isinstance(error, InputError),
+                "no_room": isinstance(error, NoRoom),
             }
         else:
             answer = {"outputs": described, "seconds": seconds}
