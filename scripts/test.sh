@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that must pass before a change is merged: lint, format, types, tests.
+# Everything that must pass before a change is merged: lint, format, types, docs, tests.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -8,4 +8,5 @@ bash scripts/setup.sh dev
 .venv/bin/python -m ruff format --check .
 .venv/bin/python -m mypy
 .venv/bin/lint-imports
+.venv/bin/zensical build --strict
 exec .venv/bin/python -m pytest "$@"
