@@ -35,6 +35,8 @@ from sparse_tvm.targets import NATIVE
 from sparse_tvm.tuning.evidence import Evidence
 from sparse_tvm.tuning.records import read_records
 from sparse_tvm.verification import (
+    LEAST_COSINE,
+    LEAST_COSINE_QUANTISED,
     TOLERANCE,
     TOLERANCE_16_BIT,
     Bound,
@@ -83,7 +85,7 @@ def compile(
     report: PathLike | Sequence[PathLike] | None = None,
     verify: bool = True,
     tolerance: float | None = None,
-    min_cosine: float = 0.9,
+    min_cosine: float | None = None,
     verify_inputs: Mapping[str, np.ndarray] | None = None,
     check_passes: bool | None = None,
     progress: Callable[[str], None] | None = None,
@@ -138,9 +140,10 @@ def compile(
     tolerance : float | None
         Largest absolute difference accepted, relative to the output's largest value if that is
         above 1; by default 1e-4, and 1e-2 for a model of 16-bit floats.
-    min_cosine : float
-        For layers in low precision, instead of the tolerance: the least cosine of any row (along
-        the last axis) of an output with float32's.
+    min_cosine : float | None
+        For layers in low precision and for quantised models, instead of the tolerance: the least
+        cosine of any row (along the last axis) of an output with the reference's; by default 0.9,
+        and 0.99 where the model is quantised and nothing else in low precision.
     verify_inputs : Mapping[str, np.ndarray] | None
         Inputs to compare on, instead of random ones.
     check_passes : bool | None
@@ -170,7 +173,7 @@ def compile(
     measured = read_records(records, cpu_model() if target == NATIVE else None)
     context = Context(backend, chosen_target, options, Evidence(measured, threads))
     check_precisions(context)
-    if not 0 <= min_cosine <= 1:
+    if min_cosine is not None and not 0 <= min_cosine <= 1:
         raise OptionError(f"the least cosine must be from 0 to 1, not {min_cosine}")
     if threads is not None and threads < 1:
         raise OptionError(f"threads must be at least 1, not {threads}")
@@ -203,7 +206,10 @@ def compile(
         options = context.options
         if tolerance is None:
             tolerance = TOLERANCE_16_BIT if imported.widened else TOLERANCE
-        bound = Bound(tolerance, min_cosine if options.precisions != ["fp32"] else None)
+        rounded = options.precisions != ["fp32"]
+        if min_cosine is None:
+            min_cosine = LEAST_COSINE if rounded else LEAST_COSINE_QUANTISED
+        bound = Bound(tolerance, min_cosine if rounded or imported.quantised else None)
         totals = _model_totals(program)
         phases.program = program
     for phase in pipeline(backend):

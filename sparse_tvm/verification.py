@@ -21,6 +21,10 @@ from sparse_tvm.targets import Target
 
 Arrays = Mapping[str, np.ndarray]
 
+LEAST_COSINE, LEAST_COSINE_QUANTISED = 0.9, 0.99
+"""Of layers in low precision with float32's, and of quantised models, whose values may fall on the
+other side of a rounding once in a while."""
+
 TOLERANCE, TOLERANCE_16_BIT = 1e-4, 1e-2
 """Largest differences from models of float32, and from those that round to 16 bits on their way."""
 

@@ -211,15 +211,6 @@ def test_infinity_in_a_weight_of_16_bits():
     assert "w (initializer w: 0 NaN, 128 Inf of 128 values)" in message
 
 
-def test_quantised_model():
-    graph = """(float[2,16] x) => (float[2,8] y) {
-        ["/dequantise"] w = DequantizeLinear(q, scale)
-        y = MatMul(x, w)
-    }"""
-    message = refusal(build(graph, q=np.ones((16, 8), np.int8), scale=np.ones((), np.float32)))
-    assert "/dequantise (DequantizeLinear)" in message
-
-
 def test_checker_failure_is_one_line():
     message = refusal(build("(float[2,16] x) => (float[2,8] y) { y = MatMul(x) }"))
     assert "invalid ONNX model" in message

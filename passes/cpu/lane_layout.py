@@ -41,7 +41,7 @@ _UNARY = {
     f"relax.{name}"
     for name in (
         *("nn.relu", "nn.gelu", "nn.gelu_tanh", "nn.silu", "tanh", "sigmoid"),
-        *("exp", "erf", "sqrt", "rsqrt", "square", "negative", "abs"),
+        *("exp", "erf", "sqrt", "rsqrt", "square", "negative", "abs", "round"),
     )
 }
 _BINARY = {
@@ -236,6 +236,8 @@ class _LaneLayout(Rewrite):
         for arg in value.args:
             if scalar_value(arg) is not None:
                 operands.append(arg)
+            elif not shape_of(arg):
+                operands.append(self.new(arg))
             elif same_shape(shape_of(arg), shape):
                 operands.append(self._tiles_of(arg, (source.lead, source.rows)).expr)
             elif same_shape(shape_of(arg), shape[-1:]):

@@ -369,7 +369,12 @@ def _loaded(
 
 
 def _multiplying(value: Expr, var: Any) -> Expr:
-    """Division by the same number in all lanes as multiplication, which is far faster."""
+    """Division by the same number in all lanes as multiplication, which is far faster.
+
+    Not where something is rounded: a quotient's last bit tells halves from what is just below.
+    """
+    if _rounds(value):
+        return value
 
     def multiply(node: Any) -> Any:
         if str(node.ty.dtype) != "float32" or uses(node.b, var):
@@ -377,6 +382,12 @@ def _multiplying(value: Expr, var: Any) -> Expr:
         return node.a * (tirx.const(1.0, "float32") / node.b)
 
     return structural_map(value, (tirx.Div, multiply))
+
+
+def _rounds(value: Expr) -> bool:
+    found: list[Any] = []
+    structural_walk(value, (tvm.ir.Call, lambda call: found.append(call.op)))
+    return any(getattr(op, "name", "") == "tirx.nearbyint" for op in found)
 
 
 def _is(value: Expr, number: int) -> bool:

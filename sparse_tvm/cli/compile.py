@@ -97,11 +97,13 @@ def compile(
         ),
     ] = None,
     min_cosine: Annotated[
-        float,
+        float | None,
         typer.Option(
-            metavar="X", help="Least cosine with float32 that --verify accepts in low precision."
+            metavar="X",
+            help="Least cosine that --verify accepts in low precision, 0.9, and of quantised "
+            "models, 0.99.",
         ),
-    ] = 0.9,
+    ] = None,
     verify_inputs: Annotated[
         Path | None,
         typer.Option(metavar="FILE.npz", help="Inputs to verify on, instead of random ones."),

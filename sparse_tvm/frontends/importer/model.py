@@ -22,7 +22,8 @@ from sparse_tvm.frontends.importer.sizes import as_text
 from sparse_tvm.frontends.importer.tvm_adapter import abandon
 from sparse_tvm.frontends.input_shapes import InputShapes, Shapes, choose_shapes
 from sparse_tvm.frontends.onnx.detach import as_array
-from sparse_tvm.frontends.onnx.read import CONTRIB_DOMAIN, describe, first_few, one_line, read_onnx
+from sparse_tvm.frontends.onnx.quantised import CONTRIB_DOMAIN, was_quantised
+from sparse_tvm.frontends.onnx.read import describe, first_few, one_line, read_onnx
 from sparse_tvm.frontends.onnx.simplify import input_specs, set_input_shapes, simplify
 from sparse_tvm.frontends.onnx.weights import find_weights
 from sparse_tvm.frontends.onnx.widen import widened_types
@@ -86,6 +87,8 @@ class ImportedModel:
         Smallest and largest size of those symbolic dimensions that are bounded.
     widened : list[str]
         The types of 16 bits that the model has, ``float16`` and ``bfloat16``.
+    quantised : bool
+        Whether it rounds to integers on its way, by scales of its own.
     """
 
     module: tvm.IRModule
@@ -96,6 +99,7 @@ class ImportedModel:
     source: str | os.PathLike[str] | onnx.ModelProto
     bounds: dict[str, tuple[int, int]] = field(default_factory=dict)
     widened: list[str] = field(default_factory=list)
+    quantised: bool = False
 
     @property
     def notes(self) -> list[str]:
@@ -157,6 +161,7 @@ def _import(
         source=source,
         bounds=shapes.bounds,
         widened=widened_types(proto),
+        quantised=was_quantised(proto),
     )
 
 

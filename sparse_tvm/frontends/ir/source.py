@@ -65,6 +65,7 @@ def write_ir(source: Source, imported: ImportedModel, path: str | os.PathLike[st
         "bounds": imported.bounds,
         "layers": imported.layers,
         "widened": imported.widened,
+        "quantised": imported.quantised,
         "weights": list(imported.weights),
         "origins": {name: origins[name] for name in imported.weights if name in origins},
         "module": tvm.ir.save_json(imported.module),
@@ -122,6 +123,7 @@ class IrSource(Source):
             source=self.name,
             bounds={name: (low, high) for name, (low, high) in document["bounds"].items()},
             widened=document["widened"],
+            quantised=document["quantised"],
         )
 
     def _module(self) -> tvm.IRModule:

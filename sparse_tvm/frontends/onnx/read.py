@@ -24,14 +24,12 @@ from sparse_tvm.frontends.onnx.detach import (
 )
 from sparse_tvm.frontends.onnx.external_data import load_external_data
 from sparse_tvm.frontends.onnx.in_memory import find_array
+from sparse_tvm.frontends.onnx.quantised import CONTRIB_DOMAIN, spell_quantised
 from sparse_tvm.frontends.onnx.weights import find_weights
 from sparse_tvm.frontends.onnx.widen import widen
 
 OLDEST_OPSET = 6
 NEWEST_OPSET = onnx.defs.onnx_opset_version()
-
-CONTRIB_DOMAIN = "com.microsoft"
-"""ONNX Runtime's own operators; the onnx package does not know them, but models have them."""
 
 _PACKED_TYPES = {
     value
@@ -40,15 +38,6 @@ _PACKED_TYPES = {
 }
 """Several elements to a byte, which TVM's constants cannot hold."""
 
-_QUANTISED_OPS = {
-    "ConvInteger",
-    "DequantizeLinear",
-    "DynamicQuantizeLinear",
-    "MatMulInteger",
-    "QLinearConv",
-    "QLinearMatMul",
-    "QuantizeLinear",
-}
 _WEIGHT_OPS = {
     "BatchNormalization",
     "Conv",
@@ -75,9 +64,9 @@ def read_onnx(
     Returns
     -------
     onnx.ModelProto
-        The model with its weights, with local functions inlined, and in float32 where it was
-        of 16-bit floats. A model given in memory is never changed; it is returned as it is where
-        nothing had to be.
+        The model with its weights, with local functions inlined, in float32 where it was of
+        16-bit floats, and in one spelling where it is quantised. A model given in memory is never
+        changed; it is returned as it is where nothing had to be.
 
     Raises
     ------
@@ -98,6 +87,7 @@ def read_onnx(
     model = widen(model)
     _check_types(model, where)
     _check_structure(model, where)
+    model = spell_quantised(model, where)
     _check_values(model, where)
     return model
 
@@ -208,7 +198,7 @@ def _inline_functions(model: onnx.ModelProto, where: str) -> onnx.ModelProto:
 
 
 def _check_types(model: onnx.ModelProto, where: str) -> None:
-    """Refuse weights in double precision or of less than a byte, and quantised models."""
+    """Refuse weights in double precision or of less than a byte."""
     others = [
         f"{name} ({TensorProto.DataType.Name(t.data_type).lower()})"
         for name, t in stored_tensors(model.graph)
@@ -219,16 +209,6 @@ def _check_types(model: onnx.ModelProto, where: str) -> None:
             f"{where}: weights are float32 or of 16 bits, but {len(others)} tensors are not: "
             f"{first_few(others)}",
             hint="export the model in float32",
-        )
-    quantised = [
-        f"{n.name or n.output[0]} ({n.op_type})"
-        for n in model.graph.node
-        if n.op_type in _QUANTISED_OPS
-    ]
-    if quantised:
-        raise ModelError(
-            f"{where}: quantised models are not supported: {first_few(quantised)}",
-            hint="give the float32 model",
         )
 
 

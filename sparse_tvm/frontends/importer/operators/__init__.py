@@ -7,6 +7,7 @@ from sparse_tvm.frontends.importer.operators import (  # noqa: F401
     indexing,
     movement,
     normalization,
+    quantisation,
     reduction,
     resize,
     vision,
