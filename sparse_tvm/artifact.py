@@ -23,7 +23,6 @@ import math
 import mmap
 import os
 import struct
-import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +30,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from sparse_tvm.checksum import crc32
 from sparse_tvm.cpu import usable_cores
 from sparse_tvm.errors import ArtifactError
 from sparse_tvm.files import replacing
@@ -84,7 +84,7 @@ def write_artifact(
         file.write(code)
         _pad(file, _PAGE)
         sections = {
-            "code": {"nbytes": len(code), "crc32": zlib.crc32(code)},
+            "code": {"nbytes": len(code), "crc32": crc32(code)},
             "weights": _write_weights(file, weights),
         }
         _pad(file, WEIGHT_ALIGNMENT)
@@ -221,7 +221,7 @@ def check_content(
     sections = [section for section in sections_of(manifest) if everything or section.steers]
 
     def is_damaged(section: Section) -> bool:
-        return zlib.crc32(content[section.start : section.end].data) != section.crc32
+        return crc32(content[section.start : section.end].data) != section.crc32
 
     if sum(section.end - section.start for section in sections) < _WORTH_A_THREAD:
         results = list(map(is_damaged, sections))
@@ -261,7 +261,7 @@ def manifest_of(file: BinaryIO) -> dict[str, Any]:
     offset, length, crc = _read_footer(file)
     file.seek(offset)
     text = file.read(length)
-    if zlib.crc32(text) != crc:
+    if crc32(text) != crc:
         raise ArtifactError(f"{file.name}: the manifest is damaged", hint=_REBUILD)
     try:
         manifest: dict[str, Any] = json.loads(text)
@@ -331,7 +331,7 @@ def _write_weights(file: BinaryIO, weights: Mapping[str, np.ndarray]) -> list[di
     stored: dict[tuple[int, int], list[tuple[np.ndarray, int]]] = {}
     for name, weight in weights.items():
         raw = _raw_bytes(weight)
-        checksum = zlib.crc32(raw.data)
+        checksum = crc32(raw.data)
         same = stored.setdefault((raw.size, checksum), [])
         offset = next((at for other, at in same if np.array_equal(other, raw)), None)
         if offset is None:
@@ -362,7 +362,7 @@ def _write_manifest(file: BinaryIO, manifest: Mapping[str, Any]) -> None:
     offset = file.tell()
     text = _encode(manifest, offset)
     file.write(text)
-    file.write(_FOOTER.pack(offset, len(text), zlib.crc32(text), FORMAT_VERSION, _MAGIC))
+    file.write(_FOOTER.pack(offset, len(text), crc32(text), FORMAT_VERSION, _MAGIC))
 
 
 def _encode(manifest: Mapping[str, Any], offset: int) -> bytes:

@@ -54,6 +54,12 @@ def stored(path: Path, entry: dict) -> np.ndarray:
     return np.frombuffer(raw, entry["dtype"]).reshape(entry["shape"])
 
 
+def test_checksums_are_those_of_zlib_whoever_computes_them(path: Path) -> None:
+    data = path.read_bytes()
+    for section in sections_of(read_manifest(path)):
+        assert section.crc32 == zlib.crc32(data[section.start : section.end])
+
+
 def test_library_weights_and_manifest_come_back(path: Path, library: Path) -> None:
     manifest = read_manifest(path)
     assert path.read_bytes().startswith(library.read_bytes())
