@@ -60,10 +60,10 @@ def __getattr__(name: str) -> Any:
 def _version() -> str:
     from importlib import metadata  # slow to import, for a name that is rarely wanted
 
-    try:
-        return metadata.version("sparse-tvm")
-    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
-        return "0+unknown"
+    from sparse_tvm.extras import installed_distribution
+
+    distribution = installed_distribution()
+    return metadata.version(distribution) if distribution else "0+unknown"  # a source tree
 
 
 def __dir__() -> list[str]:

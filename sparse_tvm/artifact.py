@@ -52,6 +52,15 @@ _FOOTER = struct.Struct("<QQII8s")  # manifest offset, length, crc32, format ver
 _REBUILD = "compile the model again"
 
 
+def is_artifact(path: str | os.PathLike[str]) -> bool:
+    """Tell by its content whether a file is a shared library, whatever its name."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(_ELF_MAGIC)) == _ELF_MAGIC
+    except OSError:
+        return False
+
+
 def write_artifact(
     output: str | os.PathLike[str],
     library: str | os.PathLike[str],

@@ -11,10 +11,11 @@ from typing import Any
 
 from sparse_tvm.cpu import architecture, cpu_model, host_features, usable_cores
 from sparse_tvm.errors import TargetError
+from sparse_tvm.extras import installed_distribution
 from sparse_tvm.linker import linkers
 from sparse_tvm.targets import TARGETS, Target, get_target
 
-_PACKAGES = ("sparse-tvm", "apache-tvm", "apache-tvm-ffi", "numpy", "onnx", "onnxruntime")
+_PACKAGES = ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx", "onnxruntime")
 _EMULATORS = ("qemu-aarch64", "qemu-aarch64-static", "qemu-x86_64", "qemu-x86_64-static")
 _CPU = Path("/sys/devices/system/cpu/cpu0")
 _WIDEST_BITS = {"x86_64": 512}
@@ -39,7 +40,9 @@ def diagnose() -> dict[str, Any]:
     found = [name for name, command in linkers(f"{architecture()}-linux-gnu") if command]
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {
+            name: _version(name) for name in (installed_distribution() or "sparse-tvm", *_PACKAGES)
+        },
         "cpu": cpu_model(),
         "architecture": architecture(),
         "features": sorted(used & host_features()),

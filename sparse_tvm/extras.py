@@ -7,20 +7,32 @@ from __future__ import annotations
 
 import re
 import shlex
+from contextlib import suppress
 from importlib import metadata
 
-_DISTRIBUTION = "sparse-tvm"
+LIGHT = "sparse-tvm-runtime"
+"""The distribution that compiles nothing, see ``scripts/build_runtime.py``."""
+
+_DISTRIBUTIONS = ("sparse-tvm", LIGHT)
 _OF_EXTRA = re.compile(r"""extra == ["']([^"']+)["']""")
-_OWN_EXTRAS = re.compile(rf"{_DISTRIBUTION}\[([^\]]+)\]")
+_OWN_EXTRAS = re.compile(rf"(?:{'|'.join(_DISTRIBUTIONS)})\[([^\]]+)\]")
 
 
 def install_command(extra: str) -> str:
     """Return the pip command that installs what the extra ``extra`` stands for."""
-    try:
-        packages = _packages(extra, metadata.requires(_DISTRIBUTION) or [])
-    except metadata.PackageNotFoundError:  # a source tree that is not installed
-        packages = [f".[{extra}]"]
+    distribution = installed_distribution()
+    requirements = metadata.requires(distribution) or [] if distribution else []
+    packages = _packages(extra, requirements) or [f".[{extra}]"]
     return "pip install " + " ".join(map(shlex.quote, packages))
+
+
+def installed_distribution() -> str | None:
+    """Return which of our distributions is installed; None in a source tree that is not."""
+    for distribution in _DISTRIBUTIONS:
+        with suppress(metadata.PackageNotFoundError):
+            metadata.version(distribution)
+            return distribution
+    return None
 
 
 def _packages(extra: str, requirements: list[str]) -> list[str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import onnx
 
-from sparse_tvm.artifact import read_manifest
+from sparse_tvm.artifact import is_artifact, read_manifest
 from sparse_tvm.frontends.detect import open_source
 from sparse_tvm.frontends.onnx.detach import as_array, model_inputs, size_of, stored_tensors
 from sparse_tvm.frontends.onnx.read import read_onnx
@@ -18,16 +17,6 @@ from sparse_tvm.frontends.source import Source, SourceOptions
 from sparse_tvm.sparsity.analysis import analyse
 
 DENSE_ORIGIN = "zeros in a dense weight"
-ELF_MAGIC = b"\x7fELF"
-
-
-def is_artifact(path: str | os.PathLike[str]) -> bool:
-    """Tell by its content whether a file is a shared library, whatever its name."""
-    try:
-        with Path(path).open("rb") as file:
-            return file.read(len(ELF_MAGIC)) == ELF_MAGIC
-    except OSError:
-        return False
 
 
 def inspect(model: Any, **options: Any) -> dict[str, Any]:

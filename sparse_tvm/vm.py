@@ -28,7 +28,10 @@ _KEPT = 3
 _WORKERS_END = 1.0
 """Seconds to wait for a thread's workers; 20 ms are usual."""
 
-_INSTALL = "pip install apache-tvm==0.27.0.post1"
+_TVM = "0.27.0.post1"
+_INSTALL = f"pip install apache-tvm=={_TVM}"
+_BUNDLED = Path(__file__).with_name("lib")
+"""TVM's library in the light distribution, see ``scripts/build_runtime.py``."""
 
 _SPIN_COUNT = 5000
 """Yields of an idle worker before it sleeps: about 2 ms, where TVM's default takes 170 ms of
@@ -56,9 +59,10 @@ def runtime() -> Any:
     except ImportError as error:
         raise ArtifactError(f"TVM's runtime cannot be loaded: {error}", hint=_INSTALL) from error
     spec = find_spec("tvm")
-    if spec is None:
+    if spec is None and not _BUNDLED.is_dir():
         raise ArtifactError("TVM's runtime is not installed", hint=_INSTALL)
-    places = [Path(place) / "lib" for place in spec.submodule_search_locations or ()]
+    found = [] if spec is None else spec.submodule_search_locations or ()
+    places = [Path(place) / "lib" for place in found] or [_BUNDLED]
     load_lib_ctypes("apache-tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=places)
     return tvm_ffi
 
@@ -299,5 +303,8 @@ def _stop(jobs: queue.SimpleQueue[_Job | None], thread: threading.Thread) -> Non
 
 
 def installed_version() -> str:
-    """Return the version of the installed apache-tvm."""
-    return metadata.version("apache-tvm")
+    """Return the version of the installed apache-tvm, or of the library that came with us."""
+    try:
+        return metadata.version("apache-tvm")
+    except metadata.PackageNotFoundError:
+        return _TVM

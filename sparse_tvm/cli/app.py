@@ -113,7 +113,11 @@ def _report(error: Exception) -> int:
         _print_error("error", error.format_message(), _usage_hint(error))
         return error.exit_code
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("sparse_tvm"):
-        _print_error("error", f"a package is missing: {error}", "python -m pip check")
+        from sparse_tvm.extras import LIGHT, installed_distribution
+
+        light = installed_distribution() == LIGHT
+        hint = f"install sparse-tvm in place of {LIGHT}" if light else "python -m pip check"
+        _print_error("error", f"a package is missing: {error}", hint)
         return 1
     first_line = (str(error).strip().splitlines() or [""])[0]
     _print_error(

@@ -31,16 +31,20 @@ def inspect(
     shapes = parse_input_shapes(input_shape or ())
     check_path(path)
 
+    from sparse_tvm.artifact import is_artifact, read_manifest
     from sparse_tvm.cli.console import stdout_console
-    from sparse_tvm.inspection import inspect, is_artifact
 
-    found = inspect(path, input_shapes=shapes, allow_pickle=allow_pickle)
+    if is_artifact(path):  # needs nothing of what reads models
+        found, show = read_manifest(path), _print_artifact
+    else:
+        from sparse_tvm.inspection import inspect
+
+        found = inspect(path, input_shapes=shapes, allow_pickle=allow_pickle)
+        show = _print_model
     if as_json:
         typer.echo(json.dumps(found, indent=2))
-    elif is_artifact(path):
-        _print_artifact(stdout_console(), found)
     else:
-        _print_model(stdout_console(), found)
+        show(stdout_console(), found)
 
 
 def _print_model(console: Console, found: Mapping[str, Any]) -> None:
@@ -68,7 +72,7 @@ def _print_model(console: Console, found: Mapping[str, Any]) -> None:
     )
 
 
-def _print_artifact(console: Console, manifest: Mapping[str, Any]) -> None:
+def _print_artifact(console: Console, found: Mapping[str, Any]) -> None:
     from rich.text import Text
 
     from sparse_tvm.report.content import (
@@ -78,31 +82,31 @@ def _print_artifact(console: Console, manifest: Mapping[str, Any]) -> None:
     )
     from sparse_tvm.report.tables import fact_table, human_bytes, layer_table
 
-    model, target, versions = manifest["model"], manifest["target"], manifest["versions"]
-    stored = sum(weight["nbytes"] for weight in manifest["weights"])
-    console.print(layer_table(manifest, console.width))
-    console.print(fact_table(_signature(manifest)))
+    model, target, versions = found["model"], found["target"], found["versions"]
+    stored = sum(weight["nbytes"] for weight in found["weights"])
+    console.print(layer_table(found, console.width))
+    console.print(fact_table(_signature(found)))
     console.print()
     console.print(
         fact_table(
             [
                 ("Model", f"{model['name']} (sha256 {model['sha256']})"),
                 ("Source", str(model["source"])),
-                *summary_facts(manifest),
+                *summary_facts(found),
                 ("Triple", target["triple"]),
                 ("CPU features", ", ".join(target["features"])),
-                ("Threads", str(manifest["threads"] or "any")),
-                ("Stored arrays", f"{len(manifest['weights'])} ({human_bytes(stored)})"),
-                ("Phases", _phases(manifest)),
-                ("Format version", str(manifest["format_version"])),
+                ("Threads", str(found["threads"] or "any")),
+                ("Stored arrays", f"{len(found['weights'])} ({human_bytes(stored)})"),
+                ("Phases", _phases(found)),
+                ("Format version", str(found["format_version"])),
                 ("Built with", ", ".join(f"{name} {v}" for name, v in versions.items())),
             ]
         )
     )
     console.print()
-    console.print(Text(verification_title(manifest)))
-    console.print(fact_table(verification_facts(manifest)))
-    console.print(_kernel_table(manifest["kernels"]))
+    console.print(Text(verification_title(found)))
+    console.print(fact_table(verification_facts(found)))
+    console.print(_kernel_table(found["kernels"]))
 
 
 def _phases(manifest: Mapping[str, Any]) -> str:
