@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import subprocess
 import sys
 import types
@@ -9,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from sample_manifest import sample_manifest
 
 import sparse_tvm
 from sparse_tvm.cli import main
+from sparse_tvm.cli.app import app
+from sparse_tvm.cli.examples import EXAMPLES
 from sparse_tvm.errors import ModelError, OptionError, SparseTvmError, VerificationError
 
-VERBS = ("compile", "run", "bench", "inspect", "verify", "prune", "tune", "targets", "doctor")
+VERBS = tuple(EXAMPLES)
 
 
 @pytest.fixture
@@ -53,6 +57,8 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
     code = """
 import sys
 from sparse_tvm.cli import main
+from sparse_tvm.cli.app import app
+from sparse_tvm.cli.examples import EXAMPLES
 sys.modules["typing_extensions"] = None
 sys.exit(main(["inspect", "model.onnx"]))
 """
@@ -241,3 +247,14 @@ def test_package_imports_the_compiler_on_use_only() -> None:
 @pytest.mark.parametrize("name", sparse_tvm.__all__)
 def test_public_names_exist(name: str) -> None:
     assert getattr(sparse_tvm, name)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_examples_of_the_help_parse(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = typer.main.get_command(app).get_command(None, verb)  # type: ignore[attr-defined]
+    for example in EXAMPLES[verb]:
+        program, found, *arguments = shlex.split(example)
+        assert (program, found) == ("sparse-tvm", verb)
+        command.make_context(verb, arguments)
+    assert main([verb, "--help"]) == 0
+    assert EXAMPLES[verb][0] in capsys.readouterr().out

@@ -14,6 +14,7 @@ import typer
 from sparse_tvm.cli.bench import bench
 from sparse_tvm.cli.compile import compile
 from sparse_tvm.cli.doctor import doctor
+from sparse_tvm.cli.examples import epilog
 from sparse_tvm.cli.inspect import inspect
 from sparse_tvm.cli.prune import prune
 from sparse_tvm.cli.run import run
@@ -41,10 +42,9 @@ app = typer.Typer(
     name="sparse-tvm",
     help="Compile pruned models into one .so that runs faster because of its zeros.",
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 for verb in (compile, run, bench, serve, inspect, verify, prune, tune, targets, doctor):
-    app.command()(verb)
+    app.command(epilog=epilog(verb.__name__))(verb)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,36 @@
+"""What ``--help`` shows below the options: commands that people begin with."""
+
+from __future__ import annotations
+
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "compile": (
+        "sparse-tvm compile pruned.onnx -o model.so",
+        "sparse-tvm compile pruned.onnx -o model.so --input-shape input_ids:1,128",
+        "sparse-tvm compile path/to/checkpoint -o model.so --target neoverse-n1",
+        "sparse-tvm compile pruned.onnx -o model.so --precision int8 --min-cosine 0.98",
+        "sparse-tvm compile pruned.onnx -o model.so --layer 'pooler=dense'",
+    ),
+    "run": (
+        "sparse-tvm run model.so --random",
+        "sparse-tvm run model.so -i inputs.npz -o outputs.npz",
+    ),
+    "bench": (
+        "sparse-tvm bench model.so --against pruned.onnx --threads 2",
+        "sparse-tvm bench model.so --shape input_ids:8,128 --profile --report report.html",
+    ),
+    "serve": (
+        "sparse-tvm serve model.so",
+        "sparse-tvm serve models/ --port 8000 --grpc-port 8001",
+    ),
+    "inspect": ("sparse-tvm inspect pruned.onnx", "sparse-tvm inspect model.so --json"),
+    "verify": ("sparse-tvm verify model.so",),
+    "prune": ("sparse-tvm prune model.onnx -o pruned.onnx --sparsity 0.9 --structure 4x1",),
+    "tune": ("sparse-tvm tune pruned.onnx -o records.jsonl --time 10m",),
+    "targets": ("sparse-tvm targets",),
+    "doctor": ("sparse-tvm doctor",),
+}
+
+
+def epilog(verb: str) -> str:
+    """The examples of a verb, each on a line of its own."""
+    return "\n\n".join(("Examples:", *EXAMPLES[verb]))
