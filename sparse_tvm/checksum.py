@@ -4,9 +4,18 @@ An artifact of hundreds of megabytes is checked whenever a server loads it. zlib
 ``serve`` brings, uses the CPU's carry-less multiplication and reads about as fast as memory gives.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 try:
-    from zlib_ng.zlib_ng import crc32
+    from zlib_ng import zlib_ng as library
 except ImportError:
-    from zlib import crc32
+    import zlib as library
 
 __all__ = ["crc32"]
+
+
+def crc32(data: Any) -> int:
+    """Return the checksum of a buffer."""
+    return int(library.crc32(data))
