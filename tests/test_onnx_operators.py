@@ -160,3 +160,39 @@ def test_dimensions_that_are_sums_of_others(tmp_path) -> None:
     assert run(6).shape == (1, 2, 1, 6)
     with pytest.raises(InputError, match="past \\+ new is 7, not 6"):
         run(7)
+
+
+@pytest.mark.parametrize("node", ["Div", "Mod", "Mod<fmod=1>"])
+@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint8"])
+def test_division_of_integers_never_ends_the_process(node, constant, dtype, tmp_path):
+    lowest = np.iinfo(dtype).min
+    x = np.array([7, lowest, 9, lowest, 100], dtype)
+    divisors = np.array([2, 3, 0, -1 if lowest else 0, 7]).astype(dtype)
+    inputs, stored = (
+        (f"{dtype}[5] x", {"d": divisors}) if constant else (f"{dtype}[5] x, {dtype}[5] d", {})
+    )
+    model = build(f"({inputs}) => ({dtype}[5] y) {{ y = {node}(x, d) }}", **stored)
+    sparse_tvm.compile(model, tmp_path / "model.so", verify=False)
+    feeds = {"x": x} if constant else {"x": x, "d": divisors}
+    found = sparse_tvm.load(tmp_path / "model.so").run(feeds)["y"]
+    defined = [0, 1, 4]
+    pairs = [(int(x[i]), int(divisors[i])) for i in defined]
+    quotients = [abs(a) // abs(b) * (-1 if (a < 0) != (b < 0) else 1) for a, b in pairs]
+    rest = [
+        a - b * q if "fmod" in node else a % b for (a, b), q in zip(pairs, quotients, strict=True)
+    ]
+    assert found[defined].tolist() == (quotients if node == "Div" else rest)
+    assert found[2] == 0
+
+
+def test_largest_along_an_axis_of_a_computed_size(tmp_path):
+    graph = """(float[n,3] x) => (float[2,3] y) {
+        z = Concat<axis=0>(x, x)
+        y, i = TopK<axis=0>(z, k)
+    }"""
+    model = build(graph, k=np.array([2]))
+    sparse_tvm.compile(model, tmp_path / "model.so", verify=False)
+    x = normal(5, 3)
+    y = sparse_tvm.load(tmp_path / "model.so").run({"x": x})["y"]
+    np.testing.assert_array_equal(y, np.repeat(x.max(0)[None], 2, 0))

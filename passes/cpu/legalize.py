@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
+from tvm.error import InternalError
 
 from sparse_tvm.passes.cpu.lower_kernels import KERNEL_ATTRIBUTE
 from sparse_tvm.passes.graph import dtype_of, shape_of
@@ -22,28 +23,44 @@ from sparse_tvm.schedules.cpu.top_k import top_k
 def legalize(program: Program, context: Context) -> Program:
     """Apply the passes."""
     with tvm.target.Target(context.target.tvm_target()):
-        program.module = tvm.transform.Sequential(
+        fuse = tvm.transform.Sequential(
             [
                 relax.transform.LegalizeOps(),
                 relax.transform.AnnotateTIROpPattern(),
                 relax.transform.FoldConstant(),
                 relax.transform.FuseOps(),
                 relax.transform.FuseTIR(),
-                relax.transform.RewriteDataflowReshape(),  # reshapes become views
+            ]
+        )
+        finish = tvm.transform.Sequential(
+            [
                 # What is no loop nest can only come now: the passes above stumble over it.
                 relax.transform.LegalizeOps({"relax.topk": _top_k}),
                 relax.backend.DispatchSortScan(),  # cumulative sums
                 relax.transform.DeadCodeElimination(["main"]),
             ]
-        )(program.module)
+        )
+        program.module = finish(_views(fuse(program.module)))
     return program
+
+
+def _views(module: tvm.IRModule) -> tvm.IRModule:
+    """Turn reshapes into views. They stay copies where TVM fails at a product of their sizes."""
+    try:
+        return relax.transform.RewriteDataflowReshape()(module)
+    except InternalError:
+        return module
 
 
 def _top_k(builder: relax.BlockBuilder, call: relax.Call) -> Any:
     x, attributes = call.args[0], call.attrs
     shape = shape_of(x)
     axis, k = int(attributes.axis) % len(shape), int(attributes.k)
-    kernel = top_k(shape, axis, k, attributes.largest, dtype_of(x), str(attributes.dtype))
+    # An expression of sizes, such as n + 1, is a size of its own to the kernel.
+    sizes = [
+        s if isinstance(s, int) else tirx.Var(f"size_{i}", "int64") for i, s in enumerate(shape)
+    ]
+    kernel = top_k(sizes, axis, k, attributes.largest, dtype_of(x), str(attributes.dtype))
     kernel = kernel.with_attrs({KERNEL_ATTRIBUTE: "top_k"})
     best = (*shape[:axis], k, *shape[axis + 1 :])
     types = [relax.TensorType(best, dtype) for dtype in (dtype_of(x), str(attributes.dtype))]

@@ -21,6 +21,7 @@ from math import prod
 from typing import Any
 
 from tvm import s_tir, tirx
+from tvm.error import InternalError
 from tvm.ir import Expr, TensorLoad
 from tvm_ffi import structural_map, structural_walk
 
@@ -209,6 +210,14 @@ def _fused(schedule: Any, loops: list[Any]) -> Any:
     return schedule.fuse(*loops) if len(loops) > 1 else loops[0]
 
 
+def _outermost(schedule: Any, loops: list[Any]) -> Any:
+    """As many of the outer loops as TVM can fuse: not always those of symbolic pieces."""
+    try:
+        return _fused(schedule, loops)
+    except InternalError:
+        return _outermost(schedule, loops[:-1])
+
+
 def _parallelise_only(schedule: Any, block: Any) -> None:
     """The loops of an irregular block, several results at once say, on all threads."""
     loops, variables = schedule.get_loops(block), schedule.get(block).iter_vars
@@ -224,7 +233,7 @@ def _parallelise_only(schedule: Any, block: Any) -> None:
 
 def _parallelise(schedule: Any, loops: list[Any], work: int) -> None:
     if loops and work >= _WORTH_PARALLEL:
-        schedule.parallel(_fused(schedule, loops))
+        schedule.parallel(_outermost(schedule, loops))
 
 
 def _schedule_group(schedule: Any, last: _Nest, others: Sequence[_Nest], simd: Simd) -> list[_Nest]:

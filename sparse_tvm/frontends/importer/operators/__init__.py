@@ -3,6 +3,7 @@
 from sparse_tvm.frontends.importer.operators import (  # noqa: F401
     attention,
     creation,
+    division,
     elementwise,
     indexing,
     movement,

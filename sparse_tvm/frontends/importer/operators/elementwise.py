@@ -171,7 +171,7 @@ _FUNCTIONS: dict[str, _Function] = {
     "Sum": _Function(lambda _, a, b: a + b, None, relax.op.add),
 }
 
-rule(*_FUNCTIONS)(elementwise)
+rule(*_FUNCTIONS)(elementwise)  # division.py has its own for tensors
 
 
 @rule("Xor")
@@ -281,25 +281,6 @@ def _hyperbolic(node: Node) -> Any:
     falling = relax.op.exp(relax.op.negative(node.tensor(0)))
     operator = relax.op.subtract if node.op == "Sinh" else relax.op.add
     return node.emit(relax.op.multiply(operator(growing, falling), relax.const(0.5, node.dtype(0))))
-
-
-@rule("Mod")
-def _mod(node: Node) -> Any:
-    """Of floats, the remainder has the divisor's sign, or with ``fmod`` the dividend's."""
-    if node.form is Known:
-        return elementwise(node)
-    if node.form is not Tensor or not node.dtype(0).startswith("float"):
-        raise NotInForm
-    remainder = on_tensors(node, relax.op.mod)
-    if node.attributes.get("fmod", 0):
-        return remainder
-    divisor, zero = node.tensor(1), relax.const(0.0, remainder.dtype)
-    differ = relax.op.logical_xor(
-        relax.op.less(remainder.value, zero), relax.op.less(divisor, zero)
-    )
-    wrong = relax.op.logical_and(differ, relax.op.not_equal(remainder.value, zero))
-    moved = relax.op.add(remainder.value, divisor)
-    return node.emit(relax.op.where(wrong, moved, remainder.value))
 
 
 @rule("PRelu")
