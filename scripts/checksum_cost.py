@@ -14,7 +14,7 @@ from unittest.mock import patch
 import typer
 
 import sparse_tvm
-from sparse_tvm.checksum import crc32
+from sparse_tvm.checksum import LIBRARY
 from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.cpu import usable_cores
 
@@ -37,7 +37,7 @@ def main(
     costs = [one - other for one, other in zip(checked, unchecked, strict=True)]
     stdout_console().print(
         f"{artifact.stat().st_size / 1e6:.0f} MB, {usable_cores()} cores, CRC-32 of "
-        f"{crc32.__module__}: loaded in {statistics.median(unchecked):.3f} s unchecked, "
+        f"{LIBRARY}: loaded in {statistics.median(unchecked):.3f} s unchecked, "
         f"{statistics.median(checked):.3f} s checked, {statistics.median(costs):.3f} s more",
         soft_wrap=True,
     )

@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 try:
-    from zlib_ng import zlib_ng as library
+    from zlib_ng.zlib_ng import crc32 as _crc32
 except ImportError:
-    import zlib as library
+    from zlib import crc32 as _crc32
 
-__all__ = ["crc32"]
+LIBRARY: str = _crc32.__module__
+"""What computes it."""
 
 
 def crc32(data: Any) -> int:
     """Return the checksum of a buffer."""
-    return int(library.crc32(data))
+    return int(_crc32(data))

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import sparse_tvm
 from sparse_tvm.cli.app import app
+from sparse_tvm.errors import ModelError
 from sparse_tvm.frontends.onnx.read import read_onnx
 from sparse_tvm.frontends.onnx.widen import half_types, widen, widened_types
 from sparse_tvm.models.bert import BertConfig, build_bert
@@ -56,6 +57,16 @@ def bert():
 def saved(model, path):
     onnx.save(model, path)
     return path
+
+
+def test_a_weight_with_the_wrong_number_of_values_is_refused(tmp_path):
+    model = build_bert(SMALL, sequence=8)
+    tensor = model.graph.initializer[0]
+    tensor.data_type = TensorProto.FLOAT16  # and half as many bytes as there are
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    with pytest.raises(ModelError, match=rf"{path}: initializer {tensor.name} cannot be read"):
+        read_onnx(path)
 
 
 def test_float16_agrees_with_onnx_runtime(bert, tmp_path):

@@ -13,6 +13,7 @@ import onnx
 from google.protobuf.message import Message
 from onnx import numpy_helper
 
+from sparse_tvm.errors import ModelError
 from sparse_tvm.frontends.onnx.in_memory import find_array
 
 MIN_WEIGHT_SIZE = 64
@@ -57,6 +58,20 @@ def as_array(tensor: onnx.TensorProto) -> np.ndarray:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).newbyteorder("<")
         return np.memmap(where["location"], dtype, "r", int(where["offset"]), tuple(tensor.dims))
     return numpy_helper.to_array(tensor)
+
+
+def readable_array(tensor: onnx.TensorProto, where: str) -> np.ndarray:
+    """Return the values as :func:`as_array` does, of a model that nobody has checked yet.
+
+    Raises
+    ------
+    ModelError
+        When the tensor holds other values than its shape and type say; `where` names the model.
+    """
+    try:
+        return as_array(tensor)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{where}: initializer {tensor.name} cannot be read: {error}") from error
 
 
 def detach_weights(

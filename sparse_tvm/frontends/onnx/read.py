@@ -84,7 +84,7 @@ def read_onnx(
         _check_versions(model, where)
         load_external_data(model, path, mapped=mapped)
     model = _inline_functions(model, where)
-    model = widen(model)
+    model = widen(model, where)
     _check_types(model, where)
     _check_structure(model, where)
     model = spell_quantised(model, where)

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, TensorProto, numpy_helper
 
-from sparse_tvm.frontends.onnx.detach import as_array, stored_tensors
+from sparse_tvm.frontends.onnx.detach import readable_array, stored_tensors
 
 HALF_TYPES = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 """The types of 16 bits, by what they are called."""
@@ -47,10 +47,15 @@ def widened_types(model: onnx.ModelProto) -> list[str]:
     return listed.split()
 
 
-def widen(model: onnx.ModelProto) -> onnx.ModelProto:
+def widen(model: onnx.ModelProto, where: str = "the model") -> onnx.ModelProto:
     """Return a model of 16-bit floats as one of float32; any other as it is.
 
     A model in memory is never changed. The values of the weights are the same.
+
+    Raises
+    ------
+    ModelError
+        When a weight of 16 bits cannot be read; `where` names the model.
     """
     types = half_types(model)
     if not types:
@@ -61,7 +66,7 @@ def widen(model: onnx.ModelProto) -> onnx.ModelProto:
     ends = _half_ends(wide.graph)
     for graph in _graphs(wide.graph):
         for tensor in _tensors(graph):
-            _widen_tensor(tensor)
+            _widen_tensor(tensor, where)
         for value in _values(graph):
             if value.type.tensor_type.elem_type in HALF_TYPES:
                 value.type.tensor_type.elem_type = TensorProto.FLOAT
@@ -117,10 +122,10 @@ def _cast(source: str, target: str, type_: int) -> onnx.NodeProto:
     return onnx.helper.make_node("Cast", [source], [target], f"{target}/Cast", to=type_)
 
 
-def _widen_tensor(tensor: TensorProto) -> None:
+def _widen_tensor(tensor: TensorProto, where: str) -> None:
     if tensor.data_type not in HALF_TYPES:
         return
-    values = np.asarray(as_array(tensor), np.float32)
+    values = np.asarray(readable_array(tensor, where), np.float32)
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
 
