@@ -88,6 +88,7 @@ def bench(
     duration: float = 5.0,
     inputs: Mapping[str, np.ndarray] | None = None,
     shapes: InputShapes | None = None,
+    sizes: Mapping[str, int] | None = None,
     profile: bool = False,
 ) -> BenchResult:
     """Measure a compiled model, and the framework it came from beside it.
@@ -109,6 +110,8 @@ def bench(
         Inputs by name; random ones by default.
     shapes : InputShapes | None
         Shapes of random inputs by name; by default one example, and 128 tokens.
+    sizes : Mapping[str, int] | None
+        Sizes of symbolic dimensions by name, instead.
     profile : bool
         Also time every kernel, and measure this machine's limits for their rooflines.
 
@@ -124,11 +127,18 @@ def bench(
             raise OptionError(f"{name} must not be negative, is {value:g} s")
     ours = _Engine("sparse-tvm", lambda: load(path, threads=threads))
     model = ours.loaded
-    sizes = {
+    chosen = {
         **typical_sizes(model.inputs, model.bounds),
         **sizes_of(model.inputs, shapes or {}),
     }
-    feed = random_inputs(model.inputs, sizes=sizes) if inputs is None else inputs
+    for dimension in sizes or {}:
+        if dimension not in chosen:
+            raise OptionError(
+                f"{path} has no symbolic dimension {dimension!r}",
+                hint=f"it has {', '.join(chosen) or 'none'}",
+            )
+    chosen.update(sizes or {})
+    feed = random_inputs(model.inputs, sizes=chosen) if inputs is None else inputs
     ours.warm_up(lambda: model.run(feed), warmup)
     engines: list[_Engine[Any]] = [ours]
     differences = None

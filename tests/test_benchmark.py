@@ -7,11 +7,12 @@ import artifacts
 import numpy as np
 import onnx
 import pytest
-from onnx import helper, numpy_helper
+from onnx import helper, numpy_helper, parser
 
 from sparse_tvm import bench, compile, interleave, prune
 from sparse_tvm.benchmark import Timing
 from sparse_tvm.cli import main
+from sparse_tvm.cli.sweep import split_sweeps
 from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.machine_limits import MachineLimits, measured_limits
 from sparse_tvm.models.bert import BertConfig, build_bert
@@ -314,3 +315,38 @@ def test_bench_verb(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     result = json.loads(figures.read_text())
     assert result["max_abs_diff"]["y"] < 1e-4
     assert result["profile"]["kernels"][0]["seconds"] > 0
+
+
+def test_sweeps_are_told_from_shapes() -> None:
+    assert split_sweeps([]) == ([], [{}])
+    assert split_sweeps(["x:1,64", "batch=1,8", "length=16,32"]) == (
+        ["x:1,64"],
+        [
+            {"batch": 1, "length": 16},
+            {"batch": 1, "length": 32},
+            {"batch": 8, "length": 16},
+            {"batch": 8, "length": 32},
+        ],
+    )
+    with pytest.raises(OptionError, match="twice"):
+        split_sweeps(["batch=1", "batch=2"])
+
+
+def test_bench_sweeps_over_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+        agraph (float[batch, 64] x) => (float[batch, 64] y) { y = Relu(x) }""")
+    onnx.save(model, tmp_path / "relu.onnx")
+    path = compile(tmp_path / "relu.onnx", tmp_path / "relu.so", verify=False).path
+    figures = tmp_path / "figures.json"
+    quick = ["--warmup", "0", "--duration", "0.02", "--json", str(figures)]
+    arguments = ["bench", str(path), "--against", str(tmp_path / "relu.onnx"), *quick]
+    assert main([*arguments, "--shape", "batch=1,40"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows if len(row) > 4 and row[0].isdigit()] == ["1", "40"]
+    assert [result["shapes"]["x"] for result in json.loads(figures.read_text())] == [
+        [1, 64],
+        [40, 64],
+    ]
+    assert main([*arguments, "--shape", "length=1,40"]) == 2
+    assert "it has batch" in capsys.readouterr().err
+    assert main([*arguments, "--shape", "batch=1,40", "--report", f"{tmp_path}/r.md"]) == 2

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparse_tvm.cli.options import AllowPickle
+from sparse_tvm.errors import OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +36,9 @@ def bench(
     shape: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME:DIMS", help="Shape of an input, as in input_ids:8,128. Repeatable."
+            metavar="NAME:DIMS",
+            help="Shape of an input, as in input_ids:8,128, or sizes of a symbolic dimension, one "
+            "after the other, as in batch=1,8,32. Repeatable.",
         ),
     ] = None,
     warmup: Annotated[
@@ -57,10 +60,12 @@ def bench(
 ) -> None:
     """Time MODEL.so on random inputs: latency, throughput, memory, load time."""
     from sparse_tvm.cli.checks import check_artifact
+    from sparse_tvm.cli.sweep import split_sweeps, sweep_table
     from sparse_tvm.frontends.input_shapes import parse_input_shapes
 
     check_artifact(model)
-    shapes = parse_input_shapes(shape or (), "--shape")
+    given, combinations = split_sweeps(shape or ())
+    shapes = parse_input_shapes(given, "--shape")
 
     from sparse_tvm.artifact import read_manifest
     from sparse_tvm.benchmark import bench
@@ -70,35 +75,48 @@ def bench(
 
     if report is not None:
         check_report_path(report)
+        if len(combinations) > 1:
+            raise OptionError("--report is of one size", hint="leave out the others, or --report")
 
-    def measure() -> BenchResult:
-        return bench(
-            model,
-            against,
-            allow_pickle=allow_pickle,
-            threads=threads,
-            warmup=warmup,
-            duration=duration,
-            shapes=shapes,
-            profile=profile,
-        )
+    def measure() -> list[BenchResult]:
+        return [
+            bench(
+                model,
+                against,
+                allow_pickle=allow_pickle,
+                threads=threads,
+                warmup=warmup,
+                duration=duration,
+                shapes=shapes,
+                sizes=sizes,
+                profile=profile,
+            )
+            for sizes in combinations
+        ]
 
     if json is None:
-        result = measure()
+        results = measure()
     else:
         with replacing(json) as temporary:
             temporary.touch()  # a path that cannot be written fails before the measurement
-            result = measure()
-            temporary.write_text(_to_json(result), encoding="utf-8")
+            results = measure()
+            temporary.write_text(_to_json(results), encoding="utf-8")
     if report is not None:
-        write_report(read_manifest(model), report, result.to_dict())
-    _print(stdout_console(), result)
+        write_report(read_manifest(model), report, results[0].to_dict())
+    for result in results if profile or len(results) == 1 else ():
+        _print(stdout_console(), result)
+    if len(results) > 1:
+        first = results[0]
+        stdout_console().print(f"{first.path}, {first.threads} threads, {first.cpu}, medians")
+        stdout_console().print(sweep_table(combinations, results))
 
 
-def _to_json(result: BenchResult) -> str:
+def _to_json(results: Sequence[BenchResult]) -> str:
+    """One result, or the list of a sweep's."""
     import json
 
-    return json.dumps(result.to_dict(), indent=2) + "\n"
+    found = [result.to_dict() for result in results]
+    return json.dumps(found if len(found) > 1 else found[0], indent=2) + "\n"
 
 
 def _print(console: Console, result: BenchResult) -> None:

@@ -17,6 +17,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "bench": (
         "sparse-tvm bench model.so --against pruned.onnx --threads 2",
         "sparse-tvm bench model.so --shape input_ids:8,128 --profile --report report.html",
+        "sparse-tvm bench model.so --shape batch=1,8,32 --against pruned.onnx",
     ),
     "serve": (
         "sparse-tvm serve model.so",
