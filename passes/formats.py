@@ -46,6 +46,8 @@ class FormatOptions:
         Exceptions by layer name; the last that matches, and has a say, counts.
     precision : str
         In which layers compute; ``fp32``, ``bf16`` or ``int8``.
+    integers : bool
+        Whether quantised layers multiply the model's own integers, where the target can.
     """
 
     format: str = "auto"
@@ -53,6 +55,7 @@ class FormatOptions:
     threshold: float | None = None
     rules: tuple[LayerRule, ...] = field(default=())
     precision: str = "fp32"
+    integers: bool = False
 
     @classmethod
     def parse(
@@ -96,8 +99,12 @@ class FormatOptions:
 
     def precision_for(self, layer: str) -> str:
         """In which precision the layer computes."""
+        return self.ruled_precision(layer) or self.precision
+
+    def ruled_precision(self, layer: str) -> str | None:
+        """The precision that the last rule has for the layer."""
         ruled = (rule.precision for rule in self._rules_for(layer))
-        return next((name for name in ruled if name is not None), self.precision)
+        return next((name for name in ruled if name is not None), None)
 
     def _rules_for(self, layer: str) -> list[LayerRule]:
         return [rule for rule in reversed(self.rules) if rule.pattern.search(layer)]

@@ -14,6 +14,7 @@ from sparse_tvm.passes.fuse_epilogue import fuse_epilogue
 from sparse_tvm.passes.fuse_layer_norm import fuse_layer_norm
 from sparse_tvm.passes.fuse_product import fuse_product
 from sparse_tvm.passes.infrastructure import Phase
+from sparse_tvm.passes.keep_integers import keep_integers
 from sparse_tvm.passes.set_precision import set_precision
 
 
@@ -22,6 +23,6 @@ def phases(backend: Backend) -> Sequence[Phase]:
     return (
         Phase("canonicalise", (fc_transpose, fuse_activations, fuse_layer_norm)),
         Phase("fuse", (fuse_epilogue, fuse_convolution, fuse_attention, fuse_product)),
-        Phase("dense to sparse", (set_precision, dense_to_sparse)),
+        Phase("dense to sparse", (keep_integers, set_precision, dense_to_sparse)),
         *backend.phases(),
     )

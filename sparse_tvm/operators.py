@@ -230,10 +230,16 @@ class WeightedOperator(Operator):
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(WeightedOperator):
-    """``epilogue(x W^T)``, W being ``[N, K]``."""
+    """``epilogue(x W^T)``, W being ``[N, K]``.
+
+    ``exact`` tells that in int8 the weight's values lie on steps of their own, which no kernel may
+    make coarser.
+    """
 
     name: ClassVar[str] = "dense"
     operands: ClassVar[str] = "x, the weight's arrays, epilogue tensors"
+
+    exact: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +302,17 @@ class LayerNorm(Operator):
     operands: ClassVar[str] = "x, gamma, beta"
 
     epsilon: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRound(Operator):
+    """x rounded to 256 steps of a scale; the zero point is the step, from 0 to 255, that is 0.
+
+    Layers in int8 alone may read it.
+    """
+
+    name: ClassVar[str] = "step_round"
+    operands: ClassVar[str] = "x, scale, zero point"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,6 +419,7 @@ __all__ = [
     "Product",
     "Residual",
     "Step",
+    "StepRound",
     "Types",
     "WeightedOperator",
     "all_operators",

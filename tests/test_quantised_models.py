@@ -20,6 +20,7 @@ from sparse_tvm.frontends.onnx.quantised_numbers import dequantise, quantise
 from sparse_tvm.frontends.onnx.read import read_onnx
 from sparse_tvm.models.bert import BertConfig, build_bert
 from sparse_tvm.reference import Reference
+from sparse_tvm.targets import TARGETS, runs_here
 
 RNG = np.random.default_rng(0)
 
@@ -397,3 +398,36 @@ def test_networks_quantised_by_onnx_runtime(network, way, tmp_path):
     manifest = sparse_tvm.compile(path, tmp_path / "model.so").manifest
     for similar in manifest["verification"]["similarity"].values():
         assert similar["cosine"] > 0.99
+
+
+@pytest.mark.parametrize("target", ["sapphirerapids", "avx512-vnni", "x86-64-v3"])
+@pytest.mark.parametrize("name", ["QDQ per channel", "QLinearMatMul", "dynamic", "QGemm"])
+@pytest.mark.parametrize("sparsity", [0, 0.9])
+def test_dense_layers_multiply_their_own_integers(name, target, sparsity, tmp_path):
+    if not runs_here(TARGETS[target]):
+        pytest.skip(f"this CPU is not of the family {target}")
+    signature, body, tensors = MODELS[name]
+    tensors = {**COMMON, **tensors}
+    kept = RNG.random(tensors["w"].shape) >= sparsity
+    tensors["w"] = np.where(kept, np.maximum(tensors["w"], -127), 0).astype(np.int8)
+    end = "" if "y = " in body else TO_Y
+    read = {word.strip(",") for word in f"{body} {end}".replace("(", " ").replace(")", " ").split()}
+    used = {key: value for key, value in tensors.items() if key in read}
+    model = build(f"{signature} {{ {body} {end} }}", **used)
+    x = {"x": RNG.standard_normal((4, 64)).astype(np.float32)}
+    outputs = []
+    for precision, dtype in ((None, "int8"), ("fp32", "float32")):
+        manifest = sparse_tvm.compile(
+            model, tmp_path / "model.so", target=target, precision=precision, verify=False
+        ).manifest
+        assert [layer["precision"] for layer in manifest["layers"]] == [dtype]
+        outputs.append(sparse_tvm.load(tmp_path / "model.so").run(x)["y"])
+    np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-5)
+
+
+def test_asymmetric_weights_stay_float32_and_say_so(tmp_path):
+    signature, body, tensors = MODELS["QDQ asymmetric weight"]
+    model = build(f"{signature} {{ {body} {TO_Y} }}", **{**COMMON, **tensors})
+    manifest = sparse_tvm.compile(model, tmp_path / "model.so").manifest
+    assert manifest["layers"][0]["precision"] == "float32"
+    assert any("more than 127 steps from 0" in note for note in manifest["notes"])

@@ -18,7 +18,7 @@ from typing import Any
 
 from tvm import relax, tirx
 
-from sparse_tvm.operators import Attention, Dense, LayerNorm, Operator, Residual
+from sparse_tvm.operators import Attention, Dense, LayerNorm, Operator, Residual, StepRound
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.dense_to_sparse import WEIGHTS_STORED
 from sparse_tvm.passes.graph import (
@@ -100,6 +100,12 @@ class _LaneLayout(Rewrite):
         attention = dialect.match(value, Attention)
         if attention is not None:
             return self._attention(attention, var)
+        rounded = dialect.match(value, StepRound)
+        if rounded is not None:
+            x, *steps = rounded.args
+            source = self._tiles_of(x)
+            args = [source.expr, *(self.new(arg) for arg in steps)]
+            return self._emit_tiled(rounded.op, args, source.lead, source.rows, source.features)
         if isinstance(value, relax.TupleGetItem):
             return self._part(value)
         name = op_name(value)

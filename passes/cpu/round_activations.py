@@ -14,7 +14,7 @@ from typing import Any
 
 from tvm import relax
 
-from sparse_tvm.operators import Attention, Dense, LayerNorm, Operator, Types
+from sparse_tvm.operators import Attention, Dense, LayerNorm, Operator, StepRound, Types
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.cpu.lane_layout import IN_LANE_TILES
 from sparse_tvm.passes.graph import Rewrite, shape_of
@@ -26,6 +26,8 @@ from sparse_tvm.schedules.cpu.simd import LANES
 
 _WORDS = "int32"
 """Element type of lines."""
+
+_ROUND_INT8 = LineRound(types=Types(output="int8"))
 
 
 @graph_pass(requires=[IN_LANE_TILES], ensures=[IN_LANE_TILES])
@@ -56,6 +58,10 @@ class _RoundActivations(Rewrite):
         found = dialect.match(value, Operator)
         if found is None:
             return None
+        if isinstance(found.op, StepRound):
+            lines = self._emit(_ROUND_INT8, [self.new(arg) for arg in found.args], var, "int8")
+            self._lines[var, "int8"] = lines
+            return lines
         count = _rounded_operands(found.op)
         args = [self._rounded(arg, found.op.types.input) for arg in found.args[:count]]
         args += [self.new(arg) for arg in found.args[count:]]

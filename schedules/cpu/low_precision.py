@@ -28,7 +28,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     scalar,
     splat,
 )
-from sparse_tvm.schedules.cpu.precision import ZERO_POINT, Precision
+from sparse_tvm.schedules.cpu.precision import INT8, ZERO_POINT, Precision
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.schedules.cpu.vector_math import ROUNDING
 from sparse_tvm.sparsity.quantise import LARGEST
@@ -184,6 +184,55 @@ def store_tiles(lines: Lines, source: Buffer, tiles: Tiles, simd: Simd) -> None:
             return source[tile, feature, ramp(first, simd)]
 
         store_tile(lines, tile, first, load, simd)
+
+
+def quantise_by_steps(tiles: Tiles, features: int, simd: Simd) -> tirx.PrimFunc:
+    """Build the kernel that rounds an activation to int8 by a scale and a zero point.
+
+    Arguments of the PrimFunc: x float32 ``[lead, tiles, features, LANES]``, scale and zero float32
+    ``[1]``, y int32 ``[lead, tiles, INT8.lines(features), LANES]``. A byte is
+    ``round(x / scale) + zero``, the zero point from 0 to 255.
+    """
+    lanes, unit = simd.lanes, INT8.unit
+    with prim_func() as result:
+        x = argument("x", tiles.shape(features))
+        scale, zero = argument("scale", (1,)), argument("zero", (1,))
+        y = Lines("y", tiles, features, INT8)
+        y.bind()
+        source = tiles.flat(x, features)
+        with T.parallel(0, tiles.count * simd.per_tile) as job:
+            tile, first = scalar(job // simd.per_tile), scalar(job % simd.per_tile * lanes)
+            shift = T.broadcast(zero[0], lanes)
+            low, high = splat(T.float32(0), simd) - shift, splat(T.float32(255), simd) - shift
+
+            def byte(feature: Expr) -> Expr:
+                steps = source[tile, feature, ramp(first, simd)] / T.broadcast(scale[0], lanes)
+                steps = tirx.min(tirx.max(steps, low), high) + splat(T.float32(ROUNDING), simd)
+                word = T.reinterpret(f"int32x{lanes}", steps)
+                word = word + T.broadcast(T.Cast("int32", zero[0]), lanes)
+                return T.bitwise_and(word, words_like(255, lanes))
+
+            def line_of(features: list[Expr]) -> Expr:
+                word = words_like(0, lanes)
+                for position, feature in enumerate(features):
+                    shifted = T.shift_left(byte(feature), words_like(8 * position, lanes))
+                    word = T.bitwise_or(word, shifted)
+                return word
+
+            whole, rest = divmod(features, unit)
+            if whole:
+                with T.serial(0, whole) as line:
+                    words = line_of([line * unit + u for u in range(unit)])
+                    y.set(tile, line, first, words, lanes)
+            if rest:
+                y.set(tile, whole, first, line_of([whole * unit + u for u in range(rest)]), lanes)
+            used = whole + (1 if rest else 0)
+            if used < y.data_lines:
+                with T.serial(0, y.data_lines - used) as line:
+                    y.set(tile, used + line, first, words_like(0, lanes), lanes)
+            words = T.reinterpret(f"int32x{lanes}", T.broadcast(scale[0], lanes))
+            y.set(tile, y.data_lines, first, words, lanes)
+    return result["func"]
 
 
 def quantise(tiles: Tiles, features: int, precision: Precision, simd: Simd) -> tirx.PrimFunc:

@@ -26,10 +26,10 @@ class LaneUnpack(Operator):
 
 @dataclass(frozen=True, kw_only=True)
 class LineRound(Operator):
-    """Lane tiles of float32 to lines of ``types.output``.
+    """Lane tiles of float32 to lines of ``types.output``, by scales of their own if there are none.
 
     See :mod:`sparse_tvm.schedules.cpu.low_precision`.
     """
 
     name: ClassVar[str] = "line_round"
-    operands: ClassVar[str] = "x"
+    operands: ClassVar[str] = "x, scale?, zero point?"

@@ -8,8 +8,51 @@ LARGEST = 127
 """The largest magnitude of an int8 weight: symmetric, so that no zero point is needed."""
 
 
+_SAMPLES = (16, 128)
+"""How many values of a row, evenly spread, are asked before all are."""
+
+_NEAR = 1e-3
+"""How far from a whole number of steps a value may be, in steps; float32 is off by less than 1e-4,
+and other values are as near by chance once in five hundred times."""
+
+
+def steps_of_rows(w: np.ndarray, largest: int = LARGEST) -> np.ndarray:
+    """Find the step whose multiples, of at most `largest`, the values of a row are.
+
+    Returns
+    -------
+    np.ndarray
+        float32 ``[N]``, 0 for rows that have none. A quantised weight's are its own scales, or
+        whole parts of them.
+    """
+    magnitudes = np.abs(w)
+    peaks = magnitudes.max(axis=1, initial=0).astype(np.float32)
+    steps = np.zeros(len(w), np.float32)
+    columns = w.shape[1]
+    samples = [magnitudes[:, :: -(-columns // size)] for size in (*_SAMPLES, columns) if columns]
+    open_rows = np.flatnonzero(peaks > 0)
+    for count in range(largest, 0, -1):
+        if not open_rows.size:
+            break
+        step = peaks[open_rows] / np.float32(count)
+        fits = np.full(len(open_rows), True)
+        for sample in samples:
+            fits[fits] = _whole(sample[open_rows[fits]], step[fits])
+        steps[open_rows[fits]] = step[fits]
+        open_rows = open_rows[~fits]
+    return steps
+
+
+def _whole(values: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    counts = values / steps[:, None]
+    fits: np.ndarray = (np.abs(counts - np.rint(counts)) < _NEAR).all(axis=1)
+    return fits
+
+
 def quantise_rows(w: np.ndarray, largest: int = LARGEST) -> tuple[np.ndarray, np.ndarray]:
     """Round a float ``[N, K]`` matrix to int8, at most `largest`, with one scale per row.
+
+    Rows that are multiples of a step already keep their values.
 
     Returns
     -------
@@ -18,7 +61,9 @@ def quantise_rows(w: np.ndarray, largest: int = LARGEST) -> tuple[np.ndarray, np
         second. A row of zeros has the scale 1.
     """
     peaks = np.abs(w).max(axis=1, initial=0).astype(np.float32)
+    steps = steps_of_rows(w, largest)
     scales = np.where(peaks > 0, peaks / np.float32(largest), 1).astype(np.float32)
+    scales = np.where(steps > 0, steps, scales)
     rounded = np.rint(np.clip(w / scales[:, None], -largest, largest))
     return rounded.astype(np.int8), scales
 

@@ -21,7 +21,7 @@ from sparse_tvm.operators import Activation, Bias, Residual
 from sparse_tvm.schedules.cpu import word_weights
 from sparse_tvm.schedules.cpu.dot_matmul import dot_matmul
 from sparse_tvm.schedules.cpu.low_matmul import LowMatmul
-from sparse_tvm.schedules.cpu.low_precision import quantise
+from sparse_tvm.schedules.cpu.low_precision import quantise, quantise_by_steps
 from sparse_tvm.schedules.cpu.precision import BF16, INT8, ZERO_POINT
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.x86 import tile_weights
@@ -231,6 +231,22 @@ def test_quantise(values):
     assert (np.abs(result - x) <= quantum + 1e-30).all()
     words = lines[:, :, -(-values["k"] // precision.unit) : precision.data_lines(values["k"])]
     assert (words == 0).all(), "padding is not zero"
+
+
+@given(problems_with(target=targets), st.floats(1e-3, 10), st.integers(0, 255))
+@FEW
+def test_quantise_by_steps(values, scale, zero):
+    target, rng = values["target"], np.random.default_rng(values["seed"])
+    x = rng.standard_normal((values["lead"], values["rows"], values["k"])) * values["magnitude"]
+    x, scale = x.astype("float32"), np.float32(scale)
+    tiles = tiles_for(values["lead"], values["rows"], values["symbolic"])
+    kernel = quantise_by_steps(tiles, values["k"], simd(target))
+    shape = (len(x), -(-values["rows"] // 16), INT8.lines(values["k"]), 16)
+    operands = [to_tiles(x), np.float32([scale]), np.float32([zero])]
+    lines = run(kernel, target, values["threads"], operands, shape, "int32")
+    found = from_lines(lines, values["rows"], values["k"], INT8) + (128 - zero) * float(scale)
+    expected = (np.clip(np.rint(x / scale) + zero, 0, 255) - zero) * float(scale)
+    np.testing.assert_allclose(found, expected, atol=1e-6 * scale * 256)
 
 
 def test_dot_of_the_largest_values_does_not_saturate():

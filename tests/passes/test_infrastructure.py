@@ -36,6 +36,7 @@ from sparse_tvm.passes.program import Program
 PASSES = [one for phase in pipeline.phases(get_backend("cpu")) for one in phase.passes]
 BY_NAME = pytest.mark.parametrize("one", PASSES, ids=lambda one: one.name)
 CONTEXT = context(target="x86-64-v3", precision="int8")
+CONTEXT = replace(CONTEXT, options=replace(CONTEXT.options, integers=True))
 BERT = BertConfig(layers=1, hidden=32, heads=2, intermediate=48, vocabulary=40)
 
 
@@ -57,19 +58,30 @@ def stages() -> dict[str, Program]:
 
 @pytest.fixture(scope="module")
 def stages_of_an_image() -> dict[str, Program]:
-    """What BERT has not: a convolution, a norm spelled out, a product that is no attention."""
+    """What BERT has not: a convolution, a norm spelled out, a product that is no attention, and a
+    quantised layer."""
     op = relax.op
 
-    def body(emit, image, other, w, gamma, beta):
+    def quantised(emit, x, v):
+        steps, low, high = (relax.const(value, "float32") for value in (0.1, -100.0, 155.0))
+        clipped = emit(op.minimum(emit(op.maximum(emit(op.divide(x, steps)), low)), high))
+        rounded = emit(op.multiply(emit(op.round(clipped)), steps))
+        return emit(op.matmul(rounded, emit(op.permute_dims(v))))
+
+    def body(emit, image, other, w, v, gamma, beta):
         pixels = emit(op.reshape(emit(op.nn.conv2d(image, w)), (24, 6)))
         centred = emit(op.subtract(pixels, emit(op.mean(pixels, [-1], keepdims=True))))
         variance = emit(op.mean(emit(op.multiply(centred, centred)), [-1], keepdims=True))
         deviation = emit(op.sqrt(emit(op.add(variance, relax.const(1e-5, "float32")))))
         normal = emit(op.divide(centred, deviation))
-        return op.matmul(emit(op.add(emit(op.multiply(normal, gamma)), beta)), other)
+        total = emit(op.add(emit(op.multiply(normal, gamma)), beta))
+        return op.matmul(emit(op.add(total, quantised(emit, normal, v))), other)
 
     inputs = {"image": (1, 4, 6, 8), "other": (6, 5)}
-    return through(build(body, inputs, {"w": (6, 4, 3, 3), "gamma": (6,), "beta": (6,)}))
+    shapes = {"w": (6, 4, 3, 3), "v": (6, 6), "gamma": (6,), "beta": (6,)}
+    program = build(body, inputs, shapes)
+    program.weights["v"] = np.rint(program.weights["v"] * 30) / np.float32(32)
+    return through(program)
 
 
 def snapshot(program: Program) -> Program:

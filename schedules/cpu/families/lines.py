@@ -16,7 +16,7 @@ from sparse_tvm.targets import Target
 
 @dataclass(frozen=True)
 class LineRoundFamily(KernelFamily[LineRound]):
-    """The kernel ``quantise`` of :mod:`sparse_tvm.schedules.cpu.low_precision`."""
+    """The kernels of :mod:`sparse_tvm.schedules.cpu.low_precision`."""
 
     name: ClassVar[str] = "line_round"
     operator: ClassVar[type[LineRound]] = LineRound
@@ -28,10 +28,13 @@ class LineRoundFamily(KernelFamily[LineRound]):
     def build(
         self, op: LineRound, operands: Sequence[Extents], output: Extents, target: Target
     ) -> Kernel:
-        from sparse_tvm.schedules.cpu.low_precision import quantise
+        from sparse_tvm.schedules.cpu.low_precision import quantise, quantise_by_steps
 
         precision, features = PRECISIONS[op.types.output], operands[0].shape[2]
         assert features is not None
+        if len(operands) > 1:
+            function = quantise_by_steps(tiles_for(operands[0]), features, Simd.of(target))
+            return Kernel(f"round_{features}_by_steps", function)
         function = quantise(tiles_for(operands[0]), features, precision, Simd.of(target))
         return Kernel(f"round_{features}_to_{precision.name}", function)
 

@@ -29,7 +29,7 @@ from sparse_tvm.schedules.cpu.precision import (
     Precision,
 )
 from sparse_tvm.schedules.cpu.simd import LANES, Simd, dot_group_limit, tiles_of
-from sparse_tvm.sparsity.quantise import as_words
+from sparse_tvm.sparsity.quantise import LARGEST, as_words
 from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.targets import Target
 
@@ -129,12 +129,18 @@ class DotFamily(LowPrecisionFamily):
     def rate(self, op: Dense) -> float:
         return INT8.unit  # products in a word
 
-    def dot(self, target: Target) -> Dot | None:
-        """The target's instruction."""
-        return next((dot for dot in self.dots if target.has(*dot.features)), None)
+    def dot(self, target: Target, least: int = 0) -> Dot | None:
+        """The target's instruction, which multiplies weights as large as ``least`` exactly."""
+        able = (dot for dot in self.dots if target.has(*dot.features))
+        return next((dot for dot in able if dot.largest_weight >= least), None)
 
     def lacks(self, target: Target) -> str | None:
         return None if self.dot(target) else f"{target.name} has no dot products of bytes"
+
+    def refuses(self, op: Dense, target: Target) -> str | None:
+        if op.exact and self.dot(target) and not self.dot(target, LARGEST):
+            return f"{target.name} has no dot products of bytes above 64"
+        return super().refuses(op, target)
 
     def layouts(self, op: Dense, target: Target) -> Sequence[Layout]:
         n, unit = op.matrix[0], INT8.unit
@@ -148,7 +154,7 @@ class DotFamily(LowPrecisionFamily):
     def cost(
         self, op: Dense, layout: Layout, weight: WeightStatistics, tokens: int, target: Target
     ) -> float:
-        dot = self._dot(target)
+        dot = self._dot(op, target)
         simd, costs = Simd(dot.lanes, dot.registers), target.costs
         (n, k), rows = op.matrix, layout.block[0]
         tiles = tiles_of(tokens)
@@ -167,7 +173,7 @@ class DotFamily(LowPrecisionFamily):
     def pack(
         self, op: Dense, w: np.ndarray, layout: Layout, target: Target
     ) -> dict[str, np.ndarray]:
-        dot = self._dot(target)
+        dot = self._dot(op, target)
         zero_point = 0 if dot.signed else ZERO_POINT
         elements, of_rows = word_weights.rounded(w, INT8, dot.largest_weight, zero_point)
         pack = word_weights.sparse_rows if layout.sparse else word_weights.dense_rows
@@ -178,7 +184,7 @@ class DotFamily(LowPrecisionFamily):
     ) -> Kernel:
         from sparse_tvm.schedules.cpu.dot_matmul import dot_matmul
 
-        dot, layout = self._dot(target), op.stored
+        dot, layout = self._dot(op, target), op.stored
         function = dot_matmul(
             problem_of(op, operands),
             layout.block[0],
@@ -188,8 +194,8 @@ class DotFamily(LowPrecisionFamily):
         )
         return Kernel(title_of(op, dot.name.replace("-", "_")), function)
 
-    def _dot(self, target: Target) -> Dot:
-        dot = self.dot(target)
+    def _dot(self, op: Dense, target: Target) -> Dot:
+        dot = self.dot(target, LARGEST if op.exact else 0)
         assert dot is not None, f"{self.name} was to refuse {target.name}"
         return dot
 
