@@ -505,6 +505,7 @@ def graphs(draw: Any, most_nodes: int = 8) -> onnx.ModelProto:
         names = [first, *rest]
         inputs.append(helper.make_tensor_value_info(f"x{index}", TensorProto.FLOAT, names))
         shape = [tuple(run.get(name, name) for run in SIZES) for name in names]
+        assume(max(times(*shape)) <= MOST_ELEMENTS)
         g.add(f"x{index}", shape)
     for _ in range(draw(st.integers(2, most_nodes))):
         before = len(g.nodes), len(g.values)

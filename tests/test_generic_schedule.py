@@ -298,3 +298,26 @@ def test_rows_cut_anew(rows, size, columns, symbolic):
     joined = np.concatenate([np.exp(x), x], 1 if symbolic else 0)
     expected = joined.reshape((*lead, both, columns)) * b
     np.testing.assert_allclose(run(x, b), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 33, "n"), (3, 2, 7, 7)])
+def test_one_tensor_as_several_inputs(shape):
+    """What a block reads of a tensor is all of it that any of its inputs needs."""
+
+    def three_times(x):
+        doubled = relax.op.add(x, x)
+        return relax.op.concat([doubled, doubled, doubled], 1)
+
+    x = normal(*(5 if d == "n" else d for d in shape))
+    run = compile_function(three_times, shape)
+    np.testing.assert_allclose(run(x), np.concatenate([x + x] * 3, 1), rtol=1e-6)
+
+
+def test_product_of_a_tensor_with_itself():
+    def square(x):
+        doubled = relax.op.add(x, x)
+        return relax.op.matmul(doubled, doubled)
+
+    x = normal(3, 7, 7)
+    run = compile_function(square, x.shape)
+    np.testing.assert_allclose(run(x), 4 * x @ x, rtol=1e-5, atol=1e-5)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import tvm
-from tvm import relax, tirx
+from tvm import relax, s_tir, tirx
 from tvm.error import InternalError
+from tvm_ffi import structural_map
 
 from sparse_tvm.passes.cpu.lower_kernels import KERNEL_ATTRIBUTE
 from sparse_tvm.passes.graph import dtype_of, shape_of
@@ -40,8 +41,40 @@ def legalize(program: Program, context: Context) -> Program:
                 relax.transform.DeadCodeElimination(["main"]),
             ]
         )
-        program.module = finish(_views(fuse(program.module)))
+        program.module = finish(_views(_with_all_reads(fuse(program.module))))
     return program
+
+
+def _with_all_reads(module: tvm.IRModule) -> tvm.IRModule:
+    """Say of each block all that it reads: FuseTIR keeps one of several regions of a buffer.
+
+    A block reads one several times where one tensor is several inputs: ``concat(x, x)``.
+    """
+    for var, function in module.functions.items():
+        if isinstance(function, tirx.PrimFunc):
+            body = structural_map(function.body, (s_tir.SBlock, _reading_all))
+            module[var] = function.with_body(body)
+    return module
+
+
+def _reading_all(block: s_tir.SBlock) -> s_tir.SBlock:
+    if not isinstance(block.body, tirx.BufferStore):
+        return block
+    sources = [region.source for region in (*block.reads, *block.writes)]
+    found, *_ = s_tir.analysis.get_sblock_access_region(block, {s: s for s in sources})
+    written = block.body.buffer
+    reads = [region for region in found if not region.source.same_as(written)]
+    return s_tir.SBlock(
+        block.iter_vars,
+        reads,
+        block.writes,
+        block.name_hint,
+        block.body,
+        block.init,
+        block.alloc_buffers,
+        block.match_buffers,
+        block.annotations,
+    )
 
 
 def _views(module: tvm.IRModule) -> tvm.IRModule:
