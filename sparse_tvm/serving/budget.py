@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import monotonic
 
 from sparse_tvm.serving.refusal import Kind, Refusal
@@ -32,7 +32,7 @@ class Budget:
         self.limit = limit
         self.used = 0
         self._arriving: dict[Hold, None] = {}
-        self._turn = asyncio.Lock()
+        self.steps = asyncio.Lock()
 
     @contextmanager
     def hold(self) -> Iterator[Hold]:
@@ -87,22 +87,13 @@ class Hold:
         self._budget.take(size)
         self._size += size
 
-    @asynccontextmanager
-    async def turn(self, size: int) -> AsyncIterator[None]:
-        """While `size` bytes are worked on in one step, which nothing on the event loop interrupts.
+    def turn(self, size: int) -> Turn:
+        """Return what to hold while `size` bytes are worked on in one step.
 
-        Long steps, of whatever requests, are taken one at a time, and short requests get through
-        between them.
+        Nothing on the event loop interrupts a step. Long ones, of whatever requests, are taken one
+        at a time, and short requests get through between them.
         """
-        if size < _LONG_STEP:
-            yield
-            return
-        async with self._budget._turn:
-            try:
-                yield
-            finally:
-                for _ in range(_ROUNDS):
-                    await asyncio.sleep(0)
+        return Turn(self._budget.steps if size >= _LONG_STEP else None)
 
     @contextmanager
     def arriving(self, cancel: Callable[[], object]) -> Iterator[None]:
@@ -127,3 +118,28 @@ class Hold:
         """Give everything back."""
         self._budget.used -= self._size
         self._size = 0
+
+
+class Turn:
+    """A step on the event loop; a class, since most are short and every request has several.
+
+    Parameters
+    ----------
+    steps : asyncio.Lock | None
+        Held by one long step at a time; None for a short one.
+    """
+
+    def __init__(self, steps: asyncio.Lock | None) -> None:
+        self._steps = steps
+
+    async def __aenter__(self) -> None:
+        if self._steps is not None:
+            await self._steps.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._steps is not None:
+            try:
+                for _round in range(_ROUNDS):
+                    await asyncio.sleep(0)
+            finally:
+                self._steps.release()
