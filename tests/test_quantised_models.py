@@ -431,3 +431,13 @@ def test_asymmetric_weights_stay_float32_and_say_so(tmp_path):
     manifest = sparse_tvm.compile(model, tmp_path / "model.so").manifest
     assert manifest["layers"][0]["precision"] == "float32"
     assert any("more than 127 steps from 0" in note for note in manifest["notes"])
+
+
+@pytest.mark.parametrize("name", ["q_output_fc.weight_1", "fc.weight_quantized", "fc.weight"])
+def test_layers_are_called_as_before_they_were_quantised(name):
+    signature, body, tensors = MODELS["QDQ per channel"]
+    model = build(f"{signature} {{ {body} {TO_Y} }}", **{**COMMON, **tensors})
+    for node in model.graph.node:
+        node.input[:] = [name if given == "w" else given for given in node.input]
+    next(t for t in model.graph.initializer if t.name == "w").name = name
+    assert [layer["name"] for layer in sparse_tvm.inspect(model)["layers"]] == ["fc"]

@@ -11,7 +11,7 @@ numbers, with its inputs dequantised and its output quantised. What is constant 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,13 @@ from onnx import TensorProto, numpy_helper
 
 from sparse_tvm.errors import ModelError
 from sparse_tvm.frontends.onnx.detach import as_array, stored_tensors
+from sparse_tvm.frontends.onnx.nodes import (
+    attribute_of,
+    attributes_of,
+    inputs_of,
+    names_read_in,
+    tensor_and_scale,
+)
 from sparse_tvm.frontends.onnx.quantised_numbers import dequantise, quantise, wrong_scale
 
 CONTRIB_DOMAIN = "com.microsoft"
@@ -28,8 +35,8 @@ CONTRIB_DOMAIN = "com.microsoft"
 QUANTISED = "sparse_tvm.quantised"
 """Key of the model's metadata that tells that it was spelled here."""
 
-_SUFFIX = re.compile(r"_(quantized|quantised|quant|q|int8|uint8)$")
-"""What quantisers append to the names of weights."""
+_DECORATED = re.compile(r"q_output_(.+)_\d+|(.+)_(?:quantized|quantised|quant|q|int8|uint8)")
+"""What nncf, ONNX Runtime and others make of the names of weights."""
 
 _MOVEMENT = {"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 """Operators through which a stored tensor may reach the one that dequantises it."""
@@ -85,6 +92,7 @@ class _Speller:
         self._outputs = {value.name for value in graph.output}
         self._names = {*self._tensors, *self._producers, *(value.name for value in graph.input)}
         self._folded: dict[tuple[Any, ...], str] = {}
+        self._plain: dict[str, str] = {}
         self._scaled: dict[str, tuple[onnx.NodeProto, str, str]] = {}
         self._nodes: list[onnx.NodeProto] = []
 
@@ -108,6 +116,7 @@ class _Speller:
         kept = [tensor for tensor in self._graph.initializer if tensor.name in read]
         del self._graph.initializer[:]
         self._graph.initializer.extend(kept)
+        self._rename(read | {name for node in nodes for name in node.output})
 
     def _still_read(self, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
         read, kept = set(self._outputs), []
@@ -115,7 +124,7 @@ class _Speller:
             if read & set(node.output):
                 kept.append(node)
                 read |= set(node.input)
-                read |= {n for a in node.attribute if a.type == a.GRAPH for n in _outer(a.g)}
+                read |= {n for a in node.attribute if a.type == a.GRAPH for n in names_read_in(a.g)}
         return kept[::-1]
 
     def _find_scaled_integers(self) -> set[str]:
@@ -173,15 +182,15 @@ class _Speller:
         return np.asarray(results[0])
 
     def _quantised_constant(self, node: onnx.NodeProto) -> np.ndarray | None:
-        names = _three(node.input, 0)
+        names = tensor_and_scale(node.input, 0)
         self._check(node, names[1], names[2], None)
         x, scale, zero_point = (self.constant(name) if name else None for name in names)
         if zero_point is None:
-            type_ = _attribute(node, "output_dtype", 0) or TensorProto.UINT8
+            type_ = attribute_of(node, "output_dtype", 0) or TensorProto.UINT8
             zero_point = np.zeros((), onnx.helper.tensor_dtype_to_np_dtype(type_))
         assert x is not None
         assert scale is not None
-        axis, block = _attribute(node, "axis", 1), _attribute(node, "block_size", 0)
+        axis, block = attribute_of(node, "axis", 1), attribute_of(node, "block_size", 0)
         return quantise(x, scale, zero_point, axis, block)
 
     def emit(
@@ -205,6 +214,25 @@ class _Speller:
         self._graph.initializer.append(tensor)
         self._tensors[name] = self._graph.initializer[-1]
         return name
+
+    def _store_plainly(self, array: np.ndarray, integers: str) -> str:
+        """Add a weight that is called as before it was quantised, if nothing else will be."""
+        match = _DECORATED.fullmatch(integers)
+        plain = integers if match is None else str(match[1] or match[2])
+        name = self.store(array, plain)
+        self._plain[name] = plain
+        return name
+
+    def _rename(self, used: set[str]) -> None:
+        """Give weights the plain names that are free now."""
+        used |= {value.name for value in self._graph.input}
+        chosen = {plain: name for name, plain in self._plain.items() if plain not in used}
+        names = {name: plain for plain, name in chosen.items()}
+        for tensor in self._graph.initializer:
+            tensor.name = names.get(tensor.name, tensor.name)
+        for node in self._graph.node:
+            for position, name in enumerate(node.input):
+                node.input[position] = names.get(name, name)
 
     def fresh(self, name: str) -> str:
         """Return a name that nothing has."""
@@ -238,7 +266,7 @@ class _Speller:
                 values = dequantise(stored, factor, shift, axis, block)
             except (IndexError, ValueError) as error:
                 raise self._wrong(node, f"its scale {scale} does not fit {x}: {error}") from None
-            self._folded[key] = self.store(values, _SUFFIX.sub("", x) if x in self._tensors else x)
+            self._folded[key] = self._store_plainly(values, x)
         if output:
             self.emit("Identity", [self._folded[key]], node, output)
         return output or self._folded[key]
@@ -288,12 +316,12 @@ class _Speller:
 
     def _product(self, node: onnx.NodeProto, x_scale: str, w_scale: str, output: str) -> None:
         """Spell ``MatMulInteger`` or ``ConvInteger`` with its operands' scales."""
-        x, w, x_zero, w_zero = _inputs(node, 4)
+        x, w, x_zero, w_zero = inputs_of(node, 4)
         matmul = node.op_type == "MatMulInteger"
         left = self.dequantised(node, x, x_scale, x_zero, -2 if matmul else 1)
         right = self.dequantised(node, w, w_scale, w_zero, -1 if matmul else 0)
         op = node.op_type.removesuffix("Integer")
-        self.emit(op, [left, right], node, output, **_attributes(node))
+        self.emit(op, [left, right], node, output, **attributes_of(node))
 
     def integers(self, node: onnx.NodeProto) -> None:
         """Spell a product of integers whose scales are unknown: they count as 1."""
@@ -309,49 +337,17 @@ _LAYERS = {"Conv", "Gemm", "MatMul"}
 _Spelling = Callable[[_Speller, onnx.NodeProto], None]
 
 
-def _inputs(node: onnx.NodeProto, count: int) -> list[str]:
-    """Return the names of so many inputs, empty for those left out."""
-    return [*node.input, *[""] * count][:count]
-
-
-def _three(names: Sequence[str], start: int) -> tuple[str, str, str]:
-    """Return an integer tensor, its scale and its zero point."""
-    x, scale, zero_point = [*names, "", ""][start : start + 3]
-    return x, scale, zero_point
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    return _attributes(node).get(name, default)
-
-
-def _attributes(node: onnx.NodeProto, *dropped: str) -> dict[str, Any]:
-    return {
-        a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name not in dropped
-    }
-
-
-def _outer(graph: onnx.GraphProto) -> set[str]:
-    """Return all names that a graph inside of a node reads."""
-    names = {value.name for value in graph.output}
-    for node in graph.node:
-        names |= set(node.input)
-        for attribute in node.attribute:
-            if attribute.type == attribute.GRAPH:
-                names |= _outer(attribute.g)
-    return names
-
-
 def _dequantize_linear(speller: _Speller, node: onnx.NodeProto) -> None:
-    x, scale, zero_point = _inputs(node, 3)
-    axis, block = _attribute(node, "axis", 1), _attribute(node, "block_size", 0)
+    x, scale, zero_point = inputs_of(node, 3)
+    axis, block = attribute_of(node, "axis", 1), attribute_of(node, "block_size", 0)
     speller.dequantised(node, x, scale, zero_point, axis, block, node.output[0])
 
 
 def _quantize_linear(speller: _Speller, node: onnx.NodeProto) -> None:
-    x, scale, zero_point = _inputs(node, 3)
+    x, scale, zero_point = inputs_of(node, 3)
     speller._check(node, scale, zero_point, None)
     given = [x, scale, zero_point] if zero_point else [x, scale]
-    speller.emit("QuantizeLinear", given, node, node.output[0], **_attributes(node))
+    speller.emit("QuantizeLinear", given, node, node.output[0], **attributes_of(node))
 
 
 def _dynamic_quantize_linear(speller: _Speller, node: onnx.NodeProto) -> None:
@@ -359,7 +355,7 @@ def _dynamic_quantize_linear(speller: _Speller, node: onnx.NodeProto) -> None:
 
 
 def _convolution(speller: _Speller, node: onnx.NodeProto) -> None:
-    x, x_scale, x_zero, w, w_scale, w_zero, y_scale, y_zero, bias = _inputs(node, 9)
+    x, x_scale, x_zero, w, w_scale, w_zero, y_scale, y_zero, bias = inputs_of(node, 9)
     inputs = [
         speller.dequantised(node, x, x_scale, x_zero),
         speller.dequantised(node, w, w_scale, w_zero, 0),
@@ -367,12 +363,12 @@ def _convolution(speller: _Speller, node: onnx.NodeProto) -> None:
     if bias:
         scale = speller.product_of_scales(node, x_scale, w_scale)
         inputs.append(speller.dequantised(node, bias, scale, axis=0))
-    y = speller.emit("Conv", inputs, node, **_attributes(node, "channels_last"))
+    y = speller.emit("Conv", inputs, node, **attributes_of(node, "channels_last"))
     speller.quantised(node, y, y_scale, y_zero, node.output[0])
 
 
 def _matmul(speller: _Speller, node: onnx.NodeProto) -> None:
-    a, a_scale, a_zero, b, b_scale, b_zero, y_scale, y_zero = _inputs(node, 8)
+    a, a_scale, a_zero, b, b_scale, b_zero, y_scale, y_zero = inputs_of(node, 8)
     left = speller.dequantised(node, a, a_scale, a_zero, -2)
     right = speller.dequantised(node, b, b_scale, b_zero, -1)
     y = speller.emit("MatMul", [left, right], node)
@@ -380,30 +376,30 @@ def _matmul(speller: _Speller, node: onnx.NodeProto) -> None:
 
 
 def _gemm(speller: _Speller, node: onnx.NodeProto) -> None:
-    a, a_scale, a_zero, b, b_scale, b_zero, c, y_scale, y_zero = _inputs(node, 9)
-    axis = 0 if _attribute(node, "transB", 0) else 1
+    a, a_scale, a_zero, b, b_scale, b_zero, c, y_scale, y_zero = inputs_of(node, 9)
+    axis = 0 if attribute_of(node, "transB", 0) else 1
     inputs = [
         speller.dequantised(node, a, a_scale, a_zero),
         speller.dequantised(node, b, b_scale, b_zero, axis),
     ]
-    alpha = _attribute(node, "alpha", 1.0)
+    alpha = attribute_of(node, "alpha", 1.0)
     if c:
         factor = speller.store(np.asarray(alpha, np.float32), f"{node.output[0]}.alpha")
         scale = speller.product_of_scales(node, a_scale, b_scale, factor)
         inputs.append(speller.dequantised(node, c, scale, axis=-1))
-    y = speller.emit("Gemm", inputs, node, "" if y_scale else node.output[0], **_attributes(node))
+    y = speller.emit("Gemm", inputs, node, "" if y_scale else node.output[0], **attributes_of(node))
     if y_scale:
         speller.quantised(node, y, y_scale, y_zero, node.output[0])
 
 
 def _matmul_to_float(speller: _Speller, node: onnx.NodeProto) -> None:
-    a, b, a_scale, b_scale, a_zero, b_zero, bias = _inputs(node, 7)
+    a, b, a_scale, b_scale, a_zero, b_zero, bias = inputs_of(node, 7)
     left = speller.dequantised(node, a, a_scale, a_zero, -2)
     _plus(speller, node, left, speller.dequantised(node, b, b_scale, b_zero, -1), bias)
 
 
 def _dynamic_matmul(speller: _Speller, node: onnx.NodeProto) -> None:
-    a, b, b_scale, b_zero, bias = _inputs(node, 5)
+    a, b, b_scale, b_zero, bias = inputs_of(node, 5)
     x, scale, zero = (speller.fresh(f"{node.output[0]}.{part}") for part in ("x", "scale", "zero"))
     name = f"{node.name or node.output[0]}.DynamicQuantizeLinear"
     quantise_node = onnx.helper.make_node("DynamicQuantizeLinear", [a], [x, scale, zero], name)
@@ -423,11 +419,11 @@ def _unary(op: str) -> _Spelling:
     """Spell an operator of x, its scale and zero point, and those of its output."""
 
     def spell(speller: _Speller, node: onnx.NodeProto) -> None:
-        x, x_scale, x_zero, y_scale, y_zero = _inputs(node, 5)
-        if _attribute(node, "channels_last", 0):
+        x, x_scale, x_zero, y_scale, y_zero = inputs_of(node, 5)
+        if attribute_of(node, "channels_last", 0):
             raise speller._wrong(node, "its channels are last, which is not supported")
         real = speller.dequantised(node, x, x_scale, x_zero)
-        y = speller.emit(op, [real], node, **_attributes(node, "channels_last", "opset"))
+        y = speller.emit(op, [real], node, **attributes_of(node, "channels_last", "opset"))
         speller.quantised(node, y, y_scale, y_zero, node.output[0])
 
     return spell
@@ -437,8 +433,8 @@ def _binary(op: str) -> _Spelling:
     """Spell an operator of two quantised inputs."""
 
     def spell(speller: _Speller, node: onnx.NodeProto) -> None:
-        names = _inputs(node, 8)
-        real = [speller.dequantised(node, *_three(names, start)) for start in (0, 3)]
+        names = inputs_of(node, 8)
+        real = [speller.dequantised(node, *tensor_and_scale(names, start)) for start in (0, 3)]
         y = speller.emit(op, real, node)
         speller.quantised(node, y, names[6], names[7], node.output[0])
 
@@ -448,14 +444,14 @@ def _binary(op: str) -> _Spelling:
 def _concat(speller: _Speller, node: onnx.NodeProto) -> None:
     y_scale, y_zero, *names = node.input
     starts = range(0, len(names), 3)
-    real = [speller.dequantised(node, *_three(names, start)) for start in starts]
-    y = speller.emit("Concat", real, node, **_attributes(node))
+    real = [speller.dequantised(node, *tensor_and_scale(names, start)) for start in starts]
+    y = speller.emit("Concat", real, node, **attributes_of(node))
     speller.quantised(node, y, y_scale, y_zero, node.output[0])
 
 
 def _where(speller: _Speller, node: onnx.NodeProto) -> None:
-    condition, *names = _inputs(node, 9)
-    real = [speller.dequantised(node, *_three(names, start)) for start in (0, 3)]
+    condition, *names = inputs_of(node, 9)
+    real = [speller.dequantised(node, *tensor_and_scale(names, start)) for start in (0, 3)]
     y = speller.emit("Where", [condition, *real], node)
     speller.quantised(node, y, names[6], names[7], node.output[0])
 
