@@ -203,7 +203,7 @@ def compile(
         program = Program(imported.module, dict(imported.weights), dict(imported.layers))
         if precision is None and "bfloat16" in imported.widened:
             context = replace(context, options=_in_bf16(context))
-        if precision is None and imported.quantised:
+        if precision in (None, "int8") and imported.quantised:
             context = replace(context, options=replace(context.options, integers=True))
         options = context.options
         if tolerance is None:

@@ -59,6 +59,17 @@ def with_weight_value(value: float) -> onnx.ModelProto:
     return tiny_model(w)
 
 
+def with_scale(value: float) -> onnx.ModelProto:
+    """The tiny model with its weight quantised."""
+    model = tiny_model(np.ones((K, N), np.int8))
+    inputs = ["fc.weight", "fc.scale"]
+    node = helper.make_node("DequantizeLinear", inputs, ["w"], name="fc_dequantise")
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(value), "fc.scale"))
+    model.graph.node[0].input[1] = "w"
+    model.graph.node.insert(0, node)
+    return model
+
+
 def with_missing_data() -> onnx.ModelProto:
     model = tiny_model()
     onnx.external_data_helper.set_external_data(model.graph.initializer[0], "lost.bin")
@@ -128,6 +139,7 @@ BAD_MODELS: dict[str, tuple[Content, tuple[str, ...]]] = {
     "unknown opset": (lambda: tiny_model(opset=999), ("opset 999",)),
     "NaN": (lambda: with_weight_value(np.nan), ("NaN", "fc")),
     "Inf": (lambda: with_weight_value(-np.inf), ("Inf", "fc")),
+    "no scale": (lambda: with_scale(0), ("fc_dequantise", "fc.scale", "0, not a positive")),
     "lost data": (with_missing_data, ("lost.bin", "fc.weight")),
     "operators": (
         lambda: tiny_model(odd_ops=("NonZero", "Unique")),

@@ -431,6 +431,8 @@ def test_asymmetric_weights_stay_float32_and_say_so(tmp_path):
     manifest = sparse_tvm.compile(model, tmp_path / "model.so").manifest
     assert manifest["layers"][0]["precision"] == "float32"
     assert any("more than 127 steps from 0" in note for note in manifest["notes"])
+    manifest = sparse_tvm.compile(model, tmp_path / "model.so", precision="int8").manifest
+    assert manifest["layers"][0]["precision"] == "int8"
 
 
 @pytest.mark.parametrize("name", ["q_output_fc.weight_1", "fc.weight_quantized", "fc.weight"])

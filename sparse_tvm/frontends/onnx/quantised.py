@@ -479,3 +479,6 @@ _SPELLINGS: dict[str, _Spelling] = {
     "QuantizeLinear": _quantize_linear,
 }
 """By operator, of the standard or of ONNX Runtime."""
+
+QUANTISED_OPS = frozenset(_SPELLINGS)
+"""What is spelled here."""
