@@ -120,10 +120,12 @@ def measure(
 
 
 def dense_seconds(target: Target, shape: tuple[int, int]) -> tuple[float, float]:
-    """Predicted and measured seconds of the dense kernel."""
+    """Predicted and measured seconds of the dense kernel that the compiler would choose."""
     w = random_weight(shape, 0, "")
-    (dense,) = FAMILY.candidates(_layer(w), MeasuredWeight(w), target, Wish("dense"))
-    return predictions(target, w)[dense], matmul_kernel(w, dense, TOKENS, target).seconds()
+    offers = FAMILY.candidates(_layer(w), MeasuredWeight(w), target, Wish("dense"))
+    predicted = predictions(target, w)
+    dense = min(offers, key=lambda layout: predicted[layout])
+    return predicted[dense], matmul_kernel(w, dense, TOKENS, target).seconds()
 
 
 def predictions(target: Target, w: np.ndarray) -> dict[Layout, float]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sparse_tvm.runtime import load
     from sparse_tvm.session import InferenceSession
     from sparse_tvm.sparsity.pruning import prune
+    from sparse_tvm.tuning.tuner import tune
 
 __all__ = [
     "InferenceSession",
@@ -35,6 +36,7 @@ __all__ = [
     "inspect",
     "load",
     "prune",
+    "tune",
 ]
 
 _HOMES = {
@@ -44,6 +46,7 @@ _HOMES = {
     "inspect": "sparse_tvm.inspection",
     "load": "sparse_tvm.runtime",
     "prune": "sparse_tvm.sparsity.pruning",
+    "tune": "sparse_tvm.tuning.tuner",
 }
 
 

@@ -22,6 +22,7 @@ from sparse_tvm.cpu import cpu_model
 from sparse_tvm.errors import OptionError, OutputError
 from sparse_tvm.files import check_writable, replacing
 from sparse_tvm.frontends.detect import open_source
+from sparse_tvm.frontends.importer.model import ImportedModel
 from sparse_tvm.frontends.input_shapes import InputShapes
 from sparse_tvm.frontends.ir.source import check_ir_path, write_ir
 from sparse_tvm.frontends.source import SourceOptions, copy_companions
@@ -201,10 +202,7 @@ def compile(
         if save_ir is not None:
             write_ir(source, imported, save_ir)
         program = Program(imported.module, dict(imported.weights), dict(imported.layers))
-        if precision is None and "bfloat16" in imported.widened:
-            context = replace(context, options=_in_bf16(context))
-        if precision in (None, "int8") and imported.quantised:
-            context = replace(context, options=replace(context.options, integers=True))
+        context = in_model_precision(context, imported, precision)
         options = context.options
         if tolerance is None:
             tolerance = TOLERANCE_16_BIT if imported.widened else TOLERANCE
@@ -302,10 +300,14 @@ class _Phases:
         return [{"name": n, "seconds": round(s, 3)} for n, s in self.seconds.items()]
 
 
-def _in_bf16(context: Context) -> FormatOptions:
-    """The options with bf16 as the precision, where the target has it."""
-    able = has_kernels(context, "bf16")
-    return replace(context.options, precision="bf16") if able else context.options
+def in_model_precision(context: Context, imported: ImportedModel, precision: str | None) -> Context:
+    """The context for a model that may bring its own precision: bf16, or integers."""
+    options = context.options
+    if precision is None and "bfloat16" in imported.widened and has_kernels(context, "bf16"):
+        options = replace(options, precision="bf16")
+    if precision in (None, "int8") and imported.quantised:
+        options = replace(options, integers=True)
+    return replace(context, options=options)
 
 
 def _check_rules(options: FormatOptions, program: Program) -> None:

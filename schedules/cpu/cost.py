@@ -17,7 +17,14 @@ import numpy as np
 from sparse_tvm.families import TYPICAL_TOKENS
 from sparse_tvm.operators import Layout
 from sparse_tvm.schedules.cpu.block_arrays import index_dtype
-from sparse_tvm.schedules.cpu.simd import LANES, Simd, group_limit, rows_per_pass, tiles_of
+from sparse_tvm.schedules.cpu.simd import (
+    LANES,
+    Simd,
+    group_limit,
+    group_of,
+    rows_per_pass,
+    tiles_of,
+)
 from sparse_tvm.targets import Target
 
 _L1_SHARE = 0.85
@@ -42,9 +49,10 @@ def matmul_cycles(
     rows, columns = rows_per_pass(layout, simd), layout.block[1]
     blocks *= layout.block[0] // rows
     parts = layout.get("parts", 1)
-    tiles = _tiles_per_group(rows, simd, tokens)
+    limit = group_of(layout, simd)
+    tiles = _tiles_per_group(limit, tokens)
     vectors = tiles * simd.per_tile
-    fmas = rows * vectors * _fma_cycles(rows, target, tokens)
+    fmas = rows * vectors * _fma_cycles(rows, limit, target, tokens)
     weights = -(-rows // costs.scalars_per_load) * costs.load
     if layout.sparse:
         lines = tiles * line_cycles(_x_bytes(shape[1], tiles) / parts, target)
@@ -71,16 +79,16 @@ def matmul_seconds(
     return target.seconds(tiles_of(tokens) * matmul_cycles(shape, layout, blocks, target, tokens))
 
 
-def _tiles_per_group(rows: int, simd: Simd, tokens: int) -> float:
+def _tiles_per_group(limit: int, tokens: int) -> float:
     """Mean tiles that share a pass over W: of eight, three groups of at most three have 2.7."""
     tiles = tiles_of(tokens)
-    return float(tiles / -(-tiles // group_limit(rows, simd)))
+    return float(tiles / -(-tiles // limit))
 
 
-def _fma_cycles(rows: int, target: Target, tokens: int) -> float:
+def _fma_cycles(rows: int, limit: int, target: Target, tokens: int) -> float:
     """Cycles per multiply-add, more where registers are missing with full groups."""
     simd, costs = Simd.of(target), target.costs
-    sums = rows * min(group_limit(rows, simd), tiles_of(tokens)) * simd.per_tile
+    sums = rows * min(limit, tiles_of(tokens)) * simd.per_tile
     if sums > simd.accumulators:
         return costs.spilled
     weights = -(-rows // costs.scalars_per_load)

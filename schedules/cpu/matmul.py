@@ -43,7 +43,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     zero,
 )
 from sparse_tvm.schedules.cpu.row_matmul import few_rows
-from sparse_tvm.schedules.cpu.simd import ROW_COUNTS, Simd, group_limit, rows_per_pass
+from sparse_tvm.schedules.cpu.simd import ROW_COUNTS, Simd, group_of
 from sparse_tvm.schedules.cpu.stored_weight import PREFETCH_BYTES, Epilogue, StoredWeight
 
 _CHAINS = 4
@@ -116,7 +116,7 @@ class _WholeTiles:
         self.tiles, self.weight, self.x, self.y = tiles, weight, x, y
         self.epilogue, self.simd = epilogue, simd
         self.block = weight.layout.block[0]
-        self.limit = group_limit(rows_per_pass(weight.layout, simd), simd)
+        self.limit = group_of(weight.layout, simd)
 
     def run(self) -> None:
         """Emit the kernel, on all threads."""

@@ -1,7 +1,9 @@
 """Predicted seconds of the product of a weight and few rows of activations.
 
 Where eight rows or fewer read a weight, its bytes decide, however few instructions there are; the
-instructions count where they take longer, for small blocks. Needs no TVM.
+instructions count where they take longer, for small blocks. They are taken to come from the cache
+that could hold them: a model that runs again and again finds its weights there, and it is there
+that a dense weight is hard to beat. Needs no TVM.
 """
 
 from __future__ import annotations
@@ -14,13 +16,6 @@ from sparse_tvm.operators import Layout
 from sparse_tvm.schedules.cpu.block_arrays import index_dtype
 from sparse_tvm.schedules.cpu.simd import ROW_COUNTS
 from sparse_tvm.targets import Target
-
-_L2_GAIN, _L3_GAIN = 8.0, 2.0
-"""How much faster than from memory a core reads from its second cache, and from the last one.
-
-A model that runs again and again finds its weights there, and it is there that a dense weight is
-hard to beat.
-"""
 
 
 def outputs_in_lanes(layout: Layout, rows: int) -> bool:
@@ -51,5 +46,5 @@ def few_rows_seconds(
     index_bytes = np.dtype(index_dtype(k)).itemsize if layout.sparse else 0
     stored_bytes = blocks * (4 * rows * columns + index_bytes)
     near = stored_bytes <= target.caches.l2
-    streamed = stored_bytes / (costs.memory * (_L2_GAIN if near else _L3_GAIN))
+    streamed = stored_bytes / (costs.second if near else costs.last)
     return target.seconds(max(compute, streamed) + copies)

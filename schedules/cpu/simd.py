@@ -88,6 +88,11 @@ def group_limit(rows: int, simd: Simd) -> int:
     return max(1, min(MAX_GROUP, simd.accumulators // (rows * simd.per_tile)))
 
 
+def group_of(layout: Layout, simd: Simd) -> int:
+    """Tiles per group that a layout asks for (its parameter ``group``), or as many as fit."""
+    return layout.get("group", group_limit(rows_per_pass(layout, simd), simd))
+
+
 _MAX_DOT_GROUP = 8
 
 

@@ -21,7 +21,7 @@ _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
 def tune(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The model to tune.")],
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="The model to tune.")] = None,
     output: Annotated[
         Path,
         typer.Option(
@@ -54,13 +54,36 @@ def tune(
         typer.Option(metavar="N,...", help="Numbers of threads; 1 and all cores by default."),
     ] = None,
     precision: Annotated[
-        str, typer.Option(metavar="NAME", help="As for compile: fp32, bf16 or int8.")
-    ] = "fp32",
+        str | None, typer.Option(metavar="NAME", help="As for compile: fp32, bf16 or int8.")
+    ] = None,
+    fit: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Instead: fit the target's cost parameters to these records. Repeatable.",
+        ),
+    ] = None,
     input_shape: InputShapes = None,
     allow_pickle: AllowPickle = False,
+    host: Annotated[
+        str | None,
+        typer.Option(metavar="USER@BOARD", help="Measure there, by ssh; it needs sparse-tvm too."),
+    ] = None,
+    python: Annotated[
+        str, typer.Option(metavar="PATH", help="The interpreter on --host.")
+    ] = "python3",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
     """Measure MODEL's kernels in several layouts; `compile --records` takes the fastest."""
+    from sparse_tvm.errors import OptionError
+
+    if (model is None) == (not fit):
+        raise OptionError("tune takes either a MODEL or --fit FILE")
+    if fit:
+        _fit(fit)
+        return
+    assert model is not None
+
     from sparse_tvm.cli.checks import check_target
     from sparse_tvm.files import check_writable
     from sparse_tvm.frontends.input_shapes import parse_input_shapes
@@ -78,6 +101,7 @@ def tune(
     console = stderr_console()
     show = _Progress(console, quiet=quiet)
     with without_collection():
+        from sparse_tvm.tuning.measuring import Measurer, RemoteMeasurer
         from sparse_tvm.tuning.tuner import tune
 
         try:
@@ -93,6 +117,7 @@ def tune(
                 precision=precision,
                 input_shapes=input_shapes,
                 allow_pickle=allow_pickle,
+                measurer=RemoteMeasurer(host, python) if host is not None else Measurer(),
                 progress=show,
             )
         except KeyboardInterrupt:
@@ -102,6 +127,27 @@ def tune(
             raise
     if not quiet:
         _print_summary(stdout_console(), tuned, output)
+
+
+def _fit(paths: list[Path]) -> None:
+    """Print fitted parameters, and how much better they predict."""
+    from rich.text import Text
+
+    from sparse_tvm.cli.console import stderr_console, stdout_console
+    from sparse_tvm.cli.tables import plain_table
+    from sparse_tvm.tuning.fitting import as_table, fit
+    from sparse_tvm.tuning.records import read_records
+
+    records = read_records(paths)
+    for remark in records.remarks:
+        stderr_console().print(Text.assemble(("note: ", "dim"), remark), soft_wrap=True)
+    console = stdout_console()
+    for found in fit(records):
+        title = f"{found.target} on {found.cpu}: {found.count} records"
+        table = plain_table("", "before", "after", numbers=("before", "after"))
+        for name, (before, after) in as_table(found).items():
+            table.add_row(name, f"{before:.1%}", f"{after:.1%}")
+        console.print(Text(title), table, Text(found.entry()), sep="\n")
 
 
 class _Progress:

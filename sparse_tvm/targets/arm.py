@@ -39,6 +39,8 @@ _CORTEX_A72 = Target(
         l2_line=5.0,
         streamed=8.0,
         memory=2.5,
+        second=20.0,
+        last=5.0,
         row=16.0,
         sum=2.0,
         index=1.0,
@@ -63,6 +65,8 @@ _CORTEX_A76 = replace(
         l2_line=2.5,
         streamed=12.0,
         memory=4.0,
+        second=32.0,
+        last=8.0,
         row=12.0,
         sum=1.5,
         index=0.5,
@@ -76,7 +80,7 @@ _NEOVERSE_N1 = replace(
     description="Armv8.2, dot products, fp16: Graviton 2, Ampere Altra",
     aliases=("armv8.2-a", "graviton2", "ampere-altra"),
     caches=Caches(l1=64 << 10, l2=1 << 20, l3=512 << 10),
-    costs=replace(_CORTEX_A76.costs, ghz=2.5, streamed=16.0, memory=8.0),
+    costs=replace(_CORTEX_A76.costs, ghz=2.5, streamed=16.0, memory=8.0, second=64.0, last=16.0),
     parts=(0xD0C,),
 )
 
@@ -97,6 +101,8 @@ _NEOVERSE_V1 = replace(
         l2_line=2.0,
         streamed=32.0,
         memory=10.0,
+        second=80.0,
+        last=20.0,
     ),
     parts=(0xD40,),
 )

@@ -47,6 +47,8 @@ class Costs:
         cache, or memory, they come beside its work.
     memory : float
         Bytes per cycle of one core from memory when it does nothing else.
+    second, last : float
+        The same from the second cache, and from the last one.
     row : float
         Cycles to begin and end a block row.
     sum : float
@@ -63,6 +65,8 @@ class Costs:
     l2_line: float
     streamed: float
     memory: float
+    second: float
+    last: float
     row: float
     sum: float
     index: float

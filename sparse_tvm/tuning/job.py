@@ -1,4 +1,4 @@
-"""What a worker is told to do."""
+"""What a worker is told, and what it says of its machine."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any, TypedDict
 class Job(TypedDict):
     """A candidate to measure.
 
-    ``call`` is the operator with the layout, as the codec writes it; ``weight`` a ``.npy`` file of
-    the matrix ``[N, K]``; ``leading`` the activations' other extents, null where they are free;
-    ``copies`` of the weight take turns; ``seconds`` is how long each timing may take.
+    ``call`` is the operator with the layout, as the codec writes it; ``weight`` the name of a
+    matrix ``[N, K]`` that the worker was sent; ``leading`` the activations' other extents, null
+    where they are free; ``copies`` of the weight take turns; ``seconds`` is how long each timing
+    may take.
     """
 
     backend: str
@@ -23,3 +24,31 @@ class Job(TypedDict):
     threads: list[int]
     copies: int
     seconds: float
+
+
+class Machine(TypedDict):
+    """Where a worker runs: its CPU, and the versions of what builds kernels there."""
+
+    cpu: str
+    architecture: str
+    features: list[str]
+    cores: int
+    sparse_tvm: str
+    tvm: str
+
+
+def this_machine() -> Machine:
+    """The machine that this runs on."""
+    from importlib import metadata
+
+    from sparse_tvm import __version__
+    from sparse_tvm.cpu import architecture, cpu_model, host_features, usable_cores
+
+    return {
+        "cpu": cpu_model(),
+        "architecture": architecture(),
+        "features": sorted(host_features()),
+        "cores": usable_cores(),
+        "sparse_tvm": __version__,
+        "tvm": metadata.version("apache-tvm"),
+    }

@@ -111,6 +111,24 @@ class LayerKernel:
 
 def build_kernel(call: Call, w: np.ndarray, layout: Layout, context: Context) -> LayerKernel:
     """Build the kernel of a layer whose weight ``[N, K]`` is stored in this layout."""
+    program, symbols = layer_program(call, w, layout, context)
+    for phase in context.backend.phases():
+        program = phase.run(program, context)
+    return _extract(program, symbols)
+
+
+def layer_program(
+    call: Call, w: np.ndarray, layout: Layout, context: Context
+) -> tuple[Program, list[Any]]:
+    """A model of one layer whose weight is stored, before the backend's passes.
+
+    Its inputs are the activation and what the epilogue reads.
+
+    Returns
+    -------
+    tuple[Program, list[Any]]
+        The model, and the symbols of the leading extents: None where they are known.
+    """
     op = replace(call.op, layer=_LAYER, layout=layout)
     family = context.backend.weighted_family(layout)
     arrays = family.pack(op, w, layout, context.target)
@@ -120,15 +138,11 @@ def build_kernel(call: Call, w: np.ndarray, layout: Layout, context: Context) ->
     leading = [
         symbol if size is None else size for size, symbol in zip(call.leading, symbols, strict=True)
     ]
-    program = _program(op, leading, arrays)
-    for phase in context.backend.phases():
-        program = phase.run(program, context)
-    return _extract(program, symbols)
+    return _program(op, leading, arrays), symbols
 
 
 def _program(op: WeightedOperator, leading: list[Any], arrays: Mapping[str, np.ndarray]) -> Program:
     """A model of one layer."""
-    image = isinstance(op, Convolution)
     if isinstance(op, Convolution):
         window = [
             (size + op.pads[i] + op.pads[i + len(op.size)] - op.dilation[i] * (kernel - 1) - 1)
@@ -153,7 +167,7 @@ def _program(op: WeightedOperator, leading: list[Any], arrays: Mapping[str, np.n
     with builder.function("main", [x, *extras, *params], attrs=attrs):
         with builder.dataflow():
             found = dialect.call(op, [x, *params, *extras], y_shape)
-            result = builder.emit_output(builder.emit(found, "y" if not image else "image"))
+            result = builder.emit_output(builder.emit(found, "y"))
         builder.emit_func_output(result)
     return Program(builder.get(), weights, {})
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import selectors
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, cast
 
-from sparse_tvm.tuning.job import Job
+import numpy as np
+
+from sparse_tvm.errors import OptionError
+from sparse_tvm.tuning.job import Job, Machine, this_machine
 
 WORKER = (sys.executable, "-m", "sparse_tvm.tuning.worker")
 
@@ -37,6 +43,7 @@ class Measurer:
         self._command, self._limit = list(command), limit
         self._process: subprocess.Popen[bytes] | None = None
         self._errors: IO[bytes] | None = None
+        self._sent: set[str] = set()
 
     def __enter__(self) -> Measurer:
         return self
@@ -49,8 +56,12 @@ class Measurer:
     ) -> None:
         self._stop()
 
-    def __call__(self, job: Job) -> dict[str, Any]:
-        """Measure a candidate.
+    def machine(self) -> Machine:
+        """Where the worker runs."""
+        return this_machine()
+
+    def __call__(self, job: Job, matrix: np.ndarray) -> dict[str, Any]:
+        """Measure a candidate for a layer with this weight ``[N, K]``.
 
         Returns
         -------
@@ -58,9 +69,22 @@ class Measurer:
             ``results``, one for each condition, or ``failure``, a sentence.
         """
         process = self._running()
+        if job["weight"] in self._sent:
+            return self._ask(process, job)
+        buffer = io.BytesIO()
+        np.save(buffer, matrix)
+        weight = {"weight": job["weight"], "npy": base64.b64encode(buffer.getvalue()).decode()}
+        self._sent.add(job["weight"])  # forgotten again if the process dies of it
+        return self._ask(process, weight, job)
+
+    def _ask(
+        self, process: subprocess.Popen[bytes], *messages: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Send messages, and wait for the answer to the last one."""
         assert process.stdin is not None
         try:
-            process.stdin.write(json.dumps(job).encode() + b"\n")
+            for message in messages:
+                process.stdin.write(json.dumps(message).encode() + b"\n")
             process.stdin.flush()
         except BrokenPipeError:
             return {"failure": self._death()}
@@ -103,11 +127,15 @@ class Measurer:
         errors.seek(0)
         words = errors.read().decode(errors="replace").strip().splitlines()
         self._stop()
-        how = f"killed by {_signal_name(-code)}" if code < 0 else f"ended with code {code}"
-        return f"{how}: {words[-1]}" if words else how
+        return self._how(code) + (f": {words[-1]}" if words else "")
+
+    def _how(self, code: int) -> str:
+        """What an exit code says."""
+        return f"killed by {_signal_name(-code)}" if code < 0 else f"ended with code {code}"
 
     def _stop(self) -> None:
         process, self._process = self._process, None
+        self._sent.clear()
         if process is None:
             return
         with suppress(ProcessLookupError):
@@ -117,6 +145,55 @@ class Measurer:
             assert stream is not None
             with suppress(OSError):  # what the worker did not read is lost with it
                 stream.close()
+
+
+class RemoteMeasurer(Measurer):
+    """A worker on another machine, reached by ssh, that has sparse-tvm too.
+
+    Parameters
+    ----------
+    host : str
+        As ssh takes it: ``user@board``.
+    python : str
+        The interpreter there, in whose environment sparse-tvm is installed.
+    """
+
+    _LOST = 255
+    """ssh's own exit code."""
+
+    _KILLED = 128
+    """To which a shell adds the number of the signal that killed its command."""
+
+    def __init__(self, host: str, python: str = "python3", limit: float = LIMIT_S) -> None:
+        worker = f"{shlex.quote(python)} -m sparse_tvm.tuning.worker; exit $?"
+        options = ("-o", "BatchMode=yes", "-o", "ServerAliveInterval=10")
+        super().__init__(["ssh", *options, "--", host, worker], limit)
+        self._host = host
+
+    def machine(self) -> Machine:
+        """Where the worker runs.
+
+        Raises
+        ------
+        OptionError
+            When it cannot be reached, or has no sparse-tvm.
+        """
+        answer = self._ask(self._running(), {})
+        if "failure" in answer:
+            raise OptionError(
+                f"{self._host}: no worker starts there: {answer['failure']}",
+                hint="ssh has to work without a password, and sparse-tvm be installed; "
+                "--python names its interpreter",
+            )
+        return cast("Machine", answer)
+
+    def _how(self, code: int) -> str:
+        if code == self._LOST:
+            raise OptionError(
+                f"{self._host}: the connection is lost",
+                hint="what was measured is kept; the same command goes on from there",
+            )
+        return super()._how(self._KILLED - code if code > self._KILLED else code)
 
 
 def _signal_name(number: int) -> str:

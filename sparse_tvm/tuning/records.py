@@ -19,12 +19,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-from sparse_tvm import __version__
 from sparse_tvm.errors import OptionError, OutputError
 from sparse_tvm.files import replacing
 from sparse_tvm.manifest import Natural, check
 from sparse_tvm.operators import Layout, WeightedOperator, from_json, to_json
 from sparse_tvm.sparsity.statistics import WeightStatistics
+from sparse_tvm.tuning.job import Machine, this_machine
 
 VERSION = 1
 """Of the schema; it counts up when lines of an older one mean something else."""
@@ -54,6 +54,7 @@ class _Line(TypedDict):
     tokens: Natural
     threads: Natural
     stored_blocks: Natural
+    rotated_bytes: Natural
     seconds: float | None
     noise: float
     failure: str | None
@@ -138,6 +139,8 @@ class Record:
         How the weight was stored.
     stored_blocks : int
         How many blocks of the layout's size that were.
+    rotated_bytes : int
+        How many bytes of weights took turns, of which a call read its own.
     seconds : float | None
         Median of a call; None where there is none, as ``failure`` explains.
     noise : float
@@ -152,6 +155,7 @@ class Record:
     condition: Condition
     layout: Layout
     stored_blocks: int
+    rotated_bytes: int
     seconds: float | None
     noise: float
     failure: str | None
@@ -175,6 +179,7 @@ class Record:
             "tokens": self.condition.tokens,
             "threads": self.condition.threads,
             "stored_blocks": self.stored_blocks,
+            "rotated_bytes": self.rotated_bytes,
             "seconds": self.seconds,
             "noise": self.noise,
             "failure": self.failure,
@@ -217,6 +222,7 @@ class Record:
             Condition(value["tokens"], value["threads"]),
             op.layout,
             value["stored_blocks"],
+            value["rotated_bytes"],
             seconds,
             value["noise"],
             value["failure"],
@@ -312,11 +318,12 @@ def nearest(tokens: int, measured: Iterable[int]) -> int | None:
 
 def here(date: str = "") -> Provenance:
     """The provenance of what is measured on this machine."""
-    from importlib import metadata
+    return measured_on(this_machine(), date)
 
-    from sparse_tvm.cpu import cpu_model
 
-    return Provenance(cpu_model(), __version__, metadata.version("apache-tvm"), date)
+def measured_on(machine: Machine, date: str = "") -> Provenance:
+    """The provenance of what is measured on a machine."""
+    return Provenance(machine["cpu"], machine["sparse_tvm"], machine["tvm"], date)
 
 
 def read_records(

@@ -17,14 +17,11 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from math import exp, log
 from pathlib import Path
-from statistics import mean
-from tempfile import TemporaryDirectory
+from statistics import mean, median
 from typing import Any
 
-import numpy as np
-
-from sparse_tvm.backends import resolve_target
-from sparse_tvm.cpu import usable_cores
+from sparse_tvm.backends import BackendTarget, resolve_target
+from sparse_tvm.compiler import in_model_precision
 from sparse_tvm.errors import OptionError
 from sparse_tvm.families import WeightedFamily, Wish
 from sparse_tvm.files import check_writable
@@ -37,8 +34,8 @@ from sparse_tvm.passes.infrastructure import Context
 from sparse_tvm.passes.layout_choice import choose
 from sparse_tvm.passes.program import Program
 from sparse_tvm.passes.set_precision import check_precisions
-from sparse_tvm.targets import Target, runs_here
-from sparse_tvm.tuning.job import Job
+from sparse_tvm.targets import NATIVE, Target
+from sparse_tvm.tuning.job import Job, Machine
 from sparse_tvm.tuning.layers import TunedLayer, layers_of
 from sparse_tvm.tuning.measuring import Measurer
 from sparse_tvm.tuning.records import (
@@ -46,7 +43,7 @@ from sparse_tvm.tuning.records import (
     Record,
     Records,
     append_record,
-    here,
+    measured_on,
     read_records,
     tidy,
 )
@@ -58,6 +55,9 @@ TRIALS = 16
 
 _HOPELESS = 1.5
 """How much slower than the best a candidate may be predicted, corrected, and still be tried."""
+
+_NOISY = 0.2
+"""Distance of the quartiles, as a share of the median, from which on a user should know."""
 
 _SECONDS = 0.1
 """How long one timing of a candidate takes."""
@@ -95,6 +95,8 @@ class Kernel:
         What is computed.
     untuned : Layout
         The candidate that is chosen without measuring.
+    compared : Sequence[Layout]
+        The candidates among which the compiler would choose.
     predicted : dict[Layout, list[float]]
         Seconds of every candidate at each number of tokens, on one core.
     measured : dict[Layout, dict[Condition, float]]
@@ -105,6 +107,7 @@ class Kernel:
 
     layer: TunedLayer
     untuned: Layout
+    compared: Sequence[Layout]
     predicted: dict[Layout, list[float]]
     measured: dict[Layout, dict[Condition, float]] = field(default_factory=dict)
     failed: set[Layout] = field(default_factory=set)
@@ -132,7 +135,8 @@ class Kernel:
             return self.untuned
         for sparse in (False, True):
             if not any(layout.sparse == sparse for layout in self.measured):
-                offers = [layout for layout in open_ones if layout.sparse == sparse]
+                usual = [layout for layout in self.compared if layout in open_ones]
+                offers = [layout for layout in usual if layout.sparse == sparse]
                 if offers:
                     return min(offers, key=self._corrected_loss)
         best = min(open_ones, key=self._corrected_loss, default=None)
@@ -185,7 +189,7 @@ def tune(
     layers: str | None = None,
     tokens: Sequence[int] | None = None,
     threads: Sequence[int] | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     input_shapes: InputShapes | None = None,
     allow_pickle: bool = False,
     measurer: Measurer | None = None,
@@ -213,7 +217,7 @@ def tune(
         Numbers of tokens to measure, of layers for which run time decides; by default typical ones.
     threads : Sequence[int] | None
         Numbers of threads to measure; by default 1 and all cores.
-    precision : str
+    precision : str | None
         As :func:`sparse_tvm.compile` takes it.
     input_shapes, allow_pickle
         As :func:`sparse_tvm.compile` takes them.
@@ -228,64 +232,85 @@ def tune(
         A subclass that says what is wrong with the model, an option or the records.
     """
     deadline = None if seconds is None else time.monotonic() + seconds
-    context = _context(target, precision)
-    threads = _checked(threads or sorted({1, usable_cores()}), "threads")
-    tokens = _checked(tokens, "tokens") if tokens else None
     if trials < 1:
         raise OptionError(f"trials must be at least 1, not {trials}")
     pattern = _pattern(layers)
     check_writable(records)
-    known = read_records([records], here().cpu) if Path(records).exists() else Records()
-
-    shapes = SourceOptions(allow_pickle=allow_pickle, input_shapes=input_shapes or {})
-    imported = open_source(model, shapes).load(input_shapes)
-    program = Program(imported.module, dict(imported.weights), dict(imported.layers))
-    found, left_out = layers_of(program, context)
-    model_bytes = sum(one.matrix.nbytes * len(one.layers) for one in found)
-    found = [one for one in found if any(pattern.search(layer) for layer in one.layers)]
-    if not found:
-        raise OptionError(
-            "there is no layer to tune" + (f" that matches {layers!r}" if layers else ""),
-            hint="; ".join(left_out) or "`sparse-tvm inspect MODEL` lists the layers",
-        )
-    if tokens is not None:
-        found = [one.at(tokens) for one in found]
-    kernels = [_kernel(one, context, known, threads) for one in found]
-    tuner = _Tuner(context, kernels, threads, model_bytes, Path(records), progress)
-    own = measurer if measurer is not None else Measurer()
-    try:
-        with own, TemporaryDirectory() as directory:
-            tuner.run(own, trials, deadline, Path(directory))
-    finally:
+    with measurer if measurer is not None else Measurer() as own:
+        machine = own.machine()
+        threads = _threads(threads, machine)
+        context = _context(target, precision, machine)
+        program, context = _imported(model, context, precision, input_shapes, allow_pickle)
+        found, left_out = layers_of(program, context)
+        model_bytes = sum(one.matrix.nbytes * len(one.layers) for one in found)
+        found = [one for one in found if any(pattern.search(layer) for layer in one.layers)]
+        if not found:
+            raise OptionError(
+                "there is no layer to tune" + (f" that matches {layers!r}" if layers else ""),
+                hint="; ".join(left_out) or "`sparse-tvm inspect MODEL` lists the layers",
+            )
+        if tokens:
+            found = [one.at(_positive(tokens, "tokens")) for one in found]
+        known = Records()
         if Path(records).exists():
-            tidy(records)
-    return Tuned(kernels, [*known.remarks, *left_out])
+            known = read_records([records], machine["cpu"])
+        kernels = [_kernel(one, context, known, threads) for one in found]
+        path = Path(records)
+        tuner = _Tuner(context, machine, kernels, threads, model_bytes, path, progress)
+        try:
+            tuner.run(own, trials, deadline)
+        finally:
+            if path.exists():
+                tidy(path)
+    return Tuned(kernels, [*known.remarks, *left_out, *tuner.doubts()])
+
+
+def _imported(
+    model: Any,
+    context: Context,
+    precision: str | None,
+    input_shapes: InputShapes | None,
+    allow_pickle: bool,
+) -> tuple[Program, Context]:
+    """The model as the compiler imports it, and the precision that it gets there."""
+    options = SourceOptions(allow_pickle=allow_pickle, input_shapes=input_shapes or {})
+    imported = open_source(model, options).load(input_shapes)
+    context = in_model_precision(context, imported, precision)
+    return Program(imported.module, dict(imported.weights), dict(imported.layers)), context
 
 
 @dataclass
 class _Tuner:
     context: Context
+    machine: Machine
     kernels: Sequence[Kernel]
     threads: Sequence[int]
     model_bytes: int
     path: Path
     progress: Callable[[Trial], None] | None
+    noise: list[float] = field(default_factory=list)
 
-    def run(self, measurer: Measurer, trials: int, deadline: float | None, directory: Path) -> None:
+    def doubts(self) -> Iterator[str]:
+        """Why the measurements should not be trusted, if so."""
+        if self.noise and median(self.noise) > _NOISY:
+            yield (
+                f"half of the timings varied by more than {median(self.noise):.0%}: something else "
+                "runs on this machine; `sparse-tvm doctor` may tell"
+            )
+
+    def run(self, measurer: Measurer, trials: int, deadline: float | None) -> None:
         """Measure round by round."""
         for kernel, layout in self._rounds(trials):
             if deadline is not None and time.monotonic() > deadline:
                 return
-            weight = directory / f"{self.kernels.index(kernel)}.npy"
-            if not weight.exists():
-                np.save(weight, kernel.layer.matrix)
-            answer = measurer(self._job(kernel, layout, weight))
+            answer = measurer(self._job(kernel, layout), kernel.layer.matrix)
             records = list(self._records(kernel, layout, answer))
             for record in records:
                 append_record(self.path, record)
                 if record.seconds is None:
                     kernel.failed.add(layout)
                 else:
+                    self.noise.append(record.noise)
                     column = kernel.measured.setdefault(layout, {})
                     column[record.condition] = record.seconds
             if self.progress is not None:
@@ -309,7 +334,7 @@ class _Tuner:
             if kernel.next() is not None
         )
 
-    def _job(self, kernel: Kernel, layout: Layout, weight: Path) -> Job:
+    def _job(self, kernel: Kernel, layout: Layout) -> Job:
         layer = kernel.layer
         return {
             "backend": self.context.backend.name,
@@ -317,7 +342,7 @@ class _Tuner:
             "operator": layer.call.op.name,
             "call": to_json(replace(layer.problem.op, layout=layout)),
             "leading": list(layer.call.leading),
-            "weight": str(weight),
+            "weight": str(self.kernels.index(kernel)),
             "tokens": list(layer.tokens),
             "threads": list(self.threads),
             "copies": -(-self.model_bytes // layer.matrix.nbytes),
@@ -331,7 +356,8 @@ class _Tuner:
         n, k = kernel.layer.call.op.matrix
         rows = layout.block[0]
         stored = weight.stored_blocks(layout.block) if layout.sparse else -(-n // rows) * k
-        provenance = here(datetime.now(UTC).isoformat(timespec="seconds"))
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        provenance = measured_on(self.machine, now)
         failure = answer.get("failure")
         results = answer.get("results") or [
             {"tokens": tokens, "threads": threads, "seconds": None, "noise": 0.0}
@@ -344,6 +370,7 @@ class _Tuner:
                 Condition(result["tokens"], result["threads"]),
                 layout,
                 stored,
+                answer.get("rotated_bytes", 0),
                 result["seconds"],
                 result["noise"],
                 failure,
@@ -356,13 +383,12 @@ def _kernel(layer: TunedLayer, context: Context, known: Records, threads: Sequen
     op, weight, target = layer.call.op, layer.weight, context.target
     families = [f for f in context.backend.accepting(op, target) if isinstance(f, WeightedFamily)]
     wish = Wish("dense") if weight.nonzeros == op.matrix[0] * op.matrix[1] else None
+    compared = [one for family in families for one in family.candidates(op, weight, target, wish)]
+    variants = [one for family in families for one in family.variants(op, weight, target, wish)]
     predicted = {
         layout: [family.cost(op, layout, weight, count, target) for count in layer.tokens]
-        for family in families
-        for layout in (
-            *family.candidates(op, weight, target, wish),
-            *family.variants(op, weight, target, wish),
-        )
+        for layout in (*compared, *variants)
+        for family in [context.backend.weighted_family(layout)]
     }
     needed = {Condition(count, each) for count in layer.tokens for each in threads}
     measured = {
@@ -372,28 +398,45 @@ def _kernel(layer: TunedLayer, context: Context, known: Records, threads: Sequen
     }
     failed = known.failures(op, weight, target.name) & predicted.keys()
     untuned = choose(op, weight, context.options, context.backend, target, layer.tokens).layout
-    return Kernel(layer, untuned, predicted, measured, failed)
+    return Kernel(layer, untuned, compared, predicted, measured, failed)
 
 
-def _context(name: str, precision: str) -> Context:
+def _context(name: str, precision: str | None, machine: Machine) -> Context:
     backend, target = resolve_target(name)
-    if backend.device != "cpu" or (isinstance(target, Target) and not runs_here(target)):
+    fitting = [known for known in backend.targets if _fits(known, machine)]
+    if name == NATIVE and target not in fitting and fitting:
+        target = fitting[0]  # of another machine than this one
+    if backend.device != "cpu" or target not in fitting:
         raise OptionError(
-            f"target {target.name} does not run on this machine, so nothing can be measured",
-            hint="run `sparse-tvm tune` on a machine of that kind and pass the records on",
+            f"target {target.name} does not run on {machine['cpu']}, so nothing can be measured",
+            hint="tune on a machine of that kind, or with --host, and pass the records on",
         )
-    context = Context(backend, target, FormatOptions.parse(precision=precision))
+    context = Context(backend, target, FormatOptions.parse(precision=precision or "fp32"))
     check_precisions(context)
     return context
 
 
-def _checked(numbers: Sequence[int] | None, what: str) -> Sequence[int]:
-    for number in numbers or ():
+def _fits(target: BackendTarget, machine: Machine) -> bool:
+    """Whether a machine has what the target's code needs; backends of others have to know."""
+    if not isinstance(target, Target):
+        return True
+    fits = target.architecture == machine["architecture"]
+    return fits and set(target.features) <= set(machine["features"])
+
+
+def _threads(threads: Sequence[int] | None, machine: Machine) -> Sequence[int]:
+    cores = machine["cores"]
+    chosen = _positive(threads or [1, cores], "threads")
+    if max(chosen) > cores:
+        raise OptionError(f"{max(chosen)} threads on {cores} cores of {machine['cpu']}")
+    return chosen
+
+
+def _positive(numbers: Sequence[int], what: str) -> Sequence[int]:
+    for number in numbers:
         if number < 1:
             raise OptionError(f"{what} must be at least 1, not {number}")
-    if what == "threads" and max(numbers or (1,)) > usable_cores():
-        raise OptionError(f"{max(numbers or ())} threads on {usable_cores()} cores")
-    return list(dict.fromkeys(numbers or ()))
+    return list(dict.fromkeys(numbers))
 
 
 def _pattern(text: str | None) -> re.Pattern[str]:

@@ -1,9 +1,9 @@
 """The process that builds and times kernels: one job a line in, one result a line out.
 
-``python -m sparse_tvm.tuning.worker`` reads jobs from standard input and answers on standard
-output. It is a process of its own so that a kernel which aborts, hangs or uses an instruction that
-the CPU lacks takes nothing else with it; :mod:`~sparse_tvm.tuning.measuring` notices and starts
-another.
+``python -m sparse_tvm.tuning.worker`` reads jobs from standard input, weights in front of them, and
+answers on standard output; to an empty job it answers where it runs. It is a process of its own so
+that a kernel which aborts, hangs or uses an instruction that the CPU lacks takes nothing else with
+it; :mod:`~sparse_tvm.tuning.measuring` notices and starts another.
 
 A kernel is timed as a model runs it: its activations are in the cache, and its weight is as far
 away as the model's other weights push it between two runs. For these stand copies of its own, as
@@ -12,19 +12,20 @@ many as the model has weights of its size. What a call costs that computes nothi
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median, quantiles
 from typing import Any
 
 import numpy as np
 
 from sparse_tvm.cpu import allow_amx
-from sparse_tvm.tuning.job import Job
+from sparse_tvm.tuning.job import Job, this_machine
 from sparse_tvm.vm import runtime
 
 _PASS_SECONDS = 1e-3
@@ -39,7 +40,7 @@ _MOST_BYTES = 1 << 30
 """Of all copies of a weight."""
 
 
-def measure(job: Job) -> dict[str, Any]:
+def measure(job: Job, w: np.ndarray) -> dict[str, Any]:
     """Build a candidate and time it under all conditions."""
     from sparse_tvm.backends import get_backend
     from sparse_tvm.machine_limits import use_threads
@@ -52,11 +53,11 @@ def measure(job: Job) -> dict[str, Any]:
     op = from_json(job["operator"], job["call"])
     assert isinstance(op, WeightedOperator)
     call = Call(op, tuple(job["leading"]))
-    kernel = build_kernel(call, _weight(job["weight"]), op.stored, Context(backend, target))
+    kernel = build_kernel(call, w, op.stored, Context(backend, target))
     run, idle = (_compiled(f, target) for f in (kernel.function, _idle(kernel.function)))
-    results = []
+    copies, results = _copies(kernel.weight, job["copies"]), []
     for tokens in job["tokens"]:
-        rotation = _rotation(kernel.arguments(call.sizes(tokens)), kernel.weight, job["copies"])
+        rotation = _rotation(kernel.arguments(call.sizes(tokens)), copies)
         for threads in job["threads"]:
             use_threads(threads)
             overhead, _ = _timed(idle, rotation[:1], job["seconds"] / 10)
@@ -65,13 +66,8 @@ def measure(job: Job) -> dict[str, Any]:
             results.append(
                 {"tokens": tokens, "threads": threads, "seconds": seconds, "noise": noise}
             )
-    return {"title": kernel.title, "results": results}
-
-
-@cache
-def _weight(path: str) -> np.ndarray:
-    array: np.ndarray = np.load(path)
-    return array
+    rotated = len(copies) * sum(array.nbytes for array in kernel.weight.values())
+    return {"title": kernel.title, "rotated_bytes": rotated, "results": results}
 
 
 def _compiled(function: Any, target: Any) -> Callable[..., Any]:
@@ -93,21 +89,27 @@ def _idle(function: Any) -> Any:
     return function.with_body(tirx.Evaluate(0))
 
 
-def _rotation(
-    arguments: Sequence[Any], weight: dict[int, np.ndarray], copies: int
-) -> list[list[Any]]:
+def _copies(weight: dict[int, np.ndarray], count: int) -> list[dict[int, Any]]:
+    """A weight's arrays so many times, as far as there is room."""
+    import tvm
+
+    nbytes = sum(array.nbytes for array in weight.values())
+    count = max(_LEAST_COPIES, min(count, _MOST_BYTES // nbytes))
+    return [
+        {place: tvm.runtime.tensor(array) for place, array in weight.items()} for _ in range(count)
+    ]
+
+
+def _rotation(arguments: Sequence[Any], copies: Sequence[dict[int, Any]]) -> list[list[Any]]:
     """Lists of arguments that share all but the weight, of which each has a copy."""
     import tvm
 
-    shared = [a if isinstance(a, int) else tvm.runtime.tensor(a) for a in arguments]
-    nbytes = sum(array.nbytes for array in weight.values())
-    rotation = []
-    for _ in range(max(_LEAST_COPIES, min(copies, _MOST_BYTES // nbytes))):
-        own = list(shared)
-        for place, array in weight.items():
-            own[place] = tvm.runtime.tensor(array)
-        rotation.append(own)
-    return rotation
+    weight = copies[0].keys()
+    shared = [
+        a if isinstance(a, int) or place in weight else tvm.runtime.tensor(a)
+        for place, a in enumerate(arguments)
+    ]
+    return [[own.get(place, a) for place, a in enumerate(shared)] for own in copies]
 
 
 def _timed(
@@ -141,9 +143,16 @@ def serve() -> None:
     os.environ["TVM_BIND_THREADS"] = "1"  # two threads may share a core for long otherwise
     allow_amx()
     runtime()  # sets the other defaults of the thread pool, before TVM loads
+    weights: dict[str, np.ndarray] = {}
     for line in sys.stdin:
+        message = json.loads(line)
+        if "npy" in message:
+            array = np.load(io.BytesIO(base64.b64decode(message["npy"])))
+            weights[message["weight"]] = array
+            continue
+        answer: Mapping[str, Any]
         try:
-            answer = measure(json.loads(line))
+            answer = measure(message, weights[message["weight"]]) if message else this_machine()
         except Exception as error:  # whatever it is, the candidate cannot be used
             text = (str(error).strip().splitlines() or [""])[-1]
             answer = {"failure": f"{type(error).__name__}: {text}"}

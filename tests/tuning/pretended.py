@@ -46,6 +46,7 @@ def record(
         Condition(tokens, threads),
         layout,
         stored,
+        1 << 26,
         seconds,
         0.01,
         None if seconds is not None else "killed by SIGABRT",
@@ -56,17 +57,17 @@ def record(
 class Pretender(Measurer):
     """Answers from a function of the layout, and remembers what it was asked."""
 
-    def __init__(self, seconds: Callable[[Layout], float]) -> None:
+    def __init__(self, seconds: Callable[[Layout], float], noise: float = 0.0) -> None:
         super().__init__()
         self.jobs: list[Any] = []
-        self._seconds = seconds
+        self._seconds, self._noise = seconds, noise
 
-    def __call__(self, job: Any) -> dict[str, Any]:
+    def __call__(self, job: Any, matrix: np.ndarray) -> dict[str, Any]:
         self.jobs.append(job)
         layout = from_json(job["operator"], job["call"]).stored
         results = [
-            {"tokens": t, "threads": n, "seconds": self._seconds(layout), "noise": 0.0}
+            {"tokens": t, "threads": n, "seconds": self._seconds(layout), "noise": self._noise}
             for t in job["tokens"]
             for n in job["threads"]
         ]
-        return {"title": "pretended", "results": results}
+        return {"title": "pretended", "rotated_bytes": 1 << 26, "results": results}

@@ -7,19 +7,22 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
-import numpy as np
 import pytest
 from pretended import Pretender, layer_of, sparse_weight
 
+import sparse_tvm
 from sparse_tvm import compile
 from sparse_tvm.cli import main
 from sparse_tvm.errors import OptionError
 from sparse_tvm.operators import Bias, Convolution, Layout, from_json, to_json
 from sparse_tvm.targets import get_target
-from sparse_tvm.tuning.measuring import Measurer
-from sparse_tvm.tuning.records import read_records
+from sparse_tvm.tuning.job import this_machine
+from sparse_tvm.tuning.measuring import Measurer, RemoteMeasurer
+from sparse_tvm.tuning.records import here, read_records
 from sparse_tvm.tuning.tuner import tune
 
 CRASHING_WORKER = """
@@ -48,16 +51,14 @@ serve()
 """
 
 
-def job(op, layout, weight: Path, leading=(None,), tokens=(1, 20), threads=(1,)):
-    from dataclasses import replace
-
+def job(op, layout, leading=(None,), tokens=(1, 20), threads=(1,)):
     return {
         "backend": "cpu",
         "target": get_target().name,
         "operator": op.name,
         "call": to_json(replace(op, layer="", layout=layout)),
         "leading": list(leading),
-        "weight": str(weight),
+        "weight": op.name,
         "tokens": list(tokens),
         "threads": list(threads),
         "copies": 4,
@@ -65,39 +66,37 @@ def job(op, layout, weight: Path, leading=(None,), tokens=(1, 20), threads=(1,))
     }
 
 
-@pytest.fixture
-def weight(tmp_path):
-    path = tmp_path / "w.npy"
-    np.save(path, sparse_weight())
-    return path
+W = sparse_weight()
+OP = layer_of(W)
 
 
-def test_a_candidate_that_takes_the_process_with_it_costs_itself_only(tmp_path, weight):
+def test_a_candidate_that_takes_the_process_with_it_costs_itself_only(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(CRASHING_WORKER)
-    op, csr = layer_of(sparse_weight()), Layout("matmul", "csr")
+    csr = Layout("matmul", "csr")
     with Measurer([sys.executable, str(script)]) as measurer:
-        died = measurer(job(op, Layout("crashing", "abort"), weight))
-        refused = measurer(job(op, Layout("crashing", "raise"), weight))
-        fine = measurer(job(op, csr, weight))
+        died = measurer(job(OP, Layout("crashing", "abort")), W)
+        refused = measurer(job(OP, Layout("crashing", "raise")), W)
+        fine = measurer(job(OP, csr), W)
     assert died == {"failure": "killed by SIGABRT: no such instruction"}
     assert refused == {"failure": "ValueError: too many registers"}
     assert [(r["tokens"], r["threads"]) for r in fine["results"]] == [(1, 1), (20, 1)]
     assert all(0 < r["seconds"] < 1 for r in fine["results"])
 
 
-def test_a_candidate_that_hangs_costs_its_time_only(tmp_path, weight):
+def test_a_candidate_that_hangs_costs_its_time_only(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(CRASHING_WORKER)
-    op = layer_of(sparse_weight())
     with Measurer([sys.executable, str(script)], limit=2) as measurer:
-        hung = measurer(job(op, Layout("crashing", "hang"), weight))
+        hung = measurer(job(OP, Layout("crashing", "hang")), W)
         assert hung == {"failure": "took longer than 2 s"}
 
 
 def test_a_worker_that_never_starts():
     with Measurer([sys.executable, "-c", "raise SystemExit('no TVM here')"]) as measurer:
-        assert measurer({}) == {"failure": "ended with code 1: no TVM here"}
+        assert measurer(job(OP, Layout("matmul", "csr")), W) == {
+            "failure": "ended with code 1: no TVM here"
+        }
 
 
 CONVOLUTION = Convolution(
@@ -114,15 +113,11 @@ CONVOLUTION = Convolution(
 )
 
 
-def test_kernels_of_images_and_of_fixed_shapes_are_measured(tmp_path):
-    conv, dense = tmp_path / "conv.npy", tmp_path / "dense.npy"
-    np.save(conv, sparse_weight(16, 72))
-    np.save(dense, sparse_weight())
-    op = layer_of(sparse_weight())
+def test_kernels_of_images_and_of_fixed_shapes_are_measured():
     layout = Layout("convolution", "csr").having(vectors=2)
     with Measurer() as measurer:
-        image = measurer(job(CONVOLUTION, layout, conv, tokens=(81,)))
-        fixed = measurer(job(op, Layout("matmul", "csr"), dense, leading=(2, 5), tokens=(10,)))
+        image = measurer(job(CONVOLUTION, layout, tokens=(81,)), sparse_weight(16, 72))
+        fixed = measurer(job(OP, Layout("matmul", "csr"), (2, 5), (10,)), W)
     assert "results" in image, image
     assert image["title"].startswith("conv2d_csr")
     assert "results" in fixed, fixed
@@ -186,8 +181,8 @@ def test_an_interrupt_keeps_what_is_measured(tmp_path, model):
 
 def test_a_failure_is_kept_and_not_tried_again(tmp_path, model):
     class Failing(Pretender):
-        def __call__(self, job):
-            answer = super().__call__(job)
+        def __call__(self, job, matrix):
+            answer = super().__call__(job, matrix)
             (layout,) = layouts([job])
             return {"failure": "killed by SIGILL"} if layout.format == "csr" else answer
 
@@ -197,6 +192,14 @@ def test_a_failure_is_kept_and_not_tried_again(tmp_path, model):
     again = Pretender(by_format)
     tune(model, records, trials=64, threads=[1], measurer=again)
     assert not any(layout.format == "csr" for layout in layouts(again.jobs))
+
+
+@pytest.mark.parametrize(("noise", "doubts"), [(0.02, 0), (0.5, 1)])
+def test_noise_is_told(tmp_path, model, noise, doubts):
+    pretender = Pretender(by_format, noise)
+    tuned = tune(model, tmp_path / "r.jsonl", trials=1, threads=[1], measurer=pretender)
+    assert len(tuned.remarks) == doubts
+    assert all("varied by more than 50%" in remark for remark in tuned.remarks)
 
 
 def test_time_ends_it(tmp_path, model):
@@ -226,7 +229,7 @@ def test_layers_tokens_and_threads_are_chosen(tmp_path, model):
         ({"threads": [4096]}, "4096 threads on"),
         ({"tokens": [0]}, "tokens must be at least 1, not 0"),
         ({"trials": 0}, "trials must be at least 1, not 0"),
-        ({"target": "cortex-a72"}, "does not run on this machine"),
+        ({"target": "cortex-a72"}, "target cortex-a72 does not run on"),
     ],
 )
 def test_options_that_make_no_sense(tmp_path, model, options, message):
@@ -269,3 +272,74 @@ def test_command_line_tunes_is_interrupted_and_goes_on(tmp_path, model):
     lines = [json.loads(line) for line in records.read_text().splitlines()]
     assert len(lines) > kept
     assert all(line["seconds"] > 0 for line in lines)
+
+
+FAKE_SSH = """#!/bin/sh
+while [ "$1" != -- ]; do shift; done
+[ "$2" = lost ] && {{ echo "connect: no route" >&2; exit 255; }}
+[ "$2" = strange ] && {{ echo "python3: not found" >&2; exit 127; }}
+PYTHONPATH={path} exec sh -c "$3"
+"""
+
+
+@pytest.fixture
+def ssh(tmp_path, monkeypatch):
+    """An ssh that runs the command here, whatever the host."""
+    fake = tmp_path / "bin" / "ssh"
+    fake.parent.mkdir()
+    fake.write_text(FAKE_SSH.format(path=Path(sparse_tvm.__file__).parents[1]))
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("ssh")
+def test_another_machine_measures(tmp_path, model):
+    with RemoteMeasurer("board", sys.executable) as measurer:
+        assert measurer.machine() == this_machine()
+        assert len(measurer(job(OP, Layout("matmul", "csr")), W)["results"]) == 2
+    records = tmp_path / "records.jsonl"
+    command = ["tune", model, "-o", str(records), "--host", "board", "--python", sys.executable]
+    command += ["--layer", "w1", "--tokens", "16", "--threads", "1", "--trials", "1"]
+    assert main(command) == 0
+    assert len(read_records([records], here().cpu)) == 1
+
+
+@pytest.mark.usefixtures("ssh")
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [
+        ("lost", "lost: the connection is lost"),
+        ("strange", "no worker starts there: ended with"),
+    ],
+)
+def test_a_machine_that_does_not_answer(tmp_path, model, capsys, host, message):
+    assert main(["tune", model, "-o", str(tmp_path / "r.jsonl"), "--host", host]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("ssh")
+def test_a_crash_on_another_machine_is_no_lost_connection(tmp_path):
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nkill -ILL $$\n")
+    script.chmod(0o755)
+    with RemoteMeasurer("board", str(script)) as measurer:
+        answer = measurer(job(OP, Layout("matmul", "csr")), W)
+    assert answer["failure"].startswith("killed by SIGILL")
+
+
+class Elsewhere(Pretender):
+    """A machine with another CPU than this one."""
+
+    def machine(self):
+        return {**this_machine(), "cpu": "Cortex-A72", **self.differs}
+
+    differs: ClassVar[dict[str, object]] = {"architecture": "aarch64", "features": ["neon"]}
+
+
+def test_the_target_is_that_of_the_machine_that_measures(tmp_path, model):
+    pretender, records = Elsewhere(by_format), tmp_path / "r.jsonl"
+    tune(model, records, trials=1, threads=[1], measurer=pretender)
+    assert {one["target"] for one in pretender.jobs} == {"cortex-a72"}
+    assert {one.provenance.cpu for one in read_records([records])} == {"Cortex-A72"}
+    with pytest.raises(OptionError, match="x86-64-v3 does not run on Cortex-A72"):
+        tune(model, records, target="x86-64-v3", measurer=pretender)

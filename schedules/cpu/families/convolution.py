@@ -85,6 +85,24 @@ class ConvolutionFamily(ImageFamily):
             for format, rows in dict.fromkeys(forms)
         ]
 
+    def variants(
+        self, op: Convolution, weight: WeightStatistics, target: Target, wish: Wish | None = None
+    ) -> Sequence[Layout]:
+        known = self.candidates(op, weight, target, wish)
+        found = []
+        for layout in known:
+            vectors, parts = layout.get("vectors", 1), layout.get("parts", 1)
+            found += [
+                layout.having(vectors=fewer) for fewer in {vectors // 2, vectors - 1} - {0, -1}
+            ]
+            if not layout.sparse and op.groups == 1:
+                found.append(layout.having(rows_outermost=1 - layout.get("rows_outermost", 0)))
+                continue
+            others = {max(1, parts // 2), parts + 1, 2 * parts}
+            found += [layout.having(parts=other) for other in others if other <= op.channels]
+            found.append(layout.having(prefetch=1 - layout.get("prefetch", 0)))
+        return [layout for layout in dict.fromkeys(found) if layout not in known]
+
     def cost(
         self,
         op: Convolution,

@@ -14,12 +14,15 @@ from sparse_tvm.schedules.cpu.block_arrays import split_arrays
 from sparse_tvm.schedules.cpu.cost import dense_rows, matmul_seconds, part_counts
 from sparse_tvm.schedules.cpu.families.extents import tiles_for
 from sparse_tvm.schedules.cpu.row_cost import few_rows_seconds
-from sparse_tvm.schedules.cpu.simd import LANES, ROW_COUNTS, Simd
+from sparse_tvm.schedules.cpu.simd import LANES, ROW_COUNTS, Simd, group_of
 from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.targets import Target
 
 _DENSE_ROWS = LANES
 """Rows of a dense block for few tokens: outputs fill the vectors where tokens cannot."""
+
+_TUNED_ROWS = (4, 8, 12)
+"""More rows of a dense block that may be worth a measurement."""
 
 _BLOCKS = ((2, 1), (4, 1), (8, 1), (16, 1))
 _MAX_BLOCK_ROWS, _MAX_BLOCK_COLUMNS = 16, 8
@@ -79,6 +82,23 @@ class MatmulFamily(WeightedFamily[Dense]):
                 found.append(layout.having(parts=parts) if parts > 1 else layout)
         return found
 
+    def variants(
+        self, op: Dense, weight: WeightStatistics, target: Target, wish: Wish | None = None
+    ) -> Sequence[Layout]:
+        n, simd = weight.shape[0], Simd.of(target)
+        found = []
+        if wish is None or wish.format == "dense":
+            found += [Layout(self.name, "dense", (rows, 1)) for rows in _TUNED_ROWS if rows <= n]
+        for format, block in wished_blocks(weight, wish):
+            likely = part_counts(weight.shape[1], block[0], target)
+            for parts in sorted({1, 2, *likely, 2 * max(likely)}):
+                layout = Layout(self.name, format, block)
+                found.append(layout.having(parts=parts) if parts > 1 else layout)
+        halves = {layout: group_of(layout, simd) // 2 for layout in found}
+        found += [one.having(group=half) for one, half in halves.items() if half]
+        known = {*self.candidates(op, weight, target, wish)}
+        return [layout for layout in dict.fromkeys(found) if layout not in known]
+
     def cost(
         self, op: Dense, layout: Layout, weight: WeightStatistics, tokens: int, target: Target
     ) -> float:
@@ -101,6 +121,7 @@ class MatmulFamily(WeightedFamily[Dense]):
         size = f"_{rows}x{columns}" if layout.format != "csr" else ""
         parts = layout.get("parts", 1)
         split = [f"{parts}parts"] if parts > 1 else []
+        split += [f"{group}tiles" for name, group in layout.parameters if name == "group"]
         title = "_".join([layout.format + size, f"{n}x{k}", *split, *op.step_titles])
         tiles, (count,) = tiles_for(operands[0]), operands[-1].shape
         return Kernel(title, matmul(tiles, count, n, k, layout, op.epilogue, Simd.of(target)))
