@@ -72,7 +72,7 @@ def coverage_page() -> str:
         if name not in compiled:
             refused.append(f"| {name} | {_reason(name, [reasons[case] for case in failing])} |")
             continue
-        by = "rule" if name in RULES else "definition" if name in defined else "TVM"
+        by = "rule" if name in {*RULES, "If"} else "definition" if name in defined else "TVM"
         why = _listed([reasons[case] for case in failing])
         count = f"{len(cases) - len(failing)} of {len(cases)}" if cases else ""
         rows.append(f"| {name} | {schema.since_version} | {by} | {count} | {why} |")

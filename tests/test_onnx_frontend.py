@@ -205,14 +205,16 @@ def test_unsupported_operators_are_all_listed():
     assert "\n" not in message
 
 
-def test_control_flow_is_refused():
-    graph = """(float[2] x, bool c) => (float[2] y) {
-        ["/choose"] y = If (c) <
-            then_branch = a () => (float[2] t) { t = Relu(x) },
-            else_branch = b () => (float[2] e) { e = Neg(x) }
+def test_loops_are_refused():
+    graph = """(float[2] x, int64 m, bool c) => (float[2] y) {
+        ["/again"] y = Loop (m, c, x) <
+            body = b (int64 i, bool go, float[2] s) => (bool on, float[2] t) {
+                on = Identity(go)
+                t = Relu(s)
+            }
         >
     }"""
-    with pytest.raises(ModelError, match=r"If \(control flow; node /choose\)"):
+    with pytest.raises(ModelError, match=r"Loop \(control flow; node /again\)"):
         import_onnx(build(graph))
 
 

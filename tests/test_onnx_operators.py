@@ -196,3 +196,49 @@ def test_largest_along_an_axis_of_a_computed_size(tmp_path):
     x = normal(5, 3)
     y = sparse_tvm.load(tmp_path / "model.so").run({"x": x})["y"]
     np.testing.assert_array_equal(y, np.repeat(x.max(0)[None], 2, 0))
+
+
+TWO = """then_branch = t () => (float[n,1,4] u) <float[1] k = {2.0}> {
+    w = Constant<value = float[1] {3.0}>() v = Mul(x, w) u = Add(v, k)
+}, else_branch = e () => (float[n,1,4] u) <float[1] k = {5.0}> { v = Sub(x, k) u = Identity(v) }"""
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+@pytest.mark.parametrize("outer", [True, False])
+def test_if_chooses_at_run_time(chosen, outer, tmp_path):
+    """Both branches use the same names, and one holds a choice of its own."""
+    graph = f"""(float[n,1,4] x, bool c, bool d) => (float[n,1,4] y) {{
+        z = If<then_branch = s () => (float[n,1,4] u) {{ u = If<{TWO}>(c) }},
+               else_branch = f () => (float[n,1,4] u) {{ u = Neg(x) }}>(d)
+        y = Abs(z)
+    }}"""
+    sparse_tvm.compile(build(graph), tmp_path / "model.so", verify=False)
+    x = normal(3, 1, 4)
+    feeds = {"x": x, "c": np.array(chosen), "d": np.array(outer)}
+    found = sparse_tvm.load(tmp_path / "model.so").run(feeds)["y"]
+    expected = (x * 3 + 2 if chosen else x - 5) if outer else -x
+    np.testing.assert_allclose(found, np.abs(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("operator", "shape"), [("Greater", ("n", 4)), ("Less", ("n", 1, 4))])
+def test_if_by_a_size_takes_one_branch(operator, shape):
+    graph = f"""(float[n,1,4] x) => (float[a] y) {{
+        s = Shape(x)
+        d = Gather<axis=0>(s, zero)
+        c = {operator}(d, zero)
+        z = If<then_branch = t () => (float[n,4] u) {{ u = Squeeze(x, one) }},
+               else_branch = e () => (float[n,1,4] u) {{ u = Relu(x) }}>(c)
+        y = Sin(z)
+    }}"""
+    model = build(graph, zero=np.array(0), one=np.array([1]))
+    imported = import_onnx(model)
+    assert imported.outputs[0].shape == shape
+
+
+def test_if_of_two_shapes_is_refused():
+    graph = """(float[n,1,4] x, bool c) => (float[n,k] y) {
+        y = If<then_branch = t () => (float[n,4] u) { u = Squeeze(x, one) },
+               else_branch = e () => (float[n,1,4] u) { u = Relu(x) }>(c)
+    }"""
+    with pytest.raises(ModelError, match="which of two shapes its output has depends on data"):
+        import_onnx(build(graph, one=np.array([1])))

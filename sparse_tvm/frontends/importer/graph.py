@@ -12,6 +12,7 @@ from onnx import numpy_helper
 from tvm import relax, tirx
 
 from sparse_tvm.frontends.importer import index_expressions, operators, rules
+from sparse_tvm.frontends.importer.branches import branch
 from sparse_tvm.frontends.importer.index_expressions import Coordinates, IndexExpression
 from sparse_tvm.frontends.importer.known import MAX_ELEMENTS, Known
 from sparse_tvm.frontends.importer.sizes import Size, Sizes
@@ -19,7 +20,7 @@ from sparse_tvm.frontends.importer.tensors import Tensor, materialise, shape_of
 from sparse_tvm.frontends.importer.tvm_adapter import OPERATORS, TvmConverter, input_variables
 from sparse_tvm.frontends.onnx.detach import size_of
 
-SUPPORTED_OPS = OPERATORS | frozenset(operators.RULES)
+SUPPORTED_OPS = OPERATORS | frozenset(operators.RULES) | {"If"}
 """What can be imported."""
 
 
@@ -83,7 +84,7 @@ class Importer:
         SameSize, NodeError
             See there.
         """
-        self._read_initializers()
+        self._read_initializers(self.graph)
         inputs = input_variables(self.graph.input)
         for variable in inputs:
             self._tensors[variable.name] = variable
@@ -100,8 +101,8 @@ class Importer:
             self.builder.emit_func_output(result)
         return self.builder.get()
 
-    def _read_initializers(self) -> None:
-        for tensor in self.graph.initializer:
+    def _read_initializers(self, graph: onnx.GraphProto) -> None:
+        for tensor in graph.initializer:
             if tensor.data_type == onnx.TensorProto.STRING:
                 continue
             array = numpy_helper.to_array(tensor)
@@ -114,6 +115,9 @@ class Importer:
 
     def _import(self, proto: onnx.NodeProto) -> None:
         try:
+            if proto.op_type == "If":
+                self._import_branches(proto)
+                return
             node = rules.Node(proto, self, self._tvm.attributes(proto), self.opset)
             standard = proto.domain in ("", "ai.onnx")
             outputs = rules.apply(node) if standard else None
@@ -126,10 +130,40 @@ class Importer:
                 raise ValueError(f"its output {proto.output[len(outputs)]} is not supported")
             for name, output in zip(proto.output, outputs, strict=False):
                 self._bind(name, output, node)
-        except SameSize:
+        except (SameSize, NodeError):
             raise
         except Exception as error:
             raise NodeError(proto) from error
+
+    def _import_branches(self, proto: onnx.NodeProto) -> None:
+        """Import the branch that an ``If`` always takes, or both, and choose between results."""
+        (name,) = proto.input
+        known = self.known.get(name)
+        if known is not None and known.is_constant:
+            results = self._import_branch(branch(proto, bool(known.constant())))
+            for output, result in zip(proto.output, results, strict=True):
+                self._alias(output, result)
+            return
+        taken, other = (self._import_branch(branch(proto, which)) for which in (True, False))
+        condition = self.normalize(relax.op.reshape(self.tensor(name), ()))
+        for output, pair in zip(proto.output, zip(taken, other, strict=True), strict=True):
+            yes, no = map(self.tensor, pair)
+            if yes.ty.dtype != no.ty.dtype or not self.sizes.same(shape_of(yes), shape_of(no)):
+                raise ValueError("which of two shapes its output has depends on data")
+            self._tensors[output] = self.builder.emit(relax.op.where(condition, yes, no))
+
+    def _import_branch(self, graph: onnx.GraphProto) -> list[str]:
+        self._read_initializers(graph)
+        for node in graph.node:
+            self._import(node)
+        return [value.name for value in graph.output]
+
+    def _alias(self, name: str, of: str) -> None:
+        """Give a value another name."""
+        values: tuple[dict[str, Any], ...] = (self.known, self.index_expressions, self._tensors)
+        for forms in values:
+            if of in forms:
+                forms[name] = forms[of]
 
     def _fields(self, output: Tensor) -> tuple[Tensor, ...]:
         """Take a tuple apart."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -38,7 +38,7 @@ _SUPPORTED_CONTRIB_OPS = {
 
 # TVM imports these, but what comes of it cannot be compiled here.
 _UNSUPPORTED_OPS = {
-    "control flow": {"If", "Loop", "Scan"},
+    "control flow": {"Loop", "Scan"},
     "a sequence or an optional": {
         "ConcatFromSequence",
         "Optional",
@@ -180,7 +180,7 @@ def _defined_only() -> frozenset[str]:
 def _check_operators(program: onnx.ModelProto) -> None:
     """Refuse a model that holds operators that cannot be compiled, and name them all."""
     refused: dict[str, list[str]] = {}
-    for node in program.graph.node:
+    for node in _all_nodes(program.graph):
         known = _SUPPORTED_CONTRIB_OPS if node.domain == CONTRIB_DOMAIN else SUPPORTED_OPS
         if node.op_type not in known or node.op_type in _REASONS:
             op = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
@@ -191,6 +191,15 @@ def _check_operators(program: onnx.ModelProto) -> None:
             for op, nodes in refused.items()
         ]
         raise ModelError(f"operators that cannot be compiled: {', '.join(found)}")
+
+
+def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes of a graph, and of the branches in it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if node.op_type == "If" and attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _all_nodes(attribute.g)
 
 
 def _import_program(

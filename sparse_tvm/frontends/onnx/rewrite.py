@@ -59,19 +59,19 @@ def _write_defaults(node: onnx.NodeProto) -> None:
             node.attribute.add().CopyFrom(attribute.default_value)
 
 
-def constants_to_initializers(model: onnx.ModelProto) -> None:
+def constants_to_initializers(graph: onnx.GraphProto) -> None:
     """Replace ``Constant`` nodes: TVM knows only one of the ways they store their value."""
     nodes = []
-    for node in model.graph.node:
+    for node in graph.node:
         tensor = _constant(node)
         if tensor is None:
             nodes.append(node)
         else:
-            initializer = model.graph.initializer.add()
+            initializer = graph.initializer.add()
             initializer.CopyFrom(tensor)
             initializer.name = node.output[0]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:

@@ -80,7 +80,7 @@ def simplify(
     if not valid:
         raise ModelError("the graph cannot be simplified: onnxsim's own check failed")
     check_sizes(simplified)
-    constants_to_initializers(simplified)
+    constants_to_initializers(simplified.graph)
     program, folded = detach_weights(simplified, _weight_names(simplified))
     return _drop_unused(program, {**weights, **folded}, len(specs))
 
