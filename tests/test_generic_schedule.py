@@ -321,3 +321,18 @@ def test_product_of_a_tensor_with_itself():
     x = normal(3, 7, 7)
     run = compile_function(square, x.shape)
     np.testing.assert_allclose(run(x), 4 * x @ x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8, 16])
+def test_indices_that_wrap_around_backwards(size):
+    """The end comes first of what was flattened."""
+    x = normal(1, 3, 11 * size, 3, size)
+
+    def ends(x):
+        flat = relax.op.reshape(relax.op.permute_dims(x, [0, 2, 1, 3, 4]), (1, x_size))
+        return relax.op.flip(relax.op.exp(flat), 1)
+
+    x_size = x.size
+    run = compile_function(ends, x.shape)
+    expected = np.exp(x.transpose(0, 2, 1, 3, 4).reshape(1, -1)[:, ::-1])
+    np.testing.assert_allclose(run(x), expected, rtol=1e-5)

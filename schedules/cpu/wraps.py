@@ -28,9 +28,9 @@ _LEAST = 8
 
 def split_wraps(loop: tirx.For, finish: Callable[[tirx.For], _Stmt]) -> _Stmt:
     """Rewrite an innermost loop as loops within which no index wraps, each of them finished."""
-    found = _wrap(loop)
+    found = _wrap(loop, 1)
     if found is None:
-        return finish(loop)
+        return finish(loop) if _wrap(loop, -1) is None else split_wraps(_backwards(loop), finish)
     offset, size = found
     dtype = loop.loop_var.ty.dtype
     first = _ANALYZER.simplify(tirx.floormod(offset, size))  # of the first element, in its period
@@ -55,8 +55,18 @@ def split_wraps(loop: tirx.For, finish: Callable[[tirx.For], _Stmt]) -> _Stmt:
     return tirx.For(outer, zero, periods, loop.kind, split_wraps(part, finish))
 
 
-def _wrap(loop: tirx.For) -> tuple[_Expr, int] | None:
-    """The shortest period of a remainder along a loop, and what is divided at its start."""
+def _backwards(loop: tirx.For) -> tirx.For:
+    var = tirx.Var(loop.loop_var.name, loop.loop_var.ty)
+    last = loop.min + loop.extent - 1
+    body = replace(loop.body, loop.loop_var, _ANALYZER.simplify(last + loop.min - var))
+    return tirx.For(var, loop.min, loop.extent, loop.kind, body)
+
+
+def _wrap(loop: tirx.For, direction: int) -> tuple[_Expr, int] | None:
+    """The shortest period of a remainder that grows, or falls, by 1 with each iteration.
+
+    Also what is divided at the loop's start.
+    """
     found: list[tuple[int, _Expr]] = []
     var = loop.loop_var
 
@@ -65,7 +75,7 @@ def _wrap(loop: tirx.For) -> tuple[_Expr, int] | None:
         if not isinstance(size, tirx.IntImm) or int(size) < 2 or not uses(node.a, var):
             return
         step = _ANALYZER.simplify(replace(node.a, var, var + 1) - node.a)
-        if isinstance(step, tirx.IntImm) and int(step) == 1:
+        if isinstance(step, tirx.IntImm) and int(step) == direction:
             found.append((int(size), _ANALYZER.simplify(replace(node.a, var, loop.min))))
 
     structural_walk(loop.body, (tirx.FloorMod, look))
