@@ -6,10 +6,11 @@ load. Our operators pass through them as opaque calls.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tvm
-from tvm import relax, s_tir, tirx
+from tvm import relax, s_tir, te, tirx, topi
 from tvm.error import InternalError
 from tvm_ffi import structural_map
 
@@ -26,7 +27,7 @@ def legalize(program: Program, context: Context) -> Program:
     with tvm.target.Target(context.target.tvm_target()):
         fuse = tvm.transform.Sequential(
             [
-                relax.transform.LegalizeOps(),
+                relax.transform.LegalizeOps({"relax.max": _largest, "relax.min": _smallest}),
                 relax.transform.AnnotateTIROpPattern(),
                 relax.transform.FoldConstant(),
                 relax.transform.FuseOps(),
@@ -83,6 +84,47 @@ def _views(module: tvm.IRModule) -> tvm.IRModule:
         return relax.transform.RewriteDataflowReshape()(module)
     except InternalError:
         return module
+
+
+def _largest(builder: relax.BlockBuilder, call: relax.Call) -> Any:
+    return _extreme(builder, call, tirx.max, -1)
+
+
+def _smallest(builder: relax.BlockBuilder, call: relax.Call) -> Any:
+    return _extreme(builder, call, tirx.min, 1)
+
+
+def _extreme(
+    builder: relax.BlockBuilder, call: relax.Call, better: Callable[..., Any], sign: int
+) -> Any:
+    """A reduction to the largest or smallest: infinite where all elements are.
+
+    TVM's own begins with the largest finite number, which a row of infinities then comes to.
+    """
+    x, keepdims = call.args[0], bool(call.attrs.keepdims)
+    rank, dtype = len(shape_of(x)), dtype_of(x)
+    if not dtype.startswith("float"):
+        return builder.call_te(topi.max if sign < 0 else topi.min, x, call.attrs.axis, keepdims)
+    axes = call.attrs.axis
+    reduced = [int(axis) % rank for axis in axes] if axes is not None else list(range(rank))
+    kept = [axis for axis in range(rank) if axis not in reduced]
+    reduce = te.comm_reducer(lambda a, b: better(a, b), lambda of: sign * tirx.infinity(of))
+
+    def compute(data: te.Tensor) -> te.Tensor:
+        over = {axis: te.reduce_axis((0, data.shape[axis]), f"k{axis}") for axis in reduced}
+
+        def element(*indices: Any) -> Any:
+            at = dict(zip(range(rank) if keepdims else kept, indices, strict=True)) | over
+            return reduce(data(*(at[axis] for axis in range(rank))), axis=list(over.values()))
+
+        shape = [
+            1 if axis in reduced else data.shape[axis]
+            for axis in range(rank)
+            if keepdims or axis in kept
+        ]
+        return te.compute(shape, element, name="extreme", tag=topi.tag.COMM_REDUCE)
+
+    return builder.call_te(compute, x)
 
 
 def _top_k(builder: relax.BlockBuilder, call: relax.Call) -> Any:

@@ -51,3 +51,25 @@ def test_cumulative_sum():
     x = np.random.default_rng(0).standard_normal((4, 9)).astype(np.float32)
     y = compile_and_run(build(lambda emit, x: OP.cumsum(x, 1), {"x": (4, 9)}), x)
     np.testing.assert_allclose(y, x.cumsum(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("axes", "keepdims"), [([1], True), ([0], False), (None, False)])
+@pytest.mark.parametrize("rows", [3, "rows"])
+def test_the_largest_of_infinities_is_infinite(axes, keepdims, rows):
+    x = np.full((3, 9), -np.inf, np.float32)
+    x[1, 4] = 1.0
+
+    def body(emit, x):
+        return OP.add(emit(OP.max(x, axes, keepdims)), emit(OP.min(x, axes, keepdims)))
+
+    y = compile_and_run(build(body, {"x": (rows, 9)}), x)
+    over = None if axes is None else tuple(axes)
+    expected = x.max(over, keepdims=keepdims) + x.min(over, keepdims=keepdims)
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_the_largest_of_integers():
+    x = np.array([[-5, -7], [3, 9]], np.int32)
+    program = build(lambda emit, x: OP.max(x, [1]), {"x": (2, 2)}, dtypes={"x": "int32"})
+    y = compile_and_run(program, x)
+    np.testing.assert_array_equal(y, [-5, 9])
