@@ -130,7 +130,7 @@ def test_elements_of_less_than_a_byte() -> None:
     model = build("y = Abs(x)")
     tensor = helper.make_tensor("w", TensorProto.INT4, [4], [1, 2, 3, 4])
     model.graph.initializer.append(tensor)
-    with pytest.raises(ModelError, match=r"only float32 is supported.*w \(int4\)"):
+    with pytest.raises(ModelError, match=r"float32 or of 16 bits.*w \(int4\)"):
         read_onnx(model)
 
 

@@ -206,7 +206,7 @@ def _check_types(model: onnx.ModelProto, where: str) -> None:
     ]
     if others:
         raise ModelError(
-            f"{where}: weights are float32 or of 16 bits, but {len(others)} tensors are not: "
+            f"{where}: weights are float32 or of 16 bits, but not {len(others)} of them: "
             f"{first_few(others)}",
             hint="export the model in float32",
         )

@@ -1,0 +1,63 @@
+"""What PyTorch and TensorFlow export beyond plain float32 graphs: int8, and branches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import source_models  # noqa: F401 (skips where a framework is missing)
+import torch
+from torch import nn
+
+import sparse_tvm
+
+
+@pytest.mark.parametrize("io", ["float32", "int8"])
+def test_int8_tflite_equals_tflite(io: str, tmp_path: Path) -> None:
+    import keras
+    import tensorflow as tf
+
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    layers = [keras.Input((64,)), keras.layers.Dense(64, "relu"), keras.layers.Dense(10)]
+    converter = tf.lite.TFLiteConverter.from_keras_model(keras.Sequential(layers))
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    examples = [[rng.standard_normal((1, 64)).astype(np.float32)] for _ in range(20)]
+    converter.representative_dataset = lambda: examples
+    if io == "int8":
+        converter.inference_input_type = converter.inference_output_type = tf.int8
+    path = tmp_path / "quantised.tflite"
+    path.write_bytes(converter.convert())
+
+    compiled = sparse_tvm.compile(path, tmp_path / "model.so")
+    assert {layer["precision"] for layer in compiled.manifest["layers"]} == {"int8"}
+    interpreter = tf.lite.Interpreter(model_content=path.read_bytes())
+    interpreter.allocate_tensors()
+    (spec,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
+    model = sparse_tvm.load(compiled.path)
+    for (example,) in examples:
+        x = example if io == "float32" else (40 * example).clip(-128, 127).astype(np.int8)
+        interpreter.set_tensor(spec["index"], x)
+        interpreter.invoke()
+        expected = interpreter.get_tensor(result["index"])
+        (y,) = model.run(x).values()
+        assert y.dtype == expected.dtype
+        quantum = 1 if io == "int8" else np.ptp(expected) / 100
+        assert np.abs(y.astype(float) - expected.astype(float)).max() <= quantum
+
+
+class Conditional(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (x,))
+
+
+def test_torch_cond_is_a_branch_at_run_time(tmp_path: Path) -> None:
+    path = sparse_tvm.compile(
+        Conditional(), tmp_path / "model.so", example_inputs=(torch.ones(4),)
+    ).path
+    model = sparse_tvm.load(path)
+    for sign in (1, -1):
+        x = np.full(4, sign, np.float32)
+        (y,) = model.run(x).values()
+        np.testing.assert_array_equal(y, x + sign)
