@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -257,7 +258,9 @@ def test_command_line_tunes_is_interrupted_and_goes_on(tmp_path, model):
     records = tmp_path / "records.jsonl"
     command = [sys.executable, "-m", "sparse_tvm", "tune", model, "-o", str(records)]
     command += ["--threads", "1", "--tokens", "1,16"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # Where the tests run in a shell's background, what they start ignores SIGINT.
+    obeying = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=obeying)
     assert process.stderr is not None
     first = process.stderr.readline()
     os.kill(process.pid, signal.SIGINT)
