@@ -196,7 +196,7 @@ def test_unknown_domain():
 
 def test_double_precision():
     message = refusal(build(w=np.ones((16, 8), np.float64)))
-    assert "weights are float32 or of 16 bits, but 1 tensors are not: w (double)" in message
+    assert "weights are float32 or of 16 bits, but not 1 of them: w (double)" in message
 
 
 def test_double_precision_names_the_first_few():
