@@ -16,6 +16,7 @@ from onnxruntime.quantization import (
 
 import sparse_tvm
 from sparse_tvm.errors import ModelError
+from sparse_tvm.frontends.onnx.quantised import spell_quantised
 from sparse_tvm.frontends.onnx.quantised_numbers import dequantise, quantise
 from sparse_tvm.frontends.onnx.read import read_onnx
 from sparse_tvm.models.bert import BertConfig, build_bert
@@ -298,6 +299,52 @@ def test_parameters_that_do_not_fit(changes, message):
         read_onnx(build(f"{X8} {{ {graph} }}", **tensors))
     assert "fc (" in str(refused.value)
     assert message in str(refused.value)
+
+
+def _cut_short(model, name):
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    tensor.raw_data = tensor.raw_data[:-1]
+
+
+def _replace(model, **arrays):
+    for tensor in model.graph.initializer:
+        if tensor.name in arrays:
+            tensor.CopyFrom(numpy_helper.from_array(arrays[tensor.name], tensor.name))
+
+
+def _transpose(model, name, perm):
+    for node in model.graph.node:
+        node.input[:] = ["moved" if given == name else given for given in node.input]
+    model.graph.node.insert(0, onnx.helper.make_node("Transpose", [name], ["moved"], perm=perm))
+
+
+DAMAGED = {
+    "a weight cut short": ("QDQ per channel", lambda model: _cut_short(model, "w"), "w cannot be"),
+    "a scale cut short": ("QLinearMatMul", lambda model: _cut_short(model, "ws"), "ws cannot be"),
+    "a rounding whose scale does not fit": (
+        "rounding of float weights",
+        lambda model: _replace(model, ws=scales(7), wz=np.zeros(7, np.int8)),
+        "its scale ws does not fit w",
+    ),
+    "a transposition of too many axes": (
+        "QDQ per channel",
+        lambda model: _transpose(model, "w", perm=[1, 0, 2]),
+        "(Transpose): it does not fit w",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_weights_are_refused_in_one_line(damage):
+    name, do, message = DAMAGED[damage]
+    signature, body, tensors = MODELS[name]
+    model = build(f"{signature} {{ {body} {TO_Y} }}", **{**COMMON, **tensors})
+    do(model)
+    with pytest.raises(ModelError) as refused:
+        spell_quantised(model, "model.onnx")
+    assert str(refused.value).startswith("model.onnx: ")
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_rounding_and_its_undoing():

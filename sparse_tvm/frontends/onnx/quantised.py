@@ -19,7 +19,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from sparse_tvm.errors import ModelError
-from sparse_tvm.frontends.onnx.detach import as_array, stored_tensors
+from sparse_tvm.frontends.onnx.detach import readable_array, stored_tensors
 from sparse_tvm.frontends.onnx.nodes import (
     attribute_of,
     attributes_of,
@@ -167,7 +167,7 @@ class _Speller:
     def constant(self, name: str) -> np.ndarray | None:
         """Return what is stored, also where it is moved before it is read."""
         if name in self._tensors:
-            return as_array(self._tensors[name])
+            return readable_array(self._tensors[name], self._where)
         node = self._producers.get(name)
         if node is None or node.op_type not in _MOVEMENT | {"QuantizeLinear"}:
             return None
@@ -178,7 +178,10 @@ class _Speller:
             return self._quantised_constant(node)
         from onnx.reference import ReferenceEvaluator
 
-        results: Any = ReferenceEvaluator(node).run(None, inputs)
+        try:
+            results: Any = ReferenceEvaluator(node).run(None, inputs)
+        except Exception as error:  # whatever NumPy says of attributes that do not fit
+            raise self._wrong(node, f"it does not fit {node.input[0]}: {error}") from error
         return np.asarray(results[0])
 
     def _quantised_constant(self, node: onnx.NodeProto) -> np.ndarray | None:
@@ -191,7 +194,10 @@ class _Speller:
         assert x is not None
         assert scale is not None
         axis, block = attribute_of(node, "axis", 1), attribute_of(node, "block_size", 0)
-        return quantise(x, scale, zero_point, axis, block)
+        try:
+            return quantise(x, scale, zero_point, axis, block)
+        except (IndexError, ValueError) as error:
+            raise self._misfit(node, names[1], names[0], error) from error
 
     def emit(
         self,
@@ -265,7 +271,7 @@ class _Speller:
             try:
                 values = dequantise(stored, factor, shift, axis, block)
             except (IndexError, ValueError) as error:
-                raise self._wrong(node, f"its scale {scale} does not fit {x}: {error}") from None
+                raise self._misfit(node, scale, x, error) from error
             self._folded[key] = self._store_plainly(values, x)
         if output:
             self.emit("Identity", [self._folded[key]], node, output)
@@ -303,7 +309,10 @@ class _Speller:
 
     def _wrong(self, node: onnx.NodeProto, what: str) -> ModelError:
         layer = node.name or node.output[0]
-        return ModelError(f"{self._where}: {layer} ({node.op_type}): {what}")
+        return ModelError(" ".join(f"{self._where}: {layer} ({node.op_type}): {what}".split()))
+
+    def _misfit(self, node: onnx.NodeProto, scale: str, x: str, why: Exception) -> ModelError:
+        return self._wrong(node, f"its scale {scale} does not fit {x}: {why}")
 
     def product_of_scales(self, node: onnx.NodeProto, *names: str) -> str:
         """Return the scale of products of integers with these scales."""
