@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparse_tvm.benchmark import bench
     from sparse_tvm.compiler import compile
     from sparse_tvm.inspection import inspect
+    from sparse_tvm.planning.planner import plan
     from sparse_tvm.runtime import load
     from sparse_tvm.session import InferenceSession
     from sparse_tvm.sparsity.pruning import prune
@@ -35,6 +36,7 @@ __all__ = [
     "errors",
     "inspect",
     "load",
+    "plan",
     "prune",
     "tune",
 ]
@@ -45,6 +47,7 @@ _HOMES = {
     "InferenceSession": "sparse_tvm.session",
     "inspect": "sparse_tvm.inspection",
     "load": "sparse_tvm.runtime",
+    "plan": "sparse_tvm.planning.planner",
     "prune": "sparse_tvm.sparsity.pruning",
     "tune": "sparse_tvm.tuning.tuner",
 }

@@ -16,6 +16,7 @@ from sparse_tvm.cli.compile import compile
 from sparse_tvm.cli.doctor import doctor
 from sparse_tvm.cli.examples import epilog
 from sparse_tvm.cli.inspect import inspect
+from sparse_tvm.cli.plan import plan
 from sparse_tvm.cli.prune import prune
 from sparse_tvm.cli.run import run
 from sparse_tvm.cli.serve import serve
@@ -43,7 +44,7 @@ app = typer.Typer(
     help="Compile pruned models into one .so that runs faster because of its zeros.",
     pretty_exceptions_enable=False,
 )
-for verb in (compile, run, bench, serve, inspect, verify, prune, tune, targets, doctor):
+for verb in (compile, run, bench, serve, inspect, verify, plan, prune, tune, targets, doctor):
     app.command(epilog=epilog(verb.__name__))(verb)
 
 

@@ -25,6 +25,13 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "inspect": ("sparse-tvm inspect pruned.onnx", "sparse-tvm inspect model.so --json"),
     "verify": ("sparse-tvm verify model.so",),
+    "plan": (
+        "sparse-tvm plan model.onnx --latency 5ms -o plan.json",
+        "sparse-tvm plan model.onnx --speedup 4x --threads 2 -o plan.json --report plan.html",
+        "sparse-tvm plan model.onnx --size 20MB --structure 4x1 -o plan.json",
+        "sparse-tvm plan model.onnx --what-if 90%:4x1",
+        "sparse-tvm plan --shapes shapes.csv --what-if 80%:unstructured",
+    ),
     "prune": ("sparse-tvm prune model.onnx -o pruned.onnx --sparsity 0.9 --structure 4x1",),
     "tune": ("sparse-tvm tune pruned.onnx -o records.jsonl --time 10m",),
     "targets": ("sparse-tvm targets",),

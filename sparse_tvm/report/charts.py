@@ -182,6 +182,47 @@ def roofline(kernels: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -
     return _draw({"width": 420, "height": 300, "layer": [limit, points]})
 
 
+def frontier(
+    curves: Mapping[str, Sequence[tuple[float, float]]], chosen: tuple[float, float], *, unit: str
+) -> str:
+    """Error over cost: a line for each curve, the first one the frontier, and the chosen point."""
+    values = [
+        {"curve": name, "cost": cost, "error": error}
+        for name, points in curves.items()
+        for cost, error in points
+    ]
+    first = next(iter(curves))
+    x = {"field": "cost", "type": "quantitative", "axis": {"title": unit, "tickCount": 8}}
+    y = {
+        "field": "error",
+        "type": "quantitative",
+        "axis": {"format": "%", "title": "error, mean of the layers", "tickCount": 6},
+    }
+    colours = {name: _SPARSE[i % len(_SPARSE)] for i, name in enumerate(curves)}
+    lines = {
+        "data": {"values": values},
+        "mark": {"type": "line", "clip": True},
+        "encoding": {
+            "x": x,
+            "y": y,
+            "color": _colour("curve", colours),
+            "strokeWidth": {"condition": {"test": f"datum.curve == '{first}'", "value": 3}}
+            | {"value": 1.5},
+        },
+    }
+    cost, error = chosen
+    point = {
+        "data": {
+            "values": [
+                {"cost": cost, "error": error, "label": f"the plan: {cost:.3g} {unit}, {error:.1%}"}
+            ]
+        },
+        "mark": {"type": "point", "filled": True, "size": 130, "color": "var(--text)"},
+        "encoding": {"x": x, "y": y, "description": {"field": "label"}},
+    }
+    return _draw({"width": WIDTH, "height": 320, "layer": [lines, point]})
+
+
 def phases(values: Sequence[Mapping[str, Any]]) -> str:
     """A bar for each ``phase``: its ``seconds``."""
     order = [value["phase"] for value in values]

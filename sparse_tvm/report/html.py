@@ -41,11 +41,8 @@ def render_html(manifest: Mapping[str, Any], bench: Mapping[str, Any] | None = N
     bench : Mapping[str, Any] | None
         What ``sparse-tvm bench`` measured of it, as its ``--json`` has it.
     """
-    import jinja2
-
-    template = files(__package__).joinpath("template.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(
+    return render_page(
+        "template.html",
         manifest=manifest,
         bench=bench,
         claims=claims(manifest, bench),
@@ -60,6 +57,19 @@ def render_html(manifest: Mapping[str, Any], bench: Mapping[str, Any] | None = N
         signature=_signature(manifest),
         written=f"{datetime.now():%Y-%m-%d %H:%M}",
     )
+
+
+def render_page(template: str, **content: Any) -> str:
+    """Fill in a template of this package."""
+    import jinja2
+
+    def read(name: str) -> str:
+        return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=jinja2.FunctionLoader(read)
+    )
+    return environment.get_template(template).render(**content)
 
 
 def _plots(manifest: Mapping[str, Any], bench: Mapping[str, Any] | None) -> list[dict[str, Any]]:

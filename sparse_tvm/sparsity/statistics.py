@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -105,6 +105,7 @@ class AssumedWeight(WeightStatistics):
         return round(expected)
 
 
+@cache
 def _overlaps(extent: int, size: int, pruned: int) -> Counter[int]:
     """How many stored blocks lie over how many pruned ones, along one axis."""
     starts = range(0, extent, size)

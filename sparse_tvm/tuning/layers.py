@@ -75,10 +75,10 @@ def layers_of(program: Program, context: Context) -> tuple[list[TunedLayer], lis
     tuple[list[TunedLayer], list[str]]
         The kernels, and why layers were left out.
     """
-    program = _until_layouts(program, context)
+    program = until_layouts(program, context)
     found: dict[Any, TunedLayer] = {}
     left_out = []
-    for op, array, output in _calls(program):
+    for op, array, output in layer_calls(program):
         if isinstance(op, Convolution) and None in op.size:
             left_out.append(f"{op.layer}: the size of its images is not known; give --input-shape")
             continue
@@ -96,7 +96,8 @@ def layers_of(program: Program, context: Context) -> tuple[list[TunedLayer], lis
     return kernels, left_out
 
 
-def _until_layouts(program: Program, context: Context) -> Program:
+def until_layouts(program: Program, context: Context) -> Program:
+    """The program just before the pass that stores weights."""
     for phase in phases(context.backend):
         for one in phase.passes:
             if one is dense_to_sparse:
@@ -105,7 +106,7 @@ def _until_layouts(program: Program, context: Context) -> Program:
     raise AssertionError("the pipeline stores no weights")
 
 
-def _calls(program: Program) -> Iterator[tuple[WeightedOperator, np.ndarray, tuple[Any, ...]]]:
+def layer_calls(program: Program) -> Iterator[tuple[WeightedOperator, np.ndarray, tuple[Any, ...]]]:
     """Operator, weight and output shape of each layer, in order."""
     walk = Rewrite(program)
     for binding in walk.graph.bindings:

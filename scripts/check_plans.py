@@ -1,0 +1,182 @@
+"""Check `sparse-tvm plan`: planned against measured latency, and against uniform sparsity.
+
+    python scripts/check_plans.py bert-4          # four layers of BERT-base, 1 x 128 tokens
+    python scripts/check_plans.py mobilenet_v2
+
+For five latencies between that of the model and the least that pruning reaches, a plan is made,
+followed, compiled and timed, beside the uniform sparsity of the best structure that is predicted to
+be as fast, and beside what-ifs. All artifacts are timed in one run, with the unpruned model, which
+tells how fast the machine is by then: planned latencies are scaled by it. Errors are the plan's own
+(the mean share of energy lost per layer), and what becomes of the output: the norm of its
+difference from the unpruned model's, relative to that one's.
+
+Stages can be run one by one, so that only what is timed needs a quiet machine.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import numpy as np
+import onnx
+import typer
+
+import sparse_tvm
+from sparse_tvm.cli.console import stdout_console
+from sparse_tvm.cli.tables import plain_table
+from sparse_tvm.cpu import cpu_model
+from sparse_tvm.interleave import interleave
+from sparse_tvm.models.bert import BertConfig, build_bert
+from sparse_tvm.models.convnets import build_mobilenet_v2
+from sparse_tvm.planning.document import write_plan
+from sparse_tvm.planning.planner import Planner, open_subject
+from sparse_tvm.planning.prediction import from_trials
+from sparse_tvm.planning.settings import STRUCTURES, Setting
+from sparse_tvm.planning.trials import build_trials, measure_trials, trial_settings
+from sparse_tvm.random_inputs import random_inputs
+
+MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
+    "bert-4": lambda: build_bert(BertConfig(layers=4)),
+    "bert": lambda: build_bert(BertConfig()),
+    "mobilenet_v2": build_mobilenet_v2,
+}
+SHARES = (0.85, 0.7, 0.5, 0.3, 0.15)
+"""Where the latencies lie between the least that pruning reaches, 0, and the model's, 1."""
+
+WHAT_IFS = ("90%:4x1", "85%:4x1", "80%:unstructured")
+STAGES = ("trials", "time-trials", "plans", "measure")
+BUILD = Path(__file__).resolve().parent.parent / "build" / "plans"
+WITHIN = 0.1
+
+
+def main(
+    model: Annotated[str, typer.Argument(help=", ".join(MODELS))],
+    stage: Annotated[list[str] | None, typer.Option(help="Repeatable; all by default.")] = None,
+    points: Annotated[int, typer.Option(min=1, help="How many latencies.")] = len(SHARES),
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    duration: Annotated[float, typer.Option(help="Seconds of runs per artifact.")] = 2.0,
+    workdir: Annotated[Path, typer.Option(help="Where models and plans go.")] = BUILD,
+) -> None:
+    """Compare plans with what they give."""
+    check = Check(model, points, threads, duration, workdir / f"{model}-{threads}")
+    for name in stage or STAGES:
+        {
+            "trials": check.build_trials,
+            "time-trials": check.time_trials,
+            "plans": check.build_plans,
+            "measure": check.measure,
+        }[name]()
+
+
+class Check:
+    """One model; what a stage finds lies in its directory for the next."""
+
+    def __init__(
+        self, name: str, points: int, threads: int, duration: float, directory: Path
+    ) -> None:
+        self.name, self.threads, self.duration = name, threads, duration
+        self.shares = SHARES[len(SHARES) // 2 :][:1] if points == 1 else SHARES[:points]
+        self.directory, self.source = directory, directory / "model.onnx"
+        directory.mkdir(parents=True, exist_ok=True)
+        if not self.source.exists():
+            onnx.save(MODELS[name](), self.source)
+        self.subject = open_subject(
+            self.source, target="native", tokens=128, threads=threads, input_shapes={}
+        )
+        self.settings = trial_settings(self.subject, STRUCTURES)
+
+    def build_trials(self) -> None:
+        build_trials(self.subject, self.settings, self.directory, _compiled, print)
+
+    def time_trials(self) -> None:
+        paths = [self.directory / f"trial{number}.so" for number in range(len(self.settings))]
+        trials = measure_trials(self.settings, paths, self.threads)
+        (self.directory / "trials.pickle").write_bytes(pickle.dumps(trials))
+
+    def planner(self) -> Planner:
+        trials = pickle.loads((self.directory / "trials.pickle").read_bytes())
+        return Planner(from_trials(self.subject, trials, self.threads))
+
+    def build_plans(self) -> None:
+        """Artifacts, each with its latency and error as planned."""
+        planner = self.planner()
+        prediction = planner.prediction
+        dense = prediction.seconds({})
+        fastest = prediction.seconds(prediction.uniform(Setting("16x1", 0.98)))
+        print(f"trials are predicted within {prediction.worst_error:.1%}")
+        planned: dict[str, tuple[float, float, str]] = {}
+        for share in self.shares:
+            plan = planner.plan("latency", fastest + share * (dense - fastest))
+            title = f"plan {1e3 * plan.seconds:.3g} ms"
+            path = self.directory / f"plan-{share:g}.json"
+            write_plan(plan, path)
+            sparse_tvm.prune(self.source, path.with_suffix(".onnx"), plan=path)
+            _compiled(path.with_suffix(".onnx"), path.with_suffix(".so"))
+            planned[title] = plan.seconds, plan.error, path.stem
+            alike = [
+                found
+                for structure in STRUCTURES
+                for found in [planner.uniform_for(structure, plan.seconds)]
+                if found is not None
+            ]
+            best = min(alike, key=lambda one: planner.error(prediction.uniform(one)))
+            title = f"  uniform {best}"
+            planned[title] = self._uniform(planner, best)
+        for text in WHAT_IFS:
+            planned[f"what if {text}"] = self._uniform(planner, Setting.parse(text))
+        (self.directory / "plans.pickle").write_bytes(pickle.dumps(planned))
+
+    def _uniform(self, planner: Planner, setting: Setting) -> tuple[float, float, str]:
+        stem = f"uniform-{setting.structure}-{setting.sparsity:g}"
+        artifact = self.directory / f"{stem}.so"
+        alike = planner.prediction.uniform(setting)
+        _compiled(self.subject.pruned(alike), artifact)
+        return planner.prediction.seconds(alike), planner.error(alike), stem
+
+    def measure(self) -> None:
+        planned = pickle.loads((self.directory / "plans.pickle").read_bytes())
+        then = self.planner().prediction.trials[0].seconds
+        stems = {"dense": "trial0", **{title: stem for title, (*_, stem) in planned.items()}}
+        models = {
+            title: sparse_tvm.load(self.directory / f"{stem}.so", threads=self.threads)
+            for title, stem in stems.items()
+        }
+        feed = random_inputs(models["dense"].inputs)
+        outputs = {title: next(iter(one.run(feed).values())) for title, one in models.items()}
+        runs = {title: lambda one=one: one.run(feed) for title, one in models.items()}
+        times = interleave(runs, duration=self.duration)
+        seconds = {title: median(found) for title, found in times.items()}
+        pace = seconds["dense"] / then
+        numbers = ("planned", "measured", "off by", "error", "output's error")
+        table = plain_table("", *numbers, numbers=numbers)
+        table.add_row("dense", "", f"{1e3 * seconds['dense']:.2f} ms", "", "", "")
+        worst = 0.0
+        for title, (expected, error, _) in planned.items():
+            off = seconds[title] / (pace * expected) - 1
+            worst = max(worst, abs(off))
+            lost = np.linalg.norm(outputs[title] - outputs["dense"])
+            table.add_row(
+                title,
+                f"{1e3 * pace * expected:.2f} ms",
+                f"{1e3 * seconds[title]:.2f} ms",
+                f"{off:+.1%}",
+                f"{error:.1%}",
+                f"{lost / np.linalg.norm(outputs['dense']):.3f}",
+            )
+        console = stdout_console()
+        console.print(f"{self.name}, {self.threads} threads, {cpu_model()}")
+        console.print(f"the machine now takes {pace:.2f} times what it took when trials were timed")
+        console.print(table)
+        console.print(f"the worst is off by {worst:.1%}; {WITHIN:.0%} are allowed")
+
+
+def _compiled(model: onnx.ModelProto | Path, artifact: Path) -> None:
+    sparse_tvm.compile(model, artifact, verify=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

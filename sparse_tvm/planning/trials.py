@@ -1,0 +1,147 @@
+"""What this machine takes: the model compiled a few times, and each layer timed within it.
+
+A trial is the model with every layer pruned in some way, so that over all trials, layers of one
+kind meet each structure at more than one sparsity. All trials, the first of which is the model as
+it is, are timed in turns, so that whatever else the machine does meets all of them alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from sparse_tvm.interleave import time_runs
+from sparse_tvm.planning.settings import DENSE, Setting
+from sparse_tvm.planning.subject import Kind, Subject
+from sparse_tvm.random_inputs import random_inputs
+from sparse_tvm.runtime import Model, load
+
+_PROBED = (0.9, 0.7, 0.95, 0.8, 0.97, 0.6)
+"""Sparsities that trials try, the most telling first."""
+
+_PER_STRUCTURE = 2
+"""Trials for each structure."""
+
+_ROUNDS = 6
+_RUN_SECONDS = 0.2
+"""Of plain runs in each round."""
+
+_TRACED = 2
+"""Runs of each round in which every kernel is timed."""
+
+_REPEATED = re.compile(r" \(\d+\)$")
+"""What a layer's name ends in where its weight is used once more."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One pruned model, timed.
+
+    Attributes
+    ----------
+    settings : dict[str, Setting]
+        How each layer was pruned.
+    formats : dict[str, str]
+        How the compiler then stored it.
+    seconds : float
+        Median of a run.
+    layers : dict[str, float]
+        Median seconds of each layer in a run.
+    """
+
+    settings: Mapping[str, Setting]
+    formats: Mapping[str, str]
+    seconds: float
+    layers: Mapping[str, float]
+
+    @property
+    def rest(self) -> float:
+        """Seconds that are no layer's."""
+        return self.seconds - sum(self.layers.values())
+
+
+def trial_settings(subject: Subject, structures: Sequence[str]) -> list[dict[str, Setting]]:
+    """How the layers are pruned in each trial; the first prunes none."""
+    probes = list(
+        dict.fromkeys(
+            Setting.parse(structure) if ":" in structure else Setting(structure, sparsity)
+            for sparsity in _PROBED
+            for structure in structures
+        )
+    )
+    count = min(_PER_STRUCTURE * len(structures), len(probes))
+    members: Counter[tuple[Kind, ...]] = Counter()
+    trials: list[dict[str, Setting]] = [{} for _ in range(count + 1)]
+    for layer in subject.layers:
+        first = members[layer.kinds] * count
+        members[layer.kinds] += 1
+        trials[0][layer.name] = DENSE
+        for number in range(count):
+            trials[1 + number][layer.name] = probes[(first + number) % len(probes)]
+    return trials
+
+
+def build_trials(
+    subject: Subject,
+    trials: Sequence[Mapping[str, Setting]],
+    directory: Path,
+    compile: Callable[..., object],
+    progress: Callable[[str], None],
+) -> list[Path]:
+    """Compile the model once for each trial."""
+    paths = []
+    for number, settings in enumerate(trials):
+        progress(f"compile trial {number + 1} of {len(trials)}")
+        path = directory / f"trial{number}.so"
+        compile(subject.pruned(settings), path)
+        paths.append(path)
+    return paths
+
+
+def measure_trials(
+    trials: Sequence[Mapping[str, Setting]], paths: Sequence[Path], threads: int | None
+) -> list[Trial]:
+    """Time all trials in turns."""
+    timed = [_Timed(load(path, threads=threads)) for path in paths]
+    for _ in range(_ROUNDS):
+        for one in timed:
+            one.round()
+    names = set(trials[0])
+    return [one.trial(settings, names) for one, settings in zip(timed, trials, strict=True)]
+
+
+class _Timed:
+    """A trial's artifact, and what was timed of it."""
+
+    def __init__(self, model: Model) -> None:
+        self._model, self._feed = model, random_inputs(model.inputs)
+        self._kernels = model.manifest["kernels"]
+        self._runs: list[float] = []
+        self._layers: defaultdict[str, list[float]] = defaultdict(list)
+
+    def round(self) -> None:
+        """A few runs, and a few more with every kernel observed."""
+        self._model.run(self._feed)  # brings it back into the caches
+        self._runs += time_runs(lambda: self._model.run(self._feed), _RUN_SECONDS)
+        for calls in self._model.trace(self._feed, _TRACED):
+            observing = min(call.seconds for call in calls)
+            seen: Counter[str] = Counter()
+            run: defaultdict[str, float] = defaultdict(float)
+            for call in calls:
+                served = self._kernels.get(call.function, {}).get("layers", [])
+                if seen[call.function] < len(served):
+                    layer = _REPEATED.sub("", served[seen[call.function]])
+                    run[layer] += call.seconds - observing
+                seen[call.function] += 1
+            for layer, seconds in run.items():
+                self._layers[layer].append(seconds)
+
+    def trial(self, settings: Mapping[str, Setting], names: set[str]) -> Trial:
+        """What it came to, for the layers of these names."""
+        layers = {name: median(self._layers[name]) for name in names}
+        formats = {layer["name"]: layer["format"] for layer in self._model.manifest["layers"]}
+        return Trial(settings, formats, median(self._runs), layers)

@@ -1,0 +1,104 @@
+"""Plans as files: read as written, and refused in one line where they are of no use."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plannable import TARGET, small_bert
+
+from sparse_tvm.errors import OptionError
+from sparse_tvm.frontends.onnx.weights import find_weights
+from sparse_tvm.models.bert import BertConfig, build_bert
+from sparse_tvm.planning.document import Plan, read_plan, write_plan
+from sparse_tvm.planning.planner import plan
+
+MODEL = small_bert()
+
+
+@pytest.fixture(scope="module")
+def planned() -> Plan:
+    return plan(MODEL, speedup=1.5, target=TARGET, measure=False)
+
+
+def test_a_plan_is_read_as_it_was_written(planned: Plan, tmp_path: Path) -> None:
+    write_plan(planned, tmp_path / "plan.json")
+    found = read_plan(tmp_path / "plan.json")
+    assert found.as_json() == planned.as_json()
+    assert found.settings == planned.settings
+    found.check_model(find_weights(MODEL), "model")
+
+
+def _without(*path: str) -> Callable[[Any], None]:
+    def damage(document: Any) -> None:
+        for key in path[:-1]:
+            document = document[key]
+        del document[path[-1]]
+
+    return damage
+
+
+def _first_layer(**values: Any) -> Callable[[Any], None]:
+    return lambda document: document["layers"][0].update(values)
+
+
+DAMAGES: dict[str, Callable[[Any], None]] = {
+    "has no 'layers'": _without("layers"),
+    "has no 'seconds'": _without("totals", "seconds"),
+    "it is of version 99": lambda document: document.update(version=99),
+    "it is no plan": lambda document: document.update(kind="something else"),
+    "has a sparsity of 1": _first_layer(sparsity=1.0),
+    "has a sparsity of -0.5": _first_layer(sparsity=-0.5),
+    "is 'most', not a number": _first_layer(sparsity="most"),
+    "unknown structure '4by1'": _first_layer(structure="4by1"),
+    "has the shape": _first_layer(shape=[1, 2, 3]),
+    "is in it twice": lambda document: document["layers"].append(document["layers"][0]),
+    "not one of latency, speedup, size": lambda document: document["goal"].update(what="luck"),
+}
+
+
+@pytest.mark.parametrize("says", DAMAGES)
+def test_a_damaged_plan_is_refused(says: str, planned: Plan, tmp_path: Path) -> None:
+    document = copy.deepcopy(planned.as_json())
+    DAMAGES[says](document)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(OptionError, match=says) as error:
+        read_plan(path)
+    assert str(path) in error.value.message
+    assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000])
+def test_what_is_no_plan_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(content)
+    with pytest.raises(OptionError, match=r"plan .*plan\.json"):
+        read_plan(path)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="No such file"):
+        read_plan(tmp_path / "nosuch.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (BertConfig(1, 256, 4, 1024, 500), "has no layer"),
+        (BertConfig(2, 256, 4, 512, 500), "is 512x256, not 1024x256"),
+        (BertConfig(3, 256, 4, 1024, 500), "has other layers"),
+    ],
+)
+def test_a_plan_of_another_model_is_refused(planned: Plan, config: BertConfig, says: str) -> None:
+    with pytest.raises(OptionError, match=f"the plan is of another model.*{says}"):
+        planned.check_model(find_weights(build_bert(config)), "other.onnx")
+
+
+def test_training_does_not_make_it_another_model(planned: Plan) -> None:
+    other = build_bert(BertConfig(2, 256, 4, 1024, 500), seed=7)
+    planned.check_model(find_weights(other), "trained.onnx")
