@@ -99,7 +99,7 @@ class Check:
 
     def planner(self) -> Planner:
         trials = pickle.loads((self.directory / "trials.pickle").read_bytes())
-        return Planner(from_trials(self.subject, trials, self.threads))
+        return Planner(from_trials(self.subject, trials, STRUCTURES, self.threads))
 
     def build_plans(self) -> None:
         """Artifacts, each with its latency and error as planned."""
@@ -114,8 +114,7 @@ class Check:
             title = f"plan {1e3 * plan.seconds:.3g} ms"
             path = self.directory / f"plan-{share:g}.json"
             write_plan(plan, path)
-            sparse_tvm.prune(self.source, path.with_suffix(".onnx"), plan=path)
-            _compiled(path.with_suffix(".onnx"), path.with_suffix(".so"))
+            _compiled(self.subject.pruned(plan.settings), path.with_suffix(".so"))
             planned[title] = plan.seconds, plan.error, path.stem
             alike = [
                 found

@@ -13,8 +13,9 @@ from math import ceil
 
 import numpy as np
 
-BUCKETS = 8192
-"""Into which the largest budget is cut: the layers' rounding together should stay below 1 %."""
+BUCKETS = 1 << 16
+"""Into which the largest budget is cut: of a hundred layers, rounding takes less than a thousandth
+of it, which is less than a hundredth of what is left when they are pruned furthest."""
 
 _ROUNDING = 1e-9
 """By how much a cost may exceed a whole number of buckets and still be that many."""
@@ -63,7 +64,7 @@ class Knapsack:
             steps = self._steps(option.cost)
             if steps <= self._buckets:
                 row[steps:] = self._error[: self._buckets + 1 - steps] + option.error
-        chosen: np.ndarray = errors.argmin(axis=0)
+        chosen: np.ndarray = errors.argmin(axis=0).astype(np.int16)
         self._error = errors[chosen, np.arange(self._buckets + 1)]
         return chosen
 

@@ -161,7 +161,7 @@ class Planner:
         subject = self.prediction.subject
         return {
             layer.name: errors_of(subject.matrix(layer), [DENSE, *settings])
-            for layer in subject.layers
+            for layer in self.prediction.layers
         }
 
     def plan(self, goal: str, value: float) -> Plan:
@@ -224,25 +224,26 @@ class Planner:
 
     def _unreachable(self, goal: str, value: float, choice: _Choices) -> OptionError:
         """Why a goal is out of reach."""
-        prediction = self.prediction
-        rest, least = self._rest(goal == "size"), choice.least
-        most = max(SPARSITIES)
-        name, parts = prediction.subject.name, "embeddings, attention, norms"
+        prediction, most = self.prediction, max(SPARSITIES)
+        rest = self._rest(goal == "size")
+        least = rest + choice.least
         if goal == "size":
-            reached, own = f"{_mb(rest + least)}", f"{_mb(rest)}"
-            wanted, hint = f"a size of {_mb(value)}", f"--size {1.01 * (rest + least) / 1e6:.3g}MB"
-            parts = "embeddings and other weights that are not pruned"
+            wanted, nearest = f"a size of {_mb(value)}", f"--size {1.01e-6 * least:.3g}MB"
+            why = f"embeddings and what else is not pruned have {_mb(rest)}, "
+            why += f"and with {most:.0%} zeros in all layers the model has {_mb(least)}"
         else:
-            reached, own = _ms(rest + least), _ms(rest)
-            wanted = f"a latency of {_ms(value)}"
-            hint = f"--latency {1.01e3 * (rest + least):.3g}ms"
+            wanted, nearest = f"a latency of {_ms(value)}", f"--latency {1.01e3 * least:.3g}ms"
+            why = f"the dense rest (embeddings, attention, norms) takes {_ms(rest)}, "
+            why += f"and with {most:.0%} zeros in all layers the model takes {_ms(least)}"
         if goal == "speedup":
-            fastest = prediction.seconds({}) / (rest + least)
-            wanted, hint = f"a speed-up of {value:g}", f"--speedup {0.99 * fastest:.3g}"
+            fastest = prediction.seconds({}) / least
+            wanted, nearest = f"a speed-up of {value:g}", f"--speedup {0.99 * fastest:.3g}"
         return OptionError(
-            f"{name}: {wanted} is out of reach: the dense rest ({parts}) takes {own}, and with "
-            f"all layers {most:.0%} zeros the model takes {reached}",
-            hint=f"{hint} can be reached; fewer tokens, more threads or low precision go further",
+            f"{prediction.subject.name}: {wanted} is out of reach: {why}",
+            hint=f"{nearest} can be reached"
+            + (
+                "" if goal == "size" else "; fewer tokens, more threads or low precision go further"
+            ),
         )
 
     def _document(
@@ -301,7 +302,6 @@ class _Choices:
     def __init__(self, offers: Mapping[str, Sequence[tuple[Setting, Option]]]) -> None:
         self._offers = offers
         options = [[option for _, option in found] for found in offers.values()]
-        self.least = sum(min(option.cost for option in found) for found in options)
         self._most = sum(max(option.cost for option in found) for found in options)
         # A little more, so that rounding up never keeps a layer from what it would be given.
         self._knapsack = Knapsack(options, self._most * 1.01)
@@ -310,6 +310,11 @@ class _Choices:
     def frontier(self) -> list[tuple[float, float]]:
         """Costs, and the least sum of errors for each."""
         return [(min(cost, self._most), error) for cost, error in self._knapsack.frontier()]
+
+    @property
+    def least(self) -> float:
+        """The least budget for which there are settings."""
+        return self._knapsack.frontier()[0][0]
 
     def within(self, budget: float) -> dict[str, Setting] | None:
         """The settings of least error within a budget, None if there are none."""

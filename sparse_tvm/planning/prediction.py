@@ -11,10 +11,10 @@ from statistics import median
 from typing import Any
 
 from sparse_tvm.cpu import cpu_model, usable_cores
-from sparse_tvm.errors import OptionError
+from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.planning.costs import Costs
 from sparse_tvm.planning.rest import rest_seconds
-from sparse_tvm.planning.settings import DENSE, Setting
+from sparse_tvm.planning.settings import DENSE, Setting, settings_of
 from sparse_tvm.planning.subject import PlannedLayer, Subject
 from sparse_tvm.planning.trials import Trial, build_trials, measure_trials, trial_settings
 from sparse_tvm.targets import Target, runs_here
@@ -30,10 +30,12 @@ class Prediction:
         The model.
     costs : Costs
         Of its layers.
+    layers : Sequence[PlannedLayer]
+        Those that pruning can make faster.
     threads : int
         How many run.
     rest_seconds : float
-        Of all that is no layer which can be pruned.
+        Of all else, layers that pruning makes no faster included.
     cpu : str | None
         What was measured on; None where nothing was.
     trials : Sequence[Trial]
@@ -42,15 +44,11 @@ class Prediction:
 
     subject: Subject
     costs: Costs
+    layers: Sequence[PlannedLayer]
     threads: int
     rest_seconds: float
     cpu: str | None = None
     trials: Sequence[Trial] = ()
-
-    @property
-    def layers(self) -> Sequence[PlannedLayer]:
-        """Those that may be pruned."""
-        return self.subject.layers
 
     def seconds(self, settings: Mapping[str, Setting]) -> float:
         """Seconds of a run, by the settings of layers that are pruned."""
@@ -66,7 +64,7 @@ class Prediction:
 
     @property
     def rest_bytes(self) -> float:
-        """Bytes of weights that are no layer's which can be pruned."""
+        """Bytes of all other weights."""
         layers = sum(4 * layer.ref.shape[0] * layer.ref.shape[1] for layer in self.layers)
         return max(0, self.subject.weight_bytes - layers)
 
@@ -128,8 +126,12 @@ def predict(
             hint="plan on a machine of that kind",
         )
     count = threads or 1
+    costs = Costs(subject.context, count)
+    layers = _prunable(subject, costs, structures)
+    others = [layer for layer in subject.layers if layer not in layers]
     rest = rest_seconds(subject.program, target) / count
-    return Prediction(subject, Costs(subject.context, count), count, rest)
+    rest += sum(costs.seconds(layer, DENSE) for layer in others)
+    return Prediction(subject, costs, layers, count, rest)
 
 
 def _measured(
@@ -154,12 +156,38 @@ def _measured(
         paths = build_trials(subject, settings, Path(directory), build, progress)
         progress("time the trials")
         trials = measure_trials(settings, paths, threads)
-    return from_trials(subject, trials, threads)
+    return from_trials(subject, trials, structures, threads)
 
 
-def from_trials(subject: Subject, trials: Sequence[Trial], threads: int) -> Prediction:
+def from_trials(
+    subject: Subject, trials: Sequence[Trial], structures: Sequence[str], threads: int
+) -> Prediction:
     """A prediction that rests on trials."""
     costs = Costs(subject.context, threads)
-    costs.correct(subject.layers, trials)
-    rest = max(0.0, median(trial.rest for trial in trials))
-    return Prediction(subject, costs, threads, rest, cpu_model(), trials)
+    layers = _prunable(subject, costs, structures)
+    costs.correct(layers, trials)
+    names = [layer.name for layer in layers]
+    rest = max(0.0, median(trial.rest(names) for trial in trials))
+    return Prediction(subject, costs, layers, threads, rest, cpu_model(), trials)
+
+
+def _prunable(subject: Subject, costs: Costs, structures: Sequence[str]) -> Sequence[PlannedLayer]:
+    """Layers that the compiler makes sparse if only enough is zero.
+
+    Raises
+    ------
+    ModelError
+        When there is none.
+    """
+    furthest = [settings_of(structure)[-1] for structure in structures]
+    found = [
+        layer
+        for layer in subject.layers
+        if any(costs.choice(layer.kinds[0], setting).layout.sparse for setting in furthest)
+    ]
+    if not found:
+        raise ModelError(
+            f"{subject.name}: pruning makes no layer faster on {subject.context.target.name}",
+            hint="layers this small, or depthwise, stay dense; try another --structure",
+        )
+    return found

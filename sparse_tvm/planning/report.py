@@ -108,7 +108,10 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
             f"{milliseconds(plan.seconds)}, as it is {milliseconds(plan.dense_seconds)} "
             f"({faster:.2f}x)",
         ),
-        ("Not pruned", f"{milliseconds(plan.rest_seconds)}: embeddings, attention, norms"),
+        (
+            "Not pruned",
+            f"{milliseconds(plan.rest_seconds)}: embeddings, attention, norms and what stays dense",
+        ),
         ("Weights", f"{human_bytes(plan.nbytes)}, as they are {human_bytes(plan.dense_bytes)}"),
         ("Error", f"{human_percent(plan.error)}, mean of the layers"),
     ]

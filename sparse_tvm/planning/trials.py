@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -58,10 +58,9 @@ class Trial:
     seconds: float
     layers: Mapping[str, float]
 
-    @property
-    def rest(self) -> float:
-        """Seconds that are no layer's."""
-        return self.seconds - sum(self.layers.values())
+    def rest(self, layers: Iterable[str]) -> float:
+        """Seconds that are none of these layers'."""
+        return self.seconds - sum(self.layers[name] for name in layers)
 
 
 def trial_settings(subject: Subject, structures: Sequence[str]) -> list[dict[str, Setting]]:

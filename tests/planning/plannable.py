@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx
 
 from sparse_tvm.models.bert import BertConfig, build_bert
@@ -11,5 +13,5 @@ TARGET = "x86-64-v4"
 """Predicted only, whatever machine tests run on."""
 
 
-def small_bert(sequence: int | str = 64) -> onnx.ModelProto:
-    return build_bert(SMALL, sequence=sequence)
+def small_bert(sequence: int | str = 64, layers: int = SMALL.layers) -> onnx.ModelProto:
+    return build_bert(replace(SMALL, layers=layers), sequence=sequence)

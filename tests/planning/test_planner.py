@@ -78,7 +78,7 @@ def test_what_needs_no_pruning_is_left_alone(planner: Planner) -> None:
     [
         ("latency", 1e-6, "a latency of 0.001 ms is out of reach: the dense rest .* takes"),
         ("speedup", 1000.0, "a speed-up of 1000 is out of reach"),
-        ("size", 1000.0, "a size of 0.001 MB is out of reach: the dense rest"),
+        ("size", 1000.0, "a size of 0.001 MB is out of reach: embeddings"),
     ],
 )
 def test_what_cannot_be_reached_is_explained(
@@ -158,7 +158,7 @@ def test_predictions_follow_trials() -> None:
             for layer in subject.layers
         }
         trials.append(Trial(settings, formats, sum(layers.values()) + 0.5, layers))
-    found = prediction.from_trials(subject, trials, 1)
+    found = prediction.from_trials(subject, trials, STRUCTURES, 1)
     assert found.rest_seconds == pytest.approx(0.5)
     assert found.worst_error == pytest.approx(0, abs=1e-9)
     for settings in trial_settings(subject, ["4x1"]):
