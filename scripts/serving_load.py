@@ -17,6 +17,9 @@ from sparse_tvm.spec import TensorSpec
 
 _SHORTEST = 8
 
+UNSENT = "too late to send"
+"""What becomes of requests whose sender could not keep the rate."""
+
 
 @dataclass
 class Result:
@@ -100,7 +103,7 @@ async def fixed_rate(
         while (item := await queue.get()) is not None:
             due, number = item
             if perf_counter() > last:
-                result.statuses["too late to send"] += 1
+                result.statuses[UNSENT] += 1
                 continue
             result.statuses[await _send(session, path, requests[number % len(requests)])] += 1
             result.latencies.append(perf_counter() - due)

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from serving_load import feeds, fixed_rate, request_of, saturated
+from serving_load import UNSENT, feeds, fixed_rate, request_of, saturated
 
 from sparse_tvm.artifact import read_manifest
 from sparse_tvm.cli.console import stdout_console
@@ -27,6 +27,7 @@ from sparse_tvm.spec import TensorSpec
 MAX_GROWTH = 1.02  # of memory, from the second quarter to the last
 MAX_SLOWER = 1.5  # of the median latency
 MAX_MORE = 2  # threads, or descriptors
+MAX_UNSENT = 1e-3  # of all requests: their sender shares the cores with the server
 _WIDTH, _HEIGHT, _MARGIN = 720, 150, 46
 
 
@@ -122,7 +123,9 @@ def report(samples: list[Sample], plot: Path) -> int:
         soft_wrap=True,
     )
     more = max(median(late, name) - median(early, name) for name in ("threads", "descriptors"))
-    return int(growth > MAX_GROWTH or slower > MAX_SLOWER or more > MAX_MORE or bool(errors))
+    unsent = errors.pop(UNSENT, 0) / sum(sample.answered for sample in samples)
+    failed = growth > MAX_GROWTH or slower > MAX_SLOWER or more > MAX_MORE or unsent > MAX_UNSENT
+    return int(failed or bool(errors))
 
 
 def median(samples: list[Sample], name: str) -> float:

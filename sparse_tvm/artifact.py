@@ -23,9 +23,10 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from threading import Thread
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -229,16 +230,12 @@ def check_content(
     """
     sections = [section for section in sections_of(manifest) if everything or section.steers]
 
-    def is_damaged(section: Section) -> bool:
-        return crc32(content[section.start : section.end].data) != section.crc32
-
-    if sum(section.end - section.start for section in sections) < _WORTH_A_THREAD:
-        results = list(map(is_damaged, sections))
-    else:
-        sections.sort(key=lambda section: section.start - section.end)  # the longest first
-        with ThreadPoolExecutor(usable_cores()) as threads:
-            results = list(threads.map(is_damaged, sections))
-    damaged = [section.name for section, wrong in zip(sections, results, strict=True) if wrong]
+    sums = _checksums([content[section.start : section.end] for section in sections])
+    damaged = [
+        section.name
+        for section, found in zip(sections, sums, strict=True)
+        if found != section.crc32
+    ]
     if damaged:
         more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
         raise ArtifactError(
@@ -246,6 +243,27 @@ def check_content(
             f"{'has' if len(damaged) == 1 else 'have'} another checksum than was written",
             hint="copy the file again, or compile the model again",
         )
+
+
+def _checksums(parts: Sequence[np.ndarray]) -> list[int | None]:
+    """Return the checksum of each part; of many bytes by all cores.
+
+    Bare threads: importing an executor takes as long as most checks.
+    """
+    sums: list[int | None] = [None] * len(parts)
+    workers = usable_cores() if sum(part.size for part in parts) >= _WORTH_A_THREAD else 1
+
+    def sum_up(first: int) -> None:
+        for index in range(first, len(parts), workers):
+            sums[index] = crc32(parts[index].data)
+
+    threads = [Thread(target=sum_up, args=(first,)) for first in range(1, workers)]
+    for thread in threads:
+        thread.start()
+    sum_up(0)
+    for thread in threads:
+        thread.join()
+    return sums
 
 
 def open_artifact(path: str | os.PathLike[str]) -> BinaryIO:
@@ -283,8 +301,9 @@ def manifest_of(file: BinaryIO) -> dict[str, Any]:
 
 def _check_places(manifest: Mapping[str, Any], end_of_weights: int) -> None:
     """Raise ValueError where code and weights do not lie in the file, apart from each other."""
+    itemsize = cache(lambda dtype: np.dtype(dtype).itemsize)
     for entry in manifest["weights"]:
-        needed = math.prod(entry["shape"]) * np.dtype(entry["dtype"]).itemsize
+        needed = math.prod(entry["shape"]) * itemsize(entry["dtype"])
         if entry["nbytes"] != needed:
             raise ValueError(
                 f"weight {entry['name']!r} has {entry['nbytes']} bytes, its shape needs {needed}"

@@ -1,7 +1,8 @@
 """CRC-32 by the fastest library at hand: all of them give the same number.
 
-An artifact of hundreds of megabytes is checked whenever a server loads it. zlib-ng, which the extra
-``serve`` brings, uses the CPU's carry-less multiplication and reads about as fast as memory gives.
+An artifact of hundreds of megabytes is checked whenever a server loads it. zlib-ng uses the CPU's
+carry-less multiplication and reads about as fast as memory gives; zlib stands in for it on boards
+that only tune, where nothing is installed but what runs a kernel.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@
 keys that are not listed are let through, for an older reader to ignore.
 """
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from functools import cache
 from types import UnionType
 from typing import (
@@ -247,69 +246,148 @@ def check(value: Any, expected: Any, where: str) -> None:
     ValueError
         As :func:`check_manifest`; ``where`` is the place of the value itself.
     """
-    origin, arguments = get_origin(expected), get_args(expected)
-    if expected is Any:
-        return
-    if is_typeddict(expected):
-        _check_keys(value, expected, where)
-    elif origin is list:
-        _demand(isinstance(value, list), value, "a list", where)
-        for index, item in enumerate(value):
-            check(item, arguments[0], f"{where}[{index}]")
-    elif origin is tuple:
-        found = isinstance(value, list) and len(value) == len(arguments)
-        _demand(found, value, f"a list of {len(arguments)}", where)
-        for index, item in enumerate(value):
-            check(item, arguments[index], f"{where}[{index}]")
-    elif origin is dict:
-        _demand(isinstance(value, dict), value, "an object", where)
-        for key, item in value.items():
-            check(item, arguments[1], f"{where}[{key!r}]")
-    elif origin in (Union, UnionType):
-        check(value, _alternative(value, arguments), where)
-    elif origin is Literal:
-        _demand(value in arguments, value, f"one of {', '.join(arguments)}", where)
-    elif expected == Natural:
-        _demand(_is_a(value, int) and value >= 0, value, "a number from 0", where)
-    else:
-        _demand(_is_a(value, expected), value, _NAMES[expected], where)
+    try:
+        _checker(expected)(value)
+    except _Wrong as error:
+        place = "".join((where, *reversed(error.places))).removeprefix(".")
+        raise ValueError(f"{place or 'the manifest'} {error}") from None
 
 
-def _check_keys(value: Any, expected: Any, where: str) -> None:
-    _demand(isinstance(value, dict), value, "an object", where)
-    missing = sorted(expected.__required_keys__ - value.keys())
-    if missing:
-        raise ValueError(f"{where or 'the manifest'} has no {missing[0]!r}")
-    for key, type_ in _fields(expected).items():
-        if key in value:
-            check(value[key], type_, f"{where}.{key}" if where else key)
+class _Wrong(Exception):
+    """What is wrong with a value; the containers around it add its place, innermost first."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.places: list[str] = []
+
+
+_Check = Callable[[Any], None]
 
 
 @cache
-def _fields(expected: Any) -> dict[str, Any]:
-    return get_type_hints(expected, include_extras=True)
+def _checker(expected: Any) -> _Check:
+    """Return what raises `_Wrong` for a value of another type.
+
+    Made once for each type: a model has thousands of values, and is checked whenever it is loaded.
+    """
+    origin, arguments = get_origin(expected), get_args(expected)
+    if expected is Any:
+        return lambda value: None
+    if is_typeddict(expected):
+        return _keys_checker(expected)
+    if origin is list:
+        return _list_checker(_checker(arguments[0]))
+    if origin is tuple:
+        return _tuple_checker([_checker(argument) for argument in arguments])
+    if origin is dict:
+        return _object_checker(_checker(arguments[1]))
+    if origin in (Union, UnionType):
+        return _union_checker(arguments)
+    if origin is Literal:
+        return _demand(lambda value: value in arguments, f"one of {', '.join(arguments)}")
+    if expected == Natural:
+        return _demand(lambda value: type(value) is int and value >= 0, "a number from 0")
+    if expected is float:
+        return _demand(lambda value: type(value) in (int, float), "a number")
+    return _demand(lambda value: type(value) is expected, _NAMES[expected])
 
 
-def _alternative(value: Any, alternatives: tuple[Any, ...]) -> Any:
-    """Return which of a union's members `value` should be."""
-    if value is None and type(None) in alternatives:
-        return type(None)
-    if isinstance(value, str) and str in alternatives:
-        return str
-    return alternatives[0]
+def _keys_checker(expected: Any) -> _Check:
+    is_object = _demand(lambda value: isinstance(value, dict), "an object")
+    fields = {
+        key: _checker(type_) for key, type_ in get_type_hints(expected, include_extras=True).items()
+    }
+    required = expected.__required_keys__
+
+    def check_keys(value: Any) -> None:
+        is_object(value)
+        if missing := required - value.keys():
+            raise _Wrong(f"has no {min(missing)!r}")
+        for key, check_value in fields.items():
+            if key in value:
+                try:
+                    check_value(value[key])
+                except _Wrong as error:
+                    error.places.append(f".{key}")
+                    raise
+
+    return check_keys
 
 
-def _is_a(value: Any, expected: type) -> bool:
-    if isinstance(value, bool):
-        return expected is bool
-    return isinstance(value, (int, float) if expected is float else expected)
+def _list_checker(check_item: _Check) -> _Check:
+    is_list = _demand(lambda value: isinstance(value, list), "a list")
+
+    def check_items(value: Any) -> None:
+        is_list(value)
+        for index, item in enumerate(value):
+            try:
+                check_item(item)
+            except _Wrong as error:
+                error.places.append(f"[{index}]")
+                raise
+
+    return check_items
 
 
-_NAMES = {str: "a string", int: "an integer", float: "a number", type(None): "null"}
+def _tuple_checker(checks: list[_Check]) -> _Check:
+    fits = _demand(
+        lambda value: isinstance(value, list) and len(value) == len(checks),
+        f"a list of {len(checks)}",
+    )
+
+    def check_items(value: Any) -> None:
+        fits(value)
+        for index, (item, check_item) in enumerate(zip(value, checks, strict=True)):
+            try:
+                check_item(item)
+            except _Wrong as error:
+                error.places.append(f"[{index}]")
+                raise
+
+    return check_items
 
 
-def _demand(found: bool, value: Any, expected: str, where: str) -> None:
-    if not found:
-        text = repr(value)
-        shown = text if len(text) <= 40 else text[:39] + "…"
-        raise ValueError(f"{where or 'the manifest'} is {shown}, not {expected}")
+def _object_checker(check_item: _Check) -> _Check:
+    is_object = _demand(lambda value: isinstance(value, dict), "an object")
+
+    def check_items(value: Any) -> None:
+        is_object(value)
+        for key, item in value.items():
+            try:
+                check_item(item)
+            except _Wrong as error:
+                error.places.append(f"[{key!r}]")
+                raise
+
+    return check_items
+
+
+def _union_checker(alternatives: tuple[Any, ...]) -> _Check:
+    """Check what the value looks like: null, a string, or else the first alternative."""
+    checks = {type_: _checker(type_) for type_ in alternatives}
+    others = checks[alternatives[0]]
+    of_null, of_string = checks.get(type(None), others), checks.get(str, others)
+
+    def check_alternative(value: Any) -> None:
+        if value is None:
+            of_null(value)
+        elif isinstance(value, str):
+            of_string(value)
+        else:
+            others(value)
+
+    return check_alternative
+
+
+def _demand(holds: Callable[[Any], bool], expected: str) -> _Check:
+    def check_value(value: Any) -> None:
+        if not holds(value):
+            text = repr(value)
+            shown = text if len(text) <= 40 else text[:39] + "…"
+            raise _Wrong(f"is {shown}, not {expected}")
+
+    return check_value
+
+
+_NAMES = {str: "a string", int: "an integer", type(None): "null"}
+"""JSON has no other numbers, and no subclasses: `bool` is none of `int`'s."""

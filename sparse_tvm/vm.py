@@ -5,6 +5,7 @@ Only ``libtvm_ffi`` and ``libtvm_runtime`` are loaded, never ``tvm`` or its comp
 
 from __future__ import annotations
 
+import ctypes
 import os
 import queue
 import sys
@@ -55,7 +56,6 @@ def runtime() -> Any:
     try:
         with _torch_hidden():
             import tvm_ffi
-            from tvm_ffi.libinfo import load_lib_ctypes
     except ImportError as error:
         raise ArtifactError(f"TVM's runtime cannot be loaded: {error}", hint=_INSTALL) from error
     spec = find_spec("tvm")
@@ -63,7 +63,7 @@ def runtime() -> Any:
         raise ArtifactError("TVM's runtime is not installed", hint=_INSTALL)
     found = [] if spec is None else spec.submodule_search_locations or ()
     places = [Path(place) / "lib" for place in found] or [_BUNDLED]
-    load_lib_ctypes("apache-tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=places)
+    ctypes.CDLL(str(places[0] / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
     return tvm_ffi
 
 
