@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import sparse_tvm
-from sparse_tvm.sparsity.pruning import prune_array
+from sparse_tvm.sparsity.masks import prune_array
 
 FEATURES, HIDDEN, CLASSES, BATCH = 256, 1024, 10, 256
 DENSE_STEPS, PRUNING_STEPS, LAST_STEPS = 100, 200, 100

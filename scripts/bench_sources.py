@@ -28,7 +28,7 @@ from transformers import BertConfig, BertModel
 import sparse_tvm
 from sparse_tvm.interleave import interleave
 from sparse_tvm.random_inputs import random_inputs
-from sparse_tvm.sparsity.pruning import prune_array
+from sparse_tvm.sparsity.masks import prune_array
 
 SEQUENCE = 128
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")

@@ -17,7 +17,7 @@ from sparse_tvm.machine_limits import Kernel, build  # noqa: E402
 from sparse_tvm.operators import Bias, Dense, Layout, Step  # noqa: E402
 from sparse_tvm.schedules.cpu.families.matmul import MatmulFamily  # noqa: E402
 from sparse_tvm.schedules.cpu.simd import LANES, Simd  # noqa: E402
-from sparse_tvm.sparsity.pruning import prune_array  # noqa: E402
+from sparse_tvm.sparsity.masks import prune_array  # noqa: E402
 from sparse_tvm.targets import Target  # noqa: E402
 
 

@@ -34,7 +34,7 @@ from sparse_tvm.schedules.cpu.families.convolution import ConvolutionFamily, Dep
 from sparse_tvm.schedules.cpu.families.matmul import MatmulFamily
 from sparse_tvm.schedules.cpu.families.product import ProductFamily
 from sparse_tvm.schedules.cpu.families.rows import LayerNormFamily
-from sparse_tvm.sparsity.pruning import prune_array
+from sparse_tvm.sparsity.masks import prune_array
 from sparse_tvm.sparsity.statistics import AssumedWeight, MeasuredWeight
 from sparse_tvm.targets import TARGETS, get_target
 

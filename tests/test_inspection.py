@@ -13,7 +13,7 @@ from sparse_tvm.artifact import write_artifact
 from sparse_tvm.cli import main
 from sparse_tvm.errors import ArtifactError, ModelError
 from sparse_tvm.inspection import inspect
-from sparse_tvm.sparsity.pruning import prune_array
+from sparse_tvm.sparsity.masks import prune_array
 
 
 @pytest.fixture

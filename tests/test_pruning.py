@@ -17,7 +17,9 @@ from sparse_tvm.frontends.onnx.detach import as_array
 from sparse_tvm.frontends.onnx.weights import canonical, find_weights
 from sparse_tvm.frontends.onnx.write import write_onnx
 from sparse_tvm.sparsity.formats import BSR
-from sparse_tvm.sparsity.pruning import Pattern, prune, prune_array
+from sparse_tvm.sparsity.masks import prune_array
+from sparse_tvm.sparsity.pattern import Pattern
+from sparse_tvm.sparsity.pruning import prune
 
 RNG = np.random.default_rng(0)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import sparse_tvm
-from sparse_tvm.sparsity.pruning import prune_array
+from sparse_tvm.sparsity.masks import prune_array
 
 sizes = st.one_of(st.sampled_from([1, 7, 16, 33]), st.integers(1, 80))
 layer_specs = st.fixed_dictionaries(

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import sparse_tvm
-from sparse_tvm.sparsity.pruning import prune_array
+from sparse_tvm.sparsity.masks import prune_array
 
 SIZE = 256
 ROWS = 16

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sparse_tvm.sparsity.analysis import analyse
 from sparse_tvm.sparsity.formats import BSR
-from sparse_tvm.sparsity.pruning import prune_array
+from sparse_tvm.sparsity.masks import prune_array
 from sparse_tvm.sparsity.statistics import AssumedWeight, MeasuredWeight
 
 blocks = st.tuples(st.integers(1, 9), st.integers(1, 9))

@@ -47,6 +47,28 @@ def prune(
     exclude: Annotated[
         str | None, typer.Option(metavar="REGEX", help="Leave the layers whose name matches.")
     ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="METHOD",
+            help="magnitude; with --calibrate: wanda, or obs, where other weights make up for "
+            "those that go.",
+        ),
+    ] = "magnitude",
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="An .npz of inputs, a .txt of sentences, or a folder of images.",
+        ),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="The most samples of --calibrate to use.")
+    ] = 512,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="tokenizer.json for sentences; default: the model's."),
+    ] = None,
     random_weights: Annotated[
         bool,
         typer.Option(
@@ -57,30 +79,37 @@ def prune(
     input_shape: InputShapes = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Prune the weights of MODEL by magnitude. Embeddings are never touched."""
+    """Prune the weights of MODEL. Embeddings are never touched."""
     from sparse_tvm.frontends.input_shapes import parse_input_shapes
     from sparse_tvm.frontends.kinds import check_model
 
     shapes = parse_input_shapes(input_shape or ())
     check_model(model)
 
-    from sparse_tvm.cli.console import stdout_console
+    from sparse_tvm.cli.console import stderr_console, stdout_console
+    from sparse_tvm.cli.progress import PhaseProgress
     from sparse_tvm.frontends.source import SourceOptions
     from sparse_tvm.report.tables import fact_table
     from sparse_tvm.sparsity.pruning import prune
 
-    report = prune(
-        model,
-        output,
-        options=SourceOptions(input_shapes=shapes, allow_pickle=allow_pickle),
-        sparsity=sparsity,
-        structure=structure,
-        scope=scope,
-        layers=layers,
-        exclude=exclude,
-        random_weights=random_weights,
-        seed=seed,
-    )
+    with PhaseProgress(stderr_console(), quiet=calibrate is None) as progress:
+        report = prune(
+            model,
+            output,
+            options=SourceOptions(input_shapes=shapes, allow_pickle=allow_pickle),
+            sparsity=sparsity,
+            structure=structure,
+            scope=scope,
+            layers=layers,
+            exclude=exclude,
+            method=method,
+            calibrate=calibrate,
+            samples=samples,
+            tokenizer=tokenizer,
+            random_weights=random_weights,
+            seed=seed,
+            progress=progress,
+        )
     console = stdout_console()
     console.print(_layer_table(report))
     console.print(fact_table(_facts(report)))
@@ -93,7 +122,8 @@ def _layer_table(report: PruneReport) -> Table:
     from sparse_tvm.report.groups import grouped
     from sparse_tvm.report.tables import human_percent
 
-    numbers = ("before", "after")
+    measured = any(layer.error is not None for layer in report.layers)
+    numbers = ("before", "after", *(("error",) if measured else ()))
     table = plain_table("layer", "op", "shape", *numbers, "structure", numbers=numbers)
     rows = [
         (
@@ -102,6 +132,7 @@ def _layer_table(report: PruneReport) -> Table:
             shape_cell(layer.shape),
             human_percent(layer.before),
             human_percent(layer.after),
+            *((human_percent(layer.error or 0.0),) if measured else ()),
             layer.structure,
         )
         for layer in report.layers
@@ -109,7 +140,7 @@ def _layer_table(report: PruneReport) -> Table:
     for name, *cells in grouped(rows):
         table.add_row(name_cell(name), *cells)
     for name, reason in report.skipped.items():
-        table.add_row(name_cell(name), "", "", "", "", Text(f"skipped: {reason}"))
+        table.add_row(name_cell(name), "", "", *("" for _ in numbers), Text(f"skipped: {reason}"))
     return table
 
 

@@ -13,7 +13,7 @@ from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.layout_choice import choose
 from sparse_tvm.schedules.cpu.cost import dense_rows, matmul_cycles, matmul_seconds, part_counts
 from sparse_tvm.schedules.cpu.simd import Simd
-from sparse_tvm.sparsity.pruning import prune_array
+from sparse_tvm.sparsity.masks import prune_array
 from sparse_tvm.sparsity.statistics import MeasuredWeight
 from sparse_tvm.targets import TARGETS
 

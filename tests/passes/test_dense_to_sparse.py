@@ -15,7 +15,7 @@ from sparse_tvm.passes.fuse_convolution import fuse_convolution
 from sparse_tvm.passes.fuse_epilogue import fuse_epilogue
 from sparse_tvm.passes.program import Program
 from sparse_tvm.sparsity.analysis import analyse
-from sparse_tvm.sparsity.pruning import prune_array
+from sparse_tvm.sparsity.masks import prune_array
 
 OP = relax.op
 PASSES = [fc_transpose, fuse_epilogue, fuse_convolution, dense_to_sparse]

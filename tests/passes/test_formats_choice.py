@@ -16,7 +16,7 @@ from sparse_tvm.families import WeightedFamily, Work
 from sparse_tvm.operators import Bias, Convolution, Dense, Layout
 from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.layout_choice import choose
-from sparse_tvm.sparsity.pruning import prune_array
+from sparse_tvm.sparsity.masks import prune_array
 from sparse_tvm.sparsity.statistics import MeasuredWeight
 from sparse_tvm.targets import get_target
 

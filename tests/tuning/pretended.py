@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sparse_tvm.operators import Bias, Dense, Layout, from_json
-from sparse_tvm.sparsity.pruning import prune_array
+from sparse_tvm.sparsity.masks import prune_array
 from sparse_tvm.sparsity.statistics import MeasuredWeight
 from sparse_tvm.targets import get_target
 from sparse_tvm.tuning.measuring import Measurer

@@ -17,7 +17,7 @@ from sparse_tvm.passes.dense_to_sparse import dense_to_sparse
 from sparse_tvm.passes.fc_transpose import fc_transpose
 from sparse_tvm.passes.fuse_attention import fuse_attention
 from sparse_tvm.passes.fuse_epilogue import fuse_epilogue
-from sparse_tvm.sparsity.pruning import prune_array
+from sparse_tvm.sparsity.masks import prune_array
 
 OP = relax.op
 PASSES = [fc_transpose, fuse_epilogue, fuse_attention, dense_to_sparse, lane_layout, lower_kernels]
