@@ -216,6 +216,11 @@ def test_help_imports_nothing_heavy() -> None:
         "bench nosuch.so",
         "inspect nosuch.onnx",
         "prune nosuch.onnx -o pruned.onnx",
+        "plan nosuch.onnx --latency 5ms -o plan.json",
+        "plan model.onnx --latency 5 -o plan.json",
+        "plan model.onnx --latency 5ms --size 1MB -o plan.json",
+        "plan model.onnx --latency 5ms -o nosuch/plan.json",
+        "plan model.onnx --latency 5ms -o plan.json --report plan.pdf",
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_slow_is_loaded(

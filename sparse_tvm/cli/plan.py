@@ -194,7 +194,7 @@ def _print_plan(console: Any, plan: Plan, model: str, output: Path) -> None:
     from rich.text import Text
 
     from sparse_tvm.cli.tables import name_cell, plain_table
-    from sparse_tvm.planning.report import COLUMNS, facts, frontier_rows, rows
+    from sparse_tvm.planning.report import COLUMNS, doubt, facts, frontier_rows, rows
     from sparse_tvm.report.groups import grouped
     from sparse_tvm.report.tables import fact_table
 
@@ -208,6 +208,8 @@ def _print_plan(console: Any, plan: Plan, model: str, output: Path) -> None:
     console.print(table)
     console.print(frontier)
     console.print(fact_table(facts(plan)))
+    if why := doubt(plan):
+        console.print(Text.assemble(("warning: ", "bold yellow"), why), soft_wrap=True)
     console.print(Text.assemble("wrote ", (str(output), "bold")), soft_wrap=True)
     command = f"sparse-tvm prune {shlex.quote(model)} -o pruned.onnx --plan {output}"
     console.print(Text(f"next: {command}"), soft_wrap=True)

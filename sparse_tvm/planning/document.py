@@ -62,6 +62,7 @@ class _Conditions(TypedDict):
     threads: Natural
     inputs: dict[str, list[Natural]]
     basis: Literal["measured", "predicted"]
+    worst_trial: float | None
 
 
 class _Plan(TypedDict):
@@ -166,6 +167,9 @@ class Plan:
         For which CPU.
     cpu : str | None
         The CPU that was measured on; None where times are predicted.
+    worst_trial : float | None
+        By how much the trial that was predicted worst is off, relatively; None where times are
+        predicted.
     threads : int
         How many run.
     inputs : dict[str, tuple[int, ...]]
@@ -190,6 +194,7 @@ class Plan:
     value: float
     target: str
     cpu: str | None
+    worst_trial: float | None
     threads: int
     inputs: Mapping[str, tuple[int, ...]]
     seconds: float
@@ -254,6 +259,7 @@ class Plan:
                 "threads": self.threads,
                 "inputs": {name: list(shape) for name, shape in self.inputs.items()},
                 "basis": self.basis,
+                "worst_trial": self.worst_trial,
             },
             "totals": {
                 "seconds": self.seconds,
@@ -298,6 +304,7 @@ class Plan:
             value["goal"]["value"],
             conditions["target"],
             conditions["cpu"],
+            conditions["worst_trial"],
             conditions["threads"],
             {name: tuple(shape) for name, shape in conditions["inputs"].items()},
             totals["seconds"],

@@ -282,6 +282,7 @@ class Planner:
             value,
             subject.context.target.name,
             prediction.cpu,
+            prediction.worst_error,
             prediction.threads,
             subject.shapes,
             prediction.seconds(settings),

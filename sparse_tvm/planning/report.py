@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from sparse_tvm.planning.document import LayerPlan, Plan
 
 COLUMNS = ("layer", "shape", "sparsity", "structure", "faster", "error")
+_DOUBTFUL = 0.1
+"""Of a trial: how far off from which on a user should know."""
+
 _SHOWN = 9
 """Points of the frontier in the terminal."""
 
@@ -121,7 +124,19 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
         found.append(
             ("Uniform", f"{human_percent(error)}: {structure}, one sparsity for all layers")
         )
+    if plan.worst_trial is not None:
+        found.append(("Trials", f"predicted within {human_percent(plan.worst_trial)}"))
     return [*found, ("Times", f"{where}, {plan.threads} threads"), ("Inputs", inputs)]
+
+
+def doubt(plan: Plan) -> str | None:
+    """Why the plan's times should not be trusted, if so."""
+    if plan.worst_trial is None or plan.worst_trial <= _DOUBTFUL:
+        return None
+    return (
+        f"a trial took {human_percent(plan.worst_trial)} more or less than all trials together "
+        "say: something else runs on this machine; stop it and plan again"
+    )
 
 
 def uniform_error(plan: Plan) -> tuple[str, float] | None:

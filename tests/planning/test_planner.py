@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.planning.document import Plan
 from sparse_tvm.planning.planner import Planner, open_subject, plan
 from sparse_tvm.planning.prediction import predict
-from sparse_tvm.planning.report import uniform_error
+from sparse_tvm.planning.report import doubt, uniform_error
 from sparse_tvm.planning.settings import DENSE, STRUCTURES
 
 MODEL = small_bert()
@@ -161,6 +162,10 @@ def test_predictions_follow_trials() -> None:
     found = prediction.from_trials(subject, trials, STRUCTURES, 1)
     assert found.rest_seconds == pytest.approx(0.5)
     assert found.worst_error == pytest.approx(0, abs=1e-9)
+    measured = Planner(found, STRUCTURES).plan("latency", 1.0)
+    assert measured.basis == "measured"
+    assert doubt(measured) is None
+    assert doubt(replace(measured, worst_trial=0.3)) is not None
     for settings in trial_settings(subject, ["4x1"]):
         layers = 3 * (plain.seconds(settings) - plain.rest_seconds)
         assert found.seconds(settings) == pytest.approx(layers + 0.5)
