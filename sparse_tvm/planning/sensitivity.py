@@ -15,7 +15,8 @@ import numpy as np
 
 from sparse_tvm.planning.settings import DENSE, Setting
 from sparse_tvm.sparsity.formats import reduce_blocks
-from sparse_tvm.sparsity.pruning import Pattern, prune_array
+from sparse_tvm.sparsity.masks import prune_array
+from sparse_tvm.sparsity.pattern import Pattern
 
 
 def errors_of(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparse_tvm.errors import OptionError
-from sparse_tvm.sparsity.pruning import Pattern
+from sparse_tvm.sparsity.pattern import Pattern
 from sparse_tvm.sparsity.statistics import AssumedWeight
 
 STRUCTURES = ("unstructured", "4x1", "16x1")

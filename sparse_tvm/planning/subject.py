@@ -31,7 +31,7 @@ from sparse_tvm.passes.infrastructure import Context
 from sparse_tvm.passes.program import Program
 from sparse_tvm.planning.settings import DENSE, Setting
 from sparse_tvm.random_inputs import typical_sizes
-from sparse_tvm.sparsity.pruning import prune_array
+from sparse_tvm.sparsity.masks import prune_array
 from sparse_tvm.spec import size_of
 from sparse_tvm.tuning.layers import layer_calls, until_layouts
 from sparse_tvm.tuning.records import anonymous

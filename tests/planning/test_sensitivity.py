@@ -8,7 +8,7 @@ import pytest
 from sparse_tvm.errors import OptionError
 from sparse_tvm.planning.sensitivity import errors_of
 from sparse_tvm.planning.settings import DENSE, Setting, settings_of
-from sparse_tvm.sparsity.pruning import prune_array
+from sparse_tvm.sparsity.masks import prune_array
 
 RNG = np.random.default_rng(0)
 SETTINGS = [
