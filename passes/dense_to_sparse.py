@@ -17,7 +17,7 @@ from typing import Any
 from tvm import relax
 
 from sparse_tvm.families import TYPICAL_TOKENS
-from sparse_tvm.operators import Dense, WeightedOperator
+from sparse_tvm.operators import Dense, Recurrent, WeightedOperator
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.graph import Rewrite, product, same, shape_of
 from sparse_tvm.passes.infrastructure import Context, Property, graph_pass
@@ -43,11 +43,14 @@ def dense_to_sparse(program: Program, context: Context) -> Program:
 def typical_tokens(op: WeightedOperator, output: Sequence[Any]) -> Sequence[int]:
     """How many tokens the layer sees at a time, or pixels: their number, or typical ones.
 
-    Of images whose number is not known there is one.
+    A recurrent layer sees one of each sequence. Of images or sequences whose number is not known
+    there is one.
     """
     if isinstance(op, Dense):
         count = product(output[:-1])
         return (count,) if isinstance(count, int) else TYPICAL_TOKENS
+    if isinstance(op, Recurrent):
+        return (output[1] if isinstance(output[1], int) else 1,)
     batch, _, *size = output
     pixels = product(size)
     if not isinstance(pixels, int):

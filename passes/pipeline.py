@@ -16,12 +16,13 @@ from sparse_tvm.passes.fuse_product import fuse_product
 from sparse_tvm.passes.infrastructure import Phase
 from sparse_tvm.passes.keep_integers import keep_integers
 from sparse_tvm.passes.set_precision import set_precision
+from sparse_tvm.passes.split_recurrent import split_recurrent
 
 
 def phases(backend: Backend) -> Sequence[Phase]:
     """From the imported module to scheduled kernels."""
     return (
-        Phase("canonicalise", (fc_transpose, fuse_activations, fuse_layer_norm)),
+        Phase("canonicalise", (split_recurrent, fc_transpose, fuse_activations, fuse_layer_norm)),
         Phase("fuse", (fuse_epilogue, fuse_convolution, fuse_attention, fuse_product)),
         Phase("dense to sparse", (keep_integers, set_precision, dense_to_sparse)),
         *backend.phases(),

@@ -156,6 +156,16 @@ class WeightedFamily(KernelFamily[Weighted]):
         """Why the family has no sparse layouts for ``op``, where it has none."""
         return None
 
+    def unpacked(self, op: Weighted) -> Layout:
+        """The layout of a weight that only run time brings, which is read as ``[N, K, 1]``.
+
+        Raises
+        ------
+        ValueError
+            When the family has none.
+        """
+        raise ValueError(f"{self.name} has no layout for a weight that is no constant")
+
     @abstractmethod
     def cost(
         self, op: Weighted, layout: Layout, weight: WeightStatistics, tokens: int, target: AnyTarget

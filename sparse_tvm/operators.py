@@ -270,6 +270,54 @@ class Convolution(WeightedOperator):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recurrent(WeightedOperator):
+    """The steps of an LSTM, GRU or plain RNN in one direction, after the input's product.
+
+    Of gates ``[steps, batch, N]`` it makes ``[steps + states, batch, hidden]``: the hidden state
+    after each step, the last hidden state and, of an LSTM, the last cell state. W, ``[N, hidden]``,
+    and the gates have their features by gate, in ONNX's order.
+
+    Attributes
+    ----------
+    cell : str
+        ``lstm``, ``gru`` or ``rnn``.
+    functions : tuple[str, ...]
+        Activations of the gates (not a plain RNN's), of the candidate, and of an LSTM's cell.
+    given : tuple[str, ...]
+        Which optional operands there are, in this order: ``bias`` (of a GRU's candidate, reset
+        with it), ``peepholes``, ``lengths``, ``hidden``, ``cell``.
+    backward : bool
+        Whether it begins at the end of each sequence.
+    reset_after : bool
+        Whether a GRU resets the product of the hidden state, not that state.
+    clip : float | None
+        Bound of what activations are applied to.
+    """
+
+    name: ClassVar[str] = "recurrent"
+    operands: ClassVar[str] = (
+        "gates, the weight's arrays, bias?, peepholes?, lengths?, hidden state?, cell state?"
+    )
+
+    cell: str
+    functions: tuple[str, ...]
+    given: tuple[str, ...] = ()
+    backward: bool = False
+    reset_after: bool = False
+    clip: float | None = None
+
+    @property
+    def hidden(self) -> int:
+        """Units of the hidden state."""
+        return self.matrix[1]
+
+    @property
+    def states(self) -> int:
+        """How many states are carried from step to step."""
+        return 2 if self.cell == "lstm" else 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Attention(Operator):
     """Multi-head scaled dot-product attention over unsplit q, k, v ``[batch, rows, features]``.
 
@@ -417,6 +465,7 @@ __all__ = [
     "Layout",
     "Operator",
     "Product",
+    "Recurrent",
     "Residual",
     "Step",
     "StepRound",

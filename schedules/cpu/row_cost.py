@@ -28,9 +28,47 @@ def few_rows_seconds(
     shape: tuple[int, int], layout: Layout, blocks: int, target: Target, tokens: int
 ) -> float:
     """Seconds on one core, for no more tokens than the largest of ``ROW_COUNTS``."""
-    costs = target.costs
-    (n, k), (rows, columns), parts = shape, layout.block, layout.get("parts", 1)
     count = next(c for c in ROW_COUNTS if c >= tokens)
+    compute = _compute_cycles(shape, layout, blocks, target, count)
+    stored = _stored_bytes(shape[1], layout, blocks)
+    costs, near = target.costs, stored <= target.caches.l2
+    streamed = stored / (costs.second if near else costs.last)
+    return target.seconds(max(compute, streamed) + sum(shape) * count * costs.load)
+
+
+def sequences_together(lanes: int) -> tuple[int, ...]:
+    """How many sequences' states are multiplied together: fewer count as so many."""
+    return 1, 4, max(8, lanes)
+
+
+def sequence_seconds(
+    shape: tuple[int, int], layout: Layout, blocks: int, target: Target, sequences: int
+) -> float:
+    """Seconds on one core for a step of so many sequences.
+
+    The weight of a step comes from the second cache at half its speed, and its arrival and the
+    arithmetic overlap little: a step is too short.
+    """
+    counts = sequences_together(target.lanes)
+    groups, rest = divmod(sequences, counts[-1])
+    each = [counts[-1]] * groups + [next(c for c in counts if c >= rest)] * (rest > 0)
+    stored = _stored_bytes(shape[1], layout, blocks)
+    costs, near = target.costs, stored <= target.caches.l2
+    streamed = stored / (costs.second / 2 if near else costs.last)
+    cycles = 0.0
+    for count in each:
+        cycles += streamed + _compute_cycles(shape, layout, blocks, target, count)
+        if layout.block == (1, 1) and count == 1:
+            cycles -= blocks * (costs.load + costs.index)  # scalars: nothing waits for an index
+    return target.seconds(cycles)
+
+
+def _compute_cycles(
+    shape: tuple[int, int], layout: Layout, blocks: int, target: Target, count: int
+) -> float:
+    """Cycles of the arithmetic, all operands being near."""
+    costs = target.costs
+    (n, _), (rows, columns), parts = shape, layout.block, layout.get("parts", 1)
     if outputs_in_lanes(layout, count):
         vectors = rows // gcd(rows, target.lanes)
         multiplied, loaded = vectors * count, vectors + count
@@ -41,10 +79,10 @@ def few_rows_seconds(
     if layout.sparse:
         block += costs.load + costs.index * (2 if count > 1 else 1)
     segments = parts * -(-n // rows)
-    compute = blocks * block + segments * (costs.row + count * rows * costs.load)
-    copies = (n + k) * count * costs.load
+    return blocks * block + segments * (costs.row + count * rows * costs.load)
+
+
+def _stored_bytes(k: int, layout: Layout, blocks: int) -> int:
+    rows, columns = layout.block
     index_bytes = np.dtype(index_dtype(k)).itemsize if layout.sparse else 0
-    stored_bytes = blocks * (4 * rows * columns + index_bytes)
-    near = stored_bytes <= target.caches.l2
-    streamed = stored_bytes / (costs.second if near else costs.last)
-    return target.seconds(max(compute, streamed) + copies)
+    return blocks * (4 * rows * columns + index_bytes)

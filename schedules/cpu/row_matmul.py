@@ -1,21 +1,15 @@
 """Y = epilogue(W X) for few rows of activations: as fast as the weight can be read.
 
 A tile of sixteen tokens is mostly padding where a model sees one to eight of them. Here the rows
-that there are, of whatever tiles, are copied to ``[k_in, M]`` first, and
-
-- outputs fill the vector lanes where a block of the weight has enough of them: each vector of
-  weights multiplies one broadcast value per row;
-- else the M rows fill the lanes, and each weight is broadcast.
-
-The weight is the one that :mod:`matmul` reads for whole tiles. Sums wait in a buffer until the
-last part of columns; then the epilogue is applied, and the rows go back into their tiles.
+that there are, of whatever tiles, are copied to ``[k_in, M]`` first; :mod:`row_product` multiplies
+them by the weight, which is the one that :mod:`matmul` reads for whole tiles. Then the epilogue is
+applied, and the rows go back into their tiles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import gcd
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -25,22 +19,12 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
     Tiles,
-    local,
-    prefetch,
     scalar,
     span,
-    unrolled,
 )
-from sparse_tvm.schedules.cpu.row_cost import outputs_in_lanes
+from sparse_tvm.schedules.cpu.row_product import RowProduct, broadcast
 from sparse_tvm.schedules.cpu.simd import Simd
-from sparse_tvm.schedules.cpu.stored_weight import PREFETCH_BYTES, Epilogue, StoredWeight
-
-_CHAINS = 8
-"""Independent sums that keep the multiply-adds busy."""
-
-
-def _splat(value: Expr, lanes: int) -> Expr:
-    return T.broadcast(value, lanes) if lanes > 1 else value
+from sparse_tvm.schedules.cpu.stored_weight import Epilogue, StoredWeight
 
 
 @dataclass(frozen=True)
@@ -121,31 +105,6 @@ def _vector(scalars: Sequence[Expr]) -> Expr:
     )
 
 
-class _Sums:
-    """Sums in registers, a buffer each, of so many lanes."""
-
-    def __init__(self, count: int, lanes: int) -> None:
-        self.lanes, self._buffers = lanes, [local(lanes) for _ in range(count)]
-        for i in range(count):
-            self._set(i, _splat(T.float32(0), lanes))
-
-    def _set(self, i: int, value: Expr) -> None:
-        T.buffer_store(self._buffers[i], value, [span(0, self.lanes)])
-
-    def get(self, i: int) -> Expr:
-        return self._buffers[i][span(0, self.lanes)]
-
-    def add(self, i: int, weight: Expr, x: Expr) -> None:
-        self._set(i, self.get(i) + weight * x)
-
-    def total(self, i: int, step: int) -> Expr:
-        """Every ``step``-th sum from ``i`` on, added up."""
-        total = self.get(i)
-        for other in range(i + step, len(self._buffers), step):
-            total = total + self.get(other)
-        return total
-
-
 class _FewRows:
     """The kernel for ``rows.count`` rows, on one thread's share of the weight."""
 
@@ -158,112 +117,22 @@ class _FewRows:
         epilogue: Epilogue,
         simd: Simd,
     ) -> None:
-        self.weight, self.rows, self.y, self.epilogue, self.simd = weight, rows, y, epilogue, simd
-        self.m = rows.count
-        self.block = weight.layout.block[0]
-        self.outputs = outputs_in_lanes(weight.layout, self.m)
-        self.width = weight.block_rows * self.block
-        self.xs = T.alloc_buffer((weight.k_in * self.m,), "float32")
-        self.ys = T.alloc_buffer((self.width * self.m,), "float32")
-        rows.copy(x, self.xs, weight.k_in)
-
-    def x(self, column: Expr, row: int = 0, lanes: int = 1) -> Expr:
-        """Some rows' values of an input column."""
-        return self.xs[span(column * self.m + row, lanes)]
-
-    def at(self, output: Expr, row: int, lanes: int) -> list[Expr]:
-        """Where sums wait: of some outputs of a row, or of all rows for an output."""
-        if self.outputs:
-            return [span(row * self.width + output, lanes)]
-        return [span(output * self.m + row, lanes)]
+        self.rows, self.y, self.epilogue, self.simd = rows, y, epilogue, simd
+        self.m, self.product = rows.count, RowProduct.allocate(weight, rows.count, simd)
+        self.ys, self.at = self.product.ys, self.product.at
+        rows.copy(x, self.product.xs, weight.k_in)
 
     def run(self, start: Expr, stop: Expr) -> None:
         """Compute a range of each part's block rows."""
-        weight = self.weight
-        if weight.layout.sparse:
-            with T.serial(0, weight.parts) as part, T.serial(0, stop - start) as i:
-                segment = scalar(part * weight.block_rows + start + i)
-                self._block_row(part, segment, scalar(weight.order[segment]))
-        else:
-            with T.serial(0, stop - start) as i:
-                self._dense_block(scalar(start + i))
-        first = scalar(start * self.block)
-        count = scalar(tirx.max(tirx.min(stop * self.block, weight.n_out) - first, 0))
+        self.product.run(start, stop)
+        block, n_out = self.product.block, self.product.weight.n_out
+        first = scalar(start * block)
+        count = scalar(tirx.max(tirx.min(stop * block, n_out) - first, 0))
         self._finish(first, count)
-
-    def _dense_block(self, block: Expr) -> None:
-        """All outputs of a dense block: as many vectors at a time as there are registers for."""
-        data, k_in, size = self.weight.data, self.weight.k_in, self.block
-        lanes = gcd(self.simd.lanes, size)
-        vectors = size // lanes
-        at_once = max(
-            d
-            for d in range(1, vectors + 1)
-            if vectors % d == 0 and d * self.m <= max(self.simd.accumulators, self.m)
-        )
-        chains = max(1, _CHAINS // (at_once * self.m))
-        per_line = at_once * lanes * 4 >= 64
-        for first in range(0, vectors, at_once):
-            sums = _Sums(chains * at_once * self.m, lanes)
-
-            def step(k: Expr, chain: int, first: int = first, sums: _Sums = sums) -> None:
-                if per_line or first == 0:
-                    prefetch(data, (block, k + PREFETCH_BYTES // (4 * size), 0))
-                for vector in range(at_once):
-                    w = data[block, k, span((first + vector) * lanes, lanes)]
-                    for row in range(self.m):
-                        place = (chain * at_once + vector) * self.m + row
-                        sums.add(place, w, _splat(self.x(k, row), lanes))
-
-            unrolled(k_in, chains, step)
-            for vector in range(at_once):
-                for row in range(self.m):
-                    total = sums.total(vector * self.m + row, at_once * self.m)
-                    output = block * size + (first + vector) * lanes
-                    T.buffer_store(self.ys, total, self.at(output, row, lanes))
-
-    def _block_row(self, part: Expr, segment: Expr, block_row: Expr) -> None:
-        """One part's product for a block row of a sparse weight."""
-        weight, m, size = self.weight, self.m, self.block
-        lanes, many = (size, m) if self.outputs else (m, size)
-        chains = max(1, min(4, _CHAINS // many))
-        sums = _Sums(chains * many, lanes)
-        first = scalar(weight.indptr[segment])
-        count = scalar(weight.indptr[segment + 1] - first)
-        weight.prefetch(first, count)
-
-        def step(i: Expr, chain: int) -> None:
-            at = first + i
-            column = scalar(weight.indices[at])
-            for c in range(weight.layout.block[1]):
-                for one in range(many):
-                    if self.outputs:
-                        w = weight.data[at, c, span(0, size)]
-                        sums.add(chain * many + one, w, _splat(self.x(column + c, one), size))
-                    else:
-                        w = _splat(weight.data[at, c, one], m)
-                        sums.add(chain * many + one, w, self.x(column + c, 0, m))
-
-        unrolled(count, chains, step)
-        for one in range(many):
-            total = sums.total(one, many)
-            at = (
-                self.at(block_row * size, one, lanes)
-                if self.outputs
-                else self.at(block_row * size + one, 0, lanes)
-            )
-            if weight.parts == 1:
-                T.buffer_store(self.ys, total, at)
-                continue
-            with T.If(part == 0):
-                with T.Then():
-                    T.buffer_store(self.ys, total, at)
-                with T.Else():
-                    T.buffer_store(self.ys, self.ys[tuple(at)] + total, at)
 
     def _finish(self, first: Expr, count: Expr) -> None:
         """Apply the epilogue to a range of outputs, and put them into their tiles."""
-        if not self.outputs:
+        if not self.product.outputs:
             with T.serial(0, count) as i:
                 self._finish_rows(first + i)
             return
@@ -277,7 +146,7 @@ class _FewRows:
         """One output of all rows."""
         value = self.epilogue.apply(
             self.ys[tuple(self.at(output, 0, self.m))],
-            lambda bias: _splat(bias[output], self.m),
+            lambda bias: broadcast(bias[output], self.m),
             lambda residual: self.rows.load(residual, output),
         )
         T.buffer_store(self.ys, value, self.at(output, 0, self.m))

@@ -19,6 +19,7 @@ from sparse_tvm.schedules.cpu.families.images import (
 from sparse_tvm.schedules.cpu.families.lines import LineRoundFamily
 from sparse_tvm.schedules.cpu.families.matmul import MatmulFamily
 from sparse_tvm.schedules.cpu.families.product import ProductFamily
+from sparse_tvm.schedules.cpu.families.recurrent import RecurrentFamily
 from sparse_tvm.schedules.cpu.families.rows import (
     LanePackFamily,
     LaneUnpackFamily,
@@ -47,6 +48,7 @@ class CpuBackend(Backend):
                 DepthwiseFamily(),
                 AttentionFamily(),
                 ProductFamily(),
+                RecurrentFamily(),
                 LayerNormFamily(),
                 LanePackFamily(),
                 LaneUnpackFamily(),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_tvm.operators import Convolution, WeightedOperator
+from sparse_tvm.operators import Convolution, Recurrent, WeightedOperator
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.dense_to_sparse import dense_to_sparse, typical_tokens
 from sparse_tvm.passes.graph import Rewrite, shape_of
@@ -81,6 +81,9 @@ def layers_of(program: Program, context: Context) -> tuple[list[TunedLayer], lis
     for op, array, output in layer_calls(program):
         if isinstance(op, Convolution) and None in op.size:
             left_out.append(f"{op.layer}: the size of its images is not known; give --input-shape")
+            continue
+        if isinstance(op, Recurrent):
+            left_out.append(f"{op.layer}: the steps of a recurrent layer are not measured")
             continue
         matrix = array.reshape(op.matrix)
         weight = MeasuredWeight(matrix)

@@ -103,7 +103,7 @@ class MatmulFamily(WeightedFamily[Dense]):
         self, op: Dense, layout: Layout, weight: WeightStatistics, tokens: int, target: Target
     ) -> float:
         predict = few_rows_seconds if tokens <= ROW_COUNTS[-1] else matmul_seconds
-        return predict(weight.shape, layout, _stored(weight, layout), target, tokens)
+        return predict(weight.shape, layout, stored_blocks(weight, layout), target, tokens)
 
     def pack(
         self, op: Dense, w: np.ndarray, layout: Layout, target: Target
@@ -152,7 +152,7 @@ def layer_work(
     return Work(flops, bytes_of([*operands, output]), near)
 
 
-def _stored(weight: WeightStatistics, layout: Layout) -> int:
+def stored_blocks(weight: WeightStatistics, layout: Layout) -> int:
     """How many blocks of the weight are stored."""
     if layout.sparse:
         return weight.stored_blocks(layout.block)

@@ -59,9 +59,17 @@ class _Search:
             rows = self.importer.shape(node.input[0])[axis]
             if isinstance(rows, int):
                 self.narrow(node.input[1], 0, rows)
+        if node.op_type in ("LSTM", "GRU", "RNN") and node.input[4:5] not in ([], [""]):
+            steps = self.importer.shape(node.input[0])[self.step_axis(node)]
+            if isinstance(steps, int):
+                self.narrow(node.input[4], 1, steps + 1)
         for output in node.output:
             if output in self.found:
                 self.carry(node, *self.found[output])
+
+    def step_axis(self, node: onnx.NodeProto) -> int:
+        """Which axis of its input a recurrent operator steps along."""
+        return next((a.i for a in node.attribute if a.name == "layout"), 0)
 
     def narrow(self, name: str, low: int, high: int) -> None:
         """Demand ``low <= value < high`` of a tensor's elements."""

@@ -19,6 +19,7 @@ from sparse_tvm.files import check_writable, replacing
 from sparse_tvm.frontends.detect import read_json
 from sparse_tvm.frontends.importer.model import ImportedModel
 from sparse_tvm.frontends.input_shapes import InputShapes
+from sparse_tvm.frontends.ir import onnx_functions
 from sparse_tvm.frontends.safetensors_file import TensorFile, write_tensors
 from sparse_tvm.frontends.source import Source
 from sparse_tvm.reference import ReferenceModel
@@ -178,6 +179,7 @@ class TvmReference(ReferenceModel):
         self.inputs = [spec.name for spec in imported.inputs]
         self.outputs = [spec.name for spec in imported.outputs]
         self._weights = [tvm.runtime.tensor(np.array(w)) for w in imported.weights.values()]
+        onnx_functions.register()
         executable = tvm.compile(imported.module, target="llvm")
         self._run = relax.VirtualMachine(executable, tvm.cpu())["main"]
 

@@ -1,4 +1,4 @@
-"""Find the weights of an ONNX model's dense and convolution layers, read and replace them.
+"""Find the weights of an ONNX model's layers, read and replace them.
 
 Every other part of the package names layers as :func:`find_weights` does, and sees a weight
 in one canonical form: a matrix of ``N`` output features by ``K`` input features.
@@ -27,6 +27,7 @@ _GENERATED = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 
+_RECURRENT = ("LSTM", "GRU", "RNN")
 _PASS_THROUGH = ("Identity", "Transpose")  # operators between a weight and the layer it is of
 
 
@@ -41,12 +42,13 @@ class WeightRef:
     initializer : str
         Name of the tensor in ``graph.initializer``, or of a Constant node's output.
     op : str
-        ``"MatMul"``, ``"Gemm"`` or ``"Conv"``.
+        ``"MatMul"``, ``"Gemm"``, ``"Conv"``, ``"LSTM"``, ``"GRU"`` or ``"RNN"``.
     nodes : tuple[str, ...]
         Names of the nodes that multiply by it (several when weights are tied); an unnamed node
         goes by its first output.
     transposed : bool
-        True when stored ``[K, N]``; False when stored ``[N, K]``, or ``[N, K/(kh*kw), kh, kw]``.
+        True when stored ``[K, N]``; False when stored ``[N, K]``, ``[N, K/(kh*kw), kh, kw]``, or
+        by directions, ``[directions, N/directions, K]``.
     shape : tuple[int, int]
         Canonical ``(N, K)``: output features, input features.
     """
@@ -61,15 +63,16 @@ class WeightRef:
 
 @dataclass(frozen=True)
 class _Use:
-    """One node's use of a tensor as its weight."""
+    """One node's use of a tensor as its weight; ``role`` tells it from the node's other weight."""
 
     tensor: onnx.TensorProto
     name: str
     transposed: bool
+    role: str = ""
 
 
 def find_weights(model: onnx.ModelProto) -> list[WeightRef]:
-    """List the float32 weights of MatMul, Gemm and Conv nodes, in the order they are used.
+    """List the float32 weights of dense, convolution and recurrent nodes, in order of use.
 
     A weight may reach its node through Identity and Transpose nodes. Only dimensions and types
     are read, so external data need not be loaded. A weight that several nodes use is listed
@@ -90,17 +93,16 @@ def find_weights(model: onnx.ModelProto) -> list[WeightRef]:
     refs: dict[str, WeightRef] = {}
     taken: set[str] = set()
     for index, node in enumerate(model.graph.node):
-        use = _weight_of(node, tensors, producers)
-        if use is None:
-            continue
         user = _node_name(node)
-        if use.name in refs:
-            known = refs[use.name]
-            refs[use.name] = replace(known, nodes=(*known.nodes, user))
-            continue
-        layer = _unique(_layer_name(use.name, node, index), taken)
-        shape = _canonical_shape(use)
-        refs[use.name] = WeightRef(layer, use.name, node.op_type, (user,), use.transposed, shape)
+        for use in _weights_of(node, tensors, producers):
+            if use.name in refs:
+                known = refs[use.name]
+                refs[use.name] = replace(known, nodes=(*known.nodes, user))
+                continue
+            layer = _unique(_layer_name(use, node, index), taken)
+            shape = _canonical_shape(use)
+            ref = WeightRef(layer, use.name, node.op_type, (user,), use.transposed, shape)
+            refs[use.name] = ref
     return list(refs.values())
 
 
@@ -150,13 +152,33 @@ def _users(
             yield node
 
 
+def _weights_of(
+    node: onnx.NodeProto,
+    tensors: dict[str, onnx.TensorProto],
+    producers: dict[str, onnx.NodeProto],
+) -> list[_Use]:
+    """Return the stored float32 tensors that a layer multiplies by."""
+    if node.domain not in ("", "ai.onnx"):
+        return []
+    if node.op_type in _RECURRENT:
+        roles = zip(("input", "recurrent"), node.input[1:3], strict=True)
+        found = [
+            replace(use, role=role)
+            for role, name in roles
+            if (use := _trace(name, tensors, producers)) is not None
+        ]
+        return [use for use in found if _is_weight(use, (3,))]
+    use = _weight_of(node, tensors, producers)
+    return [] if use is None else [use]
+
+
 def _weight_of(
     node: onnx.NodeProto,
     tensors: dict[str, onnx.TensorProto],
     producers: dict[str, onnx.NodeProto],
 ) -> _Use | None:
     """Return the stored float32 tensor that a layer multiplies its input by, if any."""
-    if node.domain not in ("", "ai.onnx") or node.op_type not in ("MatMul", "Gemm", "Conv"):
+    if node.op_type not in ("MatMul", "Gemm", "Conv"):
         return None
     left, right = (_trace(name, tensors, producers) for name in node.input[:2])
     if left is not None and right is not None:
@@ -201,15 +223,18 @@ def _attribute(node: onnx.NodeProto, name: str) -> object:
 
 
 def _canonical_shape(use: _Use) -> tuple[int, int]:
+    if use.role:  # by directions
+        directions, rows, columns = use.tensor.dims
+        return directions * rows, columns
     rows, columns = use.tensor.dims[0], int(np.prod(use.tensor.dims[1:]))
     return (columns, rows) if use.transposed else (rows, columns)
 
 
-def _layer_name(initializer: str, node: onnx.NodeProto, index: int) -> str:
-    name = initializer.removesuffix(".weight")
+def _layer_name(use: _Use, node: onnx.NodeProto, index: int) -> str:
+    name = use.name.removesuffix(".weight")
     if name and not _GENERATED.match(name):
         return name
-    return node.name or f"{node.op_type}_{index}"
+    return (node.name or f"{node.op_type}_{index}") + (f".{use.role}" if use.role else "")
 
 
 def _unique(name: str, taken: set[str]) -> str:

@@ -9,6 +9,7 @@ from sparse_tvm.frontends.importer.operators import (  # noqa: F401
     movement,
     normalization,
     quantisation,
+    recurrent,
     reduction,
     resize,
     vision,

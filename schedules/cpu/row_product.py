@@ -1,0 +1,200 @@
+"""W X for few rows of activations that lie side by side: ``xs`` ``[k_in, M]``.
+
+Outputs fill the vector lanes where a block of the weight has enough of them: each vector of weights
+multiplies one broadcast value per row. Else the M rows fill the lanes, and each weight is
+broadcast. The sums go to a buffer, where they also wait between parts of columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+from tvm.script.ir_builder import tirx as T
+
+from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP
+from sparse_tvm.schedules.cpu.lane_tiles import (
+    Buffer,
+    Expr,
+    local,
+    prefetch,
+    scalar,
+    span,
+    unrolled,
+)
+from sparse_tvm.schedules.cpu.row_cost import outputs_in_lanes
+from sparse_tvm.schedules.cpu.simd import Simd
+from sparse_tvm.schedules.cpu.stored_weight import PREFETCH_BYTES, StoredWeight
+
+_CHAINS = 8
+"""Independent sums that keep the multiply-adds busy."""
+
+
+def broadcast(value: Expr, lanes: int) -> Expr:
+    """A scalar in each of so many lanes."""
+    return T.broadcast(value, lanes) if lanes > 1 else value
+
+
+class _Sums:
+    """Sums in registers, a buffer each, of so many lanes."""
+
+    def __init__(self, count: int, lanes: int) -> None:
+        self.lanes, self._buffers = lanes, [local(lanes) for _ in range(count)]
+        for i in range(count):
+            self._set(i, broadcast(T.float32(0), lanes))
+
+    def _set(self, i: int, value: Expr) -> None:
+        T.buffer_store(self._buffers[i], value, [span(0, self.lanes)])
+
+    def get(self, i: int) -> Expr:
+        return self._buffers[i][span(0, self.lanes)]
+
+    def add(self, i: int, weight: Expr, x: Expr) -> None:
+        self._set(i, self.get(i) + weight * x)
+
+    def total(self, i: int, step: int) -> Expr:
+        """Every ``step``-th sum from ``i`` on, added up."""
+        total = self.get(i)
+        for other in range(i + step, len(self._buffers), step):
+            total = total + self.get(other)
+        return total
+
+
+@dataclass(frozen=True)
+class RowProduct:
+    """The product of a weight and ``m`` rows, from ``xs`` ``[k_in * m]`` to ``ys``.
+
+    ``ys`` has room for ``width * m`` sums; :meth:`at` says where they are.
+    """
+
+    weight: StoredWeight
+    m: int
+    xs: Buffer
+    ys: Buffer
+    simd: Simd
+
+    @classmethod
+    def allocate(cls, weight: StoredWeight, m: int, simd: Simd) -> RowProduct:
+        """With buffers of its own."""
+        xs = T.alloc_buffer((weight.k_in * m,), "float32")
+        ys = T.alloc_buffer((weight.block_rows * weight.layout.block[0] * m,), "float32")
+        return cls(weight, m, xs, ys, simd)
+
+    @property
+    def block(self) -> int:
+        """Outputs of a block."""
+        return self.weight.layout.block[0]
+
+    @property
+    def width(self) -> int:
+        """Outputs of all block rows, the last of which may be more than there are."""
+        return self.weight.block_rows * self.block
+
+    @property
+    def outputs(self) -> bool:
+        """Whether outputs fill the lanes."""
+        return outputs_in_lanes(self.weight.layout, self.m)
+
+    def x(self, column: Expr, row: int = 0, lanes: int = 1) -> Expr:
+        """Some rows' values of an input column."""
+        return self.xs[span(column * self.m + row, lanes)]
+
+    def at(self, output: Expr, row: int, lanes: int) -> list[Expr]:
+        """Where sums wait: of some outputs of a row, or of all rows for an output."""
+        if self.outputs:
+            return [span(row * self.width + output, lanes)]
+        return [span(output * self.m + row, lanes)]
+
+    def sums(self, output: Expr, row: Expr, lanes: int) -> Expr:
+        """The sums of some outputs of one row."""
+        if self.outputs:
+            return self.ys[span(row * self.width + output, lanes)]
+        return self.ys[span(output * self.m + row, lanes, self.m)]
+
+    def run_parallel(self, threads: Expr) -> None:
+        """Compute all outputs, on so many threads."""
+        with T.parallel(0, threads) as thread:
+            start = self.weight.first_of(scalar(thread * JOBS_PER_GROUP // threads))
+            stop = self.weight.first_of(scalar((thread + 1) * JOBS_PER_GROUP // threads))
+            self.run(start, stop)
+
+    def run(self, start: Expr, stop: Expr) -> None:
+        """Compute a range of each part's block rows."""
+        weight = self.weight
+        if weight.layout.sparse:
+            with T.serial(0, weight.parts) as part, T.serial(0, stop - start) as i:
+                segment = scalar(part * weight.block_rows + start + i)
+                self._block_row(part, segment, scalar(weight.order[segment]))
+        else:
+            with T.serial(0, stop - start) as i:
+                self._dense_block(scalar(start + i))
+
+    def _dense_block(self, block: Expr) -> None:
+        """All outputs of a dense block: as many vectors at a time as there are registers for."""
+        data, k_in, size = self.weight.data, self.weight.k_in, self.block
+        lanes = gcd(self.simd.lanes, size)
+        vectors = size // lanes
+        at_once = max(
+            d
+            for d in range(1, vectors + 1)
+            if vectors % d == 0 and d * self.m <= max(self.simd.accumulators, self.m)
+        )
+        chains = max(1, _CHAINS // (at_once * self.m))
+        per_line = at_once * lanes * 4 >= 64
+        for first in range(0, vectors, at_once):
+            sums = _Sums(chains * at_once * self.m, lanes)
+
+            def step(k: Expr, chain: int, first: int = first, sums: _Sums = sums) -> None:
+                if per_line or first == 0:
+                    prefetch(data, (block, k + PREFETCH_BYTES // (4 * size), 0))
+                for vector in range(at_once):
+                    w = data[block, k, span((first + vector) * lanes, lanes)]
+                    for row in range(self.m):
+                        place = (chain * at_once + vector) * self.m + row
+                        sums.add(place, w, broadcast(self.x(k, row), lanes))
+
+            unrolled(k_in, chains, step)
+            for vector in range(at_once):
+                for row in range(self.m):
+                    total = sums.total(vector * self.m + row, at_once * self.m)
+                    output = block * size + (first + vector) * lanes
+                    T.buffer_store(self.ys, total, self.at(output, row, lanes))
+
+    def _block_row(self, part: Expr, segment: Expr, block_row: Expr) -> None:
+        """One part's product for a block row of a sparse weight."""
+        weight, m, size = self.weight, self.m, self.block
+        lanes, many = (size, m) if self.outputs else (m, size)
+        chains = max(1, min(4, _CHAINS // many))
+        sums = _Sums(chains * many, lanes)
+        first = scalar(weight.indptr[segment])
+        count = scalar(weight.indptr[segment + 1] - first)
+        weight.prefetch(first, count)
+
+        def step(i: Expr, chain: int) -> None:
+            at = first + i
+            column = scalar(weight.indices[at])
+            for c in range(weight.layout.block[1]):
+                for one in range(many):
+                    if self.outputs:
+                        w = weight.data[at, c, span(0, size)]
+                        sums.add(chain * many + one, w, broadcast(self.x(column + c, one), size))
+                    else:
+                        w = broadcast(weight.data[at, c, one], m)
+                        sums.add(chain * many + one, w, self.x(column + c, 0, m))
+
+        unrolled(count, chains, step)
+        for one in range(many):
+            total = sums.total(one, many)
+            at = (
+                self.at(block_row * size, one, lanes)
+                if self.outputs
+                else self.at(block_row * size + one, 0, lanes)
+            )
+            if weight.parts == 1:
+                T.buffer_store(self.ys, total, at)
+                continue
+            with T.If(part == 0):
+                with T.Then():
+                    T.buffer_store(self.ys, total, at)
+                with T.Else():
+                    T.buffer_store(self.ys, self.ys[tuple(at)] + total, at)

@@ -1,0 +1,168 @@
+"""LSTM, GRU and RNN from model to result, against ONNX Runtime, which also verifies each."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import helper, numpy_helper
+
+import sparse_tvm
+from sparse_tvm.errors import ModelError
+from sparse_tvm.frontends.onnx.weights import find_weights
+from sparse_tvm.reference import Reference
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+OUTPUTS = ["y", "last", "cell"]
+TOLERANCE = 1e-5
+
+
+def network(
+    kind: str,
+    *,
+    steps: int | str = "steps",
+    batch: int | str = "batch",
+    features: int = 12,
+    hidden: int = 20,
+    optional: tuple[str, ...] = (),
+    sparsity: float = 0.0,
+    constant: bool = True,
+    **attributes: object,
+) -> onnx.ModelProto:
+    """A model of one network; weights are inputs if they are not to be constant."""
+    rng = np.random.default_rng(0)
+    directions = 2 if attributes.get("direction") == "bidirectional" else 1
+    rows = GATES[kind] * hidden
+
+    def array(*shape):
+        values = rng.standard_normal(shape) * (rng.random(shape) >= sparsity)
+        return (values / np.sqrt(shape[-1] * (1 - sparsity))).astype("float32")
+
+    weights = {
+        "w": array(directions, rows, features),
+        "r": array(directions, rows, hidden),
+        "b": array(directions, 2 * rows),
+        "p": array(directions, 3 * hidden),
+    }
+    shapes = {
+        "lengths": [batch],
+        "h": [directions, batch, hidden],
+        "c": [directions, batch, hidden],
+    }
+    names = ["x", "w", "r", "b", "lengths", "h", *(["c", "p"] if kind == "LSTM" else [])]
+    names = [n if n in ("x", "w", "r") or n in optional else "" for n in names]
+    outputs = OUTPUTS[: 3 if kind == "LSTM" else 2]
+    node = helper.make_node(kind, names, outputs, "net", hidden_size=hidden, **attributes)
+    stored = {name: value for name, value in weights.items() if name in names}
+    inputs = [helper.make_tensor_value_info("x", 1, [steps, batch, features])]
+    inputs += [
+        helper.make_tensor_value_info(name, 6 if name == "lengths" else 1, shape)
+        for name, shape in shapes.items()
+        if name in names
+    ]
+    if not constant:
+        inputs += [helper.make_tensor_value_info(n, 1, v.shape) for n, v in stored.items()]
+    graph = helper.make_graph(
+        [node],
+        "recurrent",
+        inputs,
+        [helper.make_tensor_value_info(n, 1, [None] * (4 if n == "y" else 3)) for n in outputs],
+        [numpy_helper.from_array(v, n) for n, v in stored.items()] if constant else [],
+    )
+    return helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+
+
+def compare(model: onnx.ModelProto, artifact, sizes: dict[str, int]) -> None:
+    """Run both on random inputs of these sizes."""
+    rng = np.random.default_rng(1)
+    feed = {}
+    for value in model.graph.input:
+        shape = [d.dim_value or sizes[d.dim_param] for d in value.type.tensor_type.shape.dim]
+        lengths = rng.integers(1, sizes["steps"] + 1, shape).astype("int32")
+        normal = (0.5 * rng.standard_normal(shape)).astype("float32")
+        feed[value.name] = lengths if value.name == "lengths" else normal
+    expected = Reference(model.SerializeToString(), threads=1).run(feed)
+    found = sparse_tvm.load(artifact).run(feed)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=TOLERANCE)
+
+
+@given(
+    kind=st.sampled_from(list(GATES)),
+    direction=st.sampled_from(["forward", "reverse", "bidirectional"]),
+    optional=st.sets(st.sampled_from(["b", "lengths", "h", "c", "p"])),
+    hidden=st.integers(2, 40),
+    features=st.integers(1, 20),
+    sparsity=st.sampled_from([0.0, 0.9]),
+    constant=st.booleans(),
+    reset_after=st.integers(0, 1),
+)
+@settings(deadline=None, max_examples=8, suppress_health_check=list(HealthCheck))
+def test_networks(
+    tmp_path, kind, direction, optional, hidden, features, sparsity, constant, reset_after
+):
+    after = {"linear_before_reset": reset_after} if kind == "GRU" else {}
+    model = network(
+        kind,
+        optional=tuple(optional),
+        hidden=hidden,
+        features=features,
+        sparsity=sparsity,
+        constant=constant,
+        direction=direction,
+        **after,
+    )
+    artifact = tmp_path / "model.so"
+    sparse_tvm.compile(model, artifact)
+    for steps, batch in ((1, 1), (7, 1), (3, 5), (2, 19)):
+        compare(model, artifact, {"steps": steps, "batch": batch})
+
+
+def test_layers_are_sparse_and_say_why(tmp_path):
+    model = network("LSTM", steps=32, batch=1, hidden=256, features=256, sparsity=0.95)
+    model.graph.initializer[0].name = model.graph.node[0].input[1] = "onnx::LSTM_77"
+    result = sparse_tvm.compile(model, tmp_path / "model.so")
+    layers = {layer["name"]: layer for layer in result.manifest["layers"]}
+    assert list(layers) == ["net.input", "r"]
+    for layer, shape in (("net.input", [1024, 256]), ("r", [1024, 256])):
+        assert layers[layer]["shape"] == shape
+        assert layers[layer]["format"] in ("csr", "bsr")
+        assert "faster than dense" in layers[layer]["reason"]
+
+
+def test_both_directions_are_layers_and_rules_reach_them(tmp_path):
+    model = network("GRU", sparsity=0.9, direction="bidirectional")
+    rules = [r"r\.forward=csr", r"r\.backward=dense"]
+    result = sparse_tvm.compile(model, tmp_path / "model.so", layer_rules=rules)
+    formats = {layer["name"]: layer["format"] for layer in result.manifest["layers"]}
+    assert list(formats) == ["w.forward", "r.forward", "w.backward", "r.backward"]
+    assert (formats["r.forward"], formats["r.backward"]) == ("csr", "dense")
+
+
+def test_pruning_finds_both_weights():
+    model = network("LSTM", direction="bidirectional")
+    refs = {ref.layer: ref.shape for ref in find_weights(model)}
+    assert refs == {"w": (160, 12), "r": (160, 20)}
+
+
+def test_saved_module(tmp_path):
+    model = network("LSTM", steps=3, batch=2, optional=("b", "lengths", "h", "c", "p"))
+    sparse_tvm.compile(model, tmp_path / "model.so", save_ir=tmp_path / "module.json")
+    result = sparse_tvm.compile(tmp_path / "module.json", tmp_path / "again.so")
+    assert result.manifest["verification"]["engine"] == "TVM"
+    compare(model, tmp_path / "again.so", {"steps": 3})
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"input_forget": 1}, "input_forget couples its gates"),
+        ({"activations": ["Sigmoid", "Softsign", "Tanh"]}, "its activation Softsign is none of"),
+    ],
+)
+def test_refusals(tmp_path, attributes, message):
+    with pytest.raises(ModelError, match=rf"node net \(LSTM\) cannot be imported: {message}"):
+        sparse_tvm.compile(network("LSTM", **attributes), tmp_path / "model.so")
+    assert not list(tmp_path.iterdir())
