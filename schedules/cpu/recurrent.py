@@ -56,8 +56,8 @@ def recurrent(op: Recurrent, steps: Expr, batch: Expr, simd: Simd) -> tirx.PrimF
             for name in op.given
         }
         states = argument("states", (steps + op.states, batch, hidden))
-        network = _Network(op, steps, batch, weight, gates, given, states, simd)
-        network.threads = scalar(tirx.call_packed("runtime.NumThreads"))
+        threads = scalar(tirx.call_packed("runtime.NumThreads"))
+        network = _Network(op, steps, batch, weight, gates, given, states, simd, threads)
         _by_sequences(batch, simd, network.run)
     return result["func"]
 
@@ -65,8 +65,9 @@ def recurrent(op: Recurrent, steps: Expr, batch: Expr, simd: Simd) -> tirx.PrimF
 def _by_sequences(batch: Expr, simd: Simd, run: Callable[[Expr, int], None]) -> None:
     """``run(first, m)`` for all sequences, as many together as there are kernels for."""
     *few, most = sequences_together(simd.lanes)
-    with T.serial(0, batch // most) as group:
-        run(group * most, most)
+    if not isinstance(batch, int) or batch >= most:
+        with T.serial(0, batch // most) as group:
+            run(group * most, most)
     first, rest = scalar(batch // most * most), scalar(batch % most)
     below = 0
     for count in (*few, most):
@@ -78,7 +79,7 @@ def _by_sequences(batch: Expr, simd: Simd, run: Callable[[Expr, int], None]) -> 
         below = count
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Network:
     """One layer and direction, with the arguments of the open PrimFunc."""
 
@@ -90,7 +91,7 @@ class _Network:
     given: dict[str, Buffer]
     states: Buffer
     simd: Simd
-    threads: Expr = 1
+    threads: Expr
 
     def run(self, first: Expr, m: int) -> None:
         """Take ``m`` sequences through all steps; the last one repeats where there are fewer."""
@@ -105,10 +106,8 @@ class _Sequences:
         self.hidden = network.op.hidden
         self.product = RowProduct.allocate(network.weight, m, network.simd)
         self.h = self.product.xs
-        self.resets_before = self.op.cell == "gru" and not self.op.reset_after
-        self.of_reset = (
-            RowProduct.allocate(network.weight, m, network.simd) if self.resets_before else None
-        )
+        twice = self.op.cell == "gru" and not self.op.reset_after
+        self.of_reset = RowProduct.allocate(network.weight, m, network.simd) if twice else None
         self.c = T.alloc_buffer((m * self.hidden,), "float32") if self.op.states == 2 else None
 
     def run(self) -> None:
@@ -123,8 +122,7 @@ class _Sequences:
         self._each(self._end)
 
     def _each(self, body: Callable[[Expr, Expr, Expr, int], None]) -> None:
-        """``body(i, row, unit, lanes)`` for all units of sequence ``i``, which is the batch's
-        ``row``."""
+        """``body(i, row, unit, lanes)`` for all units; sequence ``i`` is the batch's ``row``."""
         with T.serial(0, self.m) as i:
             row = self._row(i)
             self._over_units(lambda unit, lanes: body(i, row, unit, lanes))

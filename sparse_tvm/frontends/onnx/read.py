@@ -23,6 +23,7 @@ from sparse_tvm.frontends.onnx.detach import (
     stored_tensors,
 )
 from sparse_tvm.frontends.onnx.external_data import load_external_data
+from sparse_tvm.frontends.onnx.fold_recurrent import fold_recurrent
 from sparse_tvm.frontends.onnx.in_memory import find_array
 from sparse_tvm.frontends.onnx.quantised import CONTRIB_DOMAIN, spell_quantised
 from sparse_tvm.frontends.onnx.weights import find_weights
@@ -65,7 +66,8 @@ def read_onnx(
     -------
     onnx.ModelProto
         The model with its weights, with local functions inlined, in float32 where it was of
-        16-bit floats, and in one spelling where it is quantised. A model given in memory is never
+        16-bit floats, in one spelling where it is quantised, and with recurrent weights stored
+        where it made them of its parameters. A model given in memory is never
         changed; it is returned as it is where nothing had to be.
 
     Raises
@@ -87,7 +89,7 @@ def read_onnx(
     model = widen(model, where)
     _check_types(model, where)
     _check_structure(model, where)
-    model = spell_quantised(model, where)
+    model = fold_recurrent(spell_quantised(model, where), where)
     _check_values(model, where)
     return model
 

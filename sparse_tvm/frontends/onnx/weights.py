@@ -27,7 +27,9 @@ _GENERATED = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 
-_RECURRENT = ("LSTM", "GRU", "RNN")
+RECURRENT = ("LSTM", "GRU", "RNN")
+"""Operators with one weight for the input, and one for the steps."""
+
 _PASS_THROUGH = ("Identity", "Transpose")  # operators between a weight and the layer it is of
 
 
@@ -160,7 +162,7 @@ def _weights_of(
     """Return the stored float32 tensors that a layer multiplies by."""
     if node.domain not in ("", "ai.onnx"):
         return []
-    if node.op_type in _RECURRENT:
+    if node.op_type in RECURRENT:
         roles = zip(("input", "recurrent"), node.input[1:3], strict=True)
         found = [
             replace(use, role=role)

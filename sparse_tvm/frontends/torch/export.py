@@ -18,6 +18,7 @@ from sparse_tvm.errors import ModelError
 from sparse_tvm.frontends.onnx.detach import is_weight
 from sparse_tvm.frontends.onnx.in_memory import InMemoryTensors
 from sparse_tvm.frontends.onnx.read import first_few, one_line
+from sparse_tvm.frontends.onnx.weights import RECURRENT
 from sparse_tvm.frontends.source import require
 from sparse_tvm.frontends.torch.decompose import without_second_trace
 
@@ -118,7 +119,8 @@ def _name_layers(graph: Any) -> None:
     for node in graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         module = scopes[-2] if len(scopes) > 1 else ""
-        if module and node.op_type in ("Conv", "Gemm", "MatMul") and module not in taken:
+        layer = node.op_type in ("Conv", "Gemm", "MatMul", *RECURRENT)
+        if module and layer and module not in taken:
             taken.add(module)
             node.name = module
         node.metadata_props.clear()  # stack traces, with the exporting machine's paths
