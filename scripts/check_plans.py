@@ -5,9 +5,9 @@
 
 For five latencies between that of the model and the least that pruning reaches, a plan is made,
 followed, compiled and timed, beside the uniform sparsity of the best structure that is predicted to
-be as fast, and beside what-ifs. All artifacts are timed in one run, with the unpruned model, which
-tells how fast the machine is by then: planned latencies are scaled by it. Errors are the plan's own
-(the mean share of energy lost per layer), and what becomes of the output: the norm of its
+be as fast, and beside what-ifs. All artifacts are timed in one run, together with the trials that
+the plans rest on, which tell how fast the machine is by then: planned latencies are scaled by it.
+Errors are the plan's own (what a layer loses), and what becomes of the output: the norm of its
 difference from the unpruned model's, relative to that one's.
 
 Stages can be run one by one, so that only what is timed needs a quiet machine.
@@ -16,7 +16,8 @@ Stages can be run one by one, so that only what is timed needs a quiet machine.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -29,15 +30,23 @@ import sparse_tvm
 from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.cli.tables import plain_table
 from sparse_tvm.cpu import cpu_model
-from sparse_tvm.interleave import interleave
+from sparse_tvm.interleave import time_runs
 from sparse_tvm.models.bert import BertConfig, build_bert
 from sparse_tvm.models.convnets import build_mobilenet_v2
 from sparse_tvm.planning.document import write_plan
 from sparse_tvm.planning.planner import Planner, open_subject
 from sparse_tvm.planning.prediction import from_trials
 from sparse_tvm.planning.settings import STRUCTURES, Setting
-from sparse_tvm.planning.trials import build_trials, measure_trials, trial_settings
+from sparse_tvm.planning.trials import (
+    Trial,
+    build_trials,
+    measure_trials,
+    trial_settings,
+    undisturbed,
+)
 from sparse_tvm.random_inputs import random_inputs
+from sparse_tvm.reference import Reference
+from sparse_tvm.runtime import Model
 
 MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
     "bert-4": lambda: build_bert(BertConfig(layers=4)),
@@ -51,6 +60,10 @@ WHAT_IFS = ("90%:4x1", "85%:4x1", "80%:unstructured")
 STAGES = ("trials", "time-trials", "plans", "measure")
 BUILD = Path(__file__).resolve().parent.parent / "build" / "plans"
 WITHIN = 0.1
+TURN_S = 0.05
+
+Planned = tuple[float, float, float, str]
+"""Seconds, error, the output's error, and the artifact's name."""
 
 
 def main(
@@ -58,11 +71,12 @@ def main(
     stage: Annotated[list[str] | None, typer.Option(help="Repeatable; all by default.")] = None,
     points: Annotated[int, typer.Option(min=1, help="How many latencies.")] = len(SHARES),
     threads: Annotated[int, typer.Option(min=1)] = 1,
-    duration: Annotated[float, typer.Option(help="Seconds of runs per artifact.")] = 2.0,
+    uniform: Annotated[bool, typer.Option(help="Time uniform sparsity too.")] = True,
+    rounds: Annotated[int, typer.Option(help="In which all artifacts take turns.")] = 16,
     workdir: Annotated[Path, typer.Option(help="Where models and plans go.")] = BUILD,
 ) -> None:
     """Compare plans with what they give."""
-    check = Check(model, points, threads, duration, workdir / f"{model}-{threads}")
+    check = Check(model, points, uniform, threads, rounds, workdir / f"{model}-{threads}")
     for name in stage or STAGES:
         {
             "trials": check.build_trials,
@@ -76,9 +90,15 @@ class Check:
     """One model; what a stage finds lies in its directory for the next."""
 
     def __init__(
-        self, name: str, points: int, threads: int, duration: float, directory: Path
+        self,
+        name: str,
+        points: int,
+        uniform: bool,
+        threads: int,
+        rounds: int,
+        directory: Path,
     ) -> None:
-        self.name, self.threads, self.duration = name, threads, duration
+        self.name, self.threads, self.rounds, self.uniform = name, threads, rounds, uniform
         self.shares = SHARES[len(SHARES) // 2 :][:1] if points == 1 else SHARES[:points]
         self.directory, self.source = directory, directory / "model.onnx"
         directory.mkdir(parents=True, exist_ok=True)
@@ -97,9 +117,12 @@ class Check:
         trials = measure_trials(self.settings, paths, self.threads)
         (self.directory / "trials.pickle").write_bytes(pickle.dumps(trials))
 
+    def timed(self) -> list[Trial]:
+        found: list[Trial] = pickle.loads((self.directory / "trials.pickle").read_bytes())
+        return found
+
     def planner(self) -> Planner:
-        trials = pickle.loads((self.directory / "trials.pickle").read_bytes())
-        return Planner(from_trials(self.subject, trials, STRUCTURES, self.threads))
+        return Planner(from_trials(self.subject, self.timed(), STRUCTURES, self.threads))
 
     def build_plans(self) -> None:
         """Artifacts, each with its latency and error as planned."""
@@ -108,14 +131,16 @@ class Check:
         dense = prediction.seconds({})
         fastest = prediction.seconds(prediction.uniform(Setting("16x1", 0.98)))
         print(f"trials are predicted within {prediction.worst_error:.1%}")
-        planned: dict[str, tuple[float, float, str]] = {}
+        planned: dict[str, Planned] = {}
         for share in self.shares:
             plan = planner.plan("latency", fastest + share * (dense - fastest))
             title = f"plan {1e3 * plan.seconds:.3g} ms"
             path = self.directory / f"plan-{share:g}.json"
             write_plan(plan, path)
-            _compiled(self.subject.pruned(plan.settings), path.with_suffix(".so"))
-            planned[title] = plan.seconds, plan.error, path.stem
+            sparse_tvm.prune(self.source, path.with_suffix(".onnx"), plan=path)
+            _compiled(path.with_suffix(".onnx"), path.with_suffix(".so"))
+            lost = self.output_error(path.with_suffix(".onnx"))
+            planned[title] = plan.seconds, plan.error, lost, path.stem
             alike = [
                 found
                 for structure in STRUCTURES
@@ -124,53 +149,75 @@ class Check:
             ]
             best = min(alike, key=lambda one: planner.error(prediction.uniform(one)))
             title = f"  uniform {best}"
-            planned[title] = self._uniform(planner, best)
+            planned[title] = self._alike(planner, best, build=self.uniform)
         for text in WHAT_IFS:
-            planned[f"what if {text}"] = self._uniform(planner, Setting.parse(text))
+            planned[f"what if {text}"] = self._alike(planner, Setting.parse(text))
         (self.directory / "plans.pickle").write_bytes(pickle.dumps(planned))
 
-    def _uniform(self, planner: Planner, setting: Setting) -> tuple[float, float, str]:
+    def _alike(self, planner: Planner, setting: Setting, build: bool = True) -> Planned:
+        """All layers pruned alike."""
         stem = f"uniform-{setting.structure}-{setting.sparsity:g}"
         artifact = self.directory / f"{stem}.so"
         alike = planner.prediction.uniform(setting)
-        _compiled(self.subject.pruned(alike), artifact)
-        return planner.prediction.seconds(alike), planner.error(alike), stem
+        model = self.subject.pruned(alike)
+        if build and not artifact.exists():
+            _compiled(model, artifact)
+        lost = self.output_error(model.SerializeToString())
+        return planner.prediction.seconds(alike), planner.error(alike), lost, stem
+
+    def output_error(self, model: Path | bytes) -> float:
+        """How far the output is from the unpruned model's, relative to its norm."""
+        difference = self._output(model) - self.unpruned
+        return float(np.linalg.norm(difference) / np.linalg.norm(self.unpruned))
+
+    @cached_property
+    def unpruned(self) -> np.ndarray:
+        return self._output(self.source)
+
+    def _output(self, model: Path | bytes) -> np.ndarray:
+        """In ONNX Runtime."""
+        feed = random_inputs(sparse_tvm.load(self.directory / "trial0.so").inputs)
+        return next(iter(Reference(model, threads=self.threads).run(feed).values()))
 
     def measure(self) -> None:
         planned = pickle.loads((self.directory / "plans.pickle").read_bytes())
-        then = self.planner().prediction.trials[0].seconds
-        stems = {"dense": "trial0", **{title: stem for title, (*_, stem) in planned.items()}}
+        trials = {f"trial{number}": one.seconds for number, one in enumerate(self.timed())}
         models = {
-            title: sparse_tvm.load(self.directory / f"{stem}.so", threads=self.threads)
-            for title, stem in stems.items()
+            stem: sparse_tvm.load(self.directory / f"{stem}.so", threads=self.threads)
+            for stem in dict.fromkeys((*trials, *(one[-1] for one in planned.values())))
+            if (self.directory / f"{stem}.so").exists()
         }
-        feed = random_inputs(models["dense"].inputs)
-        outputs = {title: next(iter(one.run(feed).values())) for title, one in models.items()}
-        runs = {title: lambda one=one: one.run(feed) for title, one in models.items()}
-        times = interleave(runs, duration=self.duration)
-        seconds = {title: median(found) for title, found in times.items()}
-        pace = seconds["dense"] / then
+        feed = random_inputs(models["trial0"].inputs)
+        seconds = self.time_all(models, feed)
+        pace = median(seconds[stem] / then for stem, then in trials.items())
         numbers = ("planned", "measured", "off by", "error", "output's error")
         table = plain_table("", *numbers, numbers=numbers)
-        table.add_row("dense", "", f"{1e3 * seconds['dense']:.2f} ms", "", "", "")
+        table.add_row("as it is", "", f"{1e3 * seconds['trial0']:.2f} ms", "", "", "")
         worst = 0.0
-        for title, (expected, error, _) in planned.items():
-            off = seconds[title] / (pace * expected) - 1
-            worst = max(worst, abs(off))
-            lost = np.linalg.norm(outputs[title] - outputs["dense"])
-            table.add_row(
-                title,
-                f"{1e3 * pace * expected:.2f} ms",
-                f"{1e3 * seconds[title]:.2f} ms",
-                f"{off:+.1%}",
-                f"{error:.1%}",
-                f"{lost / np.linalg.norm(outputs['dense']):.3f}",
-            )
+        for title, (expected, error, lost, stem) in planned.items():
+            cells = ["", ""]
+            if stem in seconds:
+                off = seconds[stem] / (pace * expected) - 1
+                worst = max(worst, abs(off))
+                cells = [f"{1e3 * seconds[stem]:.2f} ms", f"{off:+.1%}"]
+            at = f"{1e3 * pace * expected:.2f} ms"
+            table.add_row(title, at, *cells, f"{error:.1%}", f"{lost:.3f}")
         console = stdout_console()
         console.print(f"{self.name}, {self.threads} threads, {cpu_model()}")
         console.print(f"the machine now takes {pace:.2f} times what it took when trials were timed")
         console.print(table)
         console.print(f"the worst is off by {worst:.1%}; {WITHIN:.0%} are allowed")
+
+    def time_all(
+        self, models: Mapping[str, Model], feed: Mapping[str, np.ndarray]
+    ) -> dict[str, float]:
+        """Seconds of each, undisturbed; turns are short, as a shared machine's moods are long."""
+        times: dict[str, list[float]] = {stem: [] for stem in models}
+        for _ in range(self.rounds):
+            for stem, model in models.items():
+                model.run(feed)
+                times[stem] += time_runs(lambda model=model: model.run(feed), TURN_S)
+        return {stem: undisturbed(found) for stem, found in times.items()}
 
 
 def _compiled(model: onnx.ModelProto | Path, artifact: Path) -> None:

@@ -81,6 +81,14 @@ def plan(
         list[Path] | None,
         typer.Option(metavar="FILE", help="What `sparse-tvm tune` measured. Repeatable."),
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Count errors by these inputs: an .npz, a .txt of sentences, or a folder of "
+            "images.",
+        ),
+    ] = None,
     measure: Annotated[
         bool | None,
         typer.Option(
@@ -160,7 +168,12 @@ def plan(
         from sparse_tvm.planning.settings import STRUCTURES
 
         found = plan(
-            model, structures=structure or STRUCTURES, progress=progress, **goals, **common
+            model,
+            structures=structure or STRUCTURES,
+            calibrate=calibrate,
+            progress=progress,
+            **goals,
+            **common,
         )
         write_plan(found, output)
         if report is not None:

@@ -41,6 +41,12 @@ def prune(
             help="uniform: this sparsity in every layer; global: over all layers together.",
         ),
     ] = "uniform",
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="What `sparse-tvm plan` wrote: structure and sparsity by layer."
+        ),
+    ] = None,
     layers: Annotated[
         str | None, typer.Option(metavar="REGEX", help="Prune only the layers whose name matches.")
     ] = None,
@@ -99,6 +105,7 @@ def prune(
             options=SourceOptions(input_shapes=shapes, allow_pickle=allow_pickle),
             sparsity=sparsity,
             structure=structure,
+            plan=plan,
             scope=scope,
             layers=layers,
             exclude=exclude,

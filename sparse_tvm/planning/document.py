@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+import onnx
+
 from sparse_tvm import __version__
 from sparse_tvm.errors import OptionError
 from sparse_tvm.files import replacing
-from sparse_tvm.frontends.onnx.weights import WeightRef
+from sparse_tvm.frontends.onnx.weights import WeightRef, find_weights
 from sparse_tvm.manifest import Natural, check
 from sparse_tvm.planning.settings import DENSE, Setting, check_structure
-from sparse_tvm.planning.subject import layers_fingerprint
+from sparse_tvm.sparsity.pattern import Goal, Pattern
 
 VERSION = 1
 """Of the schema; it counts up when files of an older one mean something else."""
@@ -160,7 +163,7 @@ class Plan:
     model : str
         Its name.
     fingerprint : str
-        Of its layers (see :func:`~sparse_tvm.planning.subject.layers_fingerprint`).
+        Of its layers (see :func:`layers_fingerprint`).
     goal, value : str, float
         ``latency`` in seconds, ``speedup``, or ``size`` in bytes.
     target : str
@@ -179,7 +182,7 @@ class Plan:
     nbytes, dense_bytes : int
         Of all weights, as planned and as they are.
     error : float
-        Mean over the layers.
+        What a layer loses in the geometric mean.
     layers : Sequence[LayerPlan]
         In the model's order.
     frontier : Sequence[tuple[float, float]]
@@ -322,6 +325,12 @@ class Plan:
         )
 
 
+def layers_fingerprint(refs: Iterable[WeightRef]) -> str:
+    """SHA-256 of all layers' names, operators and shapes: not of values, which training changes."""
+    described = [[ref.layer, ref.op, list(ref.shape)] for ref in refs]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
 def write_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     """Write a plan.
 
@@ -354,3 +363,21 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
         raise OptionError(
             f"plan {path} cannot be used: {reason}", hint="`sparse-tvm plan` writes plans"
         ) from error
+
+
+def planned_goals(
+    path: str | os.PathLike[str], model: onnx.ModelProto, name: str
+) -> dict[str, Goal]:
+    """Read a plan to follow it: what is to become of each layer of a model.
+
+    Raises
+    ------
+    OptionError
+        When the file holds no plan, or one of another model.
+    """
+    plan = read_plan(path)
+    plan.check_model(find_weights(model), name)
+    return {
+        layer: Goal(Pattern.parse(setting.structure), setting.sparsity)
+        for layer, setting in plan.settings.items()
+    }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from math import expm1, log1p
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,22 @@ from sparse_tvm.errors import OptionError
 from sparse_tvm.frontends.detect import open_source
 from sparse_tvm.frontends.source import SourceOptions
 from sparse_tvm.passes.infrastructure import Context
+from sparse_tvm.planning.calibration import input_energies
 from sparse_tvm.planning.document import LayerPlan, Plan
 from sparse_tvm.planning.knapsack import Knapsack, Option
 from sparse_tvm.planning.prediction import Prediction, predict
 from sparse_tvm.planning.sensitivity import errors_of
 from sparse_tvm.planning.settings import DENSE, SPARSITIES, STRUCTURES, Setting, settings_of
 from sparse_tvm.planning.subject import Subject
+from sparse_tvm.sparsity.calibration import Data
+from sparse_tvm.sparsity.pruning import tokenizer_of
 from sparse_tvm.targets import NATIVE
 from sparse_tvm.tuning.evidence import Evidence
 from sparse_tvm.tuning.records import read_records
 
 GOALS = ("latency", "speedup", "size")
+
+_LARGEST_ERROR = 1 - 1e-9
 
 _FRONTIER_POINTS = 200
 """Of a plan's file."""
@@ -46,6 +52,7 @@ def plan(
     layers: str | None = None,
     exclude: str | None = None,
     records: Sequence[Any] = (),
+    calibrate: Data | None = None,
     measure: bool | None = None,
     allow_pickle: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -73,6 +80,8 @@ def plan(
         Regular expressions: plan only for layers whose name matches, for all but those.
     records : Sequence[path]
         What ``sparse-tvm tune`` measured.
+    calibrate : path or mapping | None
+        Data by which errors count each input of a layer: as :func:`sparse_tvm.prune` takes them.
     measure : bool | None
         Compile the model pruned in several ways and time it, or trust predictions; by default
         measure where the target's code runs on this machine.
@@ -108,11 +117,18 @@ def plan(
         records=records,
         allow_pickle=allow_pickle,
     )
+    energies: Mapping[str, np.ndarray] = {}
+    if calibrate is not None:
+        refs = [layer.ref for layer in subject.layers]
+        tokenizer = tokenizer_of(subject.source)
+        energies = input_energies(
+            subject.model, refs, calibrate, tokenizer=tokenizer, progress=told
+        )
     prediction = predict(
         subject, structures, threads=threads, measure=measure, records=records, progress=told
     )
     told("choose")
-    return Planner(prediction, structures).plan(goal, value)
+    return Planner(prediction, structures, energies).plan(goal, value)
 
 
 def open_subject(
@@ -149,10 +165,13 @@ class Planner:
         What the model takes.
     structures : Sequence[str]
         Among which it may choose.
+    energies : Mapping[str, np.ndarray]
+        Mean squares of layers' inputs, where they are known.
     """
 
     prediction: Prediction
     structures: Sequence[str] = STRUCTURES
+    energies: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @cached_property
     def errors(self) -> dict[str, dict[Setting, float]]:
@@ -160,7 +179,9 @@ class Planner:
         settings = [s for structure in self.structures for s in settings_of(structure)]
         subject = self.prediction.subject
         return {
-            layer.name: errors_of(subject.matrix(layer), [DENSE, *settings])
+            layer.name: errors_of(
+                subject.matrix(layer), [DENSE, *settings], self.energies.get(layer.name)
+            )
             for layer in self.prediction.layers
         }
 
@@ -181,12 +202,14 @@ class Planner:
         return self._document(goal, value, settings, choice)
 
     def error(self, settings: Mapping[str, Setting]) -> float:
-        """The mean error of all layers."""
-        found = [
-            self._error(layer.name, settings.get(layer.name, DENSE))
-            for layer in self.prediction.layers
-        ]
-        return float(np.mean(found))
+        """What a layer loses in the (geometric) mean."""
+        return _mean_error(
+            sum(
+                _loss(self._error(layer.name, settings.get(layer.name, DENSE)))
+                for layer in self.prediction.layers
+            ),
+            len(self.prediction.layers),
+        )
 
     def uniform_for(self, structure: str, seconds: float) -> Setting | None:
         """The least sparsity of all layers alike that is as fast; None if none is."""
@@ -216,7 +239,7 @@ class Planner:
         cost = costs.nbytes if by_size else costs.seconds
         offers = {
             layer.name: _worthwhile(
-                [(s, Option(cost(layer, s), e)) for s, e in self.errors[layer.name].items()]
+                [(s, Option(cost(layer, s), _loss(e))) for s, e in self.errors[layer.name].items()]
             )
             for layer in self.prediction.layers
         }
@@ -274,7 +297,7 @@ class Planner:
             for structure in self.structures
         }
         rest = self._rest(by_size)
-        frontier = [(rest + cost, error / len(layers)) for cost, error in choice.frontier]
+        frontier = [(rest + cost, _mean_error(loss, len(layers))) for cost, loss in choice.frontier]
         return Plan(
             subject.name,
             subject.fingerprint,
@@ -309,8 +332,8 @@ class _Choices:
 
     @property
     def frontier(self) -> list[tuple[float, float]]:
-        """Costs, and the least sum of errors for each."""
-        return [(min(cost, self._most), error) for cost, error in self._knapsack.frontier()]
+        """Costs, and the least sum of losses for each."""
+        return [(min(cost, self._most), loss) for cost, loss in self._knapsack.frontier()]
 
     @property
     def least(self) -> float:
@@ -326,6 +349,15 @@ class _Choices:
             name: offers[index][0]
             for index, (name, offers) in zip(found, self._offers.items(), strict=True)
         }
+
+
+def _loss(error: float) -> float:
+    """What adds up over layers: of a signal that passes through all, shares that stay multiply."""
+    return -log1p(-min(error, _LARGEST_ERROR))
+
+
+def _mean_error(losses: float, layers: int) -> float:
+    return -expm1(-losses / layers)
 
 
 def _worthwhile(offers: Sequence[tuple[Setting, Option]]) -> list[tuple[Setting, Option]]:

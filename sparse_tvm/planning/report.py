@@ -116,7 +116,7 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
             f"{milliseconds(plan.rest_seconds)}: embeddings, attention, norms and what stays dense",
         ),
         ("Weights", f"{human_bytes(plan.nbytes)}, as they are {human_bytes(plan.dense_bytes)}"),
-        ("Error", f"{human_percent(plan.error)}, mean of the layers"),
+        ("Error", f"a layer loses {human_percent(plan.error)} of its output's energy"),
     ]
     uniform = uniform_error(plan)
     if uniform is not None:

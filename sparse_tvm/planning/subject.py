@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,6 +27,7 @@ from sparse_tvm.operators import WeightedOperator
 from sparse_tvm.passes.dense_to_sparse import typical_tokens
 from sparse_tvm.passes.infrastructure import Context
 from sparse_tvm.passes.program import Program
+from sparse_tvm.planning.document import layers_fingerprint
 from sparse_tvm.planning.settings import DENSE, Setting
 from sparse_tvm.random_inputs import typical_sizes
 from sparse_tvm.sparsity.masks import prune_array
@@ -141,7 +140,7 @@ class Subject:
 
     @cached_property
     def fingerprint(self) -> str:
-        """See :func:`layers_fingerprint`."""
+        """See :func:`~sparse_tvm.planning.document.layers_fingerprint`."""
         return layers_fingerprint(self.refs)
 
     @cached_property
@@ -164,12 +163,6 @@ class Subject:
                 tensor = tensors[layer.ref.initializer]
                 replace_data(tensor, stored(layer.ref, w, tuple(tensor.dims)))
         return model
-
-
-def layers_fingerprint(refs: Iterable[WeightRef]) -> str:
-    """SHA-256 of all layers' names, operators and shapes: not of values, which training changes."""
-    described = [[ref.layer, ref.op, list(ref.shape)] for ref in refs]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
 def _imported(

@@ -12,7 +12,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+
+import numpy as np
 
 from sparse_tvm.interleave import time_runs
 from sparse_tvm.planning.settings import DENSE, Setting
@@ -26,9 +27,15 @@ _PROBED = (0.9, 0.7, 0.95, 0.8, 0.97, 0.6)
 _PER_STRUCTURE = 2
 """Trials for each structure."""
 
-_ROUNDS = 6
-_RUN_SECONDS = 0.2
+_ROUNDS = 20
+"""Short ones, and many: a machine that is shared is slow for seconds at a time."""
+
+_RUN_SECONDS = 0.06
 """Of plain runs in each round."""
+
+_UNDISTURBED = 10
+"""Percentile of all runs that stands for one which nothing else slows down: medians of a machine
+that is shared are those of what it shares."""
 
 _TRACED = 2
 """Runs of each round in which every kernel is timed."""
@@ -48,9 +55,9 @@ class Trial:
     formats : dict[str, str]
         How the compiler then stored it.
     seconds : float
-        Median of a run.
+        Of a run that nothing disturbs.
     layers : dict[str, float]
-        Median seconds of each layer in a run.
+        Seconds of each layer in such a run.
     """
 
     settings: Mapping[str, Setting]
@@ -113,6 +120,11 @@ def measure_trials(
     return [one.trial(settings, names) for one, settings in zip(timed, trials, strict=True)]
 
 
+def undisturbed(seconds: Sequence[float]) -> float:
+    """What a run takes when nothing else slows it down, by what many took."""
+    return float(np.percentile(seconds, _UNDISTURBED))
+
+
 class _Timed:
     """A trial's artifact, and what was timed of it."""
 
@@ -141,6 +153,6 @@ class _Timed:
 
     def trial(self, settings: Mapping[str, Setting], names: set[str]) -> Trial:
         """What it came to, for the layers of these names."""
-        layers = {name: median(self._layers[name]) for name in names}
+        layers = {name: undisturbed(self._layers[name]) for name in names}
         formats = {layer["name"]: layer["format"] for layer in self._model.manifest["layers"]}
-        return Trial(settings, formats, median(self._runs), layers)
+        return Trial(settings, formats, undisturbed(self._runs), layers)

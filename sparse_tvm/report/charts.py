@@ -196,7 +196,7 @@ def frontier(
     y = {
         "field": "error",
         "type": "quantitative",
-        "axis": {"format": "%", "title": "error, mean of the layers", "tickCount": 6},
+        "axis": {"format": "%", "title": "error: what a layer loses", "tickCount": 6},
     }
     colours = {name: _SPARSE[i % len(_SPARSE)] for i, name in enumerate(curves)}
     lines = {

@@ -88,6 +88,7 @@ def prune(
     sparsity: float | None = None,
     structure: str = "unstructured",
     goals: Mapping[str, Goal] | None = None,
+    plan: str | os.PathLike[str] | None = None,
     scope: str = "uniform",
     layers: str | None = None,
     exclude: str | None = None,
@@ -123,6 +124,8 @@ def prune(
     goals : Mapping[str, Goal] | None
         A structure and a sparsity by layer, instead of one for all; other layers stay as they
         are.
+    plan : path | None
+        What ``sparse-tvm plan`` wrote: the goals, for a model of the same layers.
     scope : str
         ``"uniform"``: every layer gets this sparsity; ``"global"``: all layers together do, by
         one threshold.
@@ -164,12 +167,19 @@ def prune(
     With data, finished layers are kept in ``<output>.pruning`` until all are done: the same call
     again goes on where an interrupted one was.
     """
-    goal = None if goals is not None else Goal.parse(structure, sparsity)
+    by_layer = goals is not None or plan is not None
+    goal = None if by_layer else Goal.parse(structure, sparsity)
+    if by_layer and sparsity is not None:
+        raise OptionError("goals by layer leave no sparsity to choose", hint="leave it out")
     _check_method(method, calibrate)
     _check_scope(scope, goal, structure, method)
     source = open_source(model, options)
     as_onnx = isinstance(source, OnnxSource) or Path(output).suffix == ".onnx"
     pruned = _own_copy(source.as_onnx())
+    if plan is not None:
+        from sparse_tvm.planning.document import planned_goals
+
+        goals = planned_goals(plan, pruned, source.name)
     chosen, skipped = choose_layers(pruned, layers, exclude)
     if goals is not None:
         chosen = with_goals(chosen, goals)
@@ -187,7 +197,7 @@ def prune(
         from sparse_tvm.sparsity.reconstruction import Task, arrays_of, prune_with_data
 
         batches = read_calibration(
-            calibrate, pruned, samples=samples, tokenizer=tokenizer or _tokenizer_of(source)
+            calibrate, pruned, samples=samples, tokenizer=tokenizer or tokenizer_of(source)
         )
         inputs, refused = find_inputs(pruned, chosen)
         skipped |= refused
@@ -313,7 +323,7 @@ def _check_scope(scope: str, goal: Goal | None, structure: str, method: str) -> 
         )
 
 
-def _tokenizer_of(source: Source) -> Path | None:
+def tokenizer_of(source: Source) -> Path | None:
     """Return the tokenizer of a model's directory, or the one beside its file."""
     if source.path is None:
         return None

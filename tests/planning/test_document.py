@@ -8,14 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
+from onnx import numpy_helper
 from plannable import TARGET, small_bert
 
+from sparse_tvm.cli import main
 from sparse_tvm.errors import OptionError
-from sparse_tvm.frontends.onnx.weights import find_weights
+from sparse_tvm.frontends.onnx.weights import canonical, find_weights
 from sparse_tvm.models.bert import BertConfig, build_bert
 from sparse_tvm.planning.document import Plan, read_plan, write_plan
 from sparse_tvm.planning.planner import plan
+from sparse_tvm.sparsity.analysis import analyse
 
 MODEL = small_bert()
 
@@ -102,3 +106,47 @@ def test_a_plan_of_another_model_is_refused(planned: Plan, config: BertConfig, s
 def test_training_does_not_make_it_another_model(planned: Plan) -> None:
     other = build_bert(BertConfig(2, 256, 4, 1024, 500), seed=7)
     planned.check_model(find_weights(other), "trained.onnx")
+
+
+def test_prune_follows_a_plan(planned: Plan, tmp_path: Path) -> None:
+    model, path, output = (tmp_path / name for name in ("model.onnx", "plan.json", "pruned.onnx"))
+    onnx.save(MODEL, model)
+    write_plan(planned, path)
+    assert main(["prune", str(model), "-o", str(output), "--plan", str(path)]) == 0
+    pruned = onnx.load(output)
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in pruned.graph.initializer}
+    found = {
+        ref.layer: analyse(canonical(ref, tensors[ref.initializer])) for ref in find_weights(pruned)
+    }
+    assert planned.settings
+    for layer in planned.layers:
+        structure = found[layer.name]
+        assert structure.sparsity == pytest.approx(layer.setting.sparsity, abs=2e-3)
+        if layer.setting.structure in ("4x1", "16x1"):
+            rows = int(layer.setting.structure.partition("x")[0])
+            assert structure.blocks[rows, 1] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "says"),
+    [
+        (BertConfig(2, 256, 4, 512, 500), [], "the plan is of another model"),
+        (BertConfig(2, 256, 4, 1024, 500), ["--sparsity", "0.9"], "no sparsity to choose"),
+        (BertConfig(2, 256, 4, 1024, 500), ["--scope", "global"], "global"),
+    ],
+)
+def test_what_a_plan_does_not_fit_is_not_pruned(
+    planned: Plan,
+    config: BertConfig,
+    options: list[str],
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, path = tmp_path / "model.onnx", tmp_path / "plan.json"
+    onnx.save(build_bert(config), model)
+    write_plan(planned, path)
+    command = ["prune", str(model), "-o", str(tmp_path / "pruned.onnx"), "--plan", str(path)]
+    assert main([*command, *options]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "pruned.onnx").exists()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from plannable import TARGET, small_bert
+from plannable import SMALL, TARGET, small_bert
 
 import sparse_tvm
-from sparse_tvm.errors import ModelError, OptionError
+from sparse_tvm.errors import InputError, ModelError, OptionError
+from sparse_tvm.planning.calibration import input_energies
 from sparse_tvm.planning.document import Plan
 from sparse_tvm.planning.planner import Planner, open_subject, plan
 from sparse_tvm.planning.prediction import predict
@@ -169,3 +171,27 @@ def test_predictions_follow_trials() -> None:
     for settings in trial_settings(subject, ["4x1"]):
         layers = 3 * (plain.seconds(settings) - plain.rest_seconds)
         assert found.seconds(settings) == pytest.approx(layers + 0.5)
+
+
+def test_calibration_counts_inputs_by_their_energy(planner: Planner) -> None:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, SMALL.vocabulary, (8, 64))
+    data = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "token_type_ids": np.zeros_like(ids),
+    }
+    subject = planner.prediction.subject
+    refs = [layer.ref for layer in subject.layers]
+    energies = input_energies(subject.model, refs, data)
+    assert set(energies) == {ref.layer for ref in refs}
+    layer = next(one for one in subject.layers if "query" in one.name)
+    # What layer normalisation gives is of unit mean square, before gamma and beta.
+    assert energies[layer.name].mean() == pytest.approx(1, rel=0.3)
+    calibrated = plan(MODEL, speedup=1.5, target=TARGET, measure=False, calibrate=data)
+    assert calibrated.error != planner.plan("speedup", 1.5).error
+
+
+def test_calibration_data_of_another_model_are_refused() -> None:
+    with pytest.raises(InputError, match="input_ids"):
+        plan(MODEL, speedup=1.5, target=TARGET, measure=False, calibrate={"x": np.zeros(3)})
