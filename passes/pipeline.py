@@ -19,11 +19,15 @@ from sparse_tvm.passes.set_precision import set_precision
 from sparse_tvm.passes.split_recurrent import split_recurrent
 
 
-def phases(backend: Backend) -> Sequence[Phase]:
-    """From the imported module to scheduled kernels."""
+def graph_phases() -> Sequence[Phase]:
+    """From the imported module to operators of ours, each with its weight's layout and why."""
     return (
         Phase("canonicalise", (split_recurrent, fc_transpose, fuse_activations, fuse_layer_norm)),
         Phase("fuse", (fuse_epilogue, fuse_convolution, fuse_attention, fuse_product)),
         Phase("dense to sparse", (keep_integers, set_precision, dense_to_sparse)),
-        *backend.phases(),
     )
+
+
+def phases(backend: Backend) -> Sequence[Phase]:
+    """From the imported module to scheduled kernels."""
+    return (*graph_phases(), *backend.phases())

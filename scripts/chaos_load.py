@@ -33,7 +33,7 @@ _OF_EVENT = {
     "memory": {"500", "INTERNAL"},
     "descriptors": {"ServerDisconnectedError", "ClientOSError", "ClientConnectorError"},
 }
-"""What may come in the time of an event that begins so, and shortly after, beside."""
+"""What may come beside in the time of an event of such a name, and shortly after."""
 
 
 class Truth:
@@ -170,9 +170,8 @@ class Load:
         self.outcomes[outcome] += 1
         allowed = set(DOCUMENTED)
         for event in self._recent:
-            allowed |= next(
-                (more for begin, more in _OF_EVENT.items() if event.startswith(begin)), set()
-            )
+            for word, more in _OF_EVENT.items():
+                allowed |= more if word in event else set()
         if outcome not in allowed:
             self.undocumented.append(f"{outcome} while: {self._recent}")
 

@@ -20,7 +20,7 @@ __version__: str
 
 if TYPE_CHECKING:
     from sparse_tvm.benchmark import bench
-    from sparse_tvm.compiler import compile
+    from sparse_tvm.compiler import compile, preview
     from sparse_tvm.inspection import inspect
     from sparse_tvm.planning.planner import plan
     from sparse_tvm.runtime import load
@@ -37,6 +37,7 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "preview",
     "prune",
     "tune",
 ]
@@ -48,6 +49,7 @@ _HOMES = {
     "inspect": "sparse_tvm.inspection",
     "load": "sparse_tvm.runtime",
     "plan": "sparse_tvm.planning.planner",
+    "preview": "sparse_tvm.compiler",
     "prune": "sparse_tvm.sparsity.pruning",
     "tune": "sparse_tvm.tuning.tuner",
 }

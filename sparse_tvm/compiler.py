@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import os
-import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tvm
 
-from sparse_tvm import __version__
 from sparse_tvm.artifact import read_manifest, rewrite_manifest, write_artifact
 from sparse_tvm.backends import resolve_target
+from sparse_tvm.compilation import Compilation, Phases, check_rules
 from sparse_tvm.cpu import cpu_model
-from sparse_tvm.errors import OptionError, OutputError
+from sparse_tvm.errors import OptionError
 from sparse_tvm.files import check_writable, replacing
-from sparse_tvm.frontends.detect import open_source
-from sparse_tvm.frontends.importer.model import ImportedModel
 from sparse_tvm.frontends.input_shapes import InputShapes
 from sparse_tvm.frontends.ir.source import check_ir_path, write_ir
 from sparse_tvm.frontends.source import SourceOptions, copy_companions
 from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.infrastructure import Context
+from sparse_tvm.passes.pipeline import graph_phases
 from sparse_tvm.passes.pipeline import phases as pipeline
-from sparse_tvm.passes.program import Program
-from sparse_tvm.passes.set_precision import check_precisions, has_kernels
+from sparse_tvm.passes.set_precision import check_precisions
 from sparse_tvm.report import check_report_path, write_report
 from sparse_tvm.targets import NATIVE
 from sparse_tvm.tuning.evidence import Evidence
@@ -162,7 +157,104 @@ def compile(
         A subclass that says what is wrong with the model, an option, the output or the result.
     """
     now = time.perf_counter()
-    started = now if started is None else started
+    context = context_of(target, format, block, threshold, layer_rules, precision, records, threads)
+    if min_cosine is not None and not 0 <= min_cosine <= 1:
+        raise OptionError(f"the least cosine must be from 0 to 1, not {min_cosine}")
+    reports = [report] if isinstance(report, str | os.PathLike) else list(report or ())
+    for path in reports:
+        check_report_path(path)
+    check_writable(output)
+    if save_ir is not None:
+        check_ir_path(save_ir)
+    phases = Phases(progress, Path(dump_ir) if dump_ir is not None else None, started or now)
+    if started is not None:
+        phases.seconds["load the compiler"] = now - started
+
+    opened = SourceOptions(example_inputs, dynamic_shapes, allow_pickle, input_shapes or {})
+    compilation = Compilation.of(model, opened, context, precision, phases)
+    if save_ir is not None:
+        write_ir(compilation.source, compilation.imported, save_ir)
+    compilation.run(pipeline(context.backend), check_passes)
+    check_rules(context.options, compilation.program)
+    with phases("build"):
+        code = context.backend.generate(compilation.program, context.target)
+
+    with replacing(output) as unverified:
+        manifest = compilation.manifest()
+        with phases("link"), tempfile.TemporaryDirectory() as directory:
+            library = Path(directory) / "library.so"
+            context.backend.write_library(code, context.target, library)
+            write_artifact(unverified, library, compilation.program.weights, manifest)
+        if verify:
+            bound = _bound(compilation, tolerance, min_cosine)
+            with phases("verify"):
+                manifest |= _verification(unverified, compilation, bound, verify_inputs)
+        else:
+            manifest["unverified"] = "compiled with --no-verify"
+        manifest["compile"] = phases.as_json()
+        rewrite_manifest(unverified, manifest)
+        manifest = read_manifest(unverified)
+    copy_companions(compilation.source, output)
+    for path in reports:
+        write_report(manifest, path)
+    return CompileResult(Path(output), manifest)
+
+
+def preview(
+    model: Any,
+    *,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    allow_pickle: bool = False,
+    target: str = "native",
+    threshold: float | None = None,
+    format: str = "auto",
+    block: str | None = None,
+    layer_rules: Sequence[str] = (),
+    precision: str | None = None,
+    input_shapes: InputShapes | None = None,
+    threads: int | None = None,
+    records: Sequence[PathLike] = (),
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Say what would become of each layer, and how fast that would be; build and write nothing.
+
+    Parameters
+    ----------
+    model : path, torch.nn.Module, keras.Model or onnx.ModelProto
+        As :func:`compile` takes it, and all the rest.
+
+    Returns
+    -------
+    dict[str, Any]
+        What the artifact's manifest would say of target, inputs, outputs, layers and totals (see
+        ``docs/formats.md``).
+
+    Raises
+    ------
+    SparseTvmError
+        As :func:`compile` does, as far as it would get.
+    """
+    context = context_of(target, format, block, threshold, layer_rules, precision, records, threads)
+    opened = SourceOptions(example_inputs, dynamic_shapes, allow_pickle, input_shapes or {})
+    phases = Phases(progress, None, time.perf_counter())
+    compilation = Compilation.of(model, opened, context, precision, phases)
+    compilation.run(graph_phases())
+    check_rules(context.options, compilation.program)
+    return compilation.manifest()
+
+
+def context_of(
+    target: str,
+    format: str,
+    block: str | None,
+    threshold: float | None,
+    layer_rules: Sequence[str],
+    precision: str | None,
+    records: Sequence[PathLike],
+    threads: int | None,
+) -> Context:
+    """What passes decide by, from what :func:`compile` was told."""
     backend, chosen_target = resolve_target(target)
     options = FormatOptions.parse(
         format=format,
@@ -171,166 +263,37 @@ def compile(
         rules=layer_rules,
         precision=precision or "fp32",
     )
+    if threads is not None and threads < 1:
+        raise OptionError(f"threads must be at least 1, not {threads}")
     measured = read_records(records, cpu_model() if target == NATIVE else None)
     context = Context(backend, chosen_target, options, Evidence(measured, threads))
     check_precisions(context)
-    if min_cosine is not None and not 0 <= min_cosine <= 1:
-        raise OptionError(f"the least cosine must be from 0 to 1, not {min_cosine}")
-    if threads is not None and threads < 1:
-        raise OptionError(f"threads must be at least 1, not {threads}")
-    reports = [report] if isinstance(report, str | os.PathLike) else list(report or ())
-    for path in reports:
-        check_report_path(path)
-    check_writable(output)
-    if save_ir is not None:
-        check_ir_path(save_ir)
-    phases = _Phases(progress, Path(dump_ir) if dump_ir is not None else None)
-    if started < now:
-        phases.seconds["load the compiler"] = now - started
+    return context
 
-    with phases("import"):
-        source = open_source(
-            model,
-            SourceOptions(
-                example_inputs=example_inputs,
-                dynamic_shapes=dynamic_shapes,
-                allow_pickle=allow_pickle,
-                input_shapes=input_shapes or {},
-            ),
+
+def _bound(compilation: Compilation, tolerance: float | None, min_cosine: float | None) -> Bound:
+    """How far outputs may be from the reference's: as told, or as the model's precision has it."""
+    imported = compilation.imported
+    rounded = compilation.context.options.precisions != ["fp32"]
+    if tolerance is None:
+        tolerance = TOLERANCE_16_BIT if imported.widened else TOLERANCE
+    if min_cosine is None:
+        min_cosine = LEAST_COSINE if rounded else LEAST_COSINE_QUANTISED
+    return Bound(tolerance, min_cosine if rounded or imported.quantised else None)
+
+
+def _verification(
+    artifact: Path,
+    compilation: Compilation,
+    bound: Bound,
+    inputs: Mapping[str, np.ndarray] | None,
+) -> dict[str, Any]:
+    """What the manifest says of the comparison with the reference, or why there was none."""
+    imported, source = compilation.imported, compilation.source
+    try:
+        compared = compare_with_reference(
+            artifact, imported, source, compilation.context.target, bound, inputs
         )
-        imported = source.load(input_shapes)
-        if save_ir is not None:
-            write_ir(source, imported, save_ir)
-        program = Program(imported.module, dict(imported.weights), dict(imported.layers))
-        context = in_model_precision(context, imported, precision)
-        options = context.options
-        if tolerance is None:
-            tolerance = TOLERANCE_16_BIT if imported.widened else TOLERANCE
-        rounded = options.precisions != ["fp32"]
-        if min_cosine is None:
-            min_cosine = LEAST_COSINE if rounded else LEAST_COSINE_QUANTISED
-        bound = Bound(tolerance, min_cosine if rounded or imported.quantised else None)
-        totals = _model_totals(program)
-        phases.program = program
-    for phase in pipeline(backend):
-        with phases(phase.name):
-            program = phases.program = phase.run(program, context, check=check_passes)
-    _check_rules(options, program)
-    with phases("build"):
-        code = backend.generate(program, chosen_target)
-
-    manifest = {
-        "versions": {
-            "sparse_tvm": __version__,
-            "tvm": tvm.__version__,
-            "tvm_ffi": _distribution_version("apache-tvm-ffi"),
-        },
-        "model": source.describe(),
-        "backend": backend.name,
-        "device": backend.device,
-        "target": chosen_target.as_json(),
-        "threads": threads,
-        "inputs": [spec.as_json() for spec in imported.inputs],
-        "outputs": [spec.as_json() for spec in imported.outputs],
-        "bounds": {name: list(bounds) for name, bounds in imported.bounds.items()},
-        "layers": [layer.as_json() for layer in program.reports.values()],
-        "notes": [*measured.remarks, *source.notes(), *imported.notes, *program.notes],
-        "totals": {**totals, "weight_bytes": sum(w.nbytes for w in program.weights.values())},
-        "verification": None,
-        "unverified": None if verify else "compiled with --no-verify",
-        "kernels": program.kernels,
-        "compile": {"seconds": 0.0, "peak_memory_bytes": 0, "phases": []},  # known at the end
-    }
-    with replacing(output) as unverified:
-        with phases("link"), tempfile.TemporaryDirectory() as directory:
-            library = Path(directory) / "library.so"
-            backend.write_library(code, chosen_target, library)
-            write_artifact(unverified, library, program.weights, manifest)
-        if verify:
-            with phases("verify"):
-                try:
-                    manifest["verification"] = compare_with_reference(
-                        unverified, imported, source, chosen_target, bound, verify_inputs
-                    )
-                except NotVerified as reason:
-                    manifest["unverified"] = str(reason)
-        manifest["compile"] = {
-            "seconds": round(time.perf_counter() - started, 3),
-            "peak_memory_bytes": _peak_memory_bytes(),
-            "phases": phases.as_json(),
-        }
-        rewrite_manifest(unverified, manifest)
-        manifest = read_manifest(unverified)
-    copy_companions(source, output)
-    for path in reports:
-        write_report(manifest, path)
-    return CompileResult(Path(output), manifest)
-
-
-@dataclass
-class _Phases:
-    """Names, times and dumps the pipeline's phases."""
-
-    progress: Callable[[str], None] | None
-    dump_directory: Path | None
-    program: Program | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        if self.progress is not None:
-            self.progress(name)
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - started
-        self._dump(name)
-
-    def _dump(self, name: str) -> None:
-        if self.dump_directory is None or self.program is None or name in ("link", "verify"):
-            return
-        path = self.dump_directory / f"{len(self.seconds):02}_{name.replace(' ', '_')}.py"
-        try:
-            self.dump_directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot create {self.dump_directory}: {error.strerror}") from error
-        with replacing(path) as temporary:
-            temporary.write_text(self.program.module.script(), encoding="utf-8")
-
-    def as_json(self) -> list[dict[str, Any]]:
-        return [{"name": n, "seconds": round(s, 3)} for n, s in self.seconds.items()]
-
-
-def in_model_precision(context: Context, imported: ImportedModel, precision: str | None) -> Context:
-    """The context for a model that may bring its own precision: bf16, or integers."""
-    options = context.options
-    if precision is None and "bfloat16" in imported.widened and has_kernels(context, "bf16"):
-        options = replace(options, precision="bf16")
-    if precision in (None, "int8") and imported.quantised:
-        options = replace(options, integers=True)
-    return replace(context, options=options)
-
-
-def _check_rules(options: FormatOptions, program: Program) -> None:
-    """Refuse a layer rule that matches nothing: most likely it is misspelt."""
-    for rule in options.rules:
-        if not any(rule.pattern.search(layer) for layer in program.reports):
-            names = ", ".join(list(program.reports)[:5])
-            raise OptionError(f"layer rule {rule.text!r} matches no layer", hint=f"such as {names}")
-
-
-def _model_totals(program: Program) -> dict[str, int]:
-    weights = program.weights.values()
-    return {
-        "parameters": sum(w.size for w in weights),
-        "nonzeros": sum(int(np.count_nonzero(w)) for w in weights),
-    }
-
-
-def _distribution_version(name: str) -> str:
-    from importlib import metadata
-
-    return metadata.version(name)
-
-
-def _peak_memory_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    except NotVerified as reason:
+        return {"unverified": str(reason)}
+    return {"verification": compared}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -18,6 +16,7 @@ from sparse_tvm.artifact import (
     map_content,
     open_artifact,
 )
+from sparse_tvm.collection import without_collection
 from sparse_tvm.cpu import allow_amx, architecture, cpu_model, host_features, usable_cores
 from sparse_tvm.devices import Device, open_device
 from sparse_tvm.errors import ArtifactError, InputError, OptionError
@@ -57,7 +56,7 @@ def load(
     OptionError
         When `threads` is not positive.
     """
-    with _without_collections(), open_artifact(path) as file:
+    with without_collection(), open_artifact(path) as file:
         manifest = manifest_of(file)
         _check_machine(path, manifest["target"])
         _allow_tiles(path, manifest)
@@ -77,21 +76,6 @@ def load(
                 f"{installed_version()}; compile the model again",
             ) from error
         return Model(Path(path), manifest, machine, content, device, count)
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Keep Python from looking for garbage among the thousands of objects that a load makes.
-
-    There is none, and a search takes 10 ms, as long as all the rest of a load.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class Call(NamedTuple):

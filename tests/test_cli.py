@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import typer
+from onnx_models import build, normal
 from sample_manifest import sample_manifest
 
 import sparse_tvm
@@ -18,6 +20,7 @@ from sparse_tvm.cli import main
 from sparse_tvm.cli.app import app
 from sparse_tvm.cli.examples import EXAMPLES
 from sparse_tvm.errors import ModelError, OptionError, SparseTvmError, VerificationError
+from sparse_tvm.sparsity.pruning import prune_array
 
 VERBS = tuple(EXAMPLES)
 
@@ -172,6 +175,46 @@ def test_compile_passes_its_options_on_and_shows_the_result(
     assert "build" in captured.err
     assert "bsr 4x1" in captured.out
     assert "wrote model.so" in captured.out
+
+
+def test_dry_run_says_what_would_become_sparse_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    graph = "(float[m, 512] x) => (float[m, 512] y) { y = MatMul(x, w) }"
+    onnx.save(build(graph, w=prune_array(normal(512, 512), 0.9, "1x4")), "layer.onnx")
+    assert main(["compile", "layer.onnx", "--dry-run"]) == 0
+    captured = capsys.readouterr()
+    assert "bsr 4x1" in captured.out
+    assert "faster than dense (predicted)" in captured.out
+    assert "nothing was written: a dry run" in captured.out
+    assert "build" not in captured.err
+    assert [path.name for path in tmp_path.iterdir()] == ["layer.onnx"]
+    same = sparse_tvm.compile("layer.onnx", "layer.so", verify=False).manifest
+    foreseen = sparse_tvm.preview("layer.onnx")
+    decided = ("format", "block", "reason", "times", "bytes")
+    assert [[layer[key] for key in decided] for layer in foreseen["layers"]] == [
+        [layer[key] for key in decided] for layer in same["layers"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no --output"),
+        (["--dry-run", "-o", "model.so"], "--dry-run writes nothing, but --output was given"),
+        (["--dry-run", "--report", "a.md"], "--dry-run writes nothing, but --report was given"),
+    ],
+)
+def test_compile_writes_somewhere_or_is_a_dry_run(
+    arguments: list[str],
+    message: str,
+    fake_compile: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fake_compile(failing_with(AssertionError("must not be called")))
+    assert main(["compile", "model.onnx", "-q", *arguments]) == 2
+    assert f"error: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["ids", "ids:", ":1,2", "ids:1,0", "ids:1,,2"])

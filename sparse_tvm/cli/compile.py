@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,8 +15,13 @@ from sparse_tvm.collection import without_collection
 def compile(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The model to compile.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="The artifact to write.")
-    ],
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The artifact to write."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would become sparse and how fast; write nothing."),
+    ] = False,
     target: Annotated[
         str,
         typer.Option(
@@ -113,6 +118,7 @@ def compile(
 ) -> None:
     """Compile MODEL into one .so that skips the zeros of its weights."""
     from sparse_tvm.cli.checks import check_target
+    from sparse_tvm.errors import OptionError
     from sparse_tvm.files import check_writable
     from sparse_tvm.frontends.input_shapes import parse_input_shapes
     from sparse_tvm.frontends.kinds import check_model
@@ -132,7 +138,19 @@ def compile(
     for path in report or ():
         check_report_path(path)
     check_model(model)
-    check_writable(output)
+    if dry_run:
+        writing = {
+            "--output": output,
+            "--dump-ir": dump_ir,
+            "--save-ir": save_ir,
+            "--report": report,
+        }
+        if given := [name for name, value in writing.items() if value]:
+            raise OptionError(f"--dry-run writes nothing, but {given[0]} was given")
+    elif output is None:
+        raise OptionError("no --output", hint="-o model.so, or --dry-run")
+    else:
+        check_writable(output)
 
     from sparse_tvm.cli.console import stderr_console, stdout_console
     from sparse_tvm.cli.progress import PhaseProgress
@@ -140,34 +158,47 @@ def compile(
     # Little of a compiler is garbage before its process ends.
     with without_collection(), PhaseProgress(stderr_console(), quiet=quiet) as progress:
         progress("load the compiler")
-        from sparse_tvm.compiler import compile
         from sparse_tvm.npz import read_npz
 
-        result = compile(
-            model,
-            output,
-            target=target,
-            threshold=threshold,
-            format=format,
-            block=block,
-            layer_rules=layer or (),
-            precision=precision,
-            input_shapes=input_shapes,
-            threads=threads,
-            records=records or (),
-            dump_ir=dump_ir,
-            check_passes=check_passes or None,
-            save_ir=save_ir,
-            report=report or None,
-            allow_pickle=allow_pickle,
-            verify=verify,
-            tolerance=tolerance,
-            min_cosine=min_cosine,
-            verify_inputs=read_npz(verify_inputs) if verify_inputs else None,
-            progress=progress,
-            started=started,
-        )
-    if not quiet:
-        from sparse_tvm.report.tables import print_summary
+        how: dict[str, Any] = {
+            "target": target,
+            "threshold": threshold,
+            "format": format,
+            "block": block,
+            "layer_rules": layer or (),
+            "precision": precision,
+            "input_shapes": input_shapes,
+            "threads": threads,
+            "records": records or (),
+            "allow_pickle": allow_pickle,
+            "progress": progress,
+        }
+        if output is None:
+            from sparse_tvm.compiler import preview
 
-        print_summary(stdout_console(), result.manifest, result.path)
+            manifest = preview(model, **how)
+        else:
+            from sparse_tvm.compiler import compile
+
+            result = compile(
+                model,
+                output,
+                **how,
+                dump_ir=dump_ir,
+                check_passes=check_passes or None,
+                save_ir=save_ir,
+                report=report or None,
+                verify=verify,
+                tolerance=tolerance,
+                min_cosine=min_cosine,
+                verify_inputs=read_npz(verify_inputs) if verify_inputs else None,
+                started=started,
+            )
+            manifest = result.manifest
+    if not quiet:
+        from sparse_tvm.report.tables import print_preview, print_summary
+
+        if output is None:
+            print_preview(stdout_console(), manifest)
+        else:
+            print_summary(stdout_console(), manifest, output)

@@ -9,6 +9,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "sparse-tvm compile path/to/checkpoint -o model.so --target neoverse-n1",
         "sparse-tvm compile pruned.onnx -o model.so --precision int8 --min-cosine 0.98",
         "sparse-tvm compile pruned.onnx -o model.so --layer 'pooler=dense'",
+        "sparse-tvm compile pruned.onnx --dry-run",
     ),
     "run": (
         "sparse-tvm run model.so --random",

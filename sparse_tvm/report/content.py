@@ -127,7 +127,22 @@ def _basis(layer: Mapping[str, Any]) -> str:
 def summary_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the totals of a compile as (label, value) pairs."""
     totals, run = manifest["totals"], manifest["compile"]
-    layers = manifest["layers"]
+    return [
+        *_model_facts(manifest),
+        ("File", human_bytes(totals["file_bytes"])),
+        ("Compile time", f"{run['seconds']:.1f} s"),
+        ("Peak memory", human_bytes(run["peak_memory_bytes"])),
+    ]
+
+
+def preview_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what a compile would come to as (label, value) pairs."""
+    speed = _layers_speed(manifest["layers"])
+    return [*_model_facts(manifest), *([("Layers", " ".join(speed))] if speed else [])]
+
+
+def _model_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    totals, layers = manifest["totals"], manifest["layers"]
     sparse = sum(layer["format"] != "dense" for layer in layers)
     parameters, nonzeros = totals["parameters"], totals["nonzeros"]
     share = human_percent(nonzeros / parameters) if parameters else "none"
@@ -137,9 +152,6 @@ def summary_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Parameters", human_count(parameters)),
         ("Non-zeros", f"{human_count(nonzeros)} ({share})"),
         ("Weights", human_bytes(totals["weight_bytes"])),
-        ("File", human_bytes(totals["file_bytes"])),
-        ("Compile time", f"{run['seconds']:.1f} s"),
-        ("Peak memory", human_bytes(run["peak_memory_bytes"])),
     ]
 
 

@@ -18,6 +18,7 @@ from sparse_tvm.report.content import (
     human_percent,
     layer_rows,
     nothing_sparse,
+    preview_facts,
     summary_facts,
     verification_facts,
     verification_title,
@@ -31,6 +32,7 @@ __all__ = [
     "human_count",
     "human_percent",
     "layer_table",
+    "print_preview",
     "print_summary",
 ]
 
@@ -109,17 +111,28 @@ def fact_table(facts: list[tuple[str, str]]) -> Table:
 
 def print_summary(console: Console, manifest: Mapping[str, Any], output: Path) -> None:
     """Print what a compile made of each layer, its totals, and how it was verified."""
-    console.print(layer_table(manifest, console.width))
-    for note in manifest["notes"]:
-        console.print(Text.assemble(("note: ", "dim"), note))
-    if warning := nothing_sparse(manifest):
-        console.print(Text.assemble(("warning: ", "bold yellow"), warning))
+    _print_layers(console, manifest)
     console.print(fact_table(summary_facts(manifest)))
     console.print()
     console.print(Text(verification_title(manifest)))
     console.print(fact_table(verification_facts(manifest)))
     console.print(Text.assemble("wrote ", (str(output), "bold")), soft_wrap=True)
     console.print(Text(f"next: sparse-tvm bench {shlex.quote(str(output))}"), soft_wrap=True)
+
+
+def print_preview(console: Console, manifest: Mapping[str, Any]) -> None:
+    """Print what a compile would make of each layer, and how fast and large that is."""
+    _print_layers(console, manifest)
+    console.print(fact_table(preview_facts(manifest)))
+    console.print(Text("nothing was written: a dry run"))
+
+
+def _print_layers(console: Console, manifest: Mapping[str, Any]) -> None:
+    console.print(layer_table(manifest, console.width))
+    for note in manifest["notes"]:
+        console.print(Text.assemble(("note: ", "dim"), note))
+    if warning := nothing_sparse(manifest):
+        console.print(Text.assemble(("warning: ", "bold yellow"), warning))
 
 
 def fold_name(name: str, width: int = NAME_WIDTH, separators: str = "./") -> str:

@@ -21,7 +21,7 @@ from statistics import mean, median
 from typing import Any
 
 from sparse_tvm.backends import BackendTarget, resolve_target
-from sparse_tvm.compiler import in_model_precision
+from sparse_tvm.compilation import in_model_precision
 from sparse_tvm.errors import OptionError
 from sparse_tvm.families import WeightedFamily, Wish
 from sparse_tvm.files import check_writable
