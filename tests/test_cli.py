@@ -20,7 +20,7 @@ from sparse_tvm.cli import main
 from sparse_tvm.cli.app import app
 from sparse_tvm.cli.examples import EXAMPLES
 from sparse_tvm.errors import ModelError, OptionError, SparseTvmError, VerificationError
-from sparse_tvm.sparsity.pruning import prune_array
+from sparse_tvm.sparsity.masks import prune_array
 
 VERBS = tuple(EXAMPLES)
 
