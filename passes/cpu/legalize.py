@@ -1,22 +1,15 @@
-"""Legalise: Relax operators that are not ours become TIR, fused where they are elementwise.
-
-These are TVM's own passes, but for operators whose TIR would call libraries that artifacts do not
-load. Our operators pass through them as opaque calls.
-"""
+"""Legalise: TVM's lowering of what is left, with a kernel of ours for the largest elements."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import tvm
-from tvm import relax, s_tir, te, tirx, topi
-from tvm.error import InternalError
-from tvm_ffi import structural_map
+from tvm import relax, tirx
 
-from sparse_tvm.passes.cpu.lower_kernels import KERNEL_ATTRIBUTE
 from sparse_tvm.passes.graph import dtype_of, shape_of
 from sparse_tvm.passes.infrastructure import Context, graph_pass
+from sparse_tvm.passes.legalize import legalized
+from sparse_tvm.passes.lower_kernels import KERNEL_ATTRIBUTE
 from sparse_tvm.passes.program import Program
 from sparse_tvm.schedules.cpu.top_k import top_k
 
@@ -24,107 +17,9 @@ from sparse_tvm.schedules.cpu.top_k import top_k
 @graph_pass()
 def legalize(program: Program, context: Context) -> Program:
     """Apply the passes."""
-    with tvm.target.Target(context.target.tvm_target()):
-        fuse = tvm.transform.Sequential(
-            [
-                relax.transform.LegalizeOps({"relax.max": _largest, "relax.min": _smallest}),
-                relax.transform.AnnotateTIROpPattern(),
-                relax.transform.FoldConstant(),
-                relax.transform.FuseOps(),
-                relax.transform.FuseTIR(),
-            ]
-        )
-        finish = tvm.transform.Sequential(
-            [
-                # What is no loop nest can only come now: the passes above stumble over it.
-                relax.transform.LegalizeOps({"relax.topk": _top_k}),
-                relax.backend.DispatchSortScan(),  # cumulative sums
-                relax.transform.DeadCodeElimination(["main"]),
-            ]
-        )
-        program.module = finish(_views(_with_all_reads(fuse(program.module))))
+    target = context.target.tvm_target()
+    program.module = legalized(program.module, target, {"relax.topk": _top_k})
     return program
-
-
-def _with_all_reads(module: tvm.IRModule) -> tvm.IRModule:
-    """Say of each block all that it reads: FuseTIR keeps one of several regions of a buffer.
-
-    A block reads one several times where one tensor is several inputs: ``concat(x, x)``.
-    """
-    for var, function in module.functions.items():
-        if isinstance(function, tirx.PrimFunc):
-            body = structural_map(function.body, (s_tir.SBlock, _reading_all))
-            module[var] = function.with_body(body)
-    return module
-
-
-def _reading_all(block: s_tir.SBlock) -> s_tir.SBlock:
-    if not isinstance(block.body, tirx.BufferStore):
-        return block
-    sources = [region.source for region in (*block.reads, *block.writes)]
-    found, *_ = s_tir.analysis.get_sblock_access_region(block, {s: s for s in sources})
-    written = block.body.buffer
-    reads = [region for region in found if not region.source.same_as(written)]
-    return s_tir.SBlock(
-        block.iter_vars,
-        reads,
-        block.writes,
-        block.name_hint,
-        block.body,
-        block.init,
-        block.alloc_buffers,
-        block.match_buffers,
-        block.annotations,
-    )
-
-
-def _views(module: tvm.IRModule) -> tvm.IRModule:
-    """Turn reshapes into views. They stay copies where TVM fails at a product of their sizes."""
-    try:
-        return relax.transform.RewriteDataflowReshape()(module)
-    except InternalError:
-        return module
-
-
-def _largest(builder: relax.BlockBuilder, call: relax.Call) -> Any:
-    return _extreme(builder, call, tirx.max, -1)
-
-
-def _smallest(builder: relax.BlockBuilder, call: relax.Call) -> Any:
-    return _extreme(builder, call, tirx.min, 1)
-
-
-def _extreme(
-    builder: relax.BlockBuilder, call: relax.Call, better: Callable[..., Any], sign: int
-) -> Any:
-    """A reduction to the largest or smallest: infinite where all elements are.
-
-    TVM's own begins with the largest finite number, which a row of infinities then comes to.
-    """
-    x, keepdims = call.args[0], bool(call.attrs.keepdims)
-    rank, dtype = len(shape_of(x)), dtype_of(x)
-    if not dtype.startswith("float"):
-        return builder.call_te(topi.max if sign < 0 else topi.min, x, call.attrs.axis, keepdims)
-    axes = call.attrs.axis
-    reduced = [int(axis) % rank for axis in axes] if axes is not None else list(range(rank))
-    kept = [axis for axis in range(rank) if axis not in reduced]
-    reduce = te.comm_reducer(lambda a, b: better(a, b), lambda of: sign * tirx.infinity(of))
-
-    def compute(data: te.Tensor) -> te.Tensor:
-        over = {axis: te.reduce_axis((0, data.shape[axis]), f"k{axis}") for axis in reduced}
-
-        def element(*indices: Any) -> Any:
-            at = dict(zip(range(rank) if keepdims else kept, indices, strict=True)) | over
-            return reduce(data(*(at[axis] for axis in range(rank))), axis=list(over.values()))
-
-        shape = [
-            1 if axis in reduced else data.shape[axis]
-            for axis in range(rank)
-            if keepdims or axis in kept
-        ]
-        return te.compute(shape, element, name="extreme", tag=topi.tag.COMM_REDUCE)
-
-    return builder.call_te(compute, x)
 
 
 def _top_k(builder: relax.BlockBuilder, call: relax.Call) -> Any:

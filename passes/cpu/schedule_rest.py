@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from tvm import s_tir, tirx
 
-from sparse_tvm.passes.cpu.lower_kernels import KERNEL_ATTRIBUTE
 from sparse_tvm.passes.cpu.target import cpu_target
 from sparse_tvm.passes.infrastructure import Context, graph_pass
+from sparse_tvm.passes.lower_kernels import KERNEL_ATTRIBUTE
 from sparse_tvm.passes.program import Program
 from sparse_tvm.schedules.cpu.generic import schedule_generic
 from sparse_tvm.schedules.cpu.simd import Simd

@@ -75,10 +75,10 @@ class CpuBackend(Backend):
         from sparse_tvm.passes.cpu.image_layout import image_layout
         from sparse_tvm.passes.cpu.lane_layout import lane_layout
         from sparse_tvm.passes.cpu.legalize import legalize
-        from sparse_tvm.passes.cpu.lower_kernels import lower_kernels
         from sparse_tvm.passes.cpu.round_activations import round_activations
         from sparse_tvm.passes.cpu.schedule_rest import schedule_rest
         from sparse_tvm.passes.infrastructure import Phase
+        from sparse_tvm.passes.lower_kernels import lower_kernels
 
         return (
             Phase("image layout", (image_layout,)),

@@ -117,8 +117,8 @@ class RowBackend(Backend):
 
     def phases(self) -> Sequence[Any]:
         from sparse_tvm.passes.cpu.legalize import legalize
-        from sparse_tvm.passes.cpu.lower_kernels import lower_kernels
         from sparse_tvm.passes.infrastructure import Phase
+        from sparse_tvm.passes.lower_kernels import lower_kernels
 
         return [Phase("lower", (legalize, lower_kernels))]
 

@@ -19,7 +19,6 @@ from sparse_tvm.frontends.importer.model import import_onnx
 from sparse_tvm.models.bert import BertConfig, build_bert
 from sparse_tvm.passes import pipeline
 from sparse_tvm.passes.cpu.lane_layout import IN_LANE_TILES, lane_layout
-from sparse_tvm.passes.cpu.lower_kernels import LOWERED, lower_kernels
 from sparse_tvm.passes.dense_to_sparse import WEIGHTS_STORED, dense_to_sparse
 from sparse_tvm.passes.fc_transpose import WEIGHTS_TRANSPOSED, fc_transpose
 from sparse_tvm.passes.infrastructure import (
@@ -31,6 +30,7 @@ from sparse_tvm.passes.infrastructure import (
     Property,
     graph_pass,
 )
+from sparse_tvm.passes.lower_kernels import LOWERED, lower_kernels
 from sparse_tvm.passes.program import Program
 
 PASSES = [one for phase in pipeline.phases(get_backend("cpu")) for one in phase.passes]

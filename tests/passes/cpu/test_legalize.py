@@ -8,8 +8,8 @@ from helpers import apply, build, compile_and_run, operators
 from tvm import relax, tirx
 
 from sparse_tvm.passes.cpu.legalize import legalize
-from sparse_tvm.passes.cpu.lower_kernels import KERNEL_ATTRIBUTE
 from sparse_tvm.passes.fuse_product import fuse_product
+from sparse_tvm.passes.lower_kernels import KERNEL_ATTRIBUTE
 
 OP = relax.op
 

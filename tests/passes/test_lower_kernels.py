@@ -12,11 +12,11 @@ from tvm import relax, tirx
 from sparse_tvm.backends import get_backend
 from sparse_tvm.operators import Attention, Dense, Operator, from_json
 from sparse_tvm.passes.cpu.lane_layout import lane_layout
-from sparse_tvm.passes.cpu.lower_kernels import KERNEL_ATTRIBUTE, lower_kernels
 from sparse_tvm.passes.dense_to_sparse import dense_to_sparse
 from sparse_tvm.passes.fc_transpose import fc_transpose
 from sparse_tvm.passes.fuse_attention import fuse_attention
 from sparse_tvm.passes.fuse_epilogue import fuse_epilogue
+from sparse_tvm.passes.lower_kernels import KERNEL_ATTRIBUTE, lower_kernels
 from sparse_tvm.sparsity.masks import prune_array
 
 OP = relax.op

@@ -1,0 +1,133 @@
+"""CUDA C++ to code for devices, with NVIDIA's compiler from PyPI and without a device.
+
+NVRTC needs neither a host compiler nor the toolkit. One source is compiled for every architecture
+asked for; the results, with PTX for devices newer than all of them, become one fat binary, from
+which the driver takes what fits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sparse_tvm.errors import BuildError, MissingExtraError
+
+_OPTIONS = (
+    b"--std=c++17",
+    b"--use_fast_math",
+    b"--device-as-default-execution-space",
+    b"-default-device",
+)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a source.
+
+    Attributes
+    ----------
+    code : bytes
+        A cubin, or PTX.
+    log : str
+        What the assembler says of each kernel: registers, shared memory, spills.
+    """
+
+    code: bytes
+    log: str
+
+
+def fat_binary(source: str, capabilities: Sequence[int]) -> bytes:
+    """Compile a source for several architectures.
+
+    Parameters
+    ----------
+    source : str
+        CUDA C++.
+    capabilities : Sequence[int]
+        As 80 for ``sm_80``; PTX is added for the last.
+
+    Raises
+    ------
+    MissingExtraError
+        When NVIDIA's compiler packages are not installed.
+    BuildError
+        When they refuse the source.
+    """
+    _require()
+    from cuda.bindings import nvfatbin
+
+    jobs = [f"sm_{each}" for each in capabilities] + [f"compute_{capabilities[-1]}"]
+    # The compiler runs outside of Python's lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        *cubins, ptx = pool.map(lambda job: compile_source(source, job), jobs)
+    handle = nvfatbin.create([], 0)
+    try:
+        for capability, cubin in zip(capabilities, cubins, strict=True):
+            nvfatbin.add_cubin(handle, cubin.code, len(cubin.code), str(capability), "kernels")
+        last = str(capabilities[-1])
+        nvfatbin.add_ptx(handle, ptx.code, len(ptx.code), last, "kernels", "")
+        result = bytearray(nvfatbin.size(handle))
+        nvfatbin.get(handle, result)
+    finally:
+        nvfatbin.destroy(handle)
+    return bytes(result)
+
+
+def compile_source(source: str, architecture: str) -> Compiled:
+    """Compile for ``sm_80`` to a cubin, or for ``compute_80`` to PTX.
+
+    Raises
+    ------
+    MissingExtraError, BuildError
+        As :func:`fat_binary`.
+    """
+    _require()
+    from cuda.bindings import nvrtc
+
+    options = [*_OPTIONS, f"--gpu-architecture={architecture}".encode(), b"--ptxas-options=-v"]
+    options += [f"--include-path={_headers()}".encode()]
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], []))
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+        _checked(nvrtc.nvrtcGetProgramLog(program, log))
+        text = log.rstrip(b"\0").decode(errors="replace")
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            first = next((line for line in text.splitlines() if "error" in line), text[:200])
+            raise BuildError(f"NVIDIA's compiler refuses the code for {architecture}: {first}")
+        binary = architecture.startswith("sm_")
+        size = nvrtc.nvrtcGetCUBINSize if binary else nvrtc.nvrtcGetPTXSize
+        code = bytearray(_checked(size(program)))
+        _checked((nvrtc.nvrtcGetCUBIN if binary else nvrtc.nvrtcGetPTX)(program, code))
+        return Compiled(bytes(code), text)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    from cuda.bindings import nvrtc
+
+    status, *values = result
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise BuildError(f"NVIDIA's compiler fails: {status.name}")
+    return values[0] if values else None
+
+
+def _require() -> None:
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None or _headers() is None:
+        raise MissingExtraError("NVIDIA's compiler", "cuda")
+
+
+def _headers() -> Path | None:
+    """Where the headers of the CUDA runtime are, which code with 16-bit floats includes."""
+    spec = find_spec("nvidia")
+    for place in (spec.submodule_search_locations or ()) if spec is not None else ():
+        found = Path(place) / "cu13" / "include"
+        if (found / "cuda_fp16.h").exists():
+            return found
+    return None
