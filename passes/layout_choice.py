@@ -262,7 +262,10 @@ def choose(
     if asked is not None:
         assert asked.format is not None
         named = Wish(asked.format, asked.block)
-        return made(layer.compare(named), named, f"{why}; ")
+        compared = layer.compare(named)
+        if not compared.has_sparse:
+            return kept(f"{why}; {backend.name} has no kernels for it in {op.types.weight}")
+        return made(compared, named, f"{why}; ")
     if weight.nonzeros == op.matrix[0] * op.matrix[1]:
         return kept("no zeros")
     wish = Wish("bsr", options.block) if options.block else None

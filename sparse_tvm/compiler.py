@@ -113,7 +113,8 @@ def compile(
         ``"REGEX=bsr:16x4@int8"`` or ``"REGEX=@int8"`` sets the precision too.
     precision : str | None
         ``fp32``, or ``bf16`` or ``int8`` for dense layers and attention where the target has it:
-        weights are rounded per output, activations per token. By default ``fp32``, or ``bf16`` for
+        weights are rounded per output, activations per token. ``fp16`` on GPUs, where it is the
+        default and all activations have it. By default ``fp32`` elsewhere, or ``bf16`` for
         a model of bfloat16 where the target has it.
     input_shapes : InputShapes | None
         Shapes of inputs by name, each dimension a fixed size, a name, or a ``range`` of sizes;
@@ -261,7 +262,7 @@ def context_of(
         block=block,
         threshold=threshold,
         rules=layer_rules,
-        precision=precision or "fp32",
+        precision=precision or backend.precision,
     )
     if threads is not None and threads < 1:
         raise OptionError(f"threads must be at least 1, not {threads}")
@@ -274,9 +275,11 @@ def context_of(
 def _bound(compilation: Compilation, tolerance: float | None, min_cosine: float | None) -> Bound:
     """How far outputs may be from the reference's: as told, or as the model's precision has it."""
     imported = compilation.imported
-    rounded = compilation.context.options.precisions != ["fp32"]
+    precisions = compilation.context.options.precisions
+    rounded = not {"fp32", "fp16"}.issuperset(precisions)
     if tolerance is None:
-        tolerance = TOLERANCE_16_BIT if imported.widened else TOLERANCE
+        halves = imported.widened or "fp16" in precisions
+        tolerance = TOLERANCE_16_BIT if halves else TOLERANCE
     if min_cosine is None:
         min_cosine = LEAST_COSINE if rounded else LEAST_COSINE_QUANTISED
     return Bound(tolerance, min_cosine if rounded or imported.quantised else None)

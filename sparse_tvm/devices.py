@@ -8,8 +8,9 @@ aligned memory, maps weights where they lie in the file, and hands outputs over 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, ClassVar
 
 import numpy as np
@@ -67,6 +68,16 @@ class Device(ABC):
         return [self.code, self.index, _POOLED_ALLOCATOR]
 
     @abstractmethod
+    def check(self, target: Mapping[str, Any]) -> None:
+        """See that code for a target, as the manifest has it, runs on the device.
+
+        Raises
+        ------
+        DeviceError
+            When it does not.
+        """
+
+    @abstractmethod
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:
         """Memory for an input."""
 
@@ -93,6 +104,9 @@ class Cpu(Device):
 
     name: ClassVar[str] = "cpu"
     code: ClassVar[int] = 1
+
+    def check(self, target: Mapping[str, Any]) -> None:
+        """What the CPU must have is checked before it is asked."""
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:
         """Aligned memory, seen from both sides."""
@@ -133,6 +147,9 @@ class Cpu(Device):
 
 _KINDS: dict[str, type[Device]] = {Cpu.name: Cpu}
 
+_MODULES = {"cuda": "sparse_tvm.cuda_device"}
+"""Kinds that register themselves when their module is imported, by name."""
+
 
 def register_device(kind: type[Device]) -> None:
     """Let artifacts run on devices of another kind."""
@@ -146,8 +163,12 @@ def open_device(name: str, tvm_ffi: Any, index: int = 0) -> Device:
     ------
     ArtifactError
         When this runtime knows no such kind.
+    DeviceError
+        When there is no device of the kind here, or what drives it is missing.
     """
+    if name in _MODULES:
+        import_module(_MODULES[name])
     if name not in _KINDS:
-        known = ", ".join(_KINDS)
+        known = ", ".join({**_KINDS, **_MODULES})
         raise ArtifactError(f"this runtime has no device {name!r}", hint=f"it has: {known}")
     return _KINDS[name](tvm_ffi, index)

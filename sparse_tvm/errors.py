@@ -47,6 +47,10 @@ class ArtifactError(SparseTvmError):
     """A ``.so`` is not ours, is damaged, or does not fit this machine or version."""
 
 
+class DeviceError(ArtifactError):
+    """The device that an artifact is for, or what drives it, is not there."""
+
+
 class InputError(SparseTvmError):
     """An input given to a compiled model has a wrong name, dtype or shape."""
 

@@ -78,6 +78,7 @@ class Target(_Target, total=False):
 
     cpu: str
     vector_bits: Natural
+    architectures: list[str]
 
 
 class Versions(TypedDict):

@@ -51,6 +51,7 @@ FLOAT32 = Types()
 
 PRECISIONS = {
     "fp32": FLOAT32,
+    "fp16": Types("float16", "float16", "float32", "float32"),
     "bf16": Types("bfloat16", "bfloat16", "float32", "float32"),
     "int8": Types("int8", "int8", "int32", "float32"),
 }

@@ -66,6 +66,7 @@ def load(
         content = map_content(file)
         check_content(content, manifest, path, everything=verify)
         device = open_device(manifest["device"], runtime())
+        device.check(manifest["target"])
         try:
             machine = VirtualMachine(Library.of(file.fileno()), count, device)
         except Exception as error:  # TVM raises whatever fits: a wrong version, a missing symbol

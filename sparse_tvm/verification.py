@@ -12,7 +12,7 @@ import numpy as np
 from sparse_tvm.backends.base import BackendTarget
 from sparse_tvm.cpu import architecture, host_features
 from sparse_tvm.emulation import EmulatedCrash, Emulator, NoEmulator
-from sparse_tvm.errors import VerificationError
+from sparse_tvm.errors import DeviceError, VerificationError
 from sparse_tvm.frontends.importer.model import ImportedModel
 from sparse_tvm.frontends.source import Source
 from sparse_tvm.random_inputs import random_inputs, typical_sizes
@@ -164,7 +164,10 @@ def _run(
             raise NotVerified(f"this machine's CPU lacks {', '.join(sorted(missing))}")
         from sparse_tvm.runtime import load
 
-        model = load(artifact)
+        try:
+            model = load(artifact)
+        except DeviceError as error:
+            raise NotVerified(error.message) from None
         return [model.run(each) for each in inputs], None
     try:
         emulator = Emulator.of(target)

@@ -75,8 +75,9 @@ def resolve_target(name: str) -> tuple[Backend, BackendTarget]:
 @cache
 def _built_in() -> dict[str, Backend]:
     from sparse_tvm.backends.cpu import CpuBackend
+    from sparse_tvm.backends.cuda import CudaBackend
 
-    made: list[Backend] = [CpuBackend()]
+    made: list[Backend] = [CpuBackend(), CudaBackend()]
     made += [entry.load()() for entry in entry_points(group=ENTRY_POINTS)]
     return {backend.name: backend for backend in made}
 

@@ -43,12 +43,15 @@ class Backend(ABC):
         As manifests have it.
     device : str
         What its programs run on (see :mod:`sparse_tvm.devices`).
+    precision : str
+        In which layers compute unless the user says otherwise.
     families : list[KernelFamily]
         Of all operators; :meth:`add` appends.
     """
 
     name: ClassVar[str]
     device: ClassVar[str] = "cpu"
+    precision: ClassVar[str] = "fp32"
 
     def __init__(self, families: Sequence[KernelFamily[Any]] = ()) -> None:
         self.families = list(families)
@@ -67,6 +70,10 @@ class Backend(ABC):
     @abstractmethod
     def find_target(self, name: str) -> BackendTarget | None:
         """The target that ``name``, one of its other names, or ``native`` stands for."""
+
+    def runs_here(self, target: BackendTarget) -> bool:
+        """Whether this machine can run a target's code, as far as is known without trying."""
+        return True
 
     @abstractmethod
     def phases(self) -> Sequence[Phase]:

@@ -28,7 +28,7 @@ from sparse_tvm.schedules.cpu.families.rows import (
 from sparse_tvm.schedules.x86.families.dots import X86DotFamily
 from sparse_tvm.schedules.x86.families.tile_attention import TileAttentionFamily
 from sparse_tvm.schedules.x86.families.tiles import TileFamily
-from sparse_tvm.targets import ALIASES, NATIVE, TARGETS, Target, get_target
+from sparse_tvm.targets import ALIASES, NATIVE, TARGETS, Target, get_target, runs_here
 
 if TYPE_CHECKING:
     from sparse_tvm.passes.infrastructure import Phase
@@ -70,6 +70,10 @@ class CpuBackend(Backend):
     def find_target(self, name: str) -> Target | None:
         known = name == NATIVE or name in TARGETS or name in ALIASES
         return get_target(name) if known else None
+
+    def runs_here(self, target: BackendTarget) -> bool:
+        assert isinstance(target, Target)
+        return runs_here(target)
 
     def phases(self) -> Sequence[Phase]:
         from sparse_tvm.passes.cpu.image_layout import image_layout

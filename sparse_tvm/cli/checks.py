@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparse_tvm.errors import ArtifactError
+from sparse_tvm.errors import ArtifactError, TargetError
 
 
 def check_artifact(path: Path) -> None:
@@ -33,11 +33,17 @@ def check_target(name: str) -> None:
     """
     from importlib.metadata import entry_points
 
-    from sparse_tvm.targets import get_target
+    from sparse_tvm.targets import NATIVE, get_target
+    from sparse_tvm.targets.names import OTHER_NAMES, TARGET_NAMES
 
-    if entry_points(group="sparse_tvm.backends"):  # which have targets of their own
+    if name == NATIVE:
+        get_target(name)
+    elif name in TARGET_NAMES or name in OTHER_NAMES:
+        return
+    elif entry_points(group="sparse_tvm.backends"):  # which have targets of their own
         from sparse_tvm.backends import resolve_target
 
         resolve_target(name)
     else:
-        get_target(name)
+        hint = f"{', '.join(TARGET_NAMES)}; `sparse-tvm targets` lists more names"
+        raise TargetError(f"unknown target {name!r}", hint=hint)

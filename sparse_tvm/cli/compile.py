@@ -56,8 +56,8 @@ def compile(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="In which dense layers and attention compute: fp32, bf16 or int8; by default "
-            "fp32, or bf16 for a model of bfloat16.",
+            help="In which dense layers and attention compute: fp32, bf16, int8, or fp16 on GPUs; "
+            "by default fp32, or bf16 for a model of bfloat16, and fp16 on GPUs.",
         ),
     ] = None,
     input_shape: InputShapes = None,

@@ -23,9 +23,10 @@ def targets(
 
 
 def _found() -> dict[str, Any]:
+    from sparse_tvm.backends import backends
     from sparse_tvm.cpu import architecture, cpu_model, host_features, usable_cores
     from sparse_tvm.errors import TargetError
-    from sparse_tvm.targets import TARGETS, get_target, runs_here
+    from sparse_tvm.targets import TARGETS, get_target
 
     used = {feature for target in TARGETS.values() for feature in target.features}
     try:
@@ -43,11 +44,12 @@ def _found() -> dict[str, Any]:
         "targets": [
             {
                 **target.as_json(),
-                "description": target.description,
-                "aliases": list(target.aliases),
-                "runs_here": runs_here(target),
+                "description": getattr(target, "description", ""),
+                "aliases": list(getattr(target, "aliases", ())),
+                "runs_here": backend.runs_here(target),
             }
-            for target in TARGETS.values()
+            for backend in backends().values()
+            for target in backend.targets
         ],
     }
 
@@ -57,13 +59,14 @@ def _print(console: Any, found: dict[str, Any]) -> None:
     from sparse_tvm.report.tables import fact_table
 
     machine = found["machine"]
-    table = plain_table("target", "vectors", "runs here", "for", "also called")
+    table = plain_table("target", "made for", "runs here", "which is in", "also called")
     for target in found["targets"]:
         native = target["name"] == machine["native"]
         runs = "native" if native else "yes" if target["runs_here"] else "no"
         aliases = ", ".join(target["aliases"])
-        width = f"{target['vector_bits']} bits"
-        table.add_row(target["name"], width, runs, target["description"], aliases)
+        bits = f"{target['vector_bits']}-bit vectors" if "vector_bits" in target else ""
+        made_for = " ".join(target.get("architectures", ())) or bits
+        table.add_row(target["name"], made_for, runs, target["description"], aliases)
     console.print(table)
     console.print(
         fact_table(

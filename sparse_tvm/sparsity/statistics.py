@@ -28,6 +28,11 @@ class WeightStatistics(ABC):
     def block(self) -> tuple[int, int] | None:
         """The largest block (rows, columns) that the zeros follow, if any larger than a value."""
 
+    @property
+    def n_m(self) -> tuple[int, int] | None:
+        """``(N, M)`` where at most N of any M neighbours in a row are not 0, by design."""
+        return None
+
     @abstractmethod
     def stored_blocks(self, block: tuple[int, int]) -> int:
         """How many blocks of this size, laid from the first corner, hold a value other than 0."""
@@ -58,6 +63,10 @@ class MeasuredWeight(WeightStatistics):
     @property
     def block(self) -> tuple[int, int] | None:
         return self.structure.block
+
+    @property
+    def n_m(self) -> tuple[int, int] | None:
+        return self.structure.n_m
 
     @property
     def nonzeros(self) -> int:

@@ -161,7 +161,7 @@ def test_entry_points_bring_backends(monkeypatch):
     backends._built_in.cache_clear()
     monkeypatch.setattr(backends, "entry_points", lambda group: [Entry()])
     try:
-        assert list(backends.backends()) == ["cpu", "rows"]
+        assert list(backends.backends()) == ["cpu", "cuda", "rows"]
     finally:
         monkeypatch.undo()
         backends._built_in.cache_clear()

@@ -1,0 +1,154 @@
+"""Half storage: activations lie in memory as float16, and every operator computes in float32.
+
+Matches whatever ``main`` computes in float32 once it is legalised. Loads become conversions from
+float16 and stores conversions to it, inside of the functions that TVM's lowering made; what a
+function accumulates stays float32 until it is complete. Weights of two and more dimensions that
+such functions read are stored as float16 too; vectors stay as they are, and so do the model's
+inputs and outputs. Numbers beyond float16's range become its largest ones, so that a mask's
+``-3e38`` does not turn into an infinity whose product with 0 is no number.
+
+Leaves everything alone where the user asks for fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tvm import relax, te, tirx, topi
+
+from sparse_tvm.operators import Dense, Operator
+from sparse_tvm.passes import dialect
+from sparse_tvm.passes.graph import Rewrite, dtype_of, is_tensor, op_name, shape_of
+from sparse_tvm.passes.infrastructure import Context, graph_pass
+from sparse_tvm.passes.program import Program
+from sparse_tvm.schedules.cuda.storage import HALF, stored_as
+from sparse_tvm.schedules.cuda.weights import LARGEST_HALF
+
+_VIEWS = {"relax.reshape", "relax.memory.view"}
+
+
+@graph_pass()
+def half_storage(program: Program, context: Context) -> Program:
+    """Apply the pass."""
+    if context.options.precision == "fp32":
+        return program
+    program = _HalfStorage(program).run()
+    program.module = relax.transform.DeadCodeElimination(["main"])(program.module)
+    return program
+
+
+class _HalfStorage(Rewrite):
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self._outputs = self._results()
+        self._variants: dict[tuple[str, tuple[str, ...]], Any] = {}
+
+    def rewrite(self, var: relax.Var, value: Any) -> Any:
+        ours = dialect.match(value, Operator)
+        if ours is not None:
+            args = [self._operand(ours.op, i, arg) for i, arg in enumerate(ours.args)]
+            return dialect.call(ours.op, args, shape_of(var), self._dtype(var, var.ty))
+        if op_name(value) == "relax.call_tir":
+            return self._call(var, value)
+        if isinstance(value, relax.Var | relax.TupleGetItem) or op_name(value) in _VIEWS:
+            return None
+        return self._in_float32(value)
+
+    def _operand(self, op: Operator, index: int, arg: Any) -> Any:
+        """An operand of an operator of ours: layers read float16 on tensor cores."""
+        new = self.new(arg)
+        layer = isinstance(op, Dense) and op.types.input == HALF and index == 0
+        return self._converted(new, HALF) if layer else new
+
+    def _call(self, var: relax.Var, value: Any) -> Any:
+        function, operands = value.args[0], value.args[1]
+        args = [self._half_weight(arg) for arg in operands.fields]
+        types = [value.ty_args[0]]
+        several = isinstance(types[0], relax.TupleType)
+        if several:
+            types = list(types[0].fields)
+        dtypes = [
+            *(dtype_of(arg) for arg in args),
+            *(self._dtype(var, each) for each in types),
+        ]
+        variant = self._variant(function, dtypes)
+        if variant is None:
+            return self._in_float32(value)
+        outputs = [
+            relax.TensorType(each.shape, dtype)
+            for each, dtype in zip(types, dtypes[len(args) :], strict=True)
+        ]
+        sizes = [value.args[2]] if len(value.args) > 2 else []
+        return relax.call_tir(variant, args, outputs if several else outputs[0], *sizes)
+
+    def _variant(self, function: Any, dtypes: Sequence[str]) -> Any:
+        """The function that reads and writes these types; None if it cannot be had."""
+        key = (function.name_hint, tuple(dtypes))
+        if key not in self._variants:
+            original = self.program.module[function]
+            made = stored_as(original, dtypes)
+            if made is not None and made is not original:
+                function = self.builder.add_func(made, f"{function.name_hint}_half")
+            self._variants[key] = None if made is None else function
+        return self._variants[key]
+
+    def _half_weight(self, arg: Any) -> Any:
+        """An operand of a function, as float16 if it is a large weight."""
+        source = self.graph.value(arg)
+        is_weight = isinstance(source, relax.Var) and source.name in self.program.weights
+        if not is_weight or len(shape_of(source)) < 2 or dtype_of(source) != "float32":
+            return self.new(arg)
+        array = self.program.weights[source.name]
+        half = np.clip(array, -LARGEST_HALF, LARGEST_HALF).astype(np.float16)
+        return self.weight(f"{source.name}.half", half)
+
+    def _in_float32(self, value: Any) -> Any:
+        """A call whose operands are converted to what they were in the model."""
+        new = super().new(value)
+        if not isinstance(new, relax.Call):
+            return new
+        args = [self._widened(arg) for arg in new.args]
+        return relax.Call(new.op, args, new.attrs, new.ty_args)
+
+    def _widened(self, arg: Any) -> Any:
+        if isinstance(arg, relax.Tuple):
+            return relax.Tuple([self._widened(field) for field in arg.fields])
+        if isinstance(arg, relax.Var) and is_tensor(arg) and dtype_of(arg) == HALF:
+            return self._converted(arg, "float32")
+        return arg
+
+    def _converted(self, arg: Any, dtype: str) -> Any:
+        if dtype_of(arg) == dtype:
+            return arg
+        return self.builder.emit_te(_convert, arg, dtype, primfunc_name_hint=f"to_{dtype}")
+
+    def _dtype(self, var: relax.Var, type_: Any) -> str:
+        """How a result is stored: outputs of the model as they are."""
+        dtype = str(type_.dtype)
+        return HALF if dtype == "float32" and var not in self._outputs else dtype
+
+    def _results(self) -> set[Any]:
+        """The variables that ``main`` returns, and what they are other names or views of."""
+        result = self.graph.result
+        found = list(result.fields) if isinstance(result, relax.Tuple) else [result]
+        bound = {binding.var: binding.value for binding in self.graph.bindings}
+        for var in found:
+            value: Any = bound.get(var)
+            if isinstance(value, relax.Var):
+                found.append(value)
+            elif isinstance(value, relax.Tuple):
+                found += value.fields
+            elif isinstance(value, relax.TupleGetItem):
+                found.append(value.tuple_value)
+            elif op_name(value) in _VIEWS:
+                found.append(value.args[0])
+        return set(found)
+
+
+def _convert(x: te.Tensor, dtype: str) -> te.Tensor:
+    if dtype == HALF:
+        largest = tirx.const(LARGEST_HALF, "float32")
+        x = topi.maximum(topi.minimum(x, largest), -largest)
+    return topi.cast(x, dtype)

@@ -1,0 +1,46 @@
+"""The pieces that kernels are written with, in TVMScript's builder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+Expr = Any
+Buffer = Any
+
+
+@contextmanager
+def prim_func() -> Iterator[dict[str, Any]]:
+    """Open a PrimFunc; the finished function is ``result["func"]`` after the block."""
+    result: dict[str, Any] = {}
+    with IRBuilder() as builder, T.prim_func():
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        yield result
+    result["func"] = builder.get()
+
+
+def argument(name: str, shape: Sequence[Expr], dtype: str) -> Buffer:
+    """Declare the next argument of the open PrimFunc."""
+    return T.arg(name, T.buffer(tuple(shape), dtype))
+
+
+def symbol(name: str) -> Expr:
+    """A symbolic extent, bound by the shape of the argument it appears in."""
+    return tirx.Var(name, "int64")
+
+
+def flat(buffer: Buffer, size: Expr) -> Buffer:
+    """The same memory, of one dimension."""
+    return T.decl_buffer((size,), str(buffer.dtype), data=buffer.data)
+
+
+def local(size: int, dtype: str) -> Buffer:
+    """Registers of a thread: a small buffer whose every index is a constant."""
+    # Through a view: TVM would shrink the buffer to the elements whose address is taken.
+    buffer = T.alloc_buffer((size,), dtype, scope="local")
+    return T.decl_buffer((size,), dtype, data=buffer.data, scope="local")

@@ -1,0 +1,131 @@
+// The instructions of NVIDIA's GPUs that kernels call, each beside a twin in plain loops.
+//
+// Device code gets the instruction. Where no device compiler is at work the twin takes its place,
+// and with it a program that plays the threads of a warp executes the very same kernels on a CPU:
+// it defines stvm_lane(), the number of a thread in its warp, and stvm_gather(mine, all, bytes),
+// which collects as many bytes of all 32 threads.
+//
+// A warp multiplies A, 16 x k, by B, k x 8, and adds to D, 16 x 8. Thread l has, with g = l / 4 and
+// t = l % 4: of D rows g and g + 8, columns 2t and 2t + 1; of A the same rows, of every eight
+// columns 2t and 2t + 1; of B column g, of every eight rows 2t and 2t + 1.
+
+#pragma once
+
+#ifdef __CUDACC__
+#include <cuda_fp16.h>
+#define STVM_FUNCTION __device__ __forceinline__
+#else
+#define STVM_FUNCTION inline
+#endif
+
+typedef unsigned int stvm_word;  // two float16, the first in the lower half
+
+// Copy 16 bytes to shared memory, to be there after a wait; zeros unless `valid`.
+STVM_FUNCTION void stvm_copy16(void* shared, const void* global, int valid) {
+#ifdef __CUDACC__
+  stvm_word address = (stvm_word)__cvta_generic_to_shared(shared);
+  int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :: "r"(address), "l"(global), "r"(bytes) : "memory");
+#else
+  for (int i = 0; i < 16; ++i)
+    ((char*)shared)[i] = valid ? ((const char*)global)[i] : 0;
+#endif
+}
+
+// End a group of copies.
+STVM_FUNCTION void stvm_commit() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Wait until all but so many of the last groups are there.
+#ifdef __CUDACC__
+#define STVM_WAIT(n) \
+  STVM_FUNCTION void stvm_wait_##n() { asm volatile("cp.async.wait_group " #n ";" ::: "memory"); }
+#else
+#define STVM_WAIT(n) \
+  STVM_FUNCTION void stvm_wait_##n() {}
+#endif
+STVM_WAIT(0)
+STVM_WAIT(1)
+STVM_WAIT(2)
+
+// Four 8 x 8 matrices of float16; thread 8 i + j points at row j of matrix i. Thread l gets of each
+// matrix columns 2 (l % 4) and the next one of row l / 4.
+STVM_FUNCTION void stvm_load_matrices(stvm_word* r, const void* row) {
+#ifdef __CUDACC__
+  stvm_word address = (stvm_word)__cvta_generic_to_shared(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+#else
+  const stvm_word* rows[32];
+  stvm_gather(&row, rows, sizeof(row));
+  for (int i = 0; i < 4; ++i)
+    r[i] = rows[8 * i + stvm_lane() / 4][stvm_lane() % 4];
+#endif
+}
+
+#ifndef __CUDACC__
+// Column `c` of a row of words that holds two columns a word.
+inline float stvm_half_of(stvm_word word, int c) {
+  unsigned short bits = (unsigned short)(word >> (16 * (c % 2)));
+  _Float16 value;
+  __builtin_memcpy(&value, &bits, sizeof(value));
+  return (float)value;
+}
+
+// Element (m, k) of an A of 16 columns, of four words a thread.
+inline float stvm_a_of(const stvm_word (*a)[4], int m, int k) {
+  return stvm_half_of(a[m % 8 * 4 + k % 8 / 2][m / 8 + k / 8 * 2], k);
+}
+#endif
+
+// D += A B with 16 columns of A.
+STVM_FUNCTION void stvm_multiply(float* d, const stvm_word* a, const stvm_word* b) {
+#ifdef __CUDACC__
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+               "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  stvm_word as[32][4], bs[32][2];
+  stvm_gather(a, as, sizeof(as[0]));
+  stvm_gather(b, bs, sizeof(bs[0]));
+  for (int i = 0; i < 4; ++i) {
+    int m = stvm_lane() / 4 + i / 2 * 8, n = stvm_lane() % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k)
+      d[i] += stvm_a_of(as, m, k) * stvm_half_of(bs[n * 4 + k % 8 / 2][k / 8], k);
+  }
+#endif
+}
+
+// D += A B with 32 columns of A, of every four of which two are stored: `a` is the A of 16 columns
+// that are left, and `places` tells which they were. Of each four threads the first two give it,
+// for the first and the last 16 columns: two bits for each element that is stored, of row g in the
+// lower half, of row g + 8 in the upper.
+STVM_FUNCTION void stvm_multiply_2_of_4(float* d, const stvm_word* a, const stvm_word* b,
+                                        stvm_word places) {
+#ifdef __CUDACC__
+  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 "
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, "
+               "%12, 0x0;"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]),
+                 "r"(b[3]), "r"(places));
+#else
+  stvm_word as[32][4], bs[32][4], all[32];
+  stvm_gather(a, as, sizeof(as[0]));
+  stvm_gather(b, bs, sizeof(bs[0]));
+  stvm_gather(&places, all, sizeof(places));
+  for (int i = 0; i < 4; ++i) {
+    int m = stvm_lane() / 4 + i / 2 * 8, n = stvm_lane() % 4 * 2 + i % 2;
+    for (int stored = 0; stored < 16; ++stored) {
+      stvm_word word = all[m % 8 * 4 + stored / 8];
+      int place = word >> (m / 8 * 16 + stored % 8 * 2) & 3, k = stored / 2 * 4 + place;
+      d[i] += stvm_a_of(as, m, stored) * stvm_half_of(bs[n * 4 + k % 8 / 2][k / 8], k);
+    }
+  }
+#endif
+}

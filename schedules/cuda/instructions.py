@@ -1,0 +1,62 @@
+"""Calls of the instructions that kernels use; ``instructions.h`` says what each of them does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+PRELUDE = Path(__file__).with_suffix(".h").read_text(encoding="utf-8").replace("#pragma once\n", "")
+"""What stands before the code of every module."""
+
+Expr = Any
+Buffer = Any
+
+
+def address(buffer: Buffer, index: Expr) -> Expr:
+    """Address of an element of a flat buffer."""
+    return tirx.address_of(buffer[index])
+
+
+def call(name: str, *args: Expr) -> None:
+    """Call a function of the prelude that returns nothing."""
+    T.evaluate(tirx.call_extern("void", f"stvm_{name}", *args))
+
+
+def copy16(shared: Expr, source: Expr, valid: Expr) -> None:
+    """Copy 16 bytes to shared memory, to be there after :func:`wait`; zeros unless valid."""
+    call("copy16", shared, source, tirx.Cast("int32", valid))
+
+
+def commit() -> None:
+    """End a group of copies."""
+    call("commit")
+
+
+def wait(pending: int) -> None:
+    """Wait until all but the last ``pending`` groups of copies are there."""
+    call(f"wait_{pending}")
+
+
+def barrier() -> None:
+    """Wait for all threads of the block."""
+    T.evaluate(tirx.call_intrin("void", "tirx.tvm_storage_sync", "shared"))
+
+
+def load_matrices(words: Buffer, first: int, row: Expr) -> None:
+    """Load four 8 x 8 matrices into four words."""
+    call("load_matrices", address(words, first), row)
+
+
+def multiply(sums: Buffer, d: int, words: Buffer, a: int, others: Buffer, b: int) -> None:
+    """``D += A B``, 16 x 8 x 16, from registers that begin at these indices."""
+    call("multiply", address(sums, d), address(words, a), address(others, b))
+
+
+def multiply_2_of_4(
+    sums: Buffer, d: int, words: Buffer, a: int, others: Buffer, b: int, places: Expr
+) -> None:
+    """``D += A B``, 16 x 8 x 32, A being 2:4 sparse."""
+    call("multiply_2_of_4", address(sums, d), address(words, a), address(others, b), places)

@@ -1,0 +1,68 @@
+"""The CUDA backend: NVIDIA's GPUs by compute capability."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sparse_tvm.backends.base import Backend, BackendTarget
+from sparse_tvm.errors import DeviceError
+from sparse_tvm.schedules.cuda.families.dense import CoreDenseFamily, TensorDenseFamily
+from sparse_tvm.targets.cuda import CUDA_TARGETS, CudaTarget
+
+if TYPE_CHECKING:
+    from sparse_tvm.passes.infrastructure import Phase
+    from sparse_tvm.passes.program import Program
+
+
+class CudaBackend(Backend):
+    """GPUs by TVM's CUDA code generator and NVIDIA's compiler, activations in rows of float16."""
+
+    name: ClassVar[str] = "cuda"
+    device: ClassVar[str] = "cuda"
+    precision: ClassVar[str] = "fp16"
+
+    def __init__(self) -> None:
+        super().__init__([TensorDenseFamily(), CoreDenseFamily()])
+
+    @property
+    def targets(self) -> Sequence[CudaTarget]:
+        return CUDA_TARGETS
+
+    def find_target(self, name: str) -> CudaTarget | None:
+        return next((t for t in CUDA_TARGETS if name == t.name or name in t.aliases), None)
+
+    def runs_here(self, target: BackendTarget) -> bool:
+        from sparse_tvm.cuda_device import capability_of
+
+        assert isinstance(target, CudaTarget)
+        try:
+            return capability_of(0) >= target.least.capability
+        except DeviceError:
+            return False
+
+    def phases(self) -> Sequence[Phase]:
+        from sparse_tvm.passes.cuda.half_storage import half_storage
+        from sparse_tvm.passes.cuda.legalize import legalize
+        from sparse_tvm.passes.cuda.schedule_rest import schedule_rest
+        from sparse_tvm.passes.infrastructure import Phase
+        from sparse_tvm.passes.lower_kernels import lower_kernels
+
+        return (
+            Phase("legalise", (legalize,)),
+            Phase("half storage", (half_storage,)),
+            Phase("schedule", (lower_kernels, schedule_rest)),
+        )
+
+    def generate(self, program: Program, target: BackendTarget) -> Any:
+        from sparse_tvm.backends.cuda_codegen import generate
+
+        assert isinstance(target, CudaTarget)
+        return generate(program, target)
+
+    def write_library(self, code: Any, target: BackendTarget, path: Path) -> None:
+        from sparse_tvm.backends.cuda_codegen import write_library
+
+        assert isinstance(target, CudaTarget)
+        write_library(code, target, path)

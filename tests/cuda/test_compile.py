@@ -1,0 +1,125 @@
+"""Whole models for GPUs: compiled by the pipeline, run on the emulated GPU, compared with ONNX."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import sparse_tvm
+from sparse_tvm.errors import DeviceError, OptionError
+from sparse_tvm.models.bert import BertConfig, build_bert
+from sparse_tvm.sparsity.masks import prune_array
+
+TINY = BertConfig(layers=1, hidden=64, heads=2, intermediate=128, vocabulary=100, max_positions=32)
+
+
+def mlp(w: np.ndarray, v: np.ndarray):
+    """``gelu(x w^T + b) v^T`` over any number of rows."""
+    arrays = {"w": w.T, "v": v.T, "b": np.linspace(-1, 1, len(w))}
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["product"]),
+            helper.make_node("Add", ["product", "b"], ["sum"]),
+            helper.make_node("Gelu", ["sum"], ["hidden"]),
+            helper.make_node("MatMul", ["hidden", "v"], ["y"]),
+        ],
+        "mlp",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", w.shape[1]])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", len(v)])],
+        [
+            numpy_helper.from_array(np.ascontiguousarray(a, np.float32), n)
+            for n, a in arrays.items()
+        ],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def drawn(n: int, k: int) -> np.ndarray:
+    return np.random.default_rng([n, k]).standard_normal((n, k)).astype(np.float32) * k**-0.5
+
+
+@pytest.mark.usefixtures("gpu")
+def test_bert(tmp_path):
+    result = sparse_tvm.compile(
+        build_bert(TINY, sequence=16), tmp_path / "model.so", target="cuda-sm80"
+    )
+    manifest = result.manifest
+    assert (manifest["backend"], manifest["device"]) == ("cuda", "cuda")
+    assert {layer["precision"] for layer in manifest["layers"]} == {"float16"}
+    assert manifest["verification"]["max_abs_diff"]["last_hidden_state"] < 5e-3
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(("structure", "format"), [("32x32", "bsr"), ("2:4", "2:4")])
+def test_what_pays_is_sparse(tmp_path, structure, format):
+    w = prune_array(drawn(1024, 1024), 0.8 if format == "bsr" else 0.5, structure)
+    model = mlp(w, drawn(40, 1024))
+    result = sparse_tvm.compile(
+        model, tmp_path / "model.so", target="cuda-sm89", input_shapes={"x": (16, 1024)}
+    )
+    layers = {layer["name"]: layer for layer in result.manifest["layers"]}
+    assert (layers["w"]["format"], layers["v"]["format"]) == (format, "dense")
+    assert "faster than dense (predicted)" in layers["w"]["reason"]
+    assert layers["w"]["epilogue"] == ["bias", "gelu"]
+    assert result.manifest["verification"] is not None
+
+
+@pytest.mark.usefixtures("gpu")
+def test_blocks_of_a_wish_and_what_no_kernel_has(tmp_path):
+    w, v = prune_array(drawn(96, 64), 0.5, "16x16"), prune_array(drawn(40, 96), 0.9, "unstructured")
+    result = sparse_tvm.compile(
+        mlp(w, v),
+        tmp_path / "model.so",
+        target="cuda-sm90",
+        layer_rules=["^w=bsr:16x16", "^v=csr"],
+    )
+    layers = {layer["name"]: layer for layer in result.manifest["layers"]}
+    assert (layers["w"]["format"], layers["w"]["block"]) == ("bsr", [16, 16])
+    assert layers["v"]["format"] == "dense"
+    assert "cuda has no kernels for it in float16" in layers["v"]["reason"]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_float32_on_request(tmp_path):
+    result = sparse_tvm.compile(
+        mlp(drawn(33, 21), drawn(5, 33)),
+        tmp_path / "model.so",
+        target="cuda-sm80",
+        precision="fp32",
+    )
+    assert {layer["precision"] for layer in result.manifest["layers"]} == {"float32"}
+    assert result.manifest["verification"]["tolerance"] == 1e-4
+
+
+@pytest.mark.usefixtures("gpu")
+def test_runs_as_on_a_cpu(tmp_path):
+    w, v = drawn(48, 32), drawn(8, 48)
+    sparse_tvm.compile(mlp(w, v), tmp_path / "model.so", target="cuda-sm80", verify=False)
+    x = np.random.default_rng(1).standard_normal((3, 32)).astype(np.float32)
+    with sparse_tvm.load(tmp_path / "model.so") as model:
+        y = model.run({"x": x})["y"]
+        np.testing.assert_array_equal(model.run(x[::-1])["y"], y[::-1])
+
+
+def test_every_architecture_and_no_driver(tmp_path):
+    result = sparse_tvm.compile(
+        mlp(drawn(48, 32), drawn(8, 48)), tmp_path / "model.so", target="cuda"
+    )
+    target = result.manifest["target"]
+    assert target["architectures"] == ["sm_80", "sm_89", "sm_90", "sm_100"]
+    assert "no driver" in result.manifest["unverified"]
+    assert (tmp_path / "model.so").read_bytes().count(b"\x7fELF") >= 5  # the host's, four cubins
+    with pytest.raises(DeviceError, match="needs an NVIDIA GPU, and there is no driver here"):
+        sparse_tvm.load(tmp_path / "model.so")
+
+
+def test_what_the_target_does_not_have(tmp_path):
+    with pytest.raises(OptionError, match="no kernels for int8"):
+        sparse_tvm.compile(
+            mlp(drawn(48, 32), drawn(8, 48)),
+            tmp_path / "model.so",
+            target="cuda-sm80",
+            precision="int8",
+        )
+    assert not (tmp_path / "model.so").exists()
