@@ -15,28 +15,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.utils import prune
 
 import sparse_tvm
-from sparse_tvm.sparsity.masks import prune_array
+from sparse_tvm.torch import Pruner
 
 FEATURES, HIDDEN, CLASSES, BATCH = 256, 1024, 10, 256
 DENSE_STEPS, PRUNING_STEPS, LAST_STEPS = 100, 200, 100
 SPARSITY, STRUCTURE, EVERY = 0.9, "4x1", 10
-
-
-class Blocks(prune.BasePruningMethod):
-    """Zeros in blocks: the least important are cut, by the sum of their absolute values."""
-
-    PRUNING_TYPE = "global"
-
-    def __init__(self, sparsity: float) -> None:
-        self.sparsity = sparsity
-
-    def compute_mask(self, t: torch.Tensor, default_mask: torch.Tensor) -> torch.Tensor:
-        """Ones where a weight stays; what was cut before stays cut."""
-        weight = (t * default_mask).detach().numpy()
-        return torch.from_numpy(prune_array(weight, self.sparsity, STRUCTURE) != 0).to(t.dtype)
 
 
 def examples(directions: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,7 +39,10 @@ def main() -> None:
         nn.Linear(HIDDEN, HIDDEN), nn.ReLU(),
         nn.Linear(HIDDEN, CLASSES),
     )  # fmt: skip
-    layers = [layer for layer in model if isinstance(layer, nn.Linear)][:-1]
+    pruner = Pruner(
+        model, structure=STRUCTURE, sparsity=SPARSITY, schedule="cubic", exclude="4",
+        start=DENSE_STEPS, steps=PRUNING_STEPS, every=EVERY,
+    )  # fmt: skip
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
     test_x, test_classes = examples(directions, 4096)
 
@@ -65,19 +53,14 @@ def main() -> None:
     for step in range(DENSE_STEPS + PRUNING_STEPS + LAST_STEPS):
         if step == DENSE_STEPS:
             print(f"dense: accuracy {accuracy():.3f}")
-        progress = (step - DENSE_STEPS) / PRUNING_STEPS
-        if 0 <= progress <= 1 and step % EVERY == 0:
-            # Much at first, while there is much to spare (Zhu and Gupta 2017).
-            for layer in layers:
-                Blocks.apply(layer, "weight", sparsity=SPARSITY * (1 - (1 - progress) ** 3))
         x, classes = examples(directions, BATCH)
         loss = nn.functional.cross_entropy(model(x), classes)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+        pruner.step()
 
-    for layer in layers:
-        prune.remove(layer, "weight")  # else the export has a mask beside each weight
+    pruner.finish()  # the zeros become part of the weights
     print(f"pruned to {SPARSITY:.0%} in {STRUCTURE} blocks: accuracy {accuracy():.3f}")
 
     with tempfile.TemporaryDirectory() as directory:
