@@ -75,8 +75,12 @@ class Prediction:
     @property
     def worst_error(self) -> float | None:
         """By how much the worst trial is off, relatively; None where nothing was measured."""
-        errors = [abs(self.seconds(one.settings) / one.seconds - 1) for one in self.trials]
-        return max(errors, default=None)
+        if not self.trials:
+            return None
+        outside = _outside(self.trials)
+        return max(
+            abs(self.seconds(one.settings) / (one.seconds + outside) - 1) for one in self.trials
+        )
 
 
 def predict(
@@ -167,8 +171,13 @@ def from_trials(
     layers = _prunable(subject, costs, structures)
     costs.correct(layers, trials)
     names = [layer.name for layer in layers]
-    rest = max(0.0, median(trial.rest(names) for trial in trials))
-    return Prediction(subject, costs, layers, threads, rest, cpu_model(), trials)
+    rest = median(trial.rest(names) for trial in trials)
+    return Prediction(subject, costs, layers, threads, rest + _outside(trials), cpu_model(), trials)
+
+
+def _outside(trials: Sequence[Trial]) -> float:
+    """Seconds of a run outside of its kernels: what no trial's fastest run does without."""
+    return max(0.0, min(trial.fastest - trial.seconds for trial in trials))
 
 
 def _prunable(subject: Subject, costs: Costs, structures: Sequence[str]) -> Sequence[PlannedLayer]:

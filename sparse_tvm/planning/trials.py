@@ -8,9 +8,10 @@ it is, are timed in turns, so that whatever else the machine does meets all of t
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,8 @@ _RUN_SECONDS = 0.06
 """Of plain runs in each round."""
 
 _UNDISTURBED = 10
-"""Percentile of all runs that stands for one which nothing else slows down: medians of a machine
-that is shared are those of what it shares."""
+"""Percentile of a call's times that stands for what it takes when nothing else runs. Taken call by
+call, as on a shared machine a short call is often left alone, and a whole run hardly ever."""
 
 _TRACED = 2
 """Runs of each round in which every kernel is timed."""
@@ -46,7 +47,7 @@ _REPEATED = re.compile(r" \(\d+\)$")
 
 @dataclass(frozen=True)
 class Trial:
-    """One pruned model, timed.
+    """One pruned model, timed kernel by kernel.
 
     Attributes
     ----------
@@ -54,19 +55,27 @@ class Trial:
         How each layer was pruned.
     formats : dict[str, str]
         How the compiler then stored it.
-    seconds : float
-        Of a run that nothing disturbs.
     layers : dict[str, float]
-        Seconds of each layer in such a run.
+        Seconds of each layer in a run.
+    others : float
+        Seconds of all other kernels.
+    fastest : float
+        Seconds of the fastest whole run.
     """
 
     settings: Mapping[str, Setting]
     formats: Mapping[str, str]
-    seconds: float
     layers: Mapping[str, float]
+    others: float
+    fastest: float
+
+    @property
+    def seconds(self) -> float:
+        """Of all kernels."""
+        return self.others + sum(self.layers.values())
 
     def rest(self, layers: Iterable[str]) -> float:
-        """Seconds that are none of these layers'."""
+        """Seconds of all kernels but these layers'."""
         return self.seconds - sum(self.layers[name] for name in layers)
 
 
@@ -120,39 +129,42 @@ def measure_trials(
     return [one.trial(settings, names) for one, settings in zip(timed, trials, strict=True)]
 
 
-def undisturbed(seconds: Sequence[float]) -> float:
-    """What a run takes when nothing else slows it down, by what many took."""
-    return float(np.percentile(seconds, _UNDISTURBED))
-
-
 class _Timed:
     """A trial's artifact, and what was timed of it."""
 
     def __init__(self, model: Model) -> None:
         self._model, self._feed = model, random_inputs(model.inputs)
         self._kernels = model.manifest["kernels"]
-        self._runs: list[float] = []
-        self._layers: defaultdict[str, list[float]] = defaultdict(list)
+        self._fastest = inf
+        self._calls: list[list[float]] = []
+        self._layers: list[str | None] = []
 
     def round(self) -> None:
         """A few runs, and a few more with every kernel observed."""
         self._model.run(self._feed)  # brings it back into the caches
-        self._runs += time_runs(lambda: self._model.run(self._feed), _RUN_SECONDS)
+        runs = time_runs(lambda: self._model.run(self._feed), _RUN_SECONDS)
+        self._fastest = min(self._fastest, *runs)
         for calls in self._model.trace(self._feed, _TRACED):
             observing = min(call.seconds for call in calls)
-            seen: Counter[str] = Counter()
-            run: defaultdict[str, float] = defaultdict(float)
-            for call in calls:
-                served = self._kernels.get(call.function, {}).get("layers", [])
-                if seen[call.function] < len(served):
-                    layer = _REPEATED.sub("", served[seen[call.function]])
-                    run[layer] += call.seconds - observing
-                seen[call.function] += 1
-            for layer, seconds in run.items():
-                self._layers[layer].append(seconds)
+            self._calls.append([call.seconds - observing for call in calls])
+            self._layers = list(self._served(call.function for call in calls))
+
+    def _served(self, functions: Iterable[str]) -> Iterator[str | None]:
+        """The layer of each call."""
+        seen: Counter[str] = Counter()
+        for function in functions:
+            served = self._kernels.get(function, {}).get("layers", [])
+            at, seen[function] = seen[function], seen[function] + 1
+            yield _REPEATED.sub("", served[at]) if at < len(served) else None
 
     def trial(self, settings: Mapping[str, Setting], names: set[str]) -> Trial:
         """What it came to, for the layers of these names."""
-        layers = {name: undisturbed(self._layers[name]) for name in names}
+        layers, others = dict.fromkeys(names, 0.0), 0.0
+        undisturbed = np.percentile(self._calls, _UNDISTURBED, axis=0)
+        for layer, seconds in zip(self._layers, undisturbed, strict=True):
+            if layer in names:
+                layers[str(layer)] += float(seconds)
+            else:
+                others += float(seconds)
         formats = {layer["name"]: layer["format"] for layer in self._model.manifest["layers"]}
-        return Trial(settings, formats, undisturbed(self._runs), layers)
+        return Trial(settings, formats, layers, others, self._fastest)

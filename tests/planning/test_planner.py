@@ -160,7 +160,7 @@ def test_predictions_follow_trials() -> None:
             layer.name: plain.costs.choice(layer.kinds[0], settings[layer.name]).layout.format
             for layer in subject.layers
         }
-        trials.append(Trial(settings, formats, sum(layers.values()) + 0.5, layers))
+        trials.append(Trial(settings, formats, layers, 0.4, sum(layers.values()) + 0.5))
     found = prediction.from_trials(subject, trials, STRUCTURES, 1)
     assert found.rest_seconds == pytest.approx(0.5)
     assert found.worst_error == pytest.approx(0, abs=1e-9)
