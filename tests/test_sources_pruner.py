@@ -329,3 +329,39 @@ def test_a_model_that_was_pruned_while_it_trained_compiles(tmp_path: Path) -> No
     np.testing.assert_allclose(found, model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
     layers = loaded.manifest["layers"]
     assert all(layer["sparsity"] == pytest.approx(0.75, abs=0.01) for layer in layers)
+
+
+def test_prune_with_data_writes_a_huggingface_directory(tmp_path: Path) -> None:
+    """Biases are written too, under the checkpoint's names."""
+    model, held_out = make_bert(), sentences(4, 2)
+    model.save_pretrained(tmp_path / "bert")
+    batches = sentences(12, 1)
+    calibration = {
+        name: torch.cat([batch[name] for batch in batches]).numpy() for name in batches[0]
+    }
+    calibration["token_type_ids"] = np.zeros_like(calibration["input_ids"])
+    errors = []
+    for method, data in (("magnitude", None), ("obs", calibration)):
+        output = tmp_path / method
+        report = sparse_tvm.prune(
+            tmp_path / "bert", output, sparsity=0.6, method=method, calibrate=data
+        )
+        assert len(report.layers) == 12
+        found = BertModel.from_pretrained(output, add_pooling_layer=False).eval()
+        assert all(mask.mean() == pytest.approx(0.6, abs=0.01) for mask in zeros(found))
+        with torch.no_grad():
+            errors.append(
+                sum(
+                    float(
+                        (found(**batch).last_hidden_state - model(**batch).last_hidden_state)[
+                            batch["attention_mask"].bool()
+                        ]
+                        .square()
+                        .sum()
+                    )
+                    for batch in held_out
+                )
+            )
+    before = model.encoder.layer[0].intermediate.dense.bias
+    assert not torch.equal(found.encoder.layer[0].intermediate.dense.bias, before)
+    assert errors[1] < 0.5 * errors[0]

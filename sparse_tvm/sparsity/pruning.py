@@ -21,11 +21,11 @@ from sparse_tvm.frontends.onnx.read import read_onnx
 from sparse_tvm.frontends.onnx.source import OnnxSource
 from sparse_tvm.frontends.onnx.weights import WeightRef, canonical, replace_data, stored
 from sparse_tvm.frontends.onnx.write import weight_bytes, write_onnx
-from sparse_tvm.frontends.source import Source, SourceOptions
+from sparse_tvm.frontends.source import Source, SourceOptions, require
 from sparse_tvm.sparsity.analysis import analyse
-from sparse_tvm.sparsity.calibration import SAMPLES, Data, read_calibration
+from sparse_tvm.sparsity.calibration import SAMPLES, Batch, Data, read_calibration
 from sparse_tvm.sparsity.choice import choose_layers, nothing_left, with_goals
-from sparse_tvm.sparsity.layer_inputs import find_inputs
+from sparse_tvm.sparsity.layer_inputs import LayerInput, find_inputs
 from sparse_tvm.sparsity.masks import Cut, block_scores, magnitude_mask, masked, spread
 from sparse_tvm.sparsity.pattern import Goal
 from sparse_tvm.sparsity.progress_store import ProgressStore, identity_of
@@ -188,46 +188,69 @@ def prune(
     weights = _Weights(pruned, chosen)
     if random_weights:
         weights.randomise(seed)
-    store: ProgressStore | None = None
-    errors: dict[str, float] = {}
-    biases: list[str] = []
+    done = _Done({}, [], None)
     if calibrate is None:
         _prune_by_magnitude(weights, goals or {}, scope)
     else:
-        from sparse_tvm.sparsity.reconstruction import Task, arrays_of, prune_with_data
-
+        for package in ("scipy", "threadpoolctl"):
+            require(package, "prune", f"method {method}")
         batches = read_calibration(
             calibrate, pruned, samples=samples, tokenizer=tokenizer or tokenizer_of(source)
         )
         inputs, refused = find_inputs(pruned, chosen)
         skipped |= refused
-        tasks = [
-            Task(r, inputs[r.layer], (goals or {})[r.layer]) for r in chosen if r.layer in inputs
-        ]
-        if not tasks:
+        weights.refs = [ref for ref in chosen if ref.layer in inputs]
+        if not weights.refs:
             raise nothing_left(skipped, chosen)
-        chosen = [task.ref for task in tasks]
-        biases = [task.source.bias for task in tasks if task.source.bias]
-        check_writable(f"{os.fspath(output)}.pruning.new")
-        identity = identity_of(
-            (method, [(task.ref, task.goal) for task in tasks]),
-            (*arrays_of(batches), *(weights[ref] for ref in chosen)),
-        )
-        store = ProgressStore(output, identity)
-        errors = prune_with_data(
-            pruned, tasks, batches, method, store,
-            threads=threads or usable_cores(), progress=progress,
+        done = _prune_with_data(
+            pruned, weights, inputs, goals or {}, batches, method, output,
+            threads or usable_cores(), progress,
         )  # fmt: skip
-    report = PruneReport(Path(output), weights.report(chosen, errors), skipped)
+    report = PruneReport(Path(output), weights.report(done.errors), skipped)
     if as_onnx:
         write_onnx(pruned, output, external=_is_external(source.as_onnx(), pruned))
     else:
         tensors = dict(stored_tensors(pruned.graph))
-        names = (*(ref.initializer for ref in chosen), *biases)
+        names = (*(ref.initializer for ref in weights.refs), *done.biases)
         source.write_pruned({name: as_array(tensors[name]) for name in names}, Path(output))
-    if store is not None:
-        store.remove()
+    if done.store is not None:
+        done.store.remove()
     return report
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What pruning with data found and changed, and where it kept what it did."""
+
+    errors: dict[str, float]
+    biases: list[str]
+    store: ProgressStore | None
+
+
+def _prune_with_data(
+    model: onnx.ModelProto,
+    weights: _Weights,
+    inputs: Mapping[str, LayerInput],
+    goals: Mapping[str, Goal],
+    batches: Sequence[Batch],
+    method: str,
+    output: str | os.PathLike[str],
+    threads: int,
+    progress: Callable[[str], None],
+) -> _Done:
+    from sparse_tvm.sparsity.reconstruction import Task, arrays_of, prune_with_data
+
+    tasks = [Task(ref, inputs[ref.layer], goals[ref.layer]) for ref in weights.refs]
+    check_writable(f"{os.fspath(output)}.pruning.new")
+    identity = identity_of(
+        (method, [(task.ref, task.goal) for task in tasks]),
+        (*arrays_of(batches), *(weights[ref] for ref in weights.refs)),
+    )
+    store = ProgressStore(output, identity)
+    errors = prune_with_data(
+        model, tasks, batches, method, store, threads=threads, progress=progress
+    )
+    return _Done(errors, [task.source.bias for task in tasks if task.source.bias], store)
 
 
 class _Weights:
@@ -251,12 +274,10 @@ class _Weights:
         for index, ref in enumerate(self.refs):
             self.replace(ref, _random_like(self[ref], (seed, index)))
 
-    def report(
-        self, refs: Sequence[WeightRef], errors: Mapping[str, float]
-    ) -> tuple[PrunedLayer, ...]:
+    def report(self, errors: Mapping[str, float]) -> tuple[PrunedLayer, ...]:
         """Describe layers as they are now."""
         layers = []
-        for ref in refs:
+        for ref in self.refs:
             found, before = analyse(self[ref]), self._before[ref.layer]
             error = errors.get(ref.layer)
             layers.append(
