@@ -22,7 +22,7 @@ from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.cli.tables import plain_table
 from sparse_tvm.cpu import cpu_model
 from sparse_tvm.interleave import interleave
-from sparse_tvm.sparsity.pruning import prune_array
+from sparse_tvm.sparsity.masks import prune_array
 
 GATES = {"LSTM": 4, "GRU": 3}
 VARIANTS = {

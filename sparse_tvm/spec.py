@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-LARGEST_SIZE = 2**31 - 1
-"""No dimension is larger."""
+LARGEST_SIZE = 10**9
+"""No dimension is larger: where exporters write this number, they mean the end of an axis."""
 
 
 @dataclass(frozen=True)

@@ -242,3 +242,25 @@ def test_if_of_two_shapes_is_refused():
     }"""
     with pytest.raises(ModelError, match="which of two shapes its output has depends on data"):
         import_onnx(build(graph, one=np.array([1])))
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_weights_that_branches_alone_read(chosen, tmp_path):
+    graph = """(float[n,24] x, bool c) => (float[n,16] y) {
+        y = If<then_branch = t () => (float[n,16] u) { u = MatMul(x, w) },
+               else_branch = e () => (float[n,16] u) { u = MatMul(x, v) }>(c)
+    }"""
+    w, v, x = normal(24, 16), normal(24, 16), normal(3, 24)
+    sparse_tvm.compile(build(graph, w=w, v=v), tmp_path / "model.so", verify=False)
+    found = sparse_tvm.load(tmp_path / "model.so").run({"x": x, "c": np.array(chosen)})["y"]
+    np.testing.assert_allclose(found, x @ (w if chosen else v), rtol=1e-4, atol=1e-4)
+
+
+def test_a_slice_to_a_billion_is_one_to_the_end():
+    """So TensorFlow's exporters write it."""
+    graph = """(float[n,4] x) => (float[a,4] y) {
+        z = Slice(x, one, billion, zero)
+        y = Relu(z)
+    }"""
+    stored = {"zero": np.array([0]), "one": np.array([1]), "billion": np.array([10**9])}
+    assert import_onnx(build(graph, **stored)).outputs[0].shape == ("n - 1", 4)

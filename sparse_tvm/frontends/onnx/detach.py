@@ -39,6 +39,16 @@ def constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
     return next((a.t for a in node.attribute if a.name == "value"), None)
 
 
+def names_read(node: onnx.NodeProto) -> Iterator[str]:
+    """Yield the names that a node reads, and those that the graphs in it read, their own too."""
+    yield from node.input
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for inner in graph.node:
+                yield from names_read(inner)
+            yield from (value.name for value in graph.output)
+
+
 def size_of(tensor: onnx.TensorProto) -> int:
     """Return the number of elements that the tensor's shape says it has."""
     return int(np.prod(tensor.dims, dtype=np.int64))

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from sparse_tvm.errors import ModelError
-from sparse_tvm.frontends.onnx.detach import as_array, stored_tensors
+from sparse_tvm.frontends.onnx.detach import as_array, names_read, stored_tensors
 from sparse_tvm.frontends.onnx.weights import RECURRENT
 
 _WEIGHTS = slice(1, 4)  # W, R and B among the inputs
@@ -130,19 +130,9 @@ def _drop_unread(graph: onnx.GraphProto) -> None:
     for node in reversed(graph.node):
         if any(name in read for name in node.output):
             kept.append(node)
-            read.update(node.input)
-            read.update(_read_in_branches(node))
+            read.update(names_read(node))
     del graph.node[:]
     graph.node.extend(reversed(kept))
     tensors = [tensor for tensor in graph.initializer if tensor.name in read]
     del graph.initializer[:]
     graph.initializer.extend(tensors)
-
-
-def _read_in_branches(node: onnx.NodeProto) -> Iterator[str]:
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            for inner in graph.node:
-                yield from inner.input
-                yield from _read_in_branches(inner)
-            yield from (value.name for value in graph.output)

@@ -15,6 +15,7 @@ from sparse_tvm.frontends.onnx.detach import (
     detach_weights,
     is_weight,
     model_inputs,
+    names_read,
     stored_tensors,
 )
 from sparse_tvm.frontends.onnx.rewrite import constants_to_initializers, expand, modernise
@@ -123,7 +124,7 @@ def _drop_unused(
     program: onnx.ModelProto, weights: Mapping[str, onnx.TensorProto], inputs: int
 ) -> tuple[onnx.ModelProto, dict[str, onnx.TensorProto]]:
     """Remove the weights that no node reads any more."""
-    read = {name for node in program.graph.node for name in node.input}
+    read = {name for node in program.graph.node for name in names_read(node)}
     read |= {value.name for value in program.graph.output}
     kept = [
         value
