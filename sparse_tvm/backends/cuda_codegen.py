@@ -85,6 +85,13 @@ def write_library(code: Code, target: CudaTarget, path: Path) -> None:
     code.executable.export_library(str(path), fcompile=link, fpack_imports=pack)
 
 
+def compile_kernel(function: Any, target: CudaTarget) -> Any:
+    """TVM's module of one kernel: host code, importing what has the device's source."""
+    module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
+    with source_only():
+        return tvm.compile(module, target=tvm.target.Target(target.tvm_target())).mod
+
+
 def device_source(module: Any) -> str:
     """The CUDA C++ of a module, with the instructions that our kernels call before it."""
     if module.kind == "cuda":
@@ -131,7 +138,7 @@ def _object_source(blob: bytes, directory: Path) -> str:
 
 
 def _executable(program: Program, target: CudaTarget) -> Any:
-    with tvm.target.Target(target.tvm_target()) as tvm_target, _source_only():
+    with tvm.target.Target(target.tvm_target()) as tvm_target, source_only():
         finish = tvm.transform.Sequential(
             [
                 relax.transform.BundleModelParams(),
@@ -151,7 +158,7 @@ def _executable(program: Program, target: CudaTarget) -> Any:
 
 
 @contextmanager
-def _source_only() -> Iterator[None]:
+def source_only() -> Iterator[None]:
     """Keep TVM from compiling device code itself, as it does where there is a driver."""
     variable = "TVM_COMPILE_FORCE_FALLBACK"
     before = os.environ.get(variable)

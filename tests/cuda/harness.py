@@ -12,7 +12,7 @@ import tvm
 from emulated_gpu import build, table_of
 from tvm.runtime import _ffi_api
 
-from sparse_tvm.backends.cuda_codegen import _source_only, device_source
+from sparse_tvm.backends.cuda_codegen import compile_kernel, device_source
 from sparse_tvm.cuda_device import Cuda
 from sparse_tvm.targets.cuda import CUDA_TARGETS
 from sparse_tvm.vm import runtime
@@ -20,19 +20,12 @@ from sparse_tvm.vm import runtime
 SM80 = CUDA_TARGETS[0]
 
 
-def compile_kernel(function: tvm.tirx.PrimFunc) -> Any:
-    """TVM's module of a kernel: host code, with the device's source."""
-    module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
-    with _source_only():
-        return tvm.compile(module, target=tvm.target.Target(SM80.tvm_target())).mod
-
-
 def run(function: tvm.tirx.PrimFunc, arrays: Sequence[np.ndarray], output: Any) -> np.ndarray:
     """Run a kernel on copies of arrays, with its threads in both orders; return what it wrote.
 
     ``output`` is an array of the result's shape and type; the kernel's is filled with NaNs first.
     """
-    module = compile_kernel(function)
+    module = compile_kernel(function, SM80)
     table = table_of(_ffi_api.ModulePackImportsToTensor(module).numpy().tobytes())
     library = runtime().load_module(str(build(device_source(module), table)))
     module.clear_imports()

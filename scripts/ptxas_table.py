@@ -1,0 +1,137 @@
+"""What NVIDIA's assembler says of our kernels on each architecture, as a table for docs/cuda.md.
+
+    python scripts/ptxas_table.py [--check]
+
+Registers and spilled bytes are the assembler's; shared memory is what a thread block asks for, and
+occupancy is the share of a multiprocessor's threads that its registers and shared memory let be
+there at once. ``--check`` prints nothing but what spills, and fails if anything does. No device is
+needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sparse_tvm.backends.cuda_codegen import compile_kernel, device_source
+from sparse_tvm.families import Extents
+from sparse_tvm.nvrtc import compile_source
+from sparse_tvm.operators import FLOAT32, PRECISIONS, Activation, Bias, Dense, Layout, Residual
+from sparse_tvm.schedules.cuda.families.dense import BLOCKS, CoreDenseFamily, TensorDenseFamily
+from sparse_tvm.schedules.cuda.tiles import tile_for
+from sparse_tvm.targets.cuda import CUDA_TARGETS, Gpu
+
+N, K = 3072, 768
+EPILOGUE = (Bias(), Activation("gelu"), Residual())
+THREADS = {89: 1536}
+REGISTERS, GRANULE = 65536, 256
+_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel as a block asks for it."""
+
+    name: str
+    source: str
+    threads: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a kernel on one architecture."""
+
+    kernel: Kernel
+    gpu: Gpu
+    registers: int
+    spilled: int
+
+    @property
+    def occupancy(self) -> float:
+        """Share of a multiprocessor's threads that can be there."""
+        most = THREADS.get(self.gpu.capability, 2048)
+        warp = -(-self.registers * 32 // GRANULE) * GRANULE
+        blocks = min(
+            most // self.kernel.threads,
+            REGISTERS // (warp * self.kernel.threads // 32),
+            self.gpu.shared_bytes // (self.kernel.shared + 1024),
+        )
+        return blocks * self.kernel.threads / most
+
+
+def kernels() -> Iterator[Kernel]:
+    """Every form of our kernels, for a layer of 768 inputs and 3,072 outputs."""
+    target = CUDA_TARGETS[0]
+    forms = [("dense", (1, 1)), *(("bsr", block) for block in BLOCKS), ("2:4", (1, 4))]
+    for format, block in forms:
+        for tokens in (16, 256, 4096):
+            layout = Layout(TensorDenseFamily.name, format, block)
+            op = Dense(
+                layer="", matrix=(N, K), types=PRECISIONS["fp16"], epilogue=EPILOGUE, layout=layout
+            )
+            tile = tile_for(layout, N, tokens)
+            size = " {}x{}".format(*block) if format == "bsr" else ""
+            yield Kernel(
+                f"{format}{size}, {tile.rows} x {tile.tokens} tile",
+                _source(TensorDenseFamily(), op, tokens, "float16", target),
+                tile.threads,
+                tile.shared_bytes(format == "2:4"),
+            )
+    op = Dense(
+        layer="",
+        matrix=(N, K),
+        types=FLOAT32,
+        epilogue=EPILOGUE,
+        layout=Layout(CoreDenseFamily.name, "dense"),
+    )
+    source = _source(CoreDenseFamily(), op, 256, "float32", target)
+    yield Kernel("dense in fp32", source, 256, 2 * 16 * 68 * 4)
+
+
+def _source(family, op: Dense, tokens: int, dtype: str, target) -> str:
+    operands = [Extents((tokens, K), dtype), Extents((N,)), Extents((tokens, N), dtype)]
+    built = family.build(op, operands, Extents((tokens, N), dtype), target)
+    return device_source(compile_kernel(built.function, target))
+
+
+def rows() -> Iterator[Row]:
+    """All kernels on all architectures, each form once."""
+    gpus = [target.gpu for target in CUDA_TARGETS if len(target.gpus) == 1]
+    seen = set()
+    for kernel in kernels():
+        if kernel.name in seen:
+            continue
+        seen.add(kernel.name)
+        for gpu in gpus:
+            log = compile_source(kernel.source, gpu.architecture).log
+            spilled = sum(map(int, _SPILLS.search(log).groups()))
+            yield Row(kernel, gpu, int(_REGISTERS.search(log)[1]), spilled)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="only look for spills")
+    check = parser.parse_args().check
+    found = list(rows())
+    spilling = [row for row in found if row.spilled]
+    if check:
+        for row in spilling:
+            print(f"{row.kernel.name} on {row.gpu.architecture} spills {row.spilled} bytes")
+        return bool(spilling)
+    print("| kernel | threads | shared memory | architecture | registers | spilled | occupancy |")
+    print("|---|---|---|---|---|---|---|")
+    for row in found:
+        print(
+            f"| {row.kernel.name} | {row.kernel.threads} | {row.kernel.shared / 1024:.0f} KiB "
+            f"| {row.gpu.architecture} | {row.registers} | {row.spilled} | {row.occupancy:.0%} |"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
