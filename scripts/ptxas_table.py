@@ -2,10 +2,10 @@
 
     python scripts/ptxas_table.py [--check]
 
-Registers and spilled bytes are the assembler's; shared memory is what a thread block asks for, and
-occupancy is the share of a multiprocessor's threads that its registers and shared memory let be
-there at once. ``--check`` prints nothing but what spills, and fails if anything does. No device is
-needed.
+For each architecture there are the assembler's registers, bytes spilled if there are any, and the
+occupancy: the share of a multiprocessor's threads that registers and shared memory let be there at
+once. Shared memory is what a thread block asks for. ``--check`` prints nothing but what spills, and
+fails if anything does. No device is needed.
 """
 
 from __future__ import annotations
@@ -113,6 +113,11 @@ def rows() -> Iterator[Row]:
             yield Row(kernel, gpu, int(_REGISTERS.search(log)[1]), spilled)
 
 
+def _cell(row: Row) -> str:
+    spilled = f", {row.spilled} bytes spilled" if row.spilled else ""
+    return f"{row.registers}, {row.occupancy:.0%}{spilled}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="only look for spills")
@@ -123,13 +128,13 @@ def main() -> int:
         for row in spilling:
             print(f"{row.kernel.name} on {row.gpu.architecture} spills {row.spilled} bytes")
         return bool(spilling)
-    print("| kernel | threads | shared memory | architecture | registers | spilled | occupancy |")
-    print("|---|---|---|---|---|---|---|")
-    for row in found:
-        print(
-            f"| {row.kernel.name} | {row.kernel.threads} | {row.kernel.shared / 1024:.0f} KiB "
-            f"| {row.gpu.architecture} | {row.registers} | {row.spilled} | {row.occupancy:.0%} |"
-        )
+    gpus = list(dict.fromkeys(row.gpu.architecture for row in found))
+    print(f"| kernel | threads | shared memory | {' | '.join(gpus)} |")
+    print("|---" * (3 + len(gpus)) + "|")
+    for kernel in dict.fromkeys(row.kernel for row in found):
+        cells = [_cell(row) for row in found if row.kernel == kernel]
+        size = f"{kernel.shared / 1024:.0f} KiB"
+        print(f"| {kernel.name} | {kernel.threads} | {size} | {' | '.join(cells)} |")
     return 0
 
 

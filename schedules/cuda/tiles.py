@@ -82,7 +82,8 @@ def tile_for(layout: Layout, outputs: int, tokens: int | None) -> Tile:
         (s for s in sizes if ceil(outputs / s[0]) * ceil(count / s[1]) >= _PROCESSORS), sizes[-1]
     )
     if few:
-        return Tile(rows, width, rows // ROWS, 1, 4)
-    row_warps = 2 if rows >= 64 else 1
-    token_warps = 2 if rows >= 64 and width < 128 else 4
+        return Tile(rows, width, max(1, rows // 32), 1, 4)
+    # Warps as large as registers let them be: fewer spill where the assembler aims at more blocks.
+    token_warps = 2 if rows == width == 64 else 4
+    row_warps = 2 if rows == 128 or rows == width == 64 else 1
     return Tile(rows, width, row_warps, token_warps, 4 if rows <= 64 else 3)

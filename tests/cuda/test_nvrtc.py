@@ -27,7 +27,7 @@ def test_without_the_packages(monkeypatch):
     monkeypatch.setattr(nvrtc, "_headers", lambda: None)
     with pytest.raises(BuildError, match="NVIDIA's compiler is not installed") as error:
         nvrtc.fat_binary(SOURCE, [80])
-    assert "nvidia-cuda-nvrtc" in (error.value.hint or "")
+    assert "cuda" in (error.value.hint or "")
 
 
 def test_no_kernel_spills():
