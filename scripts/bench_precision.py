@@ -51,8 +51,8 @@ SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95)
 class Form:
     """A precision and a way to store weights; ``structure`` as prune takes it.
 
-    ``wish`` and ``family`` choose among the layouts that the backend offers; None leaves the
-    choice to predicted cost.
+    ``wish`` and ``family`` choose among the layouts that the backend offers; without, predicted
+    cost does.
     """
 
     title: str
@@ -64,14 +64,15 @@ class Form:
     def sparsities(self) -> Sequence[float]:
         return SPARSITIES[:1] if self.structure == "dense" else SPARSITIES[1:]
 
-    def layout(self, op: Dense, w: np.ndarray, target: Target) -> Layout:
+    def layout(self, op: Dense, w: np.ndarray, target: Target, tokens: int) -> Layout:
         backend, weight = get_backend("cpu"), MeasuredWeight(w)
         if self.family is None:
-            return choose(op, weight, FormatOptions(), backend, target).layout
+            options = FormatOptions(format="auto" if self.wish is None else self.wish.format)
+            return choose(op, weight, options, backend, target, [tokens]).layout
         family = backend.family(self.family)
         found = family.candidates(op, weight, target, self.wish)
         exact = [each for each in found if self.wish.block in (None, each.block)]
-        return min(exact, key=lambda each: family.cost(op, each, weight, TOKENS, target))
+        return min(exact, key=lambda each: family.cost(op, each, weight, tokens, target))
 
 
 def forms(target: Target) -> list[Form]:
@@ -97,10 +98,11 @@ class Timed:
     """A kernel on one or more weights of one shape, called in turn."""
 
     def __init__(self, form: Form, w: np.ndarray, tokens: int, target: Target, copies: int = 1):
-        (n, k), tiles, rng = w.shape, tokens // LANES, np.random.default_rng(1)
+        (n, k), tiles, rng = w.shape, -(-tokens // LANES), np.random.default_rng(1)
         op = Dense(layer="layer", matrix=(n, k), types=PRECISIONS[form.precision])
         op = replace(op, epilogue=(Bias(),))
-        op = replace(op, layout=form.layout(op, w, target))
+        op = replace(op, layout=form.layout(op, w, target, tokens))
+        self.layout = op.stored
         backend = get_backend("cpu")
         weight = list(backend.weighted_family(op.stored).pack(op, w, op.stored, target).values())
         x = rng.standard_normal((1, tiles, k, LANES), np.float32)

@@ -41,6 +41,7 @@ from sparse_tvm.schedules.cpu.low_matmul import (
 from sparse_tvm.schedules.cpu.precision import LINES
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.schedules.x86.instructions import TILE_WORDS, TileUnit, bits_set
+from sparse_tvm.schedules.x86.tile_results import TileResults
 from sparse_tvm.schedules.x86.units import TILE_ROWS
 
 FORMS = ("dense", "skip", "gather", "expand")
@@ -50,8 +51,9 @@ MAX_GROUP = 8
 _WIDTH = 2
 """Tiles of tokens whose sums are in registers together."""
 
-_K_TILES = 12
-"""Tiles of K per pass over the tokens, so that a block row's weights stay in the first cache."""
+_K_TILES, _MANY_PARTS, _SHORT = 12, 2, 4
+"""Tiles of K per pass over the tokens, so that a block row's weights stay in the first cache; with
+more than so many passes, which move sums anyway, the few that leave space there."""
 
 _CHUNKS = 4
 """Gathered chunks in flight."""
@@ -115,7 +117,8 @@ class _TileKernel:
 
     # Registers: the sums, then the weights' tiles, then the tokens'.
 
-    def _sum(self, row: int, column: int) -> int:
+    def sum_register(self, row: int, column: int) -> int:
+        """The register of a tile's sums."""
         return row * _WIDTH + column
 
     def _a(self, row: int) -> int:
@@ -131,7 +134,7 @@ class _TileKernel:
         """Clear the sums."""
         for row in range(self.height):
             for column in range(width):
-                self.unit.zero(self._sum(row, column))
+                self.unit.zero(self.sum_register(row, column))
 
     def multiply(
         self,
@@ -147,7 +150,7 @@ class _TileKernel:
                 if column == 0 or shared:
                     self.unit.load(self._a(row), *a(row))
                 self.unit.multiply_add(
-                    self.precision, self._sum(row, column), self._a(row), self._b(column)
+                    self.precision, self.sum_register(row, column), self._a(row), self._b(column)
                 )
 
     def move_sums(self, store: bool, sums: Buffer, place: Expr, width: int) -> None:
@@ -155,49 +158,16 @@ class _TileKernel:
         move = self.unit.store if store else self.unit.load
         for row in range(self.height):
             for column in range(width):
-                move(self._sum(row, column), sums, self._spot(row, place + column))
-
-    def _spot(self, row: Expr, place: Expr) -> Expr:
-        return (row * MAX_GROUP + place) * TILE_WORDS
+                spot = (row * MAX_GROUP + place + column) * TILE_WORDS
+                move(self.sum_register(row, column), sums, spot)
 
     def sums_memory(self) -> Buffer:
         """Memory for the sums of a block row and a group of tiles."""
         return scratch(self.height * MAX_GROUP * TILE_WORDS, "int32")
 
-    def finish(
-        self, sums: Buffer, block_row: Expr, first_tile: Expr, place: Expr, width: int
-    ) -> None:
-        """Scale, epilogue and store of the tiles of sums that lie in memory."""
-        # Loops, whose ends LLVM cannot foresee: unrolled, an epilogue exceeds the cache of code.
-        with T.serial(0, self.height) as row, T.serial(0, width) as column:
-            first_row = scalar((block_row * self.height + row) * TILE_ROWS)
-            live = scalar(tirx.max(tirx.min(TILE_ROWS, self.problem.n_out - first_row), 0))
-            at = scalar(self._spot(row, place + column))
-            self._finish_tile(sums, at, first_row, live, first_tile, place + column)
-
-    def _finish_tile(
-        self, sums: Buffer, at: Expr, first_row: Expr, live: Expr, first_tile: Expr, place: Expr
-    ) -> None:
-        """The first ``live`` rows of one tile of sums."""
-        lanes, output = self.outputs.simd.lanes, self.outputs.output
-        tile = first_tile + place
-
-        def load(row: Expr, first: int) -> Expr:
-            value = sums[T.ramp(at + row * LANES + first, 1, lanes)]
-            return value if self.precision.scaled else T.reinterpret(f"float32x{lanes}", value)
-
-        for first in range(0, LANES, lanes):
-            if not output.in_pairs:
-                with output.peak(place, first) as peak, T.serial(0, live) as r:
-                    self.outputs.finish(load(r, first), first_row + r, tile, first, peak)
-                continue
-            with T.serial(0, live // 2) as pair:
-                low, high = load(pair * 2, first), load(pair * 2 + 1, first)
-                self.outputs.finish_pair(low, high, first_row + pair * 2, tile, first)
-            if self.problem.n_out % 2:
-                with T.If(live % 2 == 1), T.Then():
-                    row = first_row + live - 1
-                    self.outputs.finish_pair(load(live - 1, first), None, row, tile, first)
+    def results(self) -> TileResults:
+        """Memory for what waits for its epilogue."""
+        return TileResults(self.outputs, self.unit, self.height, _WIDTH, self.sum_register)
 
     def tokens(self, tile: Expr, line: Expr) -> tuple[Buffer, Expr]:
         """Where sixteen lines of a tile of tokens lie."""
@@ -215,24 +185,34 @@ def _for_widths(size: Expr, body: Callable[[Expr, int], None]) -> None:
 class _WholeRows(_TileKernel):
     """Forms whose block rows are all tiles of K: in parts of K, each over all the tokens."""
 
+    def __init__(self, outputs: Rows, layout: TileLayout, unit: TileUnit) -> None:
+        super().__init__(outputs, layout, unit)
+        many = self.k_tiles > _MANY_PARTS * _K_TILES
+        self.part = min(_SHORT if many else _K_TILES, self.k_tiles)
+
     def passes(
         self,
         sums: Buffer,
+        results: TileResults,
         block_row: Expr,
         first_tile: Expr,
         size: Expr,
-        a: Callable[[Expr, int], tuple[Buffer, Expr]],
+        a: Callable[[Expr, Expr, int], tuple[Buffer, Expr]],
         beside: Callable[[Expr, Expr, Expr], None],
+        begin: Callable[[Expr, Expr], None] = lambda first_k, count: None,
     ) -> None:
-        """Compute one block row; ``a(tile of K, row)`` is a tile of W.
+        """Compute one block row; ``a(first, step, row)`` is W's tile ``first + step`` of K.
 
         ``beside(k, place, width)`` is emitted with the product of tile ``k`` of K for the tokens
-        at ``place``, for what memory can do at the same time.
+        at ``place``, for what memory can do at the same time; ``begin(first, count)`` before those
+        of a part of K.
         """
-        parts = -(-self.k_tiles // _K_TILES)
+        parts = -(-self.k_tiles // self.part)
         with T.serial(0, parts) as part:
-            first_k = scalar(part * _K_TILES)
-            count = scalar(tirx.min(_K_TILES, self.k_tiles - first_k))
+            first_k = scalar(part * self.part)
+            count = scalar(tirx.min(self.part, self.k_tiles - first_k))
+            share = results.share(count)
+            begin(first_k, count)
 
             def some_tokens(place: Expr, width: int) -> None:
                 place = scalar(place)
@@ -250,11 +230,17 @@ class _WholeRows(_TileKernel):
                     def b(column: int) -> tuple[Buffer, Expr]:
                         return self.tokens(first_tile + place + column, k * LINES)
 
-                    self.multiply(width, lambda row: a(k, row), b)
+                    self.multiply(width, lambda row: a(first_k, step, row), b)
                     beside(k, place, T.int32(width))
-                self.move_sums(True, sums, place, width)
-                with T.If(part == parts - 1), T.Then():
-                    self.finish(sums, block_row, first_tile, place, width)
+                    results.finish(share)
+                if parts == 1:
+                    results.hold(block_row, first_tile, place, width)
+                    return
+                with T.If(part == parts - 1):
+                    with T.Then():
+                        results.hold(block_row, first_tile, place, width)
+                    with T.Else():
+                        self.move_sums(True, sums, place, width)
 
             _for_widths(size, some_tokens)
 
@@ -270,7 +256,7 @@ class _Dense(_WholeRows):
         self._data = T.decl_buffer((words,), "int32", data=self._argument.data)
 
     def compute(self, start: Expr, stop: Expr, first_tile: Expr, size: Expr) -> None:
-        sums = self.sums_memory()
+        sums, results = self.sums_memory(), self.results()
         lines = self.height * TILE_ROWS
 
         def tile_at(block_row: Expr, k: Expr, row: int) -> Expr:
@@ -287,13 +273,16 @@ class _Dense(_WholeRows):
                     at = tile_at(block_row + 1, k, 0) + (first + line) * LINES
                     prefetch(self._data, (at,))
 
-            def a(k: Expr, row: int) -> tuple[Buffer, Expr]:
-                return self._data, tile_at(block_row, k, row)
+            def a(first: Expr, step: Expr, row: int) -> tuple[Buffer, Expr]:
+                return self._data, tile_at(block_row, first + step, row)
 
-            self.passes(sums, block_row, first_tile, size, a, beside)
+            self.passes(sums, results, block_row, first_tile, size, a, beside)
+        results.flush()
 
 
 class _Expand(_WholeRows):
+    """Expands the part of a block row that is next while it multiplies the one before."""
+
     def __init__(self, outputs: Rows, layout: TileLayout, unit: TileUnit) -> None:
         super().__init__(outputs, layout, unit)
         self._packed = argument("packed", (symbol("bytes"),), "int8")
@@ -307,47 +296,55 @@ class _Expand(_WholeRows):
         self._masks = T.decl_buffer((count,), self._mask_dtype, data=self._argument.data)
 
     def compute(self, start: Expr, stop: Expr, first_tile: Expr, size: Expr) -> None:
-        sums = self.sums_memory()
-        rows = self.k_tiles * self.height * TILE_ROWS  # lines of a block row, in storage's order
-        dense = T.alloc_buffer((2 * rows * LINES,), "int32")
-        cursor, done = local(1, "int32"), local(1, "int32")
+        sums, results = self.sums_memory(), self.results()
+        lines = self.height * TILE_ROWS  # of a tile of K
+        half = self.part * lines * LINES
+        dense = T.alloc_buffer((2 * half,), "int32")
+        cursor, line, end = local(1, "int64"), local(1, "int32"), local(1, "int32")
+        into, using, share = local(1, "int32"), local(1, "int32"), local(1, "int32")
 
-        def expand(block_row: Expr, buffer: Expr, count: Expr) -> None:
-            """Expand the next ``count`` lines of a block row."""
-            first = scalar(done[0])
+        def expand(count: Expr) -> None:
+            """Expand the next ``count`` lines, in the order of storage."""
+            first, place = scalar(line[0]), scalar(into[0])
             with T.serial(0, count) as i:
-                line = first + i
-                mask = scalar(self._masks[block_row * rows + line], self._mask_dtype)
-                at = (buffer * rows + line) * LINES
+                mask = scalar(self._masks[first + i], self._mask_dtype)
+                at = place + i * LINES
                 self.unit.expand(self.precision, self._packed, cursor[0], mask, dense, at)
                 used = bits_set(mask) * (4 // self.precision.unit)
-                T.buffer_store(cursor, cursor[0] + used, [0])
-            T.buffer_store(done, first + count, [0])
-
-        def begin(block_row: Expr) -> None:
-            T.buffer_store(cursor, self._offsets[block_row], [0])
-            T.buffer_store(done, T.int32(0), [0])
+                T.buffer_store(cursor, cursor[0] + T.Cast("int64", used), [0])
+            T.buffer_store(line, first + count, [0])
+            T.buffer_store(into, place + count * LINES, [0])
 
         with T.If(start < stop), T.Then():
-            begin(start)
-            with T.serial(0, rows // TILE_ROWS):
-                prefetch(self._packed, (cursor[0] + 4096,))
-                expand(start, T.int32(0), T.int32(TILE_ROWS))
+            T.buffer_store(cursor, T.Cast("int64", self._offsets[start]), [0])
+            T.buffer_store(line, start * (self.k_tiles * lines), [0])
+            T.buffer_store(into, T.int32(0), [0])
+            T.buffer_store(using, T.int32(half), [0])
+            expand(T.int32(half // LINES))
+        last = scalar(stop * (self.k_tiles * lines))
         with T.serial(0, stop - start) as i:
-            block_row, parity = scalar(start + i), scalar(i % 2)
-            following = scalar(tirx.min(block_row + 1, self.block_rows - 1))
-            begin(following)
+            block_row = scalar(start + i)
+
+            def begin(first_k: Expr, count: Expr) -> None:
+                """Multiply what was expanded; the part behind it goes into the other half."""
+                T.buffer_store(using, half - using[0], [0])
+                T.buffer_store(into, half - using[0], [0])
+                rest = self.k_tiles - first_k - count
+                following = tirx.Select(rest > 0, tirx.min(self.part, rest), self.part)
+                todo = scalar(tirx.min(following * lines, last - line[0]))
+                T.buffer_store(end, line[0] + todo, [0])
+                T.buffer_store(share, (todo + size * count - 1) // (size * count), [0])
 
             def beside(k: Expr, place: Expr, width: Expr) -> None:
-                """Expand a share of the next block row's lines with every product."""
+                """Expand a share of the next part's lines with every product."""
                 prefetch(self._packed, (cursor[0] + 2048,))
-                share = scalar((width * self.height * TILE_ROWS + size - 1) // size)
-                expand(following, 1 - parity, scalar(tirx.min(share, rows - done[0])))
+                expand(scalar(tirx.min(share[0] * width, end[0] - line[0])))
 
-            def a(k: Expr, row: int) -> tuple[Buffer, Expr]:
-                return dense, (parity * rows + (k * self.height + row) * TILE_ROWS) * LINES
+            def a(first: Expr, step: Expr, row: int) -> tuple[Buffer, Expr]:
+                return dense, using[0] + (step * self.height + row) * TILE_ROWS * LINES
 
-            self.passes(sums, block_row, first_tile, size, a, beside)
+            self.passes(sums, results, block_row, first_tile, size, a, beside, begin)
+        results.flush()
 
 
 class _Blocks(_TileKernel):
@@ -374,8 +371,7 @@ class _Blocks(_TileKernel):
         return self._data, (block * self.height + row) * TILE_WORDS
 
     def compute(self, start: Expr, stop: Expr, first_tile: Expr, size: Expr) -> None:
-        sums = self.sums_memory()
-        weight = self.weight
+        results, weight = self.results(), self.weight
         with T.serial(0, stop - start) as i:
             segment = scalar(start + i)
             block_row = scalar(weight.rows[segment])
@@ -389,10 +385,10 @@ class _Blocks(_TileKernel):
                 place = scalar(place)
                 self.zero(width)
                 self.add_blocks(first, count, first_tile + place, width)
-                self.move_sums(True, sums, place, width)
-                self.finish(sums, block_row, first_tile, place, width)
+                results.hold(block_row, first_tile, place, width)
 
             _for_widths(size, some_tokens)
+        results.flush()
 
     def add_blocks(self, first: Expr, count: Expr, tile: Expr, width: int) -> None:
         """Add the products of a block row's blocks for some tiles of tokens."""
