@@ -68,7 +68,8 @@ def prune_by_obs(w: np.ndarray, problem: Problem, goal: Goal) -> np.ndarray:
     keep = occupied_blocks(w != 0, block)
     with threadpool_limits(1, "blas"):  # the systems are small: threads would only wait
         for step in _rounds(keep, goal):
-            costs = _removal_costs(problem, keep, block) / block_sizes(w.shape, block)
+            sizes = block_sizes(w.shape, block).astype(np.float32)
+            costs = _removal_costs(problem, keep, block) / sizes
             costs[~keep] = -1.0
             keep &= _kept(costs, step)
         return refit(problem, keep, block)
@@ -121,35 +122,39 @@ def _removal_costs(problem: Problem, keep: np.ndarray, block: tuple[int, int]) -
         if not support.size:
             continue
         if whole is not None and support.size == kept.size:
-            factor, inverse = whole
+            factor, root = whole
         else:
-            factor, inverse = _factored(problem.hessian[np.ix_(support, support)])
+            factor, root = _factored(problem.hessian[np.ix_(support, support)])
         values = _solve(factor, problem.right[rows, support])
-        costs[group, keep[group]] = _costs_of_blocks(values, inverse, block[1])
+        costs[group, keep[group]] = _costs_of_blocks(values, root, block[1])
     return costs
 
 
-def _costs_of_blocks(values: np.ndarray, inverse: np.ndarray, width: int) -> np.ndarray:
-    """Return the cost of each block of `width` columns, of which the last may be narrower."""
+def _costs_of_blocks(values: np.ndarray, root: np.ndarray, width: int) -> np.ndarray:
+    """Return the cost of each block of `width` columns, of which the last may be narrower.
+
+    The inverse of the Hessian is ``root^T root``.
+    """
     if width == 1:
-        costs: np.ndarray = np.square(values).sum(axis=0) / np.diagonal(inverse)
+        costs: np.ndarray = np.square(values).sum(axis=0) / np.einsum("ij,ij->j", root, root)
         return costs
     full = values.shape[1] // width
     found = []
     for start, count, size in ((0, full, width), (full * width, 1, values.shape[1] % width)):
         if size and count:
             index = start + np.arange(count * size).reshape(count, size)
-            blocks = inverse[index[:, :, None], index[:, None, :]]
+            columns = root[:, index].transpose(1, 0, 2)
             w = values[:, index].transpose(1, 2, 0)
+            blocks = columns.transpose(0, 2, 1) @ columns
             found.append(np.einsum("bcr,bcr->b", w, np.linalg.solve(blocks, w)))
     return np.concatenate(found)
 
 
 def _factored(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lower Cholesky factor of a matrix and its inverse."""
+    """Return the lower Cholesky factor of a matrix, and the factor's own inverse."""
     factor = _cholesky(matrix)
-    lower, _ = lapack.spotri(factor, lower=1)
-    return factor, np.tril(lower) + np.tril(lower, -1).T
+    root, _ = lapack.strtri(factor, lower=1)
+    return factor, np.asarray(root)
 
 
 def _cholesky(matrix: np.ndarray) -> np.ndarray:
