@@ -12,13 +12,14 @@ from tvm.s_tir import dlight
 from sparse_tvm.passes.infrastructure import Context, graph_pass
 from sparse_tvm.passes.lower_kernels import KERNEL_ATTRIBUTE
 from sparse_tvm.passes.program import Program
+from sparse_tvm.schedules.cuda.storage import plainly_named
 
 
 @graph_pass()
 def schedule_rest(program: Program, context: Context) -> Program:
     """Apply the pass."""
     rest = {
-        var: function
+        var: plainly_named(function)
         for var, function in program.module.functions.items()
         if isinstance(function, tvm.tirx.PrimFunc) and KERNEL_ATTRIBUTE not in function.attrs
     }

@@ -10,6 +10,8 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from sparse_tvm.families import Extents
+
 Expr = Any
 Buffer = Any
 
@@ -27,6 +29,20 @@ def prim_func() -> Iterator[dict[str, Any]]:
 def argument(name: str, shape: Sequence[Expr], dtype: str) -> Buffer:
     """Declare the next argument of the open PrimFunc."""
     return T.arg(name, T.buffer(tuple(shape), dtype))
+
+
+def tensor(name: str, extents: Extents) -> Buffer:
+    """Declare the next argument, with symbols for the extents that run time decides."""
+    shape = [symbol(f"{name}_{i}") if dim is None else dim for i, dim in enumerate(extents.shape)]
+    return argument(name, shape, extents.dtype)
+
+
+def size_of(shape: Sequence[Expr]) -> Expr:
+    """How many elements there are."""
+    size: Expr = 1
+    for dim in shape:
+        size = dim * size
+    return size
 
 
 def symbol(name: str) -> Expr:

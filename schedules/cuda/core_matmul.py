@@ -12,9 +12,10 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from sparse_tvm.families import Extents
 from sparse_tvm.operators import Bias, Epilogue
 from sparse_tvm.schedules.cuda import instructions
-from sparse_tvm.schedules.cuda.build import argument, flat, local, prim_func, symbol
+from sparse_tvm.schedules.cuda.build import argument, flat, local, prim_func, size_of, tensor
 from sparse_tvm.schedules.cuda.epilogue import epilogue_value
 
 Expr = Any
@@ -26,29 +27,21 @@ _STRIDE = _SIDE + 4  # clear of bank conflicts where columns are stored
 def core_matmul(
     outputs: int,
     inputs: int,
-    shape: Sequence[int | None],
+    operands: Sequence[Extents],
+    output: Extents,
     epilogue: Epilogue,
-    dtypes: Sequence[str],
 ) -> tirx.PrimFunc:
     """The kernel: x, the weight ``[N, K]``, the epilogue's operands, y.
 
-    ``shape`` is that of x without its features; ``dtypes`` are of x, the epilogue's operands, y.
+    ``operands`` are all but the weight.
     """
-    lead = [symbol(f"n{i}") if dim is None else dim for i, dim in enumerate(shape)]
-    tokens: Expr = 1
-    for dim in lead:
-        tokens = dim * tokens
     reading = [step for step in epilogue if step.operand]
     with prim_func() as result:
-        x = argument("x", (*lead, inputs), dtypes[0])
+        x = tensor("x", operands[0])
         w = argument("data", (outputs, inputs), "float32")
-        extras = [
-            argument(
-                f"{step.name}_{i}", (outputs,) if isinstance(step, Bias) else (*lead, outputs), kind
-            )
-            for i, (step, kind) in enumerate(zip(reading, dtypes[1:], strict=False))
-        ]
-        y = argument("y", (*lead, outputs), dtypes[-1])
+        extras = [tensor(f"extra_{i}", extents) for i, extents in enumerate(operands[1:])]
+        y = tensor("y", output)
+        tokens = size_of(x.shape[:-1])
         x, w, y = flat(x, tokens * inputs), flat(w, outputs * inputs), flat(y, tokens * outputs)
         extras = [e if len(e.shape) == 1 else flat(e, tokens * outputs) for e in extras]
         with (
@@ -72,15 +65,15 @@ def core_matmul(
             for i in range(_EACH):
                 for j in range(_EACH):
                     token = block * _SIDE + thread // 16 * _EACH + i
-                    output = group * _SIDE + thread % 16 + j * 16
-                    with T.If(tirx.all(token < tokens, output < outputs)), T.Then():
-                        at = token * outputs + output
-                        operands = [
-                            extra[output] if isinstance(step, Bias) else extra[at]
+                    feature = group * _SIDE + thread % 16 + j * 16
+                    with T.If(tirx.all(token < tokens, feature < outputs)), T.Then():
+                        at = token * outputs + feature
+                        read = [
+                            extra[feature] if isinstance(step, Bias) else extra[at]
                             for step, extra in zip(reading, extras, strict=True)
                         ]
-                        value = epilogue_value(sums[i * _EACH + j], epilogue, operands, dtypes[-1])
-                        T.buffer_store(y, value, [at])
+                        total = sums[i * _EACH + j]
+                        T.buffer_store(y, epilogue_value(total, epilogue, read, output.dtype), [at])
     return result["func"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +48,20 @@ def stored_as(function: tirx.PrimFunc, dtypes: Sequence[str]) -> tirx.PrimFunc |
         return None
     params = [changed.get(param, param) for param in function.params]
     return tirx.PrimFunc(params, body, function.ret_type, function.attrs)
+
+
+def plainly_named(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """The function with names that are C++'s: TVM prints a model's own as they are."""
+    plain: dict[Any, Any] = {}
+
+    def rename(var: Any) -> Any:
+        if re.fullmatch(r"[A-Za-z_]\w*", var.name, re.ASCII):
+            return var
+        if var not in plain:
+            plain[var] = ir.Var("_" + re.sub(r"\W", "_", var.name, flags=re.ASCII), var.ty)
+        return plain[var]
+
+    return structural_map(function, (ir.Var, rename))
 
 
 class _Storage:

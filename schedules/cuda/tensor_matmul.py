@@ -20,9 +20,18 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from sparse_tvm.families import Extents
 from sparse_tvm.operators import Bias, Epilogue, Layout, Step
 from sparse_tvm.schedules.cuda import instructions
-from sparse_tvm.schedules.cuda.build import argument, flat, local, prim_func, symbol
+from sparse_tvm.schedules.cuda.build import (
+    argument,
+    flat,
+    local,
+    prim_func,
+    size_of,
+    symbol,
+    tensor,
+)
 from sparse_tvm.schedules.cuda.epilogue import epilogue_value
 from sparse_tvm.schedules.cuda.fragments import ROWS, STEP
 from sparse_tvm.schedules.cuda.tiles import Tile
@@ -45,25 +54,26 @@ class Problem:
     ----------
     outputs, inputs : int
         N and K.
-    shape : tuple
-        Of x without its features: extents, or None where run time decides.
+    x, y : Extents
+        Activations ``[..., K]`` and the output ``[..., N]``, whose rows are the same.
+    extras : tuple[Extents, ...]
+        What the epilogue reads.
     layout : Layout
         The weight's.
     tile : Tile
         Who computes what.
     epilogue : tuple[Step, ...]
         Behind the sums.
-    dtypes : tuple[str, ...]
-        Of the epilogue's operands, then of the output.
     """
 
     outputs: int
     inputs: int
-    shape: tuple[int | None, ...]
+    x: Extents
+    extras: tuple[Extents, ...]
+    y: Extents
     layout: Layout
     tile: Tile
     epilogue: Epilogue
-    dtypes: tuple[str, ...]
 
     @property
     def structured(self) -> bool:
@@ -107,21 +117,14 @@ class _Matmul:
 
     def build(self) -> tirx.PrimFunc:
         p, tile = self.problem, self.tile
-        lead = [symbol(f"n{i}") if dim is None else dim for i, dim in enumerate(p.shape)]
-        tokens: Expr = 1
-        for dim in lead:
-            tokens = dim * tokens
         with prim_func() as result:
-            x = argument("x", (*lead, p.inputs), "float16")
+            x = tensor("x", p.x)
             weight = self._weight_arguments()
-            extras = [
-                argument(f"{step.name}_{i}", shape, dtype)
-                for i, (step, shape, dtype) in enumerate(self._operands(lead))
-            ]
-            y = argument("y", (*lead, p.outputs), p.dtypes[-1])
-            self.tokens = tokens
+            extras = [tensor(f"extra_{i}", extents) for i, extents in enumerate(p.extras)]
+            y = tensor("y", p.y)
+            self.tokens = tokens = size_of(x.shape[:-1])
             self.x, self.y = flat(x, tokens * p.inputs), flat(y, tokens * p.outputs)
-            self.weight = {name: flat(array, _size(array)) for name, array in weight.items()}
+            self.weight = {n: flat(array, size_of(array.shape)) for n, array in weight.items()}
             self.extras = [
                 extra if len(extra.shape) == 1 else flat(extra, tokens * p.outputs)
                 for extra in extras
@@ -134,14 +137,6 @@ class _Matmul:
             ):
                 self._body(group, block, thread)
         return result["func"]
-
-    def _operands(self, lead: list[Expr]) -> list[tuple[Step, tuple[Expr, ...], str]]:
-        """Steps that read a tensor, with its shape and element type."""
-        n = self.problem.outputs
-        return [
-            (step, (n,) if isinstance(step, Bias) else (*lead, n), dtype)
-            for step, dtype in zip(self._reading(), self.problem.dtypes, strict=False)
-        ]
 
     def _reading(self) -> list[Step]:
         return [step for step in self.problem.epilogue if step.operand]
@@ -349,15 +344,8 @@ class _Matmul:
                     for step, buffer in zip(self._reading(), self.extras, strict=True)
                 ]
                 total = self.kept[token * tile.sum_stride + row]
-                value = epilogue_value(total, p.epilogue, operands, p.dtypes[-1])
+                value = epilogue_value(total, p.epilogue, operands, p.y.dtype)
                 T.buffer_store(self.y, value, [at])
-
-
-def _size(buffer: Buffer) -> Expr:
-    size: Expr = 1
-    for dim in buffer.shape:
-        size = size * dim
-    return size
 
 
 def _swizzled(row: Expr, chunk: Expr) -> Expr:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnx_models import build
 
 import sparse_tvm
 from sparse_tvm.errors import DeviceError, OptionError
 from sparse_tvm.models.bert import BertConfig, build_bert
+from sparse_tvm.models.gpt2 import Gpt2Config, build_gpt2
+from sparse_tvm.models.vit import VitConfig, build_vit
 from sparse_tvm.sparsity.masks import prune_array
 
 TINY = BertConfig(layers=1, hidden=64, heads=2, intermediate=128, vocabulary=100, max_positions=32)
@@ -123,3 +126,46 @@ def test_what_the_target_does_not_have(tmp_path):
             precision="int8",
         )
     assert not (tmp_path / "model.so").exists()
+
+
+def random(*shape: int) -> np.ndarray:
+    return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
+
+
+OTHERS = {
+    "convolution and pooling": lambda: build(
+        "(float[N,3,12,12] x) => (float[N,5] y) {"
+        " c = Conv<kernel_shape=[3,3],pads=[1,1,1,1]>(x,w,b) r = Relu(c)"
+        " p = MaxPool<kernel_shape=[2,2],strides=[2,2]>(r) g = GlobalAveragePool(p)"
+        " f = Flatten(g) y = Gemm<transB=1>(f,v) }",
+        w=random(8, 3, 3, 3),
+        b=random(8),
+        v=random(5, 8),
+    ),
+    "top k, a cumulative sum, an input handed through": lambda: build(
+        "(float[N,16] x) => (float[N,3] v, int64[N,3] i, float[N,16] s, float[N,16] z) {"
+        " m = MatMul(x,w) v, i = TopK(m,k) s = CumSum(m,a) z = Identity(x) }",
+        w=random(16, 16),
+        k=np.array([3]),
+        a=np.array(1),
+    ),
+    "parts of an activation": lambda: build(
+        "(float[N,16] x) => (float[N,8] y) { m = MatMul(x,w)"
+        " a, b = Split<axis=1,num_outputs=2>(m) s = Sigmoid(b) y = Mul(a,s) }",
+        opset=18,
+        w=random(16, 16),
+    ),
+    "GPT-2": lambda: build_gpt2(
+        Gpt2Config(layers=1, hidden=32, heads=2, vocabulary=64, max_positions=16), sequence=12
+    ),
+    "ViT": lambda: build_vit(
+        VitConfig(layers=1, hidden=32, heads=2, intermediate=64, image=32, patch=16)
+    ),
+}
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_has_no_kernel_of_ours(tmp_path, name):
+    result = sparse_tvm.compile(OTHERS[name](), tmp_path / "model.so", target="cuda-sm80")
+    assert result.manifest["verification"] is not None

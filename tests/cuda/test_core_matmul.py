@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from harness import run
 
+from sparse_tvm.families import Extents
 from sparse_tvm.operators import Activation, Bias, Residual
 from sparse_tvm.schedules.cuda.core_matmul import core_matmul
 
@@ -21,8 +22,9 @@ def test_products(m, n, k, known, dtype):
     bias = rng.standard_normal(n).astype(np.float32)
     residual = rng.standard_normal((m, n)).astype(np.float32)
     epilogue = (Bias(), Activation("relu"), Residual())
-    dtypes = (dtype, "float32", "float32", "float32")
-    kernel = core_matmul(n, k, (m if known else None,), epilogue, dtypes)
-    found = run(kernel, [x, w, bias, residual], np.empty((m, n), np.float32))
+    rows = m if known else None
+    operands = [Extents((rows, k), dtype), Extents((n,)), Extents((rows, n))]
+    kernel = core_matmul(n, k, operands, Extents((1, rows, n)), epilogue)
+    found = run(kernel, [x, w, bias, residual], np.empty((1, m, n), np.float32))[0]
     expected = np.maximum(x.astype(np.float64) @ w.T + bias, 0) + residual
     np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from harness import run
 
+from sparse_tvm.families import Extents
 from sparse_tvm.operators import Activation, Bias, Epilogue, Layout, Residual
 from sparse_tvm.schedules.cuda.tensor_matmul import Problem, tensor_matmul
 from sparse_tvm.schedules.cuda.tiles import tile_for
@@ -49,20 +50,26 @@ def compare(layout: Layout, m: int, n: int, k: int, epilogue: Epilogue, known: b
     x = rng.standard_normal((m, k)).astype(np.float16)
     bias = rng.standard_normal(n).astype(np.float32)
     residual = rng.standard_normal((m, n)).astype(np.float16)
-    operands, dtypes = [], []
+    operands = []
     expected = x.astype(np.float64) @ w.astype(np.float16).astype(np.float64).T
     for step in epilogue:
         if isinstance(step, Bias):
-            operands, dtypes = [*operands, bias], [*dtypes, "float32"]
+            operands.append(bias)
             expected = expected + bias
         elif isinstance(step, Residual):
-            operands, dtypes = [*operands, residual], [*dtypes, "float16"]
+            operands.append(residual)
             expected = expected + residual
         else:
             expected = gelu(expected)
     tile = tile_for(layout, n, m if known else None)
-    shape = (m if known else None,)
-    problem = Problem(n, k, shape, layout, tile, epilogue, (*dtypes, out))
+    rows = m if known else None
+    extras = tuple(
+        Extents((n,) if array.ndim == 1 else (1, rows, n), str(array.dtype)) for array in operands
+    )
+    problem = Problem(
+        n, k, Extents((rows, k), "float16"), extras, Extents((rows, n), out), layout, tile, epilogue
+    )
+    operands = [array if array.ndim == 1 else array[None] for array in operands]
     arrays = [x, *weight_arrays(w, layout).values(), *operands]
     found = run(tensor_matmul(problem), arrays, np.empty((m, n), out))
     tolerance = 1e-3 if out == "float16" else 2e-5
@@ -86,7 +93,9 @@ def test_a_weight_of_zeros():
     layout = LAYOUTS["32x32"]
     x = np.ones((3, 64), np.float16)
     arrays = [x, *weight_arrays(np.zeros((40, 64), np.float32), layout).values()]
-    problem = Problem(40, 64, (3,), layout, tile_for(layout, 40, 3), (), ("float32",))
+    x_extents, y_extents = Extents((3, 64), "float16"), Extents((3, 40))
+    tile = tile_for(layout, 40, 3)
+    problem = Problem(40, 64, x_extents, (), y_extents, layout, tile, ())
     found = run(tensor_matmul(problem), arrays, np.empty((3, 40), np.float32))
     np.testing.assert_array_equal(found, np.zeros((3, 40)))
 
@@ -94,7 +103,9 @@ def test_a_weight_of_zeros():
 def test_sums_beyond_float16_saturate():
     layout = LAYOUTS["dense"]
     x, w = np.full((2, 32), 200, np.float16), np.full((16, 32), 200, np.float32)
-    problem = Problem(16, 32, (2,), layout, tile_for(layout, 16, 2), (), ("float16",))
+    x_extents, y_extents = Extents((2, 32), "float16"), Extents((2, 16), "float16")
+    tile = tile_for(layout, 16, 2)
+    problem = Problem(16, 32, x_extents, (), y_extents, layout, tile, ())
     found = run(
         tensor_matmul(problem),
         [x, *weight_arrays(w, layout).values()],

@@ -68,15 +68,7 @@ class TensorDenseFamily(WeightedFamily[Dense]):
         x, *_ = operands
         extras = operands[len(operands) - op.extras :] if op.extras else ()
         tile = tile_for(layout, n, _tokens(x))
-        problem = Problem(
-            n,
-            k,
-            x.shape[:-1],
-            layout,
-            tile,
-            op.epilogue,
-            (*(extra.dtype for extra in extras), output.dtype),
-        )
+        problem = Problem(n, k, x, tuple(extras), output, layout, tile, op.epilogue)
         size = "_{}x{}".format(*layout.block) if layout.format == "bsr" else ""
         form = layout.format.replace(":", "of") + size
         title = "_".join([form, f"{n}x{k}", f"{tile.rows}x{tile.tokens}tile", *op.step_titles])
@@ -124,8 +116,7 @@ class CoreDenseFamily(WeightedFamily[Dense]):
 
         (n, k), (x, *_) = op.matrix, operands
         extras = operands[len(operands) - op.extras :] if op.extras else ()
-        dtypes = [each.dtype for each in (x, *extras, output)]
-        kernel = core_matmul(n, k, x.shape[:-1], op.epilogue, dtypes)
+        kernel = core_matmul(n, k, [x, *extras], output, op.epilogue)
         return Kernel("_".join(["dense_fp32", f"{n}x{k}", *op.step_titles]), kernel)
 
     def work(
