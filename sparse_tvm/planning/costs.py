@@ -2,7 +2,8 @@
 
 A prediction is that of the layout which the compiler would choose. What trials measured of a kind
 of layer, over what was predicted, is a factor for each structure; between the sparsities that were
-tried its logarithm is a straight line over the logarithm of the density.
+tried its logarithm is a straight line over the logarithm of the density. Sparser than what was
+tried, a layer is taken to be no faster: what bounds it by then, nobody knows.
 """
 
 from __future__ import annotations
@@ -70,10 +71,17 @@ class Costs:
         return sum(self._seconds(kind, setting) for kind in layer.kinds)
 
     def _seconds(self, kind: Kind, setting: Setting) -> float:
+        setting = self._within_tried(kind, setting)
         choice = self.choice(kind, setting)
         if not choice.layout.sparse:
             return self._dense.get(kind, self._on_all_cores(choice))
         return self._on_all_cores(choice) * self._factor(kind, setting)
+
+    def _within_tried(self, kind: Kind, setting: Setting) -> Setting:
+        """The setting, no sparser than the furthest that was tried of such layers, if any was."""
+        curve = self._factors.get((kind, setting.structure))
+        furthest = round(1 - exp(curve[0][0]), 6) if curve else 1.0
+        return setting if setting.sparsity <= furthest else Setting(setting.structure, furthest)
 
     def _on_all_cores(self, choice: Choice) -> float:
         return choice.seconds / (self.threads if choice.basis == "predicted" else 1)

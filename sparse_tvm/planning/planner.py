@@ -213,7 +213,7 @@ class Planner:
 
     def uniform_for(self, structure: str, seconds: float) -> Setting | None:
         """The least sparsity of all layers alike that is as fast; None if none is."""
-        fine = [round(0.5 + 0.0025 * step, 4) for step in range(196)]
+        fine = [round(0.5 + 0.0025 * step, 4) for step in range(189)]
         found = [Setting(structure, sparsity) for sparsity in fine]
         if ":" in structure:
             found = settings_of(structure)

@@ -22,10 +22,10 @@ from sparse_tvm.planning.subject import Kind, Subject
 from sparse_tvm.random_inputs import random_inputs
 from sparse_tvm.runtime import Model, load
 
-_PROBED = (0.9, 0.7, 0.95, 0.8, 0.97, 0.6)
+_PROBED = (0.9, 0.7, 0.97, 0.8, 0.95, 0.6)
 """Sparsities that trials try, the most telling first."""
 
-_PER_STRUCTURE = 2
+_PER_STRUCTURE = 3
 """Trials for each structure."""
 
 _ROUNDS = 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_tvm.planning.knapsack import Knapsack, Option
@@ -26,6 +26,7 @@ def least_error(items: list[list[Option]], budget: float) -> float | None:
     return min(errors, default=None)
 
 
+@settings(deadline=None)
 @given(items=ITEMS, budget=st.integers(0, 50))
 def test_it_finds_the_least_error_of_all_combinations(
     items: list[list[Option]], budget: int
@@ -40,6 +41,7 @@ def test_it_finds_the_least_error_of_all_combinations(
     assert sum(option.error for option in options) == expected
 
 
+@settings(deadline=None)
 @given(items=ITEMS)
 def test_the_frontier_is_the_least_error_of_each_budget(items: list[list[Option]]) -> None:
     frontier = Knapsack(items, 50, buckets=50).frontier()
@@ -55,6 +57,7 @@ def test_the_frontier_is_the_least_error_of_each_budget(items: list[list[Option]
 FRACTIONS = st.lists(st.builds(Option, st.floats(0, 0.5), st.floats(0, 1)), min_size=1, max_size=4)
 
 
+@settings(deadline=None)
 @given(items=st.lists(FRACTIONS, min_size=1, max_size=5), budget=st.floats(0, 1))
 def test_costs_between_buckets_never_exceed_the_budget(
     items: list[list[Option]], budget: float

@@ -16,7 +16,7 @@ from sparse_tvm.planning.document import Plan
 from sparse_tvm.planning.planner import Planner, open_subject, plan
 from sparse_tvm.planning.prediction import predict
 from sparse_tvm.planning.report import doubt, uniform_error
-from sparse_tvm.planning.settings import DENSE, STRUCTURES
+from sparse_tvm.planning.settings import DENSE, STRUCTURES, Setting
 
 MODEL = small_bert()
 
@@ -164,6 +164,9 @@ def test_predictions_follow_trials() -> None:
     found = prediction.from_trials(subject, trials, STRUCTURES, 1)
     assert found.rest_seconds == pytest.approx(0.5)
     assert found.worst_error == pytest.approx(0, abs=1e-9)
+    for layer in subject.layers:
+        tried, beyond = (found.costs.seconds(layer, Setting("4x1", s)) for s in (0.97, 0.995))
+        assert beyond == tried
     measured = Planner(found, STRUCTURES).plan("latency", 1.0)
     assert measured.basis == "measured"
     assert doubt(measured) is None
