@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from harness import run
+from gpu_harness import run
 
 from sparse_tvm.families import Extents
 from sparse_tvm.operators import Activation, Bias, Residual

@@ -6,7 +6,7 @@ from math import erf
 
 import numpy as np
 import pytest
-from harness import run
+from gpu_harness import run
 
 from sparse_tvm.families import Extents
 from sparse_tvm.operators import Activation, Bias, Epilogue, Layout, Residual
