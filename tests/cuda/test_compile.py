@@ -14,7 +14,7 @@ from sparse_tvm.models.gpt2 import Gpt2Config, build_gpt2
 from sparse_tvm.models.vit import VitConfig, build_vit
 from sparse_tvm.sparsity.masks import prune_array
 
-TINY = BertConfig(layers=1, hidden=64, heads=2, intermediate=128, vocabulary=100, max_positions=32)
+TINY = BertConfig(layers=1, hidden=64, heads=2, intermediate=128, vocabulary=100, max_positions=64)
 
 
 def mlp(w: np.ndarray, v: np.ndarray):
@@ -51,6 +51,13 @@ def test_bert(tmp_path):
     assert (manifest["backend"], manifest["device"]) == ("cuda", "cuda")
     assert {layer["precision"] for layer in manifest["layers"]} == {"float16"}
     assert manifest["verification"]["max_abs_diff"]["last_hidden_state"] < 5e-3
+
+
+@pytest.mark.usefixtures("gpu")
+def test_bert_of_any_size(tmp_path):
+    model = build_bert(TINY, batch="batch", sequence="sequence")
+    result = sparse_tvm.compile(model, tmp_path / "model.so", target="cuda-sm90")
+    assert result.manifest["verification"]["max_abs_diff"]["last_hidden_state"] < 5e-3
 
 
 @pytest.mark.usefixtures("gpu")
