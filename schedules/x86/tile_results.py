@@ -61,7 +61,7 @@ class TileResults:
         return scalar((self._rows * self._width // 2 + steps - 1) // steps * 2)
 
     def finish(self, count: Expr) -> None:
-        """Scale, epilogue and store of the next rows, of one tile: up to ``count``, an even number."""
+        """Scale, epilogue and store of a tile's next rows, up to ``count``, an even number."""
         outputs, precision = self._outputs, self._outputs.problem.precision
         lanes, output = outputs.simd.lanes, outputs.output
         column, row, first_row = (scalar(self._get(n)) for n in ("column", "row", "first_row"))

@@ -45,6 +45,10 @@ STREAMED = 3.0
 """Bytes of weights per cycle from the last cache, measured with BERT-base's layers in a row: such
 kernels leave little time to hide them in."""
 
+_LATENCY, _WINDOW = 5.0, 512
+"""Cycles from one dot product to the next of the same sums, and how many instructions a CPU looks
+ahead."""
+
 
 def precision_of(op: Dense) -> Precision | None:
     """What the weight and the input are multiplied in; None if not alike or not known."""
@@ -165,7 +169,10 @@ class DotFamily(LowPrecisionFamily):
         far = max(0.0, 1 - 0.85 * target.caches.l1 / x_bytes) if layout.sparse else 0.0
         line = simd.per_tile * costs.load + far * costs.l2_line
         spilled = 1.5 if rows * group * simd.per_tile > simd.accumulators else 1.0
+        # The sums of a row wait for each other, unless the next row's products start meanwhile.
+        waiting = _WINDOW / max(1.0, blocks / -(-n // rows) * (rows * group + 5))
         block = max(rows * dot.cycles * spilled, line) * group + costs.index
+        block = max(block, _LATENCY / max(1.0, waiting))
         finish = n * group * 4.0 + -(-n // rows) * costs.row
         streamed = blocks * (rows * 4 + 2) / min(STREAMED, costs.streamed)
         return target.seconds((blocks * block + finish + streamed) * tiles / group)

@@ -38,9 +38,12 @@ class TileFamily(LowPrecisionFamily):
     # Cycles, measured on Sapphire Rapids with two tiles of tokens: a step of K per tile of
     # outputs; one of gathered lines, which are copied besides; a row of sixteen results; a line
     # that is expanded; a block row.
-    _STEP, _GATHER, _GATHERED_STEP, _RESULT, _LINE, _ROW = 70.0, 76.0, 42.0, 8.0, 3.0, 60.0
-    _NEAR, _FAR_LINE = 96 << 10, 8.0
-    """Bytes of expanded lines beyond which each takes longer, and how much with twice as many."""
+    _STEP, _GATHER, _GATHERED_STEP, _RESULT, _LINE, _ROW = 70.0, 76.0, 42.0, 8.0, 4.0, 60.0
+    _EXPANDED_ROW = 400.0
+    """More, where it is expanded first."""
+
+    _UNFORESEEN = 0.6
+    """Share of the time of streaming what is to be expanded that no product hides."""
 
     _ONE_TILE = 0.65
     """What the steps cost with one tile of tokens instead of two."""
@@ -75,28 +78,27 @@ class TileFamily(LowPrecisionFamily):
         block_rows = -(-n // (TILE_ROWS * height))
         whole = block_rows * -(-k // (LINES * precision.unit))
         tiles = tiles_of(tokens)
-        steps, expanded, stored_bytes = float(whole), 0.0, 0.0
+        steps, form = float(whole), _form(layout, precision)
         each = self._STEP * height
-        form = _form(layout, precision)
         if form == "skip":
             steps = weight.stored_blocks(layout.block)
         elif form == "gather":
             lines = weight.stored_blocks(layout.block) / block_rows
             steps = block_rows * (lines / LINES + (0.5 if lines else 0.0))
             each = self._GATHER + self._GATHERED_STEP * height
-        elif form == "expand":
-            lines = whole * height * TILE_ROWS
-            # Hidden behind the products of enough tokens; two block rows wait in memory.
-            waiting = 2 * lines / block_rows * LINES * 4
-            far = max(0.0, waiting / self._NEAR - 1)
-            expanded = lines * (self._LINE + self._FAR_LINE * far) * (1 + 2 / tiles)
-            stored_bytes = weight.nonzeros * 4 / precision.unit + lines * 2 * precision.unit
-        if form != "expand":
-            stored_bytes = steps * height * TILE_ROWS * LINES * 4
         products = steps * each * (tiles // 2 + self._ONE_TILE * (tiles % 2))
         results = tiles * n * self._RESULT + block_rows * self._ROW
-        streamed = stored_bytes / min(STREAMED, target.costs.streamed)
-        return target.seconds(products + results + expanded + streamed)
+        stored_bytes, lines = steps * height * TILE_ROWS * LINES * 4, 0.0
+        if form == "expand":
+            lines = whole * height * TILE_ROWS
+            stored_bytes = weight.nonzeros * 4 / precision.unit + lines * 2 * precision.unit
+        fetched = streamed = stored_bytes / min(STREAMED, target.costs.streamed)
+        if form in ("dense", "expand"):  # what is next comes beside the products before it
+            fetched = max(streamed - products / 2, self._UNFORESEEN * streamed if lines else 0.0)
+        expanded = lines * self._LINE * (1 + 0.5 / tiles)  # more is hidden behind more products
+        if lines:
+            expanded += block_rows * self._EXPANDED_ROW
+        return target.seconds(products + results + expanded + fetched)
 
     def pack(
         self, op: Dense, w: np.ndarray, layout: Layout, target: Target
