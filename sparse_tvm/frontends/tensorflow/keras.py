@@ -98,6 +98,10 @@ class KerasSource(Source):
     @property
     def _outputs(self) -> list[str]:
         """Names of the outputs, in the order that Keras flattens them."""
+        import keras
+
+        if isinstance(self.model, keras.Sequential):  # it has no ``output`` before it was called
+            return [self.model.layers[-1].name]
         outputs = self.model.output
         return sorted(outputs) if isinstance(outputs, dict) else list(self.model.output_names)
 
