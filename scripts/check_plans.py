@@ -7,6 +7,7 @@ For five latencies between that of the model and the least that pruning reaches,
 followed, compiled and timed, beside the uniform sparsity of the best structure that is predicted to
 be as fast, and beside what-ifs. All artifacts are timed in one run, together with the trials that
 the plans rest on, which tell how fast the machine is by then: planned latencies are scaled by it.
+They are timed as trials are, call by call: the sum over all kernels of the tenth percentile.
 Errors are the plan's own (what a layer loses), and what becomes of the output: the norm of its
 difference from the unpruned model's, relative to that one's.
 
@@ -16,7 +17,7 @@ Stages can be run one by one, so that only what is timed needs a quiet machine.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -30,7 +31,6 @@ import sparse_tvm
 from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.cli.tables import plain_table
 from sparse_tvm.cpu import cpu_model
-from sparse_tvm.interleave import time_runs
 from sparse_tvm.models.bert import BertConfig, build_bert
 from sparse_tvm.models.convnets import build_mobilenet_v2
 from sparse_tvm.planning.document import write_plan
@@ -45,7 +45,6 @@ from sparse_tvm.planning.trials import (
 )
 from sparse_tvm.random_inputs import random_inputs
 from sparse_tvm.reference import Reference
-from sparse_tvm.runtime import Model
 
 MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
     "bert-4": lambda: build_bert(BertConfig(layers=4)),
@@ -59,7 +58,6 @@ WHAT_IFS = ("90%:4x1", "80%:unstructured")
 STAGES = ("trials", "time-trials", "plans", "measure")
 BUILD = Path(__file__).resolve().parent.parent / "build" / "plans"
 WITHIN = 0.1
-TURN_S = 0.05
 
 Planned = tuple[float, float, float, str]
 """Seconds, error, the output's error, and the artifact's name."""
@@ -71,7 +69,7 @@ def main(
     points: Annotated[int, typer.Option(min=1, help="How many latencies.")] = len(SHARES),
     threads: Annotated[int, typer.Option(min=1)] = 1,
     uniform: Annotated[bool, typer.Option(help="Time uniform sparsity too.")] = True,
-    rounds: Annotated[int, typer.Option(help="In which all artifacts take turns.")] = 16,
+    rounds: Annotated[int, typer.Option(help="In which all artifacts take turns.")] = 12,
     workdir: Annotated[Path, typer.Option(help="Where models and plans go.")] = BUILD,
 ) -> None:
     """Compare plans with what they give."""
@@ -180,14 +178,12 @@ class Check:
 
     def measure(self) -> None:
         planned = pickle.loads((self.directory / "plans.pickle").read_bytes())
-        trials = {f"trial{number}": one.fastest for number, one in enumerate(self.timed())}
-        models = {
-            stem: sparse_tvm.load(self.directory / f"{stem}.so", threads=self.threads)
-            for stem in dict.fromkeys((*trials, *(one[-1] for one in planned.values())))
-            if (self.directory / f"{stem}.so").exists()
-        }
-        feed = random_inputs(models["trial0"].inputs)
-        seconds = self.time_all(models, feed)
+        trials = {f"trial{number}": one.seconds for number, one in enumerate(self.timed())}
+        stems = dict.fromkeys((*trials, *(one[-1] for one in planned.values())))
+        paths = {stem: self.directory / f"{stem}.so" for stem in stems}
+        paths = {stem: path for stem, path in paths.items() if path.exists()}
+        timed = measure_trials([{}] * len(paths), list(paths.values()), self.threads, self.rounds)
+        seconds = {stem: one.seconds for stem, one in zip(paths, timed, strict=True)}
         pace = median(seconds[stem] / then for stem, then in trials.items())
         numbers = ("planned", "measured", "off by", "error", "output's error")
         table = plain_table("", *numbers, numbers=numbers)
@@ -206,17 +202,6 @@ class Check:
         console.print(f"the machine now takes {pace:.2f} times what it took when trials were timed")
         console.print(table)
         console.print(f"the worst is off by {worst:.1%}; {WITHIN:.0%} are allowed")
-
-    def time_all(
-        self, models: Mapping[str, Model], feed: Mapping[str, np.ndarray]
-    ) -> dict[str, float]:
-        """Seconds of each one's fastest run: a shared machine disturbs most of them."""
-        times: dict[str, list[float]] = {stem: [] for stem in models}
-        for _ in range(self.rounds):
-            for stem, model in models.items():
-                model.run(feed)
-                times[stem] += time_runs(lambda model=model: model.run(feed), TURN_S)
-        return {stem: min(found) for stem, found in times.items()}
 
 
 def _compiled(model: onnx.ModelProto | Path, artifact: Path) -> None:

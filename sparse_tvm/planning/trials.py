@@ -118,11 +118,14 @@ def build_trials(
 
 
 def measure_trials(
-    trials: Sequence[Mapping[str, Setting]], paths: Sequence[Path], threads: int | None
+    trials: Sequence[Mapping[str, Setting]],
+    paths: Sequence[Path],
+    threads: int | None,
+    rounds: int = _ROUNDS,
 ) -> list[Trial]:
     """Time all trials in turns."""
     timed = [_Timed(load(path, threads=threads)) for path in paths]
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         for one in timed:
             one.round()
     names = set(trials[0])
