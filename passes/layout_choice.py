@@ -28,6 +28,9 @@ _MARGIN = {"predicted": 1.1, "measured": 1.03}
 """How much faster a sparse form must be: never slower than dense, on more threads too, which share
 what their weights stream through. A measurement errs less."""
 
+_WORTH = 1.5
+"""How much faster in the mean a sparse form must be that is slower at some number of tokens."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -108,8 +111,13 @@ class Comparison:
         return any(layout.sparse for layout in self.seconds)
 
     def pays(self, layout: Layout) -> bool:
-        """Whether a layout is faster than dense by the margin: in the mean, and in usual cases."""
+        """Whether a layout is faster than dense: by the margin in the mean and in usual cases.
+
+        One that is slower at some number of tokens must make up for it elsewhere.
+        """
         margin, usual = _MARGIN[self.basis], self.cases[0].tokens
+        if self.slower(layout) and self.loss(layout) + log(_WORTH) > 0:
+            return False
         triples = zip(self.cases, self.seconds[layout], self.fastest_dense, strict=True)
         return self.loss(layout) + log(margin) < 0 and all(
             one * margin < best for case, one, best in triples if case.tokens == usual
@@ -272,7 +280,8 @@ def choose(
     compared = layer.compare(wish)
     choice = made(compared, wish, "")
     if not compared.pays(choice.layout):
-        return kept(f"sparsity {weight.sparsity:.1%} does not pay: {choice.reason}")
+        where = " at every size" if compared.slower(choice.layout) else ""
+        return kept(f"sparsity {weight.sparsity:.1%} does not pay{where}: {choice.reason}")
     return choice
 
 

@@ -31,9 +31,14 @@ def few_rows_seconds(
     count = next(c for c in ROW_COUNTS if c >= tokens)
     compute = _compute_cycles(shape, layout, blocks, target, count)
     stored = _stored_bytes(shape[1], layout, blocks)
-    costs, near = target.costs, stored <= target.caches.l2
-    streamed = stored / (costs.second if near else costs.last)
-    return target.seconds(max(compute, streamed) + sum(shape) * count * costs.load)
+    costs = target.costs
+    if stored <= target.caches.l2:  # over before a stream of it is under way
+        cycles = compute + stored / costs.second
+    else:
+        streamed = stored / costs.last
+        beside = 0.5 if layout.sparse else 1.0  # of the way comes while it computes
+        cycles = max(streamed, compute + (1 - beside) * streamed)
+    return target.seconds(cycles + sum(shape) * count * costs.load)
 
 
 def sequences_together(lanes: int) -> tuple[int, ...]:
@@ -59,7 +64,7 @@ def sequence_seconds(
     for count in each:
         cycles += streamed + _compute_cycles(shape, layout, blocks, target, count)
         if layout.block == (1, 1) and count == 1:
-            cycles -= blocks * (costs.load + costs.index)  # scalars: nothing waits for an index
+            cycles -= blocks * costs.load  # scalars: nothing waits for an index
     return target.seconds(cycles)
 
 
@@ -77,7 +82,7 @@ def _compute_cycles(
         multiplied, loaded = vectors * rows, vectors + rows
     block = columns * max(multiplied * costs.fma, loaded * costs.load)
     if layout.sparse:
-        block += costs.load + costs.index * (2 if count > 1 else 1)
+        block += costs.load + (costs.index if rows > 1 else 0)
     segments = parts * -(-n // rows)
     return blocks * block + segments * (costs.row + count * rows * costs.load)
 
