@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sparse_tvm import errors
+from sparse_tvm.collection import without_collection
 
 __version__: str
 
@@ -60,7 +61,8 @@ def __getattr__(name: str) -> Any:
         return _version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    with without_collection():
+        value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

@@ -158,7 +158,8 @@ class VirtualMachine:
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)``, called on a thread with the right pool, and alone."""
         in_main_thread = threading.get_ident() == threading.main_thread().ident
-        if self._threads == 1 and in_main_thread and _set_pool(1):
+        may_have_workers = self._threads == 1 or not _forks
+        if in_main_thread and may_have_workers and _set_pool(self._threads):
             return self._alone(function, *args)
         with self._creating:
             if self._own_thread is None:
@@ -179,6 +180,18 @@ class VirtualMachine:
         # Held by the thread that runs, not by the one that waits: that one may be interrupted.
         with self._running:
             return function(*args)
+
+
+_forks = True
+
+
+def never_forks() -> None:
+    """Let models run on several threads in the main thread, of a process that will not fork.
+
+    A child of it would hang when it ends.
+    """
+    global _forks
+    _forks = False
 
 
 class MemoryBound:

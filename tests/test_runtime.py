@@ -349,6 +349,21 @@ def test_a_forked_process_runs_models(path: Path, threads: int, parent: str, chi
     fresh_process(code, path)
 
 
+@pytest.mark.parametrize(("says", "threads"), [("", 2), ("vm.never_forks()", 1)])
+def test_a_process_that_never_forks_makes_calls_where_they_are(
+    path: Path, says: str, threads: int
+) -> None:
+    code = f"""
+import sys, threading, numpy as np, sparse_tvm
+from sparse_tvm import vm
+{says}
+model = sparse_tvm.load(sys.argv[1], threads=2)
+model.run({{"x": np.ones((8, 64), "float32"), "ids": np.zeros(8, "int64")}})
+assert threading.active_count() == {threads}, threading.enumerate()
+"""
+    fresh_process(code, path)
+
+
 def test_default_threads(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "usable_cores", lambda: 3)
     assert load(path).threads == 3

@@ -22,6 +22,7 @@ from sparse_tvm.errors import InputError, SparseTvmError
 from sparse_tvm.random_inputs import random_inputs, typical_sizes
 from sparse_tvm.serving.channel import LENGTH, Arena, NoRoom, pack
 from sparse_tvm.serving.engines import Engine, open_engine
+from sparse_tvm.vm import never_forks
 
 _WARM_UP_RUNS = 2
 _PR_SET_PDEATHSIG = 1
@@ -31,6 +32,7 @@ _FIRST_TO_KILL = "500"
 def main(arguments: list[str]) -> None:
     """Serve the parent process until it closes the socket."""
     _follow_the_server()
+    never_forks()
     with suppress(BrokenPipeError):  # a server that has no use for it any more
         _live(arguments)
 
