@@ -248,26 +248,28 @@ async def _body(request: Request, limit: int, seconds: float, held: Hold) -> byt
             Kind.TOO_LARGE, f"the body has {quoted(announced)} bytes, the limit is {limit}"
         )
     body = bytearray()
+    gave_way = False
 
-    async def read() -> None:
-        async for chunk in request.stream():
-            if len(body) + len(chunk) > limit:
-                raise Refusal(Kind.TOO_LARGE, f"the body exceeds the limit of {limit} bytes")
-            held.grow(len(chunk))
-            body.extend(chunk)
+    def give_way() -> None:
+        nonlocal gave_way
+        gave_way = True
+        deadline.reschedule(asyncio.get_running_loop().time())
 
-    reading = asyncio.ensure_future(read())
-    try:
-        with held.arriving(reading.cancel):
-            done, _ = await asyncio.wait({reading}, timeout=seconds)
-    finally:
-        reading.cancel()
-    if not done:
-        raise Refusal(Kind.TOO_SLOW, f"the body took longer than {seconds:g} s")
-    if reading.cancelled():
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds) as deadline:
+            with held.arriving(give_way):
+                async for chunk in request.stream():
+                    if len(body) + len(chunk) > limit:
+                        raise Refusal(
+                            Kind.TOO_LARGE, f"the body exceeds the limit of {limit} bytes"
+                        )
+                    held.grow(len(chunk))
+                    body.extend(chunk)
+            if not gave_way:
+                return body
+    if gave_way:
         raise Refusal(Kind.TOO_SLOW, "the body took long and gave way to others", retry_after=1)
-    reading.result()
-    return body
+    raise Refusal(Kind.TOO_SLOW, f"the body took longer than {seconds:g} s")
 
 
 class _watch:
