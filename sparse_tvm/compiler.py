@@ -179,6 +179,7 @@ def compile(
     check_rules(context.options, compilation.program)
     with phases("build"):
         code = context.backend.generate(compilation.program, context.target)
+    phases.dump(compilation.program)
 
     with replacing(output) as unverified:
         manifest = compilation.manifest()
