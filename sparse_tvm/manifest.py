@@ -4,8 +4,9 @@
 keys that are not listed are let through, for an older reader to ignore.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
+from itertools import repeat
 from types import UnionType
 from typing import (
     Annotated,
@@ -277,9 +278,14 @@ def _checker(expected: Any) -> _Check:
     if is_typeddict(expected):
         return _keys_checker(expected)
     if origin is list:
-        return _list_checker(_checker(arguments[0]))
+        is_list = _demand(lambda value: isinstance(value, list), "a list")
+        return _items_checker(is_list, repeat(_checker(arguments[0])))
     if origin is tuple:
-        return _tuple_checker([_checker(argument) for argument in arguments])
+        size = len(arguments)
+        fits = _demand(
+            lambda value: isinstance(value, list) and len(value) == size, f"a list of {size}"
+        )
+        return _items_checker(fits, [_checker(argument) for argument in arguments])
     if origin is dict:
         return _object_checker(_checker(arguments[1]))
     if origin in (Union, UnionType):
@@ -315,30 +321,10 @@ def _keys_checker(expected: Any) -> _Check:
     return check_keys
 
 
-def _list_checker(check_item: _Check) -> _Check:
-    is_list = _demand(lambda value: isinstance(value, list), "a list")
-
-    def check_items(value: Any) -> None:
-        is_list(value)
-        for index, item in enumerate(value):
-            try:
-                check_item(item)
-            except _Wrong as error:
-                error.places.append(f"[{index}]")
-                raise
-
-    return check_items
-
-
-def _tuple_checker(checks: list[_Check]) -> _Check:
-    fits = _demand(
-        lambda value: isinstance(value, list) and len(value) == len(checks),
-        f"a list of {len(checks)}",
-    )
-
+def _items_checker(fits: _Check, checks: Iterable[_Check]) -> _Check:
     def check_items(value: Any) -> None:
         fits(value)
-        for index, (item, check_item) in enumerate(zip(value, checks, strict=True)):
+        for index, (item, check_item) in enumerate(zip(value, checks, strict=False)):
             try:
                 check_item(item)
             except _Wrong as error:

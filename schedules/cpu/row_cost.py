@@ -36,8 +36,8 @@ def few_rows_seconds(
         cycles = compute + stored / costs.second
     else:
         streamed = stored / costs.last
-        beside = 0.5 if layout.sparse else 1.0  # of the way comes while it computes
-        cycles = max(streamed, compute + (1 - beside) * streamed)
+        waited_for = 0.5 if layout.sparse else 0.0  # the rest comes while it computes
+        cycles = max(streamed, compute + waited_for * streamed)
     return target.seconds(cycles + sum(shape) * count * costs.load)
 
 
