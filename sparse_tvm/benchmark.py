@@ -20,7 +20,7 @@ from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.interleave import interleave, time_runs
 from sparse_tvm.machine_limits import measured_limits
 from sparse_tvm.profiling import Profile, profile_model
-from sparse_tvm.random_inputs import random_inputs, sizes_of, typical_sizes
+from sparse_tvm.random_inputs import chosen_sizes, random_inputs
 from sparse_tvm.runtime import Model, load
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def bench(
     shapes: InputShapes | None = None,
     sizes: Mapping[str, int] | None = None,
     profile: bool = False,
+    progress: Callable[[str], None] = lambda phase: None,
 ) -> BenchResult:
     """Measure a compiled model, and the framework it came from beside it.
 
@@ -114,6 +115,8 @@ def bench(
         Sizes of symbolic dimensions by name, instead.
     profile : bool
         Also time every kernel, and measure this machine's limits for their rooflines.
+    progress : callable
+        Told of each phase as it starts.
 
     Raises
     ------
@@ -125,28 +128,23 @@ def bench(
     for name, value in (("warmup", warmup), ("duration", duration)):
         if value < 0:
             raise OptionError(f"{name} must not be negative, is {value:g} s")
+    progress("load and warm up")
     ours = _Engine("sparse-tvm", lambda: load(path, threads=threads))
     model = ours.loaded
-    chosen = {
-        **typical_sizes(model.inputs, model.bounds),
-        **sizes_of(model.inputs, shapes or {}),
-    }
-    for dimension in sizes or {}:
-        if dimension not in chosen:
-            raise OptionError(
-                f"{path} has no symbolic dimension {dimension!r}",
-                hint=f"it has {', '.join(chosen) or 'none'}",
-            )
-    chosen.update(sizes or {})
+    chosen = chosen_sizes(model.inputs, model.bounds, shapes or {}, sizes or {})
     feed = random_inputs(model.inputs, sizes=chosen) if inputs is None else inputs
     ours.warm_up(lambda: model.run(feed), warmup)
     engines: list[_Engine[Any]] = [ours]
     differences = None
     if against is not None:
+        progress("load and warm up the reference")
         reference, differences = _reference_engine(against, allow_pickle, model, feed, warmup)
         engines.append(reference)
+    progress("measure")
     times = interleave({engine.name: engine.run for engine in engines}, duration=duration)
     timings = [engine.timing(times[engine.name]) for engine in engines]
+    if profile:
+        progress("profile")
     return BenchResult(
         path=os.fspath(path),
         cpu=cpu_model(),

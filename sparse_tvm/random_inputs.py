@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,6 +65,29 @@ def typical_sizes(
                 wanted = others if axis else first
                 sizes.setdefault(symbol, min(max(low, wanted), max(high, low)))
     return sizes
+
+
+def chosen_sizes(
+    specs: Sequence[TensorSpec],
+    bounds: Mapping[str, tuple[int, int]],
+    shapes: InputShapes,
+    sizes: Mapping[str, int],
+) -> dict[str, int]:
+    """Return the size of every symbolic dimension: as `shapes` or `sizes` say, else a typical one.
+
+    Raises
+    ------
+    OptionError
+        As :func:`sizes_of`, and when `sizes` has a dimension that is none of `specs`.
+    """
+    chosen = {**typical_sizes(specs, bounds), **sizes_of(specs, shapes)}
+    for dimension in sizes:
+        if dimension not in chosen:
+            raise OptionError(
+                f"--shape: the model has no symbolic dimension {dimension!r}",
+                hint=f"it has {', '.join(chosen) or 'none'}",
+            )
+    return {**chosen, **sizes}
 
 
 def sizes_of(specs: Iterable[TensorSpec], shapes: InputShapes) -> dict[str, int]:

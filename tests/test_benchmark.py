@@ -350,3 +350,29 @@ def test_bench_sweeps_over_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main([*arguments, "--shape", "length=1,40"]) == 2
     assert "it has batch" in capsys.readouterr().err
     assert main([*arguments, "--shape", "batch=1,40", "--report", f"{tmp_path}/r.md"]) == 2
+
+
+def test_random_inputs_take_the_shape_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+        agraph (float[batch, n, 4] x) => (float[batch, n, 4] y) { y = Relu(x) }""")
+    onnx.save(model, tmp_path / "relu.onnx")
+    path = str(compile(tmp_path / "relu.onnx", tmp_path / "relu.so", verify=False).path)
+    for options, shape in (
+        ((), (1, 128, 4)),
+        (("--shape", "batch=3"), (3, 128, 4)),
+        (("--shape", "x:5,6,4"), (5, 6, 4)),
+    ):
+        assert main(["run", path, "--random", *options, "-o", str(tmp_path / "y.npz")]) == 0
+        assert np.load(tmp_path / "y.npz")["y"].shape == shape
+    capsys.readouterr()
+    for options, complaint in (
+        (("--shape", "length=3"), "it has batch, n"),
+        (("--shape", "x:5,6,7"), "x:5,6,7 is no shape"),
+        (("--shape", "batch=1,2"), "several sizes"),
+    ):
+        assert main(["run", path, "--random", *options]) == 2
+        assert complaint in capsys.readouterr().err
+    assert main(["run", path, "-i", "x.npz", "--shape", "batch=3"]) == 2
+    assert "--random" in capsys.readouterr().err

@@ -70,6 +70,7 @@ def bench(
     from sparse_tvm.artifact import read_manifest
     from sparse_tvm.benchmark import bench
     from sparse_tvm.cli.console import stdout_console
+    from sparse_tvm.cli.progress import progress_on_a_terminal
     from sparse_tvm.files import replacing
     from sparse_tvm.report import check_report_path, write_report
 
@@ -79,20 +80,22 @@ def bench(
             raise OptionError("--report is of one size", hint="leave out the others, or --report")
 
     def measure() -> list[BenchResult]:
-        return [
-            bench(
-                model,
-                against,
-                allow_pickle=allow_pickle,
-                threads=threads,
-                warmup=warmup,
-                duration=duration,
-                shapes=shapes,
-                sizes=sizes,
-                profile=profile,
-            )
-            for sizes in combinations
-        ]
+        with progress_on_a_terminal() as progress:
+            return [
+                bench(
+                    model,
+                    against,
+                    allow_pickle=allow_pickle,
+                    threads=threads,
+                    warmup=warmup,
+                    duration=duration,
+                    shapes=shapes,
+                    sizes=sizes,
+                    profile=profile,
+                    progress=progress,
+                )
+                for sizes in combinations
+            ]
 
     if json is None:
         results = measure()

@@ -13,6 +13,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "run": (
         "sparse-tvm run model.so --random",
+        "sparse-tvm run model.so --random --shape batch=8",
         "sparse-tvm run model.so -i inputs.npz -o outputs.npz",
     ),
     "bench": (

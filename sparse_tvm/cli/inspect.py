@@ -37,9 +37,13 @@ def inspect(
     if is_artifact(path):  # needs nothing of what reads models
         found, show = read_manifest(path), _print_artifact
     else:
-        from sparse_tvm.inspection import inspect
+        from sparse_tvm.cli.progress import progress_on_a_terminal
 
-        found = inspect(path, input_shapes=shapes, allow_pickle=allow_pickle)
+        with progress_on_a_terminal() as progress:
+            progress("look at the weights")
+            from sparse_tvm.inspection import inspect
+
+            found = inspect(path, input_shapes=shapes, allow_pickle=allow_pickle)
         show = _print_model
     if as_json:
         typer.echo(json.dumps(found, indent=2))

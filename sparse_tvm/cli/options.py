@@ -21,3 +21,12 @@ AllowPickle = Annotated[
         help="Unpickle a model that is a pickle. Runs any code in it: only if you trust it.",
     ),
 ]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shape",
+        metavar="NAME:DIMS",
+        help="Shape of a random input, as in input_ids:8,128, or the size of a symbolic dimension, "
+        "as in batch=8. Repeatable.",
+    ),
+]

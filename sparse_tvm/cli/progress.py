@@ -8,6 +8,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn
 
+from sparse_tvm.cli.console import stderr_console
+
 
 class PhaseProgress:
     """A context manager to be called with the name of each phase as it starts.
@@ -70,3 +72,9 @@ class PhaseProgress:
             seconds = time.perf_counter() - self._started
             self._console.print(f"{self._phase:<28} {seconds:7.2f} s", markup=False)
         self._phase = None
+
+
+def progress_on_a_terminal() -> PhaseProgress:
+    """Return progress for somebody who waits, of which a log has no use."""
+    console = stderr_console()
+    return PhaseProgress(console, quiet=not console.is_terminal)

@@ -93,12 +93,16 @@ def prune(
     check_model(model)
 
     from sparse_tvm.cli.console import stderr_console, stdout_console
-    from sparse_tvm.cli.progress import PhaseProgress
+    from sparse_tvm.cli.progress import PhaseProgress, progress_on_a_terminal
     from sparse_tvm.frontends.source import SourceOptions
     from sparse_tvm.report.tables import fact_table
     from sparse_tvm.sparsity.pruning import prune
 
-    with PhaseProgress(stderr_console(), quiet=calibrate is None) as progress:
+    # Without data it is a matter of seconds.
+    shown = PhaseProgress(stderr_console()) if calibrate else progress_on_a_terminal()
+    with shown as progress:
+        if calibrate is None:
+            progress("prune")
         report = prune(
             model,
             output,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sparse_tvm.cli.options import Shapes
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -23,6 +25,7 @@ def run(
     random: Annotated[
         bool, typer.Option("--random", help="Make up the inputs instead of reading them.")
     ] = False,
+    shape: Shapes = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of --random.")] = 0,
     output: Annotated[
         Path | None,
@@ -34,20 +37,31 @@ def run(
 ) -> None:
     """Run MODEL.so once and show what it returns."""
     from sparse_tvm.cli.checks import check_artifact
+    from sparse_tvm.cli.sweep import split_sweeps
     from sparse_tvm.errors import OptionError
+    from sparse_tvm.frontends.input_shapes import parse_input_shapes
 
     if (inputs is None) != random:
         raise OptionError("give either -i FILE.npz or --random", hint="--random makes inputs up")
+    if shape and not random:
+        raise OptionError("--shape is of --random inputs", hint="-i has shapes of its own")
     check_artifact(model)
+    given, combinations = split_sweeps(shape or ())
+    if len(combinations) > 1:
+        raise OptionError("--shape gives several sizes, and run runs once", hint="see bench")
+    shapes = parse_input_shapes(given, "--shape")
 
     from sparse_tvm.cli.console import stdout_console
     from sparse_tvm.npz import read_npz, write_npz
-    from sparse_tvm.random_inputs import random_inputs, typical_sizes
+    from sparse_tvm.random_inputs import chosen_sizes, random_inputs
     from sparse_tvm.runtime import load
 
     loaded = load(model, threads=threads)
-    sizes = typical_sizes(loaded.inputs, loaded.bounds)
-    arrays = random_inputs(loaded.inputs, seed, sizes) if inputs is None else read_npz(inputs)
+    if inputs is None:
+        sizes = chosen_sizes(loaded.inputs, loaded.bounds, shapes, combinations[0])
+        arrays = random_inputs(loaded.inputs, seed, sizes)
+    else:
+        arrays = read_npz(inputs)
     outputs = loaded.run(arrays)
     if output is not None:
         write_npz(output, outputs)
