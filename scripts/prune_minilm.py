@@ -2,18 +2,20 @@
 
 Each round prunes a part by the Optimal Brain Surgeon on WordNet's glosses, then trains what is
 left to give the unpruned model's hidden states and similarities, on two CPU cores. Only the
-encoder's layers, biases and layer norms change; embeddings stay the original's.
+encoder's layers, biases and layer norms change; embeddings stay the original's. An interrupted run
+goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from sparse_tvm.errors import SparseTvmError
 from sparse_tvm.models import minilm
+from sparse_tvm.models.packed import save_packed
 from sparse_tvm.sparsity.pattern import Goal
 from sparse_tvm.torch import (
     Pruner,
@@ -35,13 +38,17 @@ from sparse_tvm.torch import (
     similarity_loss,
 )
 
-ROUNDS = ((0.75, 0.25), (1.0, 0.75))
+ROUNDS = ((0.75, 0.125), (1.0, 0.875))
 """How far each round goes on the way (as a share of the final sparsity), and its share of steps.
 
 The first goes furthest, while there is much to spare.
 """
 CALIBRATION, BATCH, TOKENS = 512, 64, 48
-RATE, WARM_UP = 5e-4, 50
+RATE, WARM_UP = 5e-4, 30
+DECAY = 0.3
+"""The share of the last round's steps over which the rate falls to zero."""
+CHECKPOINT = 50
+"""Steps between checkpoints."""
 SEED = 0
 
 Batch = dict[str, torch.Tensor]
@@ -56,7 +63,6 @@ def main(
     threads: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Prune MiniLM and write what changed."""
-    started = time.perf_counter()
     torch.manual_seed(SEED)
     torch.set_num_threads(threads)
     training, held_out = wordnet.glosses(directory)
@@ -64,34 +70,37 @@ def main(
     teacher, model = load(), load()
     for parameter in (*teacher.parameters(), *model.embeddings.parameters()):
         parameter.requires_grad_(False)
-    reference = encoder.embed(teacher, held_out)
-    calibration = list(encoder.batches(training[:CALIBRATION]))
     pruner = Pruner(model, structure=structure, sparsity=sparsity, layers="^encoder")
-    batches = encoder.endless(training)
+    run = Run(model, teacher, encoder, training, held_out, output.with_suffix(".ckpt"))
+    calibration = list(encoder.batches(training[:CALIBRATION]))
     for index, (share, part) in enumerate(ROUNDS):
-        goals = {n: Goal.parse(structure, share * sparsity) for n in pruner.layers}
-        model.eval()
-        errors = prune_with_data(model, teacher, goals, calibration, dtype=torch.bfloat16)
-        pruner.keep_zeros()
-        mean = np.mean(list(errors.values()))
-        say(started, f"{share * sparsity:.0%}: mean layer error {mean:.3f}")
-        say(started, f"  pruned:    {Scores.of(reference, encoder.embed(model, held_out))}")
-        last = index == len(ROUNDS) - 1
-        distil(model, teacher, batches, round(part * steps), decays=last, started=started)
-        say(started, f"  distilled: {Scores.of(reference, encoder.embed(model, held_out))}")
+        if index < run.round:
+            continue
+        if run.step == 0:
+            goals = {n: Goal.parse(structure, share * sparsity) for n in pruner.layers}
+            errors = prune_with_data(model, teacher, goals, calibration, dtype=torch.bfloat16)
+            pruner.keep_zeros()
+            run.say(
+                f"{share * sparsity:.0%}: mean layer error {np.mean(list(errors.values())):.3f}"
+            )
+            run.say(f"  pruned:    {run.scores()}")
+        run.distil(round(part * steps), decays=index == len(ROUNDS) - 1)
+        run.say(f"  distilled: {run.scores()}")
+        run.round, run.step = index + 1, 0
     pruner.finish()
-    scores = Scores.of(reference, encoder.embed(model.eval(), held_out))
+    round_to_half(model)
     facts = {
-        "structure": structure, "sparsity": sparsity, "steps": steps, "seed": SEED,
-        "minutes": round((time.perf_counter() - started) / 60, 1), **vars(scores),
+        "structure": structure, "sparsity": sparsity, "steps": steps, "batch": BATCH, "seed": SEED,
+        "cpu_minutes": round(run.cpu_seconds() / 60, 1), **vars(run.scores()),
     }  # fmt: skip
     changed = {
         name: tensor.numpy()
         for name, tensor in model.state_dict().items()
         if name.startswith("encoder.")
     }
-    np.savez(output, **changed, facts=np.array(json.dumps(facts)))
-    say(started, json.dumps(facts))
+    block = "1x1" if structure == "unstructured" else structure
+    save_packed(output, changed, block, facts)
+    run.say(json.dumps(facts))
 
 
 def load() -> BertModel:
@@ -103,46 +112,114 @@ def load() -> BertModel:
     ).eval()
 
 
-def say(started: float, text: str) -> None:
-    minutes = (time.perf_counter() - started) / 60
-    print(f"{minutes:5.1f} min, {time.process_time() / 60:4.1f} of CPU  {text}", flush=True)
+def round_to_half(model: BertModel) -> None:
+    """Round the matrices as the file does, so that the scores are those of the file."""
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(parameter.half())
 
 
-def distil(
-    model: BertModel,
-    teacher: BertModel,
-    batches: Iterator[Batch],
-    steps: int,
-    *,
-    decays: bool,
-    started: float,
-) -> None:
-    """Train a model to give its teacher's hidden states, embeddings and similarities."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
+class Run:
+    """Distillation that can be interrupted: what a checkpoint holds, and how it goes on."""
 
-    def rate(step: int) -> float:
-        return min(1.0, (step + 1) / WARM_UP) * (1 - step / steps if decays else 1.0)
+    def __init__(
+        self,
+        model: BertModel,
+        teacher: BertModel,
+        encoder: Encoder,
+        training: list[str],
+        held_out: list[str],
+        checkpoint: Path,
+    ) -> None:
+        self._model, self._encoder, self._held_out = model, encoder, held_out
+        self._reference = encoder.embed(teacher, held_out)
+        self._teacher = copy.deepcopy(teacher).bfloat16()
+        self._batches = encoder.endless(training)
+        self._checkpoint = checkpoint
+        self._earlier = 0.0
+        self.round = self.step = self._drawn = 0
+        self._optimiser_state: dict[str, Any] | None = None
+        if checkpoint.exists():
+            state = torch.load(checkpoint, weights_only=True)
+            model.load_state_dict(state["model"])
+            self._optimiser_state = state["optimiser"]
+            self.round, self.step, self._earlier = state["round"], state["step"], state["seconds"]
+            for _ in range(state["drawn"]):
+                self._next()
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
-    for step in range(steps):
-        batch = next(batches)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+    def distil(self, steps: int, *, decays: bool) -> None:
+        """Train the model to give its teacher's hidden states, embeddings and similarities."""
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(
+            trained, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+        )
+        if self._optimiser_state is not None:
+            optimiser.load_state_dict(self._optimiser_state)
+            self._optimiser_state = None
+        low = copy.deepcopy(self._model).bfloat16()
+        lowered = [p for p in low.parameters() if p.requires_grad]
+        recent = []
+        for step in range(self.step, steps):
+            losses, gradients = self._gradients(low, lowered, self._next())
+            recent.append(losses)
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.grad = gradient.float()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            left = (1 - step / steps) / DECAY if decays else 1.0
+            rate = min(1.0, (step + 1) / WARM_UP, left)
+            optimiser.param_groups[0]["lr"] = RATE * rate
+            optimiser.step()
             with torch.no_grad():
-                theirs = teacher(**batch, output_hidden_states=True).hidden_states[1:]
-            ours = model(**batch, output_hidden_states=True).hidden_states[1:]
+                torch._foreach_copy_(lowered, trained)
+            self.step = step + 1
+            if self.step % CHECKPOINT == 0:
+                hidden, similarity, cosine = np.mean(recent, axis=0)
+                self.say(
+                    f"    {self.step}: hidden {hidden:.3f}, similarity {similarity:.3f}, "
+                    f"cosine {1 - cosine:.3f}"
+                )
+                recent.clear()
+                self._save(optimiser)
+
+    def _gradients(
+        self, low: BertModel, lowered: list[torch.Tensor], batch: Batch
+    ) -> tuple[list[float], tuple[torch.Tensor, ...]]:
+        """Return the three losses on a batch, and the gradients of their sum."""
+        with torch.no_grad():
+            theirs = self._teacher(**batch, output_hidden_states=True).hidden_states[1:]
+        ours = low(**batch, output_hidden_states=True).hidden_states[1:]
         mask = batch["attention_mask"]
         left, right = pooled(ours[-1], mask), pooled(theirs[-1], mask)
-        hidden = hidden_state_loss(ours, theirs, mask)
-        similar = similarity_loss(left, right)
-        loss = hidden + similar + embedding_loss(left, right)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        schedule.step()
-        if (step + 1) % 50 == 0:
-            say(started, f"    {step + 1}: hidden {hidden:.3f}, similarity {similar:.3f}")
+        losses = (
+            hidden_state_loss(ours, theirs, mask),
+            similarity_loss(left, right),
+            embedding_loss(left, right),
+        )
+        return [each.item() for each in losses], torch.autograd.grad(sum(losses), lowered)
+
+    def scores(self) -> Scores:
+        return Scores.of(self._reference, self._encoder.embed(self._model, self._held_out))
+
+    def say(self, text: str) -> None:
+        print(f"{self.cpu_seconds() / 60:5.1f} min of CPU  {text}", flush=True)
+
+    def cpu_seconds(self) -> float:
+        return self._earlier + time.process_time()
+
+    def _next(self) -> Batch:
+        self._drawn += 1
+        return next(self._batches)
+
+    def _save(self, optimiser: torch.optim.Optimizer) -> None:
+        state = {
+            "model": self._model.state_dict(), "optimiser": optimiser.state_dict(),
+            "round": self.round, "step": self.step, "drawn": self._drawn,
+            "seconds": self.cpu_seconds(),
+        }  # fmt: skip
+        partial = self._checkpoint.with_suffix(".part")
+        torch.save(state, partial)
+        partial.replace(self._checkpoint)
 
 
 def pooled(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

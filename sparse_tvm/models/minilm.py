@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparse_tvm.errors import SparseTvmError
+from sparse_tvm.errors import ModelError, SparseTvmError
 from sparse_tvm.extras import install_command
 from sparse_tvm.models.bert import BertConfig, Style, build_bert
+from sparse_tvm.models.packed import load_packed
 
 if TYPE_CHECKING:
     import onnx
@@ -41,9 +42,30 @@ def model_directory() -> Path:
 
 
 def build_minilm(
-    *, sequence: int | str = 128, batch: int | str = 1, style: Style | None = None
+    *,
+    sequence: int | str = 128,
+    batch: int | str = 1,
+    style: Style | None = None,
+    pruned: Path | None = None,
 ) -> onnx.ModelProto:
-    """Build all-MiniLM-L6-v2 (6 layers, hidden size 384) as :func:`~.bert.build_bert` does."""
+    """Build all-MiniLM-L6-v2 (6 layers, hidden size 384) as :func:`~.bert.build_bert` does.
+
+    Parameters
+    ----------
+    sequence, batch : int | str
+        Sizes, or names of sizes that vary.
+    style : Style | None
+        The spelling of the graph.
+    pruned : Path | None
+        Weights that stand for the original's of the same names: see :mod:`.packed`.
+
+    Raises
+    ------
+    SparseTvmError
+        When the package that carries the weights, or safetensors, is not installed.
+    ModelError
+        When `pruned` is no such file, or of another model.
+    """
     try:
         from safetensors.numpy import load_file
     except ImportError as error:
@@ -51,9 +73,16 @@ def build_minilm(
             "safetensors is not installed", hint=f"install it with: {install_command('examples')}"
         ) from error
     directory = model_directory()
+    weights = load_file(directory / "model.safetensors")
+    if pruned is not None:
+        changed, _ = load_packed(pruned)
+        for name, weight in changed.items():
+            if name not in weights or weights[name].shape != weight.shape:
+                raise ModelError(f"{pruned} is of another model: {name} {weight.shape}")
+        weights.update(changed)
     return build_bert(
         BertConfig.from_json(directory / "config.json"),
-        load_file(directory / "model.safetensors"),
+        weights,
         batch=batch,
         sequence=sequence,
         style=style,

@@ -1,0 +1,63 @@
+"""Pruned weights in a small file."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sparse_tvm.errors import ModelError, SparseTvmError
+from sparse_tvm.models import minilm
+from sparse_tvm.models.packed import load_packed, save_packed
+from sparse_tvm.sparsity.masks import prune_array
+
+
+@pytest.mark.parametrize(("block", "structure"), [("4x1", "4x1"), ("1x1", "unstructured")])
+def test_weights_survive(tmp_path, block, structure):
+    # Neither size is a multiple of the block's.
+    weight = prune_array(
+        np.random.default_rng(0).standard_normal((30, 17)).astype(np.float16), 0.8, structure
+    )
+    weights = {"w": weight.astype(np.float32), "b": np.array([1 / 3, 0], np.float32)}
+    save_packed(tmp_path / "w.npz", weights, block, {"seed": 3})
+    found, facts = load_packed(tmp_path / "w.npz")
+    assert facts == {"seed": 3, "block": block}
+    assert found.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name], weight)
+
+
+def test_equal_weights_make_equal_files(tmp_path):
+    weights = {"w": np.eye(8, dtype=np.float32)}
+    for name in ("a", "b"):
+        save_packed(tmp_path / name, weights, "1x1", {})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"something else"])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "w.npz"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"w\.npz holds no packed weights"):
+        load_packed(path)
+
+
+def test_other_arrays_are_refused(tmp_path):
+    np.savez(tmp_path / "w.npz", x=np.zeros(3))
+    with pytest.raises(ModelError, match=r"w\.npz holds no packed weights"):
+        load_packed(tmp_path / "w.npz")
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"none\.npz holds no packed weights"):
+        load_packed(tmp_path / "none.npz")
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    try:
+        minilm.model_directory()
+    except SparseTvmError as error:
+        pytest.skip(str(error))
+    save_packed(tmp_path / "w.npz", {"encoder.x": np.eye(3, dtype=np.float32)}, "1x1", {})
+    with pytest.raises(ModelError, match=r"w\.npz is of another model: encoder\.x \(3, 3\)"):
+        minilm.build_minilm(pruned=tmp_path / "w.npz")
