@@ -117,6 +117,8 @@ def main() -> int:
             print(f"{end:8} {number}: {' '.join(why.split())[:240]}", flush=True)
             if arguments.keep:
                 onnx.save(model, arguments.keep / f"{end}_{arguments.seed}_{number}.onnx")
+        if sum(counted.values()) % 100 == 0:
+            print(dict(counted), flush=True)
 
     run()
     print(f"{dict(counted)} in {time.perf_counter() - started:.0f} s")

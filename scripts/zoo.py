@@ -1,0 +1,310 @@
+"""Compile a zoo of model families, and compare each with its own framework.
+
+python scripts/zoo.py [--only REGEX] [--jobs 1] [--results zoo.jsonl] [--keep FOLDER]
+
+Every family is small, has random weights of which 90 % are zeros, and is compiled and verified in
+a process of its own. Then it runs on inputs other than those of `--verify`: other batches and
+lengths, masks that end early or begin late, other magnitudes. It ends in one of these ways:
+
+    pass      equal to its framework's outputs, everywhere
+    refused   by an error that is meant for users
+    wrong     another result
+    internal  any other error
+    crash     the process ended, or did not end in time
+    unbuilt   the framework itself cannot export or run the family
+
+The environment is that of scripts/test_sources.sh, with torchvision and timm. Results are added to
+the file as they come; families that are there are not run again, unless they are named by --redo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import multiprocessing
+import os
+import random
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from zoo_doors import TENSORFLOW, Family, Subject, Unbuilt, quietly, torchvision
+
+os.environ.update(OMP_NUM_THREADS="1", TF_CPP_MIN_LOG_LEVEL="3")
+
+SECONDS = 400
+TOLERANCE = 1e-3  # of the largest value of an output
+SIZES = ((2, 19), (5, 40), (1, 1), (3, 64))  # of first and other symbolic dimensions
+ORDER = ("pass", "refused", "wrong", "internal", "crash", "unbuilt")
+
+Result = dict[str, Any]
+
+
+def families() -> dict[str, Family]:
+    """Return all families by name, those of the same kind beside each other."""
+    import zoo_audio
+    import zoo_tables
+    import zoo_text
+    import zoo_vision
+
+    listed = [*zoo_text.FAMILIES, *zoo_vision.FAMILIES, *zoo_audio.FAMILIES, *zoo_tables.FAMILIES]
+    return {family.name: family for family in listed}
+
+
+def outcome(family: Family, folder: Path) -> Result:
+    """Build, compile and compare a family: how it ends, why, and by how much it differs."""
+    import sparse_tvm
+    from sparse_tvm.errors import BuildError, SparseTvmError, VerificationError
+
+    try:
+        with quietly():
+            subject = family.build(folder)
+    except Exception as error:
+        return {"end": "unbuilt", "why": _one_line(error)}
+    try:
+        started = time.perf_counter()
+        path = folder / "model.so"
+        compiled = sparse_tvm.compile(subject.model, path, threads=1, **subject.options)
+        seconds = time.perf_counter() - started
+        model = sparse_tvm.load(path)
+        found = compare(subject, model)
+    except Unbuilt as error:
+        return {"end": "unbuilt", "why": _one_line(error)}
+    except VerificationError as error:
+        return {"end": "wrong", "why": _one_line(error)}
+    except BuildError as error:
+        return {"end": "internal", "why": _one_line(error)}
+    except SparseTvmError as error:
+        return {"end": "refused", "why": _one_line(error)}
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        return {"end": "internal", "why": f"{type(error).__name__}: {_one_line(error)}"}
+    layers = compiled.manifest["layers"]
+    return {**found, "layers": len(layers), "seconds": round(seconds, 1)}
+
+
+def compare(subject: Subject, model: Any) -> Result:
+    """Run the artifact and the framework on other inputs."""
+    from sparse_tvm.errors import InputError
+    from sparse_tvm.frontends.detect import open_source
+    from sparse_tvm.frontends.source import SourceOptions
+
+    source = open_source(subject.model, SourceOptions(**subject.options))
+    reference = source.reference(threads=1)
+    largest, moved, previous = 0.0, False, None
+    compared = 0
+    for sizes, feeds in _other_inputs(model, subject):
+        try:
+            outputs = model.run(feeds)
+        except InputError as error:
+            if compared or not sizes:
+                raise
+            print(f"{sizes}: {error}")  # sizes below the least: the next ones fit
+            continue
+        try:
+            expected = reference.run(feeds, list(outputs))
+        except Exception as error:
+            if _too_small(sizes):
+                continue  # exporters do not promise batches and lengths of 1
+            raise Unbuilt(f"{reference.engine} fails with {sizes}: {_one_line(error)}") from error
+        compared += 1
+        for name, wanted in expected.items():
+            at = f"{name} with {sizes}" if sizes else name
+            if outputs[name].shape != wanted.shape:
+                return {"end": "wrong", "why": f"{at}: {outputs[name].shape}, not {wanted.shape}"}
+            difference = _difference(outputs[name], wanted)
+            largest = max(largest, difference)
+            if not difference <= TOLERANCE:
+                return {"end": "wrong", "why": f"{at} differs by {difference:.3g} of its largest"}
+        first = next(iter(expected.values()))
+        moved |= previous is not None and (
+            first.shape != previous.shape or not np.array_equal(first, previous)
+        )
+        previous = first
+    if not compared:
+        raise Unbuilt("no inputs could be compared")
+    if not moved:
+        raise Unbuilt("its outputs do not depend on its inputs")
+    return {"end": "pass", "why": "", "difference": largest, "compared": compared}
+
+
+def _other_inputs(model: Any, subject: Subject) -> Iterator[tuple[dict[str, int], dict[str, Any]]]:
+    """Yield sizes and inputs that `--verify` does not use."""
+    from sparse_tvm.random_inputs import random_inputs, typical_sizes
+
+    seen: list[dict[str, int]] = []
+    for seed, (first, others) in enumerate(SIZES, start=11):
+        sizes = typical_sizes(model.inputs, model.bounds, first=first, others=others)
+        sizes.update({n: s for n, s in subject.sizes.items() if n in sizes and first > 1})
+        if sizes and sizes in seen:
+            continue
+        seen.append(sizes)
+        rng = np.random.default_rng(seed)
+        feeds = random_inputs(model.inputs, seed=seed, sizes=sizes)
+        for name, array in feeds.items():
+            if "attention_mask" in name and array.ndim == 2 and subject.padded:
+                feeds[name] = _padded(array, rng)
+            elif np.issubdtype(array.dtype, np.floating):
+                feeds[name] = array * np.float32(rng.choice([0.3, 1.0, 2.0]))
+        yield sizes, subject.adapt(feeds)
+
+
+def _padded(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Mask the beginnings of half of the rows, and the ends of the others."""
+    rows, columns = mask.shape
+    padding = rng.integers(0, columns // 2 + 1, (rows, 1))
+    left = np.arange(columns) >= padding
+    right = np.arange(columns) < columns - padding
+    return np.where(np.arange(rows)[:, None] % 2 == 0, left, right).astype(mask.dtype)
+
+
+def _too_small(sizes: dict[str, int]) -> bool:
+    return any(size == 1 for size in sizes.values())
+
+
+def _difference(found: np.ndarray, wanted: np.ndarray) -> float:
+    if wanted.dtype == bool or np.issubdtype(wanted.dtype, np.integer):
+        return 0.0 if np.array_equal(found, wanted) else float("inf")
+    scale = max(float(np.abs(wanted[np.isfinite(wanted)]).max(initial=0)), 1e-3)
+    same = (found == wanted) | (np.isnan(found) & np.isnan(wanted))
+    with np.errstate(invalid="ignore"):
+        return float(np.where(same, 0, np.abs(found - wanted)).max(initial=0)) / scale
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
+@dataclass
+class Running:
+    """A family that runs in a process of its own."""
+
+    name: str
+    process: Any
+    folder: tempfile.TemporaryDirectory[str]
+    started: float
+
+    @classmethod
+    def start(cls, family: Family) -> Running:
+        folder = tempfile.TemporaryDirectory()
+        # TensorFlow must come before what is imported here already.
+        way = "spawn" if family.door in TENSORFLOW else "fork"
+        context: Any = multiprocessing.get_context(way)
+        process = context.Process(target=run_one, args=(family.name, Path(folder.name)))
+        process.start()
+        return cls(family.name, process, folder, time.perf_counter())
+
+    def ended(self) -> bool:
+        return not self.process.is_alive() or time.perf_counter() - self.started > SECONDS
+
+    def result(self, keep: Path | None) -> Result:
+        """Return how it ended, after the process, which is killed if it still runs."""
+        self.process.kill()
+        self.process.join()
+        seconds = round(time.perf_counter() - self.started, 1)
+        folder = Path(self.folder.name)
+        log, written = folder / "log", folder / "result.json"
+        if written.exists():
+            result = json.loads(written.read_text())
+        else:
+            code = self.process.exitcode if seconds < SECONDS else "no end"
+            lines = [line for line in log.read_text(errors="replace").split("\n") if line.strip()]
+            result = {"end": "crash", "why": f"{code}: {lines[-1][:300] if lines else ''}"}
+        if keep and result["end"] != "pass":
+            keep.mkdir(parents=True, exist_ok=True)
+            (keep / f"{self.name}.log").write_bytes(log.read_bytes())
+        self.folder.cleanup()
+        return {"family": self.name, **result, "wall": seconds}
+
+
+def run_one(name: str, folder: Path) -> None:
+    """Write a family's result, and all that is said on the way, to `folder`."""
+    with (folder / "log").open("wb") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    result = outcome(families()[name], folder)
+    (folder / "result.json").write_text(json.dumps(result))
+    os._exit(0)  # what frameworks do at the end is not what is tested
+
+
+def results_of(listed: list[Family], jobs: int, keep: Path | None) -> Iterator[Result]:
+    """Run families, `jobs` at a time."""
+    if any(family.door not in TENSORFLOW for family in listed):
+        _import_once()
+    waiting, running = list(listed), list[Running]()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            running.append(Running.start(waiting.pop(0)))
+        connection.wait([each.process.sentinel for each in running], timeout=5)
+        for each in [each for each in running if each.ended()]:
+            running.remove(each)
+            yield each.result(keep)
+
+
+def _import_once() -> None:
+    """Import what most families need, before processes are forked."""
+    import importlib
+
+    for module in ("torch", "transformers", "onnxruntime", "tvm", "sparse_tvm.compiler"):
+        importlib.import_module(module)
+    torchvision()
+
+
+def table(results: dict[str, Result], listed: dict[str, Family]) -> str:
+    """Return results as Markdown."""
+    rows = ["| family | kind | door | ends | largest difference |", "|---|---|---|---|---|"]
+    for name, family in listed.items():
+        if result := results.get(name):
+            difference = f"{result['difference']:.1e}" if result["end"] == "pass" else ""
+            end = result["end"] if result["end"] == "pass" else f"{result['end']}: {result['why']}"
+            rows.append(f"| {name} | {family.kind} | {family.door} | {end} | {difference} |")
+    return "\n".join(rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="families whose names match")
+    parser.add_argument("--redo", action="store_true", help="run those again that did not pass")
+    parser.add_argument("--again", action="store_true", help="run those again that are there")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=Path("zoo.jsonl"))
+    parser.add_argument("--keep", type=Path, help="where the logs of those that fail go")
+    parser.add_argument("--table", action="store_true", help="only show the results there are")
+    arguments = parser.parse_args()
+    listed = families()
+    results: dict[str, Result] = {}
+    if arguments.results.exists():
+        for line in arguments.results.read_text().splitlines():
+            entry = json.loads(line)
+            results[entry["family"]] = entry
+    chosen = [] if arguments.table else [n for n in listed if re.search(arguments.only, n)]
+    if not arguments.again:
+        kept = {n for n, r in results.items() if not arguments.redo or r["end"] == "pass"}
+        chosen = [name for name in chosen if name not in kept]
+    random.Random(0).shuffle(chosen)  # a part of them tells of all kinds
+    with arguments.results.open("a") as file:
+        for result in results_of([listed[n] for n in chosen], arguments.jobs, arguments.keep):
+            name = result["family"]
+            results[name] = result
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+            print(f"{result['end']:8} {name} ({result['wall']} s) {result['why']}", flush=True)
+    if arguments.table:
+        print(table(results, listed))
+    counted = collections.Counter(r["end"] for n, r in results.items() if n in listed)
+    print(f"{len(listed)} families: " + ", ".join(f"{counted[e]} {e}" for e in ORDER if counted[e]))
+    return 1 if counted["wrong"] + counted["internal"] + counted["crash"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

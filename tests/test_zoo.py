@@ -1,0 +1,75 @@
+"""The zoo of model families: what it lists, and how it tells their ends apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zoo
+import zoo_doors
+
+
+def test_it_lists_families_of_all_kinds_and_doors() -> None:
+    families = zoo.families()
+    assert len(families) >= 120
+    kinds = {family.kind for family in families.values()}
+    assert kinds >= {
+        "text encoder",
+        "decoder",
+        "decoder with cache",
+        "vision",
+        "detection",
+        "segmentation",
+        "audio",
+        "recurrent",
+        "recommendation",
+    }
+    doors = {family.door for family in families.values()}
+    assert doors == {"Hugging Face", *zoo_doors._DOORS, *zoo_doors.TENSORFLOW}
+
+
+def test_masks_begin_or_end_with_zeros() -> None:
+    mask = zoo._padded(np.ones((6, 40), np.int64), np.random.default_rng(0))
+    assert (mask[:, 20] == 1).all()
+    assert (mask[::2, -1] == 1).all()
+    assert (mask[1::2, 0] == 1).all()
+    assert (mask == 0).any(1).sum() >= 4
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "least"),
+    [
+        ([1.0, np.nan], [1.0, np.nan], 0.0),
+        ([1.0, 2.2], [1.0, 2.0], 0.1),
+        ([-np.inf, 1.0], [-np.inf, 1.0], 0.0),
+        ([True], [False], np.inf),
+    ],
+)
+def test_differences_are_of_the_largest_value(
+    found: list[float], wanted: list[float], least: float
+) -> None:
+    assert zoo._difference(np.array(found), np.array(wanted)) == pytest.approx(least)
+
+
+def test_a_nan_where_none_is_due_is_wrong() -> None:
+    assert not zoo._difference(np.array([np.nan]), np.array([1.0])) <= zoo.TOLERANCE
+
+
+def test_a_process_that_ends_is_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log of one that fails is kept, and its last line is the reason."""
+
+    def crashes(folder: Path) -> zoo_doors.Subject:
+        import os
+
+        os.write(2, b"about to end\n")
+        os._exit(6)
+
+    family = zoo_doors.Family("crashes", "none", zoo_doors.LEGACY, crashes)
+    monkeypatch.setattr(zoo, "families", lambda: {"crashes": family})
+    monkeypatch.setattr(zoo, "_import_once", lambda: None)
+    (result,) = zoo.results_of([family], 1, tmp_path)
+    assert (result["end"], result["why"]) == ("crash", "6: about to end")
+    assert "about to end" in (tmp_path / "crashes.log").read_text()
+    assert json.dumps(result)
