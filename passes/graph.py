@@ -21,6 +21,9 @@ Expr = Any
 
 _ANALYZER = Analyzer()
 
+OPAQUE = 8
+"""Relax's ``op_pattern`` of functions into which nothing may be fused."""
+
 
 def shape_of(expr: Expr) -> tuple[Any, ...]:
     """Shape of a tensor expression: numbers, or expressions where it depends on symbols."""

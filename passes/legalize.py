@@ -15,7 +15,7 @@ from tvm import relax, s_tir, te, tirx, topi
 from tvm.error import InternalError
 from tvm_ffi import structural_map
 
-from sparse_tvm.passes.graph import dtype_of, shape_of
+from sparse_tvm.passes.graph import OPAQUE, dtype_of, shape_of
 
 Rule = Callable[[relax.BlockBuilder, relax.Call], Any]
 
@@ -32,6 +32,7 @@ def legalized(
             [
                 relax.transform.LegalizeOps({"relax.max": _largest, "relax.min": _smallest}),
                 relax.transform.AnnotateTIROpPattern(),
+                _sizes_apart,
                 relax.transform.FoldConstant(),
                 relax.transform.FuseOps(),
                 relax.transform.FuseTIR(),
@@ -46,6 +47,23 @@ def legalized(
             ]
         )
         return finish(_views(_with_all_reads(fuse(module))))
+
+
+@tvm.transform.module_pass(opt_level=0, name="SizesApart")
+def _sizes_apart(module: tvm.IRModule, _context: Any) -> tvm.IRModule:
+    """Fuse nothing into what takes a size that none of its tensors has, as ``arange`` may.
+
+    FuseTIR defines such a size twice where the fused function takes others beside its tensors.
+    """
+    for var, function in module.functions.items():
+        if not isinstance(function, tirx.PrimFunc):
+            continue
+        buffers = [p.ty for p in function.params if isinstance(p.ty, tirx.BufferType)]
+        bound = [v for b in buffers for size in b.shape for v in tirx.analysis.undefined_vars(size)]
+        sizes = [p for p in function.params if not isinstance(p.ty, tirx.BufferType)]
+        if not all(any(size.same_as(var) for var in bound) for size in sizes):
+            module[var] = function.with_attr("op_pattern", OPAQUE)
+    return module
 
 
 def _with_all_reads(module: tvm.IRModule) -> tvm.IRModule:

@@ -17,14 +17,12 @@ from sparse_tvm.families import Extents, Kernel
 from sparse_tvm.operators import Operator, WeightedOperator, to_json
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.dense_to_sparse import WEIGHTS_STORED
-from sparse_tvm.passes.graph import Rewrite, dtype_of, shape_of
+from sparse_tvm.passes.graph import OPAQUE, Rewrite, dtype_of, shape_of
 from sparse_tvm.passes.infrastructure import Context, Property, graph_pass
 from sparse_tvm.passes.program import Program
 
 KERNEL_ATTRIBUTE = "sparse_tvm.kernel"
 """Marks functions that are scheduled already."""
-
-_OPAQUE = 8  # relax.op_pattern: nothing may be fused into it
 
 
 def _not_lowered(program: Program) -> Iterable[str]:
@@ -53,7 +51,7 @@ class _LowerKernels(Rewrite):
         operands = [_extents(arg) for arg in found.args]
         built = family.build(found.op, operands, _extents(var), self._context.target)
         name = found.op.name
-        marked = built.function.with_attrs({KERNEL_ATTRIBUTE: name, "op_pattern": _OPAQUE})
+        marked = built.function.with_attrs({KERNEL_ATTRIBUTE: name, "op_pattern": OPAQUE})
         kernel = self.builder.add_func(marked, built.title)  # the one there is, if it is the same
         self._note(kernel.name_hint, family.name, found.op, built)
         args = []

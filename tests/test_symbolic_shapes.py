@@ -7,6 +7,7 @@ import pytest
 from onnx_models import assert_same_as_onnxruntime, build, calls, normal
 from tvm import relax
 
+import sparse_tvm
 from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.frontends.importer.model import import_onnx
 from sparse_tvm.frontends.input_shapes import choose_shapes, parse_input_shapes
@@ -237,6 +238,26 @@ def test_expressions_of_symbols():
     model = build("(float[a,8] x, float[b,8] z) => (float[c,8] y) { y = Concat<axis=0>(x, z) }")
     model.graph.input[1].type.tensor_type.shape.dim[0].dim_param = "a + 2"
     assert import_onnx(model).outputs[0].shape == ("a * 2 + 2", 8)
+
+
+def test_a_size_that_no_operand_has(tmp_path):
+    """TVM's fusion fails at such a size where the operator beside it takes another one."""
+    graph = """(int64[rows,1] x, float[other,columns] z) => (int64[rows,columns] y) {
+        other = Shape<start=0, end=1>(z)
+        sizes = Shape(z)
+        columns = Gather<axis=0>(sizes, one)
+        columns1 = Unsqueeze(columns, first)
+        rows = Shape<start=0, end=1>(x)
+        target = Concat<axis=0>(rows, columns1)
+        wide = Expand(x, target)
+        sum = Add(wide, other)
+        y = Mul(sum, x)
+    }"""
+    model = build(graph, one=np.array(1), first=np.array([0]))
+    compiled = sparse_tvm.compile(model, tmp_path / "model.so", threads=1)
+    x = np.arange(3).reshape(3, 1)
+    (y,) = sparse_tvm.load(compiled.path).run(x, np.zeros((5, 4), np.float32)).values()
+    np.testing.assert_array_equal(y, np.broadcast_to((x + 5) * x, (3, 4)))
 
 
 def test_odd_names():
