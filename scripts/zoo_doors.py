@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,9 @@ class Subject:
         Sizes of symbolic dimensions to compare with, where not any will do.
     padded : bool
         Whether attention masks may begin with zeros.
+    compares_padding : bool
+        Whether what becomes of masked tokens themselves must be equal too. In transformers it is
+        one thing when a model is called and another when it is exported.
     adapt : Callable[[Feeds], Feeds]
         Makes random inputs valid ones.
     """
@@ -45,6 +49,7 @@ class Subject:
     options: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     padded: bool = True
+    compares_padding: bool = True
     adapt: Callable[[Feeds], Feeds] = lambda feeds: feeds
 
 
@@ -83,7 +88,7 @@ class TorchModel:
     adapt: Callable[[Feeds], Feeds] = lambda feeds: feeds
 
     def subject(self, model: Any, **options: Any) -> Subject:
-        return Subject(model, options, self.sizes, self.padded, self.adapt)
+        return Subject(model, options, self.sizes, self.padded, adapt=self.adapt)
 
     def shapes(self, dimension: Callable[[str], Any]) -> tuple[Any, ...]:
         """Return `axes` nested as `inputs` are."""
@@ -139,7 +144,19 @@ def _dynamo(make: Callable[[], TorchModel], folder: Path) -> Subject:
         verbose=False,
     )
     program.save(path)
+    _name_dimensions(path, model.axes)
     return model.subject(path)
+
+
+def _name_dimensions(path: Path, axes: Mapping[str, Mapping[int, str]]) -> None:
+    """Give dimensions that follow from others the names that say so."""
+    import onnx
+
+    model = onnx.load(path)
+    for value in model.graph.input:
+        for axis, name in axes.get(value.name, {}).items():
+            value.type.tensor_type.shape.dim[axis].dim_param = name
+    onnx.save(model, path)
 
 
 def _module(make: Callable[[], TorchModel], folder: Path) -> Subject:
@@ -195,7 +212,7 @@ def huggingface(make: Callable[[], Any], **given: Any) -> Callable[[Path], Subje
         model = make().eval()
         randomise(model)
         model.save_pretrained(folder / "model")
-        return Subject(folder / "model", **given)
+        return Subject(folder / "model", compares_padding=False, **given)
 
     return build
 
@@ -266,10 +283,10 @@ def _randomise_keras(model: Any) -> None:
         value = np.array(variable.numpy())
         if "variance" in variable.path:
             value = rng.uniform(0.5, 1.5, value.shape)
-        elif value.ndim >= 2 and "embedding" not in variable.path:
+        elif value.ndim >= 2 and not re.search("embedding|bias", variable.path):
             kept = np.abs(value) >= np.quantile(np.abs(value), SPARSITY)
             value = value * kept * np.sqrt((value**2).sum() / ((value * kept) ** 2).sum())
-        elif value.ndim == 1 and np.issubdtype(value.dtype, np.floating):
+        elif np.issubdtype(value.dtype, np.floating) and "embedding" not in variable.path:
             value = value + 0.1 * rng.standard_normal(value.shape)
         variable.assign(value)
 

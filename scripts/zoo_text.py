@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -35,10 +36,11 @@ BATCH_AND_LENGTH = {0: "batch", 1: "sequence"}
 
 
 def transformer(config: str, head: str, /, **options: Any) -> Any:
-    """A model of transformers with random weights."""
+    """A model of transformers with random weights. An option that is None is not given."""
     import transformers
 
-    return getattr(transformers, head)(getattr(transformers, config)(**{**USUAL, **options}))
+    given = {name: value for name, value in {**USUAL, **options}.items() if value is not None}
+    return getattr(transformers, head)(getattr(transformers, config)(**given))
 
 
 # Configuration, class, and what differs from the usual sizes.
@@ -102,7 +104,14 @@ ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "funnel": (
         "FunnelConfig",
         "FunnelBaseModel",
-        {"block_sizes": [1, 1], "d_model": HIDDEN, "n_head": HEADS, "d_head": 16, "d_inner": INNER},
+        {
+            "num_hidden_layers": None,
+            "block_sizes": [1, 1],
+            "d_model": HIDDEN,
+            "n_head": HEADS,
+            "d_head": 16,
+            "d_inner": INNER,
+        },
     ),
     "big-bird": ("BigBirdConfig", "BigBirdModel", {"attention_type": "original_full"}),
     "data2vec-text": ("Data2VecTextConfig", "Data2VecTextModel", {}),
@@ -185,6 +194,7 @@ def with_cache(config: str, head: str, options: dict[str, Any]) -> TorchModel:
     model = transformer(config, head, **options)
     groups = getattr(model.config, "num_key_value_heads", None) or HEADS
     size = getattr(model.config, "head_dim", None) or HIDDEN // HEADS
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     class Cached(torch.nn.Module):
         def __init__(self) -> None:
@@ -197,8 +207,7 @@ def with_cache(config: str, head: str, options: dict[str, Any]) -> TorchModel:
             cache = DynamicCache()
             for layer, (key, value) in enumerate(past):
                 cache.update(key, value, layer)
-            takes = "position_ids" in model.forward.__code__.co_varnames
-            positions = {"position_ids": position_ids} if takes else {}
+            positions = {"position_ids": position_ids} if takes_positions else {}
             found = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -210,7 +219,9 @@ def with_cache(config: str, head: str, options: dict[str, Any]) -> TorchModel:
             return (found.logits, *kept)
 
     batch, new, past = 2, 3, 5
-    pair = [torch.randn(batch, groups, past, size) for _ in range(2)]
+    layers = [
+        tuple(torch.randn(batch, groups, past, size) for _ in range(2)) for _ in range(LAYERS)
+    ]
     names = [f"past_key_values.{i}.{part}" for i in range(LAYERS) for part in ("key", "value")]
     axes = {
         "input_ids": BATCH_AND_LENGTH,
@@ -222,7 +233,7 @@ def with_cache(config: str, head: str, options: dict[str, Any]) -> TorchModel:
         torch.ones(batch, new, dtype=torch.int64),
         torch.ones(batch, past + new, dtype=torch.int64),
         torch.arange(past, past + new).expand(batch, new).contiguous(),
-        [tuple(pair) for _ in range(LAYERS)],
+        layers,
     )
     return TorchModel(
         Cached(), inputs, ["input_ids", "attention_mask", "position_ids", *names], axes
