@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import nlargest
 from typing import Any
 
 from tvm import relax
@@ -23,7 +24,11 @@ from sparse_tvm.passes.graph import Rewrite, product, same, shape_of
 from sparse_tvm.passes.infrastructure import Context, Property, graph_pass
 from sparse_tvm.passes.layout_choice import Choice, choose
 from sparse_tvm.passes.program import LayerReport, Program
+from sparse_tvm.sparsity.analysis import MIN_SPARSITY
 from sparse_tvm.sparsity.statistics import MeasuredWeight
+
+PICTURES = 8
+"""Weights whose reports show where the zeros are."""
 
 
 def _without_layout(program: Program) -> Iterable[str]:
@@ -37,7 +42,10 @@ WEIGHTS_STORED = Property("every layer's weight has a layout", _without_layout)
 @graph_pass(ensures=[WEIGHTS_STORED])
 def dense_to_sparse(program: Program, context: Context) -> Program:
     """Apply the pass."""
-    return _DenseToSparse(program, context).run()
+    rewrite = _DenseToSparse(program, context)
+    rewritten = rewrite.run()
+    rewrite.picture_the_largest()
+    return rewritten
 
 
 def typical_tokens(op: WeightedOperator, output: Sequence[Any]) -> Sequence[int]:
@@ -108,6 +116,15 @@ class _DenseToSparse(Rewrite):
         name += f".{forms}" if forms else ""
         params = [self.weight(f"{name}.{key}", value) for key, value in arrays.items()]
         return _Stored(choice, weight, params, sum(value.nbytes for value in arrays.values()))
+
+    def picture_the_largest(self) -> None:
+        """Add to the reports where the zeros of the largest sparse weights are."""
+        sparse = [
+            stored for stored in self._stored.values() if stored.weight.sparsity >= MIN_SPARSITY
+        ]
+        for stored in nlargest(PICTURES, sparse, key=lambda stored: product(stored.weight.shape)):
+            rows = tuple(bytes(row).hex() for row in stored.weight.density)
+            self.program.reports[stored.layers[0]].density = rows
 
     def _report(self, op: WeightedOperator, stored: _Stored) -> str:
         """Report on a layer, and return the name it has there: another for each use of a weight."""

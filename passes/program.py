@@ -43,6 +43,9 @@ class LayerReport:
     times : dict[str, Any]
         The seconds that this rests on, of the layout and of the best dense one (see
         ``docs/formats.md``).
+    density : tuple[str, ...]
+        Of a weight that is worth a look, where its non-zeros are: a string for each row of cells,
+        two hexadecimal digits for each cell, ``ff`` where there are no zeros.
     """
 
     name: str
@@ -60,12 +63,15 @@ class LayerReport:
     precision: str = "float32"
     basis: str = "predicted"
     times: dict[str, Any] = field(default_factory=dict)
+    density: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The report as the manifest stores it."""
         record = dict(vars(self))
-        for key in ("shape", "block", "epilogue"):
+        for key in ("shape", "block", "epilogue", "density"):
             record[key] = None if record[key] is None else list(record[key])
+        if not self.density:
+            del record["density"]
         return record
 
 

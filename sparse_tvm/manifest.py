@@ -4,6 +4,7 @@
 keys that are not listed are let through, for an older reader to ignore.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import repeat
@@ -21,6 +22,8 @@ from typing import (
 )
 
 Natural = Annotated[int, "not negative"]
+
+Hexadecimal = Annotated[str, "two digits for each byte"]
 
 DType = Literal[
     "bool",
@@ -137,6 +140,7 @@ class Layer(_Layer, total=False):
 
     basis: Literal["measured", "predicted"]
     times: Times
+    density: list[Hexadecimal]
 
 
 class Totals(TypedDict):
@@ -294,6 +298,11 @@ def _checker(expected: Any) -> _Check:
         return _demand(lambda value: value in arguments, f"one of {', '.join(arguments)}")
     if expected == Natural:
         return _demand(lambda value: type(value) is int and value >= 0, "a number from 0")
+    if expected == Hexadecimal:
+        is_bytes = re.compile("([0-9a-f]{2})+").fullmatch
+        return _demand(
+            lambda value: isinstance(value, str) and is_bytes(value) is not None, "bytes in hex"
+        )
     if expected is float:
         return _demand(lambda value: type(value) in (int, float), "a number")
     return _demand(lambda value: type(value) is expected, _NAMES[expected])

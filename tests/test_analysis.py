@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_tvm.sparsity.analysis import analyse
+from sparse_tvm.sparsity.analysis import analyse, density_map
 from sparse_tvm.sparsity.formats import BSR
 
 RNG = np.random.default_rng(0)
@@ -100,3 +100,15 @@ def test_fill_agrees_with_bsr_where_blocks_divide(i: int, j: int, sparsity: floa
 
 def test_empty_matrix() -> None:
     assert analyse(np.zeros((0, 4), np.float32)).label == "dense"
+
+
+def test_density_map_counts_cells_of_unequal_size() -> None:
+    mask = np.zeros((5, 3), bool)
+    mask[:2] = True  # of rows [0, 2), [2, 5) and columns [0, 1), [1, 3)
+    mask[4, 2] = True
+    found = density_map(mask, cells=2)
+    np.testing.assert_array_equal(found, [[255, 255], [0, round(255 / 6)]])
+    assert density_map(mask).shape == mask.shape
+    large = blocky((1000, 500), (4, 1), 0.9) != 0
+    assert density_map(large).shape == (24, 24)
+    assert density_map(large).mean() / 255 == pytest.approx(large.mean(), abs=0.01)

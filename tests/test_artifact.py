@@ -166,6 +166,7 @@ FORGERIES: dict[str, tuple[tuple[str | int, ...], object, str]] = {
     "number": (("target",), 1, "target is 1, not an object"),
     "range": (("inputs", 0, "range"), [1], r"inputs\[0\].range is \[1\], not a list of 2"),
     "difference": (("verification", "max_abs_diff", "y"), "x", r"\['y'\] is 'x', not a number"),
+    "density": (("layers", 0, "density"), ["0g"], r"density\[0\] is '0g', not bytes in hex"),
     "long": (("layers", 0, "name"), ["x" * 100], "…, not a string"),
 }
 

@@ -121,6 +121,19 @@ def test_html_report_plots_what_was_predicted_and_measured(tmp_path: Path) -> No
     assert "sparse layers: 2.000 ms, 100.0 %" in text
 
 
+def test_html_report_shows_where_the_zeros_are(tmp_path: Path) -> None:
+    manifest = sample_manifest()
+    write_report(manifest, tmp_path / "report.html")
+    assert "Where the zeros are" not in (tmp_path / "report.html").read_text()
+    manifest["layers"][0]["density"] = ["0066", "3300"]
+    write_report(manifest, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "Where the zeros are" in text
+    assert "darkest: 40.0 % non-zero" in text
+    assert '<path fill-opacity="0.5" d="M0 1h1v1h-1z"/>' in text
+    assert '<path fill-opacity="1" d="M1 0h1v1h-1z"/>' in text
+
+
 def test_markdown_and_json_reports_have_the_measurements(tmp_path: Path) -> None:
     manifest = sample_manifest()
     for suffix in (".md", ".json"):

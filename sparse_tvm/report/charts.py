@@ -37,6 +37,7 @@ _THEME: dict[str, Any] = {
     },
 }
 
+_PADDING = {"left": 14, "right": 14, "top": 2, "bottom": 2}  # text may be wider than measured
 _DENSE = "var(--dense-bar)"
 OTHER = "var(--other)"
 """What is neither a dense nor a sparse layer."""
@@ -243,6 +244,38 @@ def phases(values: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+_SHADES = 16
+"""Of a density picture."""
+
+
+def densest(density: Sequence[str]) -> float:
+    """The share of non-zeros in the fullest cell; see ``density`` in ``docs/formats.md``."""
+    return max(max(bytes.fromhex(row)) for row in density) / 255
+
+
+def density_picture(density: Sequence[str]) -> str:
+    """Where a weight's non-zeros are: the fuller a cell, the darker; the fullest is opaque.
+
+    One path for each shade: a mark for each cell, as Vega-Lite draws them, takes twenty times the
+    bytes.
+    """
+    cells = [bytes.fromhex(row) for row in density]
+    top = max(max(row) for row in cells) or 1
+    shades: dict[int, list[str]] = {}
+    for y, row in enumerate(cells):
+        for x, value in enumerate(row):
+            if shade := round(_SHADES * value / top):
+                shades.setdefault(shade, []).append(f"M{x} {y}h1v1h-1z")
+    paths = (
+        f'<path fill-opacity="{shade / _SHADES:.2g}" d="{"".join(squares)}"/>'
+        for shade, squares in sorted(shades.items())
+    )
+    return (
+        f'<svg viewBox="0 0 {len(cells[0])} {len(cells)}" preserveAspectRatio="none" '
+        f'shape-rendering="crispEdges" fill="var(--c0)">{"".join(paths)}</svg>'
+    )
+
+
 def _colour(field: str, colours: Mapping[str, str]) -> dict[str, Any]:
     domain, range_ = list(colours), list(colours.values())
     return {"field": field, "type": "nominal", "scale": {"domain": domain, "range": range_}}
@@ -253,7 +286,11 @@ def _draw(specification: Mapping[str, Any]) -> str:
 
     svg: str = vl_convert.vegalite_to_svg(
         {"$schema": "https://vega.github.io/schema/vega-lite/v5.json"}
-        | {**specification, "config": _THEME},
+        | {
+            "padding": _PADDING,
+            **specification,
+            "config": _THEME,
+        },  # text may be wider than measured
         vl_version="5.21",
     )
     return svg

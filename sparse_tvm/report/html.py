@@ -51,6 +51,7 @@ def render_html(manifest: Mapping[str, Any], bench: Mapping[str, Any] | None = N
         verification_title=verification_title(manifest),
         verification=verification_facts(manifest),
         plots=[plot for plot in _plots(manifest, bench) if plot["svg"]],
+        pictures=_pictures(manifest),
         columns=_COLUMNS,
         prefix=common_prefix([layer["name"] for layer in manifest["layers"]]),
         groups=_groups(manifest),
@@ -114,6 +115,21 @@ def _plots(manifest: Mapping[str, Any], bench: Mapping[str, Any] | None) -> list
         },
     ]
     return [{**plot, "wide": plot in wide} for plot in (*wide, *narrow)]
+
+
+def _pictures(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Where the zeros of the largest weights are."""
+    prefix = common_prefix([layer["name"] for layer in manifest["layers"]])
+    return [
+        {
+            "name": row.name.removeprefix(prefix).split("."),
+            "about": f"{row.shape}, {row.structure}; darkest: "
+            f"{human_percent(charts.densest(layer['density']))} non-zero",
+            "svg": charts.density_picture(layer["density"]),
+        }
+        for layer, row in _layers(manifest, layer_rows(manifest))
+        if layer.get("density")
+    ]
 
 
 def _layers(

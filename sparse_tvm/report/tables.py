@@ -54,7 +54,7 @@ def layer_table(manifest: Mapping[str, Any], width: int = WIDE) -> Table:
     rows = layer_rows(manifest)
     prefix = common_prefix([row.name for row in rows])
     cells = grouped([(row.name.removeprefix(prefix), *row.cells[1:]) for row in rows])
-    header = f"layer ({prefix}...)" if prefix else "layer"
+    header = f"layer ({prefix}…)" if prefix else "layer"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     (_wide_rows if width >= WIDE else _narrow_rows)(table, fold_name(header), cells, width)
     return table

@@ -72,6 +72,31 @@ def analyse(w: np.ndarray) -> Structure:
     )
 
 
+def density_map(mask: np.ndarray, cells: int = 24) -> np.ndarray:
+    """Return where a weight's non-zeros are, coarsely enough to be looked at.
+
+    Parameters
+    ----------
+    mask : np.ndarray
+        Bool ``[N, K]``: which values are not zero.
+    cells : int
+        Rows and columns of the map; fewer where the weight has fewer.
+
+    Returns
+    -------
+    np.ndarray
+        uint8: in each cell the share of non-zeros, 255 being all of them.
+    """
+    rows, columns = (
+        np.linspace(0, size, min(size, cells), endpoint=False, dtype=int) for size in mask.shape
+    )
+    counts = np.add.reduceat(np.add.reduceat(mask, columns, axis=1, dtype=int), rows, axis=0)
+    heights, widths = np.diff(rows, append=mask.shape[0]), np.diff(columns, append=mask.shape[1])
+    sizes = np.outer(heights, widths)
+    density: np.ndarray = np.rint(255 * counts / sizes).astype(np.uint8)
+    return density
+
+
 def _label(
     density: float,
     blocks: dict[tuple[int, int], float],

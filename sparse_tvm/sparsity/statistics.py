@@ -9,7 +9,7 @@ from functools import cache, cached_property
 
 import numpy as np
 
-from sparse_tvm.sparsity.analysis import Structure, analyse
+from sparse_tvm.sparsity.analysis import Structure, analyse, density_map
 from sparse_tvm.sparsity.formats import occupied_blocks
 
 
@@ -55,6 +55,11 @@ class MeasuredWeight(WeightStatistics):
     def structure(self) -> Structure:
         """What analysis finds in it."""
         return analyse(self._mask)
+
+    @property
+    def density(self) -> np.ndarray:
+        """Where its non-zeros are; see :func:`sparse_tvm.sparsity.analysis.density_map`."""
+        return density_map(self._mask)
 
     @property
     def sparsity(self) -> float:

@@ -98,6 +98,16 @@ def test_reports():
     assert (plain.format, plain.block, plain.reason) == ("dense", None, "no zeros")
 
 
+def test_reports_picture_where_the_zeros_of_sparse_weights_are():
+    weight = np.ones((64, 64), np.float32)
+    weight[:32] = 0  # of the inputs: weights are stored [in, out] here
+    reports = converted(before(weights={"sparse": weight})).reports
+    density = reports["sparse"].density
+    assert density == ("00" * 12 + "ff" * 12,) * 24
+    assert reports["sparse"].as_json()["density"] == list(density)
+    assert "density" not in reports["plain"].as_json()
+
+
 def test_rules_and_a_block_that_was_cut():
     after = converted(before(), "plain=bsr:32x1", "sparse=dense")
     assert after.reports["sparse"].format == "dense"
