@@ -28,11 +28,14 @@ def legalized(
     ``opaque`` has rules for operators that become no loop nests, by Relax's names.
     """
     with tvm.target.Target(dict(target)):
-        fuse = tvm.transform.Sequential(
+        lower = tvm.transform.Sequential(
             [
                 relax.transform.LegalizeOps({"relax.max": _largest, "relax.min": _smallest}),
                 relax.transform.AnnotateTIROpPattern(),
-                _sizes_apart,
+            ]
+        )
+        fuse = tvm.transform.Sequential(
+            [
                 relax.transform.FoldConstant(),
                 relax.transform.FuseOps(),
                 relax.transform.FuseTIR(),
@@ -46,11 +49,10 @@ def legalized(
                 relax.transform.DeadCodeElimination(["main"]),
             ]
         )
-        return finish(_views(_with_all_reads(fuse(module))))
+        return finish(_views(_with_all_reads(fuse(_sizes_apart(lower(module))))))
 
 
-@tvm.transform.module_pass(opt_level=0, name="SizesApart")
-def _sizes_apart(module: tvm.IRModule, _context: Any) -> tvm.IRModule:
+def _sizes_apart(module: tvm.IRModule) -> tvm.IRModule:
     """Fuse nothing into what takes a size that none of its tensors has, as ``arange`` may.
 
     FuseTIR defines such a size twice where the fused function takes others beside its tensors.
