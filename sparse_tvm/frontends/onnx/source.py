@@ -6,6 +6,7 @@ import mmap
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -18,6 +19,10 @@ from sparse_tvm.frontends.onnx.read import one_line, parse_onnx
 from sparse_tvm.frontends.onnx.widen import half_types
 from sparse_tvm.frontends.source import Source
 from sparse_tvm.reference import Reference
+
+if TYPE_CHECKING:
+    from sparse_tvm.frontends.importer.model import ImportedModel
+    from sparse_tvm.frontends.input_shapes import InputShapes
 
 SPARSE_INITIALIZER = "ONNX sparse initializer"
 
@@ -36,6 +41,13 @@ class OnnxSource(Source):
         else:
             super().__init__(model.graph.name or "the model")
         self._model = model
+        self._half_types: list[str] | None = None
+
+    def load(self, input_shapes: InputShapes | None = None) -> ImportedModel:
+        """See `Source.load`."""
+        imported = super().load(input_shapes)
+        self._half_types = imported.widened
+        return imported
 
     def as_onnx(self) -> onnx.ModelProto | Path:
         """See `Source.as_onnx`: the file, unless it holds sparse initializers."""
@@ -63,12 +75,11 @@ class OnnxSource(Source):
 
     def reference(self, threads: int) -> Reference:
         """Return the model in ONNX Runtime."""
-        source: Path | bytes
-        if isinstance(self._model, Path):
-            source, model = self._model, parse_onnx(self._model)
-        else:
-            source, model = self._model.SerializeToString(), self._model
-        return Reference(source, threads=threads, widened="bfloat16" in half_types(model))
+        model = self._model
+        if self._half_types is None:
+            self._half_types = half_types(parse_onnx(model) if isinstance(model, Path) else model)
+        source = model if isinstance(model, Path) else model.SerializeToString()
+        return Reference(source, threads=threads, widened="bfloat16" in self._half_types)
 
 
 def decode_sparse_initializers(model: onnx.ModelProto) -> dict[str, str]:
