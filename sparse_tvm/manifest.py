@@ -17,7 +17,6 @@ from typing import (
     Union,
     get_args,
     get_origin,
-    get_type_hints,
     is_typeddict,
 )
 
@@ -310,9 +309,7 @@ def _checker(expected: Any) -> _Check:
 
 def _keys_checker(expected: Any) -> _Check:
     is_object = _demand(lambda value: isinstance(value, dict), "an object")
-    fields = {
-        key: _checker(type_) for key, type_ in get_type_hints(expected, include_extras=True).items()
-    }
+    fields = {key: _checker(type_) for key, type_ in expected.__annotations__.items()}
     required = expected.__required_keys__
 
     def check_keys(value: Any) -> None:
