@@ -9,4 +9,4 @@ bash scripts/setup.sh dev
 .venv/bin/python -m mypy
 .venv/bin/lint-imports
 .venv/bin/zensical build --strict
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n auto --dist loadfile "$@"

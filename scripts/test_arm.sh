@@ -6,4 +6,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash scripts/setup.sh dev
 bash scripts/setup_arm.sh
-SPARSE_TVM_TEST_ARM=1 exec .venv/bin/python -m pytest tests/arm "$@"
+SPARSE_TVM_TEST_ARM=1 exec .venv/bin/python -m pytest -n auto --dist worksteal tests/arm "$@"
