@@ -14,6 +14,7 @@ from sparse_tvm.passes.fuse_epilogue import fuse_epilogue
 from sparse_tvm.passes.fuse_layer_norm import fuse_layer_norm
 from sparse_tvm.passes.fuse_product import fuse_product
 from sparse_tvm.passes.infrastructure import Phase
+from sparse_tvm.passes.keep_integer_images import keep_integer_images
 from sparse_tvm.passes.keep_integers import keep_integers
 from sparse_tvm.passes.set_precision import set_precision
 from sparse_tvm.passes.split_recurrent import split_recurrent
@@ -24,7 +25,8 @@ def graph_phases() -> Sequence[Phase]:
     return (
         Phase("canonicalise", (split_recurrent, fc_transpose, fuse_activations, fuse_layer_norm)),
         Phase("fuse", (fuse_epilogue, fuse_convolution, fuse_attention, fuse_product)),
-        Phase("dense to sparse", (keep_integers, set_precision, dense_to_sparse)),
+        Phase("integers", (keep_integer_images, keep_integers)),
+        Phase("dense to sparse", (set_precision, dense_to_sparse)),
     )
 
 

@@ -270,6 +270,75 @@ class Convolution(WeightedOperator):
         return self.groups == self.channels > 1
 
 
+QUANTISED = Types("uint8", "int8", "int32", "uint8")
+"""Types of a convolution from bytes to bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantisedConvolution(Convolution):
+    """A convolution of an image of bytes, to bytes or float32.
+
+    Sums of bytes by the weight's steps become, for each output channel,
+    ``sums * factor + offset``: scales, zero points and bias in one. Bytes are that within
+    ``limits``, the least, the largest, and the one that stands for zero; float32 has an epilogue.
+    """
+
+    name: ClassVar[str] = "quantised_convolution"
+    operands: ClassVar[str] = (
+        "x, the weight's arrays, factor, offset, limits (of bytes) or epilogue tensors (of float32)"
+    )
+
+    types: Types = QUANTISED
+
+    @property
+    def rounds(self) -> bool:
+        """Whether its output is of bytes."""
+        return self.types.output == "uint8"
+
+    @property
+    def extras(self) -> int:
+        """How many operands there are behind the weight's arrays."""
+        return 3 if self.rounds else 2 + super().extras
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantiseImage(Operator):
+    """The bytes ``round(x / steps[0]) + steps[1]`` of an image."""
+
+    name: ClassVar[str] = "quantise_image"
+    operands: ClassVar[str] = "x, steps"
+
+    types: Types = Types(output="uint8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DequantiseImage(Operator):
+    """What an image's bytes stand for: ``(x - steps[1]) * steps[0]``.
+
+    ``positive`` tells that nothing of it is below zero.
+    """
+
+    name: ClassVar[str] = "dequantise_image"
+    operands: ClassVar[str] = "x, steps"
+
+    positive: bool = False
+
+    types: Types = Types(input="uint8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddImages(Operator):
+    """The sum of two images of bytes, as bytes: ``a * steps[0] + b * steps[1] + steps[2]``.
+
+    It is rounded within ``steps[3]`` and ``steps[4]``; ``steps[5]`` stands for zero.
+    """
+
+    name: ClassVar[str] = "add_images"
+    operands: ClassVar[str] = "a, b, steps"
+
+    types: Types = Types(input="uint8", output="uint8")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recurrent(WeightedOperator):
     """The steps of an LSTM, GRU or plain RNN in one direction, after the input's product.
@@ -455,17 +524,22 @@ def _read(expected: Any, value: Any) -> Any:
 __all__ = [
     "FLOAT32",
     "PRECISIONS",
+    "QUANTISED",
     "Activation",
+    "AddImages",
     "Attention",
     "Bias",
     "Clamp",
     "Convolution",
     "Dense",
+    "DequantiseImage",
     "Epilogue",
     "LayerNorm",
     "Layout",
     "Operator",
     "Product",
+    "QuantiseImage",
+    "QuantisedConvolution",
     "Recurrent",
     "Residual",
     "Step",

@@ -17,7 +17,15 @@ from typing import Any
 
 from tvm import relax
 
-from sparse_tvm.operators import Convolution, Residual
+from sparse_tvm.operators import (
+    AddImages,
+    Convolution,
+    Operator,
+    QuantisedConvolution,
+    QuantiseImage,
+    Residual,
+    Types,
+)
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.cpu.image_plan import (
     BINARY,
@@ -28,9 +36,17 @@ from sparse_tvm.passes.cpu.image_plan import (
     reduction,
     residuals,
     size_of,
+    word_operator,
 )
 from sparse_tvm.passes.dense_to_sparse import WEIGHTS_STORED
-from sparse_tvm.passes.graph import Rewrite, op_name, same_shape, scalar_value, shape_of
+from sparse_tvm.passes.graph import (
+    Rewrite,
+    dtype_of,
+    op_name,
+    same_shape,
+    scalar_value,
+    shape_of,
+)
 from sparse_tvm.passes.infrastructure import Context, graph_pass
 from sparse_tvm.passes.program import Program
 from sparse_tvm.schedules.cpu.families.convolution import ImageFamily
@@ -40,9 +56,15 @@ from sparse_tvm.schedules.cpu.image_operators import (
     ImagePack,
     ImagePooling,
     ImageReduction,
+    WordConvolution,
+    WordRows,
     window_of,
 )
 from sparse_tvm.schedules.cpu.planes import Border, Planes, Rows, Window
+from sparse_tvm.schedules.cpu.word_planes import fill_word, word_planes
+
+_BYTES, _WORDS = "uint8", "int32"
+"""Elements of a quantised image, and of its planes."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +87,15 @@ class _ImageLayout(Rewrite):
         self._plan = ImagePlan(self.graph, self._found)
         self._planes: dict[tuple[Any, Window | None], Any] = {}
         self._masks: dict[tuple[Any, ...], Any] = {}
+        self._zeros: dict[Any, int] = {}
 
     def rewrite(self, var: relax.Var, value: Any) -> Any:
         found = self._found(value)
         if found is not None:
             return self._convolution(var, found)
+        words = word_operator(value)
+        if words is not None:
+            return self._on_words(var, words)
         function = reduction(value, self._plan.in_planes)
         if function is not None:
             return self._reduction(var, value.args[0], function)
@@ -126,17 +152,23 @@ class _ImageLayout(Rewrite):
     def _packed(self, image: Any, window: Window, target: Border) -> Any:
         (batch, channels, *_), size = shape_of(image), size_of(image)
         planes = self._planes.get((image, None))
+        extras = []
+        if dtype_of(image) == _BYTES:
+            channels = word_planes(channels)
+            extras = [self.weight(f"fill_{self._zeros[image]}", fill_word(self._zeros[image]))]
         if planes is None:
             shape = (batch, channels, Rows(*size).size)
             planes = self.emit(relax.op.reshape(self.new(image), shape))
             source = None
         else:
             source = self._plan.border(image)
-        op = ImagePack(size=_known(size), source=source, target=target, window=window)
+        dtype = _WORDS if extras else "float32"
+        types = Types(dtype, output=dtype)
+        op = ImagePack(size=_known(size), source=source, target=target, window=window, types=types)
         wanted = Planes(*window.phase_size(size), target)
         call = dialect.call(
             op,
-            [planes, relax.ShapeExpr(size)],
+            [planes, relax.ShapeExpr(size), *extras],
             (batch, channels * len(window.phases), wanted.size),
         )
         return self.emit(call, "planes")
@@ -147,7 +179,12 @@ class _ImageLayout(Rewrite):
         image = self._in_form_for(x, window) if own else self._in_planes(x)
         source = self._plan.border(x, window if own else None)
         target = self._plan.border(var)
-        planar = ImageConvolution(
+        kind: type[ImageConvolution | WordConvolution] = ImageConvolution
+        if isinstance(op, QuantisedConvolution):
+            kind = WordConvolution
+            if op.rounds:
+                self._zeros[var] = self._zero(rest[-1], 2)
+        planar = kind(
             **{**vars(op), "size": _known(size_of(x))},
             source=source,
             target=target,
@@ -155,18 +192,52 @@ class _ImageLayout(Rewrite):
         )
         count = len(rest) - op.extras
         steps = [step for step in op.epilogue if step.operand]
+        behind = len(rest) - len(steps)
+        of_rows = rest[count:behind]  # of a quantised convolution: factor, offset, limits
         extras = [
             self._in_planes(extra) if isinstance(step, Residual) else self.new(extra)
-            for step, extra in zip(steps, rest[count:], strict=True)
+            for step, extra in zip(steps, rest[behind:], strict=True)
         ]
         args = [
             image,
             *(self.new(array) for array in rest[:count]),
             relax.ShapeExpr(size_of(x)),
+            *(self.new(array) for array in of_rows[:2]),
             *self._mask_if_padded(var, target),
+            *(self.new(array) for array in of_rows[2:]),
             *extras,
         ]
-        return _InPlanes(dialect.call(planar, args, self._shape(var)))
+        return _InPlanes(dialect.call(planar, args, self._shape(var), self._element(var)))
+
+    def _on_words(self, var: Any, found: dialect.OperatorCall[Operator]) -> _InPlanes:
+        *images, steps = found.args
+        function = {QuantiseImage: "quantise", AddImages: "add"}.get(type(found.op), "dequantise")
+        if dtype_of(var) == _BYTES:
+            self._zeros[var] = self._zero(steps, 1 if function == "quantise" else 5)
+        op = WordRows(
+            function=function,
+            channels=shape_of(var)[1],
+            size=_known(size_of(var)),
+            sources=tuple(map(self._plan.border, images)),
+            target=self._plan.border(var),
+            types=found.op.types,
+        )
+        args = [
+            *map(self._in_planes, images),
+            relax.ShapeExpr(size_of(var)),
+            self.new(steps),
+        ]
+        return _InPlanes(dialect.call(op, args, self._shape(var), self._element(var)))
+
+    def _zero(self, steps: Any, place: int) -> int:
+        """The zero point that is one of an operator's steps."""
+        values = self.array(steps)
+        assert values is not None, "scales of images are constants"
+        return int(values[place])
+
+    def _element(self, var: Any) -> str:
+        """Type of the elements of an image's planes."""
+        return _WORDS if dtype_of(var) == _BYTES else "float32"
 
     def _pooling(self, var: Any, x: Any) -> _InPlanes:
         pooling, target = self._plan.poolings[var], self._plan.border(var)
@@ -194,8 +265,8 @@ class _ImageLayout(Rewrite):
         return arg if scalar_value(arg) is not None else self._in_planes(arg)
 
     def _shape(self, var: Any) -> tuple[Any, ...]:
-        planes = Planes(*size_of(var), self._plan.border(var))
-        return (*shape_of(var)[:2], planes.size)
+        planes, (batch, channels, *_) = Planes(*size_of(var), self._plan.border(var)), shape_of(var)
+        return batch, word_planes(channels) if dtype_of(var) == _BYTES else channels, planes.size
 
     def _mask_if_padded(self, var: Any, border: Border) -> list[Any]:
         return [self._mask(var, border)] if border.padded else []

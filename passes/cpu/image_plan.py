@@ -17,7 +17,18 @@ from typing import Any
 
 from tvm import relax
 
-from sparse_tvm.operators import Activation, Clamp, Convolution, Residual, Step
+from sparse_tvm.operators import (
+    Activation,
+    AddImages,
+    Clamp,
+    Convolution,
+    DequantiseImage,
+    Operator,
+    QuantisedConvolution,
+    QuantiseImage,
+    Residual,
+    Step,
+)
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.graph import (
     Graph,
@@ -138,9 +149,15 @@ class ImagePlan:
         return self._borders[image, window]
 
     def _visit(self, var: Any, value: Any) -> None:
-        convolution = self._found(value)
+        convolution, words = self._found(value), word_operator(value)
         if convolution is not None:
             self._convolution(var, convolution)
+        elif words is not None:
+            self._make(var)
+            for image in words.args[:-1]:
+                self._read((image, None), READ_BEYOND)
+            if isinstance(words.op, DequantiseImage) and words.op.positive:
+                self._not_negative.add(var)
         elif is_tensor(var) and dtype_of(var) == "float32":
             name = op_name(value)
             if name in _POOLING:
@@ -157,7 +174,7 @@ class ImagePlan:
     def _convolution(self, var: Any, found: _Found) -> None:
         op, x, window = found.op, found.args[0], window_of(found.op)
         self._make(var)
-        if op.depthwise:
+        if reads_each_channel(op):
             self._read((x, None), reads_in_place(window))
             if not window.strided:
                 self._pitches.unite((x, None), (var, None), window.wider)
@@ -255,9 +272,23 @@ class ImagePlan:
 def has_own_form(op: Convolution) -> bool:
     """Whether a convolution reads its input in a form that is made for it."""
     window, width = window_of(op), op.size[1]
-    if op.depthwise:
+    if reads_each_channel(op):
         return False
     return window.strided or window.reads.gap * _NARROW > (width or _TYPICAL_WIDTH)
+
+
+def reads_each_channel(op: Convolution) -> bool:
+    """Whether its kernel is the one of windows that see each channel alone."""
+    return op.depthwise and not isinstance(op, QuantisedConvolution)
+
+
+def word_operator(value: Any) -> dialect.OperatorCall[Operator] | None:
+    """A call of an operator on each pixel of bytes, taken apart; its last operand is no image."""
+    for kind in (QuantiseImage, DequantiseImage, AddImages):
+        found = dialect.match(value, kind)
+        if found is not None:
+            return dialect.OperatorCall[Operator](found.op, found.args)
+    return None
 
 
 def residuals(found: _Found) -> list[Any]:

@@ -32,13 +32,13 @@ _SPILLED = 2.0
 def blocking(op: Convolution, format: str, rows: int, target: Target) -> dict[str, int]:
     """The layout parameters of :func:`~sparse_tvm.schedules.cpu.conv_planes.conv_planes`."""
     simd = Simd.of(target)
-    vectors = min(_vectors(op, simd), _group(format, rows, simd))
+    vectors = min(plane_vectors(op, simd), _group(format, rows, simd))
     parameters = {"vectors": vectors}
     weight_bytes = 4 * op.matrix[0] * op.matrix[1]
     window = window_of(op)
     if format == "dense":
         planes = op.channels * len(window.phases)
-        image_bytes = 4 * planes * _vectors(op, simd) * simd.lanes
+        image_bytes = 4 * planes * plane_vectors(op, simd) * simd.lanes
         if image_bytes < min(weight_bytes, _SECOND_CACHE_SHARE * target.caches.l2):
             parameters["rows_outermost"] = 1
         return parameters
@@ -65,7 +65,7 @@ def dense_rows(op: Convolution, target: Target) -> int:
     simd = Simd.of(target)
 
     def per_load(rows: int) -> float:
-        vectors = min(_vectors(op, simd), _group("dense", rows, simd))
+        vectors = min(plane_vectors(op, simd), _group("dense", rows, simd))
         if rows * vectors > simd.accumulators:
             return 0.0
         return rows * vectors / (rows + vectors)
@@ -79,8 +79,8 @@ def conv_seconds(
     """Seconds for so many pixels of the output on one core, with this many stored blocks."""
     simd, costs = Simd.of(target), target.costs
     rows, parts, limit = layout.block[0], layout.get("parts", 1), layout.get("vectors", 1)
-    groups = -(-_vectors(op, simd) // limit)
-    vectors = _vectors(op, simd) / groups
+    groups = -(-plane_vectors(op, simd) // limit)
+    vectors = plane_vectors(op, simd) / groups
     fmas = rows * vectors * costs.fma
     if rows * limit > simd.accumulators:
         fmas *= _SPILLED
@@ -101,7 +101,7 @@ def conv_seconds(
     return target.seconds(groups * compute + streamed) * pixels / (rows_out * columns_out)
 
 
-def _vectors(op: Convolution, simd: Simd) -> int:
+def plane_vectors(op: Convolution, simd: Simd) -> int:
     """Vectors of the output, gaps included."""
     height, width = _out_size(op)
     gap = window_of(op).reads.gap

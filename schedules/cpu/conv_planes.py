@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -83,28 +83,46 @@ def conv_planes(
     with at a time, ``parts`` of its columns, ``rows_outermost`` (1: all pixels of an image pass a
     block row before the next one comes), ``prefetch`` (1: weights are asked for ahead of use).
     """
-    return _Kernel(images, layout, simd).build(epilogue, residuals)
+    out = (images.batch, images.out_channels, images.target)
+    kernel = ConvKernel(images, layout, simd)
+    return kernel.build(lambda: ImageOutput(*out, epilogue, residuals, simd))
 
 
-class _Kernel:
+class Sums(Protocol):
+    """Sums of some rows by some vectors in registers."""
+
+    def multiply_add(self, weight: Callable[[int], Expr], x: Callable[[int], Expr]) -> None:
+        """Add the outer product of ``weight(row)`` and ``x(vector)``."""
+
+
+class ConvKernel:
+    """The loops over images, rows of the weight and pixels, and what they do in float32."""
+
+    element = "float32"
+    """Of images and weights."""
+
     def __init__(self, images: Images, layout: Layout, simd: Simd) -> None:
         self._images, self._layout, self._simd = images, layout, simd
         self._parts, self._group = layout.get("parts", 1), layout.get("vectors", 1)
         self._rows_outermost = bool(layout.get("rows_outermost", 0))
-        self._rows = layout.block[0]
+        self._rows = self._rows_of(layout)
         self._block_rows = -(-images.out_channels // self._rows)
         self._taps = images.window.taps
         self._k = images.channels * self._taps
 
-    def build(self, epilogue: Sequence[Step], residuals: Sequence[Planes]) -> tirx.PrimFunc:
-        images, layout = self._images, self._layout
+    def _rows_of(self, layout: Layout) -> int:
+        """Rows of the weight that are computed together."""
+        return layout.block[0]
+
+    def build(self, declare_output: Callable[[], Any]) -> tirx.PrimFunc:
+        """Build the kernel, whose last arguments ``declare_output`` declares."""
+        images = self._images
         planes = images.channels * len(images.window.phases)
         with prim_func() as result:
-            x = argument("x", (images.batch, planes, images.source.size))
+            x = argument("x", (images.batch, planes, images.source.size), self.element)
             self._declare_weight()
             declare_sizes(images.sizes)
-            out = (images.batch, images.out_channels, images.target)
-            self._output = ImageOutput(*out, epilogue, residuals, self._simd)
+            self._output = declare_output()
             self._x = flat(x)
             threads = scalar(tirx.call_packed("runtime.NumThreads"))
             groups = groups_of(vectors_of(images.target, self._simd), self._group)
@@ -116,6 +134,7 @@ class _Kernel:
                 self._count = vectors_of(images.target, self._simd)
                 self._groups = scalar(groups_of(self._count, self._group))
                 self._tap_offsets = self._table() if self._taps > 1 else None
+                self._begin()
                 begin = scalar(thread * jobs // threads)
                 end = scalar((thread + 1) * jobs // threads)
                 first_unit = scalar(begin // JOBS_PER_GROUP)
@@ -124,7 +143,7 @@ class _Kernel:
                     unit = scalar(first_unit + i)
                     job = scalar(tirx.max(begin - unit * JOBS_PER_GROUP, 0))
                     last_job = scalar(tirx.min(end - unit * JOBS_PER_GROUP, JOBS_PER_GROUP))
-                    if layout.sparse:
+                    if self._sorted:
                         start = scalar(self._partition[job])
                         stop = scalar(self._partition[last_job])
                     else:
@@ -134,7 +153,13 @@ class _Kernel:
                         self._rows_then_pixels(unit, start, stop)
                     else:
                         self._pixels_then_rows(unit, start, stop)
+                self._end()
         return result["func"]
+
+    @property
+    def _sorted(self) -> bool:
+        """Whether block rows are stored in an order of their own, and shared out by it."""
+        return self._layout.sparse
 
     def _declare_weight(self) -> None:
         layout, segments = self._layout, self._parts * self._block_rows
@@ -154,6 +179,12 @@ class _Kernel:
         for tap, offset in enumerate(self._images.window.offsets(self._source)):
             T.buffer_store(table, T.Cast("int32", offset), [tap])
         return table
+
+    def _begin(self) -> None:
+        """Generate what each thread does first."""
+
+    def _end(self) -> None:
+        """Generate what each thread does last."""
 
     def _rows_then_pixels(self, image: Expr, start: Expr, stop: Expr) -> None:
         def block_row(part: Expr, segment: Expr, row: Expr, live: int) -> None:
@@ -186,7 +217,7 @@ class _Kernel:
         remainder = self._images.out_channels % self._rows
         with T.serial(0, self._parts) as part, T.serial(0, stop - start) as i:
             segment = scalar(part * self._block_rows + start + i)
-            row = scalar(self._order[segment]) if self._layout.sparse else segment
+            row = scalar(self._order[segment]) if self._sorted else segment
             if remainder == 0:
                 body(part, segment, row, self._rows)
             else:
@@ -284,7 +315,7 @@ class _Kernel:
             acc.multiply_add(lambda row: self._data[at, 0, row], load(offset))
 
     def _accumulate_dense(
-        self, acc: Registers, segment: Expr, load: Callable[[Expr], Any], plane: Expr
+        self, acc: Sums, segment: Expr, load: Callable[[Expr], Any], plane: Expr
     ) -> None:
         with T.serial(0, self._images.channels) as channel:
             if self._tap_offsets is None:

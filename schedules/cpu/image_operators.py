@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sparse_tvm.operators import Convolution, Operator, Types
+from sparse_tvm.operators import Convolution, Operator, QuantisedConvolution, Types
 from sparse_tvm.schedules.cpu.planes import IN_PLACE, Border, Window
 
 Size = tuple[int | None, int | None]
@@ -34,6 +34,44 @@ class ImageConvolution(Convolution):
     source: Border
     target: Border
     residuals: tuple[Border, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordConvolution(QuantisedConvolution):
+    """A quantised convolution of an image in planes of words, by phases if it is strided."""
+
+    name: ClassVar[str] = "word_convolution"
+    operands: ClassVar[str] = (
+        "x, the weight's arrays, size, factor, offset, mask?, limits or epilogue tensors"
+    )
+
+    source: Border
+    target: Border
+    residuals: tuple[Border, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordRows(Operator):
+    """An operator on each pixel, from planes or planes of words to such.
+
+    Attributes
+    ----------
+    function : str
+        ``quantise``, ``dequantise`` or ``add``.
+    channels : int
+        Of the image.
+    sources, target : tuple[Border, ...], Border
+        Of the images that it reads and writes.
+    """
+
+    name: ClassVar[str] = "word_rows"
+    operands: ClassVar[str] = "images, size, steps"
+
+    function: str
+    channels: int
+    size: Size
+    sources: tuple[Border, ...]
+    target: Border
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +104,12 @@ class ImageReduction(Operator):
 class ImagePack(Operator):
     """From one layout to another: into planes, of the phases that a window reads, or out of them.
 
-    A border that is None stands for the model's layout.
+    A border that is None stands for the model's layout. Words are padded by ``fill``, int32
+    ``[1]``.
     """
 
     name: ClassVar[str] = "image_pack"
-    operands: ClassVar[str] = "x, size"
+    operands: ClassVar[str] = "x, size, fill (of words)"
 
     size: Size
     source: Border | None = None

@@ -20,6 +20,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     ramp,
     scalar,
     span,
+    splat,
     zero,
 )
 from sparse_tvm.schedules.cpu.plane_code import Extents, declare_sizes, deinterleaved, flat
@@ -41,26 +42,31 @@ def image_pack(
     window: Window,
     sizes: Sequence[Any],
     simd: Simd,
+    words: bool = False,
 ) -> tirx.PrimFunc:
     """Build the kernel x ``[batch, channels, source.size]`` -> y, the phases that `window` reads.
 
     ``y`` is ``[batch, channels * phases, target.size]``. ``sizes`` are the symbols that extents
-    depend on: arguments between x and y.
+    depend on: arguments between x and y. Planes of words move as those of float32 do; what pads
+    them is ``fill`` int32 ``[1]``, an argument in front of y.
     """
     phases, (down, right) = window.phases, window.stride
+    dtype = "int32" if words else "float32"
     with prim_func() as result:
-        x = argument("x", (batch, channels, source.size))
+        x = argument("x", (batch, channels, source.size), dtype)
         declare_sizes(sizes)
-        y = argument("y", (batch, channels * len(phases), target.size))
+        filled = argument("fill", (1,), "int32") if words else None
+        y = argument("y", (batch, channels * len(phases), target.size), dtype)
         x, y = flat(x), flat(y)
         with T.parallel(0, batch * channels) as job:
             here, there = Extents(source), Extents(target)
-            mover = _Rows(x, y, source, target, right, simd)
+            fill = zero(simd) if filled is None else splat(filled[0], simd)
+            mover = _Rows(x, y, source, target, right, fill, simd)
 
             def move(number: Expr, row_phase: Expr, column_phase: Expr) -> None:
                 plane = scalar((job * len(phases) + number) * there.size)
                 if isinstance(target, Planes):
-                    _clear(y, plane, there.size, simd)
+                    _clear(y, plane, there.size, fill, simd)
                 with T.serial(0, there.height) as row:
                     from_row = scalar(row * down + row_phase)
                     with T.If(from_row < here.height), T.Then():
@@ -72,9 +78,9 @@ def image_pack(
     return result["func"]
 
 
-def _clear(y: Buffer, plane: Expr, size: Expr, simd: Simd) -> None:
+def _clear(y: Buffer, plane: Expr, size: Expr, fill: Expr, simd: Simd) -> None:
     with T.serial(0, size // simd.lanes) as i:
-        T.buffer_store(y, zero(simd), [ramp(plane + i * simd.lanes, simd)])
+        T.buffer_store(y, fill, [ramp(plane + i * simd.lanes, simd)])
 
 
 def _each_phase(
@@ -95,9 +101,16 @@ class _Rows:
     """Moves single rows, every ``step``-th of their columns."""
 
     def __init__(
-        self, x: Buffer, y: Buffer, source: Image, target: Image, step: int, simd: Simd
+        self,
+        x: Buffer,
+        y: Buffer,
+        source: Image,
+        target: Image,
+        step: int,
+        fill: Expr,
+        simd: Simd,
     ) -> None:
-        self._x, self._y, self._step, self._simd = x, y, step, simd
+        self._x, self._y, self._step, self._simd, self._fill = x, y, step, simd, fill
         self._width, self._target_width = source.width, target.width
         self._beyond = (
             isinstance(source, Planes)
@@ -114,7 +127,7 @@ class _Rows:
             with T.serial(0, (count + lanes - 1) // lanes) as i:
                 left = T.Cast("int32", count - i * lanes)
                 inside = T.ramp(tirx.const(0, "int32"), 1, lanes) < T.broadcast(left, lanes)
-                value = tirx.Select(inside, self._vector(begin, phase, i), zero(self._simd))
+                value = tirx.Select(inside, self._vector(begin, phase, i), self._fill)
                 T.buffer_store(self._y, value, [ramp(start + i * lanes, self._simd)])
             return
         whole = (

@@ -90,11 +90,14 @@ def bf16_pair(low: Expr, high: Expr, lanes: int) -> Expr:
     return T.reinterpret(f"int32x{lanes}", T.bitwise_or(below, T.bitwise_and(high, top)))
 
 
-def int8_quad(values: list[Expr], lanes: int) -> Expr:
-    """Up to four float32 vectors within -127..127 as one vector of stored int8 quads."""
+def int8_quad(values: list[Expr], lanes: int, zero_point: int = ZERO_POINT) -> Expr:
+    """Up to four float32 vectors as one vector of quads of bytes.
+
+    Values plus the zero point are within 0..255.
+    """
     word = None
     for position, value in enumerate(values):
-        shifted = value + T.broadcast(T.float32(ROUNDING + ZERO_POINT), lanes)
+        shifted = value + T.broadcast(T.float32(ROUNDING + zero_point), lanes)
         byte = T.reinterpret(f"int32x{lanes}", shifted)
         if position < 3:
             byte = T.bitwise_and(byte, words_like(255, lanes))

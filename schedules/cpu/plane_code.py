@@ -75,12 +75,18 @@ def masked(value: Expr, mask: Buffer, pixel: Expr, simd: Simd) -> Expr:
     return T.reinterpret(f"float32x{simd.lanes}", kept)
 
 
-def clear_border(y: Buffer, plane: Expr, image: Extents, written: Expr, simd: Simd) -> None:
-    """Clear a plane around the ``written`` elements that start with the first pixel."""
+def clear_border(
+    y: Buffer, plane: Expr, image: Extents, written: Expr, simd: Simd, value: Expr | None = None
+) -> None:
+    """Clear a plane around the ``written`` elements that start with the first pixel.
+
+    ``value`` is the vector that is written there, zeros of float32 by default.
+    """
+    value = zero(simd) if value is None else value
 
     def clear(start: Expr, stop: Expr) -> None:
         with T.serial(0, (stop - start) // simd.lanes) as i:
-            T.buffer_store(y, zero(simd), [ramp(plane + start + i * simd.lanes, simd)])
+            T.buffer_store(y, value, [ramp(plane + start + i * simd.lanes, simd)])
 
     clear(0, image.first)
     clear(image.first + written, image.size)

@@ -51,6 +51,25 @@ def sparse_rows(words: np.ndarray, rows: int) -> dict[str, np.ndarray]:
     }
 
 
+def single_words(words: np.ndarray, rows: int) -> dict[str, np.ndarray]:
+    """Words that are not zero, row by row, in groups of ``rows`` rows that are stored together.
+
+    ``data`` is ``[words, 1, 1]``, and ``indptr`` has the first of each row; the rest is of groups.
+    """
+    padded = np.pad(words, ((0, -len(words) % rows), (0, 0)))
+    groups = (padded != 0).reshape(-1, rows * words.shape[1])
+    order, places = in_order(groups)
+    stored = (order[:, None] * rows + np.arange(rows)).ravel()
+    found = padded[stored]
+    counts = np.count_nonzero(found, axis=1)
+    return {
+        "data": at_least_one(found[found != 0].reshape(-1, 1, 1)),
+        "indices": line_indices(np.nonzero(found)[1], words.shape[1]),
+        **places,
+        "indptr": np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+    }
+
+
 def in_order(occupied: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Block rows as they are stored, given which blocks they have, and the kernel's arrays."""
     return in_order_of_counts(np.count_nonzero(occupied, axis=1))

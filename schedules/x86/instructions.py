@@ -9,6 +9,7 @@ Words are 32 bits: four bytes or two bf16. Vectors of words are int32 for LLVM's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tvm import tirx
@@ -26,6 +27,11 @@ TILE_WORDS = 256
 
 TILES = 8
 """Tile registers."""
+
+Shape = tuple[int, int]
+"""Rows of a tile, and words in each."""
+
+FULL: Sequence[Shape] = ((LINES, LINES),) * TILES
 
 
 # Dot products: acc[lane] += sum over the four bytes of x[lane] * w[lane]
@@ -154,8 +160,8 @@ def bits_set(mask: Expr) -> Expr:
 class TileUnit(Protocol):
     """A matrix unit with eight tile registers of 16 rows by 16 words."""
 
-    def configure(self) -> None:
-        """Make the tiles usable on this thread."""
+    def configure(self, shapes: Sequence[Shape] = FULL) -> None:
+        """Make the tiles usable on this thread, with rows and words of each."""
 
     def release(self) -> None:
         """Give the tiles back."""
@@ -163,8 +169,8 @@ class TileUnit(Protocol):
     def zero(self, tile: int) -> None:
         """Clear a tile."""
 
-    def load(self, tile: int, words: Buffer, at: Expr) -> None:
-        """Load a tile from 256 consecutive words of flat memory."""
+    def load(self, tile: int, words: Buffer, at: Expr, pitch: Expr = LINES) -> None:
+        """Load a tile from flat memory, from one row to the next ``pitch`` words apart."""
 
     def store(self, tile: int, words: Buffer, at: Expr) -> None:
         """Store a tile to 256 consecutive words of flat memory."""
@@ -183,13 +189,14 @@ class Amx:
 
     features = AMX_FEATURES
     expand = staticmethod(vpexpand)
-    _stride = 64
 
-    def configure(self) -> None:
-        """``ldtilecfg`` of palette 1: all tiles 16 rows of 64 bytes."""
+    def configure(self, shapes: Sequence[Shape] = FULL) -> None:
+        """``ldtilecfg`` of palette 1."""
         config = scratch(8, "int64")
-        row_bytes, rows = 0x0040004000400040, 0x1010101010101010
-        for i, word in enumerate([1, 0, row_bytes, row_bytes, 0, 0, rows, 0]):
+        row_bytes = sum(4 * words << 16 * tile for tile, (_, words) in enumerate(shapes))
+        rows = sum(count << 8 * tile for tile, (count, _) in enumerate(shapes))
+        low, high = row_bytes & 2**64 - 1, row_bytes >> 64
+        for i, word in enumerate([1, 0, low, high, 0, 0, rows, 0]):
             T.buffer_store(config, T.int64(word), [i])
         self._emit("ldtilecfg", tirx.address_of(config[0]))
 
@@ -201,15 +208,16 @@ class Amx:
         """``tilezero``."""
         self._emit("tilezero", self._number(tile))
 
-    def load(self, tile: int, words: Buffer, at: Expr) -> None:
+    def load(self, tile: int, words: Buffer, at: Expr, pitch: Expr = LINES) -> None:
         """``tileloadd``."""
         address = tirx.address_of(words[at])
-        self._emit("tileloadd64", self._number(tile), address, T.int64(self._stride))
+        stride = T.int64(4 * pitch) if isinstance(pitch, int) else T.Cast("int64", pitch * 4)
+        self._emit("tileloadd64", self._number(tile), address, stride)
 
     def store(self, tile: int, words: Buffer, at: Expr) -> None:
         """``tilestored``."""
         address = tirx.address_of(words[at])
-        self._emit("tilestored64", self._number(tile), address, T.int64(self._stride))
+        self._emit("tilestored64", self._number(tile), address, T.int64(4 * LINES))
 
     def multiply_add(self, precision: Precision, c: int, a: int, b: int) -> None:
         """``tdpbsud`` or ``tdpbf16ps``."""
@@ -232,10 +240,11 @@ class PlainTiles:
 
     def __init__(self) -> None:
         self._tiles: Buffer = None
+        self._shapes: Sequence[Shape] = FULL
 
-    def configure(self) -> None:
+    def configure(self, shapes: Sequence[Shape] = FULL) -> None:
         """Take memory for the tiles."""
-        self._tiles = scratch(TILES * TILE_WORDS, "int32")
+        self._tiles, self._shapes = scratch(TILES * TILE_WORDS, "int32"), shapes
 
     def release(self) -> None:
         """Nothing to do."""
@@ -245,11 +254,12 @@ class PlainTiles:
         with T.serial(0, LINES) as row:
             T.buffer_store(self._tiles, words_like(0, LINES), [self._row(tile, row)])
 
-    def load(self, tile: int, words: Buffer, at: Expr) -> None:
+    def load(self, tile: int, words: Buffer, at: Expr, pitch: Expr = LINES) -> None:
         """Copy a tile in."""
-        with T.serial(0, LINES) as row:
-            line = words[T.ramp(at + row * LINES, 1, LINES)]
-            T.buffer_store(self._tiles, line, [self._row(tile, row)])
+        rows, count = self._shapes[tile]
+        with T.serial(0, rows) as row, T.serial(0, count) as word:
+            there = tile * TILE_WORDS + row * LINES + word
+            T.buffer_store(self._tiles, words[at + row * pitch + word], [there])
 
     def store(self, tile: int, words: Buffer, at: Expr) -> None:
         """Copy a tile out."""
@@ -260,7 +270,7 @@ class PlainTiles:
     def multiply_add(self, precision: Precision, c: int, a: int, b: int) -> None:
         """Row by row of ``c``, line by line of ``b``."""
         multiply = plain_dot if precision.name == "int8" else _plain_bf16_dot
-        with T.serial(0, LINES) as row, T.serial(0, LINES) as line:
+        with T.serial(0, LINES) as row, T.serial(0, self._shapes[b][0]) as line:
             at = self._row(c, row)
             weight = T.broadcast(self._tiles[a * TILE_WORDS + row * LINES + line], LINES)
             x = self._tiles[self._row(b, line)]

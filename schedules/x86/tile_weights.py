@@ -96,3 +96,28 @@ def _tiles(words: np.ndarray, height: int) -> np.ndarray:
     padded = np.pad(words, ((0, -n % (height * TILE_ROWS)), (0, -lines % LINES)))
     split = padded.reshape(-1, height, TILE_ROWS, padded.shape[1] // LINES, LINES)
     return np.ascontiguousarray(split.transpose(0, 3, 1, 2, 4))
+
+
+def chunks_of(planes: int) -> tuple[int, int]:
+    """Into how many chunks so many planes of words are cut, and how many are in each."""
+    lines = min(LINES, planes)
+    return -(-planes // lines), lines
+
+
+def image_tiles(words: np.ndarray, taps: int, height: int) -> dict[str, np.ndarray]:
+    """A convolution's words ``[N, planes * taps]``, tap by tap, in chunks of planes.
+
+    ``data`` is ``[block rows, taps, chunks, height, 16, planes of a chunk]``.
+    """
+    planes = words.shape[1] // taps
+    chunks, lines = chunks_of(planes)
+    rows = height * TILE_ROWS
+    by_plane = np.pad(words, ((0, -len(words) % rows), (0, 0))).reshape(-1, planes, taps)
+    parts = []
+    for chunk in range(chunks):
+        start = min(chunk * lines, planes - lines)
+        part = by_plane[:, start : start + lines].copy()
+        part[:, : chunk * lines - start] = 0  # planes of the chunk before
+        parts.append(part)
+    tiles = np.stack(parts).reshape(chunks, -1, height, TILE_ROWS, lines, taps)
+    return {"data": np.ascontiguousarray(tiles.transpose(1, 5, 0, 2, 3, 4))}

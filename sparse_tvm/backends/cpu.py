@@ -25,9 +25,11 @@ from sparse_tvm.schedules.cpu.families.rows import (
     LaneUnpackFamily,
     LayerNormFamily,
 )
+from sparse_tvm.schedules.cpu.families.words import WordRowsFamily
 from sparse_tvm.schedules.x86.families.dots import X86DotFamily
 from sparse_tvm.schedules.x86.families.tile_attention import TileAttentionFamily
 from sparse_tvm.schedules.x86.families.tiles import TileFamily
+from sparse_tvm.schedules.x86.families.words import TileConvolutionFamily, X86DotConvolutionFamily
 from sparse_tvm.targets import ALIASES, NATIVE, TARGETS, Target, get_target, runs_here
 
 if TYPE_CHECKING:
@@ -59,6 +61,9 @@ class CpuBackend(Backend):
                 TileFamily(),
                 X86DotFamily(),
                 TileAttentionFamily(),
+                TileConvolutionFamily(),
+                X86DotConvolutionFamily(),
+                WordRowsFamily(),
                 LineRoundFamily(),
             ]
         )

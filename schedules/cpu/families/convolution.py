@@ -132,7 +132,7 @@ class ConvolutionFamily(ImageFamily):
         form = stored.format + (f"_{layout.block[0]}x1" if stored.format != "csr" else "")
         images, residuals = _images(op, operands[0])
         function = conv_planes(images, layout, op.epilogue, residuals, Simd.of(target))
-        return Kernel("_".join(["conv2d", form, _size(op), *op.step_titles]), function)
+        return Kernel("_".join(["conv2d", form, size_title(op), *op.step_titles]), function)
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class DepthwiseFamily(ImageFamily):
         assert isinstance(op, ImageConvolution)
         images, residuals = _images(op, operands[0])
         function = window_planes(images, DEPTHWISE, op.epilogue, residuals, Simd.of(target))
-        return Kernel("_".join(["depthwise_conv2d", _size(op), *op.step_titles]), function)
+        return Kernel("_".join(["depthwise_conv2d", size_title(op), *op.step_titles]), function)
 
 
 def _images(op: ImageConvolution, x: Extents) -> tuple[Any, list[Planes]]:
@@ -210,7 +210,8 @@ def _block_diagonal(matrix: np.ndarray, groups: int) -> np.ndarray:
     return full
 
 
-def _size(op: Convolution) -> str:
+def size_title(op: Convolution) -> str:
+    """Extents of a convolution, for names of kernels."""
     kernel = "x".join(map(str, op.kernel))
     size = "x".join("any" if extent is None else str(extent) for extent in op.size)
     return f"{op.out_channels}x{op.channels}x{kernel}_on_{size}"

@@ -31,6 +31,9 @@ class ImagePackFamily(MovesOnly[ImagePack]):
     name: ClassVar[str] = "image_pack"
     operator: ClassVar[type[ImagePack]] = ImagePack
 
+    def refuses(self, op: ImagePack, target: Target) -> str | None:
+        return None if op.types.input == op.types.output else f"{self.name} converts no elements"
+
     def build(
         self, op: ImagePack, operands: Sequence[Extents], output: Extents, target: Target
     ) -> Kernel:
@@ -45,8 +48,11 @@ class ImagePackFamily(MovesOnly[ImagePack]):
                 (op.window.phase_size(size), op.target),
             )
         )
-        function = image_pack(batch, channels, source, wanted, op.window, sizes, Simd.of(target))
+        words = op.types.input == "int32"
+        simd = Simd.of(target)
+        function = image_pack(batch, channels, source, wanted, op.window, sizes, simd, words)
         title = "unpack_image" if op.target is None else "pack_image"
+        title += "_words" if words else ""
         return Kernel(title, function)
 
 
