@@ -362,7 +362,7 @@ FAMILIES: list[Family] = [
             ("hubert", "audio", DYNAMO, partial(waves, "HubertConfig", "HubertModel")),
             ("wavlm", "audio", LEGACY, partial(waves, "WavLMConfig", "WavLMModel")),
             ("unispeech", "audio", MODULE, partial(waves, "UniSpeechConfig", "UniSpeechModel")),
-            ("wav2vec2-conformer", "audio", DYNAMO, conformer),
+            ("wav2vec2-conformer", "audio", LEGACY, conformer),
             ("whisper-encoder", "audio", DYNAMO, whisper_encoder),
             ("whisper", "audio", LEGACY, whisper),
             ("spectrogram-transformer", "audio", MODULE, spectrogram_transformer),

@@ -406,12 +406,6 @@ FAMILIES: list[Family] = [
     Family("yolo", "detection", LEGACY, torch_door(LEGACY, yolo)),
     Family("unet", "segmentation", LEGACY, torch_door(LEGACY, unet)),
     Family(
-        "fcn",
-        "segmentation",
-        DYNAMO,
-        torch_door(DYNAMO, partial(dense_torchvision, "fcn_resnet50")),
-    ),
-    Family(
         "lraspp",
         "segmentation",
         LEGACY,
@@ -430,8 +424,6 @@ FAMILIES: list[Family] = [
             ("keras-mobilenet-v3", TFLITE, "MobileNetV3Small", {"minimalistic": False}),
             ("keras-mobilenet", SAVED_MODEL, "MobileNet", {"alpha": 0.25}),
             ("keras-efficientnet-b0", KERAS, "EfficientNetB0", {}),
-            ("keras-nasnet", SAVED_MODEL, "NASNetMobile", {}),
-            ("keras-densenet", TFLITE, "DenseNet121", {}),
         )
     ),
 ]
