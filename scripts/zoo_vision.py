@@ -250,6 +250,28 @@ def of_timm(name: str, size: int = 64, **options: Any) -> TorchModel:
     return images(timm.create_model(name, pretrained=False, num_classes=10, **options), size)
 
 
+def mixer(block: str) -> TorchModel:
+    """Perceptrons over patches and channels, in three ways."""
+    torchvision()
+    from timm.models import mlp_mixer
+
+    layers: dict[str, Any] = {
+        "mixer": {},
+        "resmlp": {
+            "mlp_ratio": 4,
+            "block_layer": mlp_mixer.ResBlock,
+            "norm_layer": mlp_mixer.Affine,
+        },
+        "gmlp": {
+            "mlp_ratio": 4,
+            "block_layer": mlp_mixer.SpatialGatingBlock,
+            "mlp_layer": mlp_mixer.GatedMlp,
+        },
+    }
+    sizes = {"img_size": 64, "patch_size": 16, "num_blocks": 2, "embed_dim": 64, "num_classes": 5}
+    return images(mlp_mixer.MlpMixer(**sizes, **layers[block]), 64)
+
+
 def dense_torchvision(name: str, **options: Any) -> TorchModel:
     """Segmentation, without the dictionary that it returns."""
     import torch
@@ -361,7 +383,10 @@ def keras_application(name: str, size: int = 64, **options: Any) -> Any:
     return getattr(keras.applications, name)(weights=None, input_shape=shape, classes=10, **options)
 
 
-TORCHVISION: tuple[tuple[str, str, Callable[[], TorchModel]], ...] = (
+BUILT: tuple[tuple[str, str, Callable[[], TorchModel]], ...] = (
+    ("mlp-mixer", LEGACY, partial(mixer, "mixer")),
+    ("resmlp", DYNAMO, partial(mixer, "resmlp")),
+    ("gmlp", LEGACY, partial(mixer, "gmlp")),
     ("resnet18", LEGACY, partial(of_torchvision, "resnet18")),
     ("squeezenet", DYNAMO, partial(of_torchvision, "squeezenet1_1")),
     ("shufflenet-v2", LEGACY, partial(of_torchvision, "shufflenet_v2_x0_5")),
@@ -374,9 +399,6 @@ TORCHVISION: tuple[tuple[str, str, Callable[[], TorchModel]], ...] = (
 )  # fmt: skip
 
 TIMM: tuple[tuple[str, str, str, int, dict[str, Any]], ...] = (
-    ("mlp-mixer", LEGACY, "mixer_s32_224", 64, {"img_size": 64, "embed_dim": 64, "num_blocks": 2}),
-    ("resmlp", DYNAMO, "resmlp_12_224", 64, {"img_size": 64, "embed_dim": 64, "num_blocks": 2}),
-    ("gmlp", LEGACY, "gmlp_ti16_224", 64, {"img_size": 64, "embed_dim": 64, "num_blocks": 2}),
     ("coat", LEGACY, "coat_lite_tiny", 64, {"img_size": 64}),
     ("cait", DYNAMO, "cait_xxs24_224", 64, {"img_size": 64, "embed_dim": 64, "depth": 2}),
     ("xcit", DYNAMO, "xcit_nano_12_p16_224", 64, {"img_size": 64, "depth": 2}),
@@ -391,10 +413,8 @@ TIMM: tuple[tuple[str, str, str, int, dict[str, Any]], ...] = (
     ("convit", LEGACY, "convit_tiny", 64, {"img_size": 64, "depth": 2, "local_up_to_layer": 1}),
     ("eva02", LEGACY, "eva02_tiny_patch14_224", 56, {"img_size": 56, "depth": 2}),
     ("twins", LEGACY, "twins_svt_small", 64, {"img_size": 64, "depths": (1, 1, 1, 1)}),
-    ("pit", DYNAMO, "pit_ti_224", 64, {"img_size": 64, "depths": (1, 1, 1)}),
+    ("pit", DYNAMO, "pit_ti_224", 64, {"img_size": 64, "depth": (1, 1, 1)}),
     ("dla", LEGACY, "dla46x_c", 64, {}),
-    ("volo", LEGACY, "volo_d1_224", 64, {"img_size": 64, "layers": (1, 1, 1, 1), "embed_dims": (
-        48, 96, 96, 96), "num_heads": (2, 4, 4, 4)}),
 )  # fmt: skip
 
 FAMILIES: list[Family] = [
@@ -412,7 +432,7 @@ FAMILIES: list[Family] = [
         torch_door(LEGACY, partial(dense_torchvision, "lraspp_mobilenet_v3_large")),
     ),
     Family("r3d", "video", LEGACY, torch_door(LEGACY, partial(video, "r3d_18"))),
-    *(Family(name, "vision", door, torch_door(door, make)) for name, door, make in TORCHVISION),
+    *(Family(name, "vision", door, torch_door(door, make)) for name, door, make in BUILT),
     *(
         Family(name, "vision", door, torch_door(door, partial(of_timm, model, size, **options)))
         for name, door, model, size, options in TIMM

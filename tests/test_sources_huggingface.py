@@ -106,3 +106,22 @@ def test_a_head_that_is_missing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model" / "config.json").write_text(head)
     with pytest.raises(ModelError, match=r"all its outputs need them: classifier\.bias"):
         sparse_tvm.compile(tmp_path / "model", tmp_path / "model.so")
+
+
+def test_tokens_that_see_none_are_not_compared(tmp_path: Path) -> None:
+    """In a sliding window, tokens of the padding see no token at all."""
+    sizes = {**TEXT, **TOKENS, "num_key_value_heads": 2, "sliding_window": 4}
+    torch.manual_seed(0)
+    model = transformers.MistralForCausalLM(transformers.MistralConfig(**sizes)).eval()
+    model.save_pretrained(tmp_path / "mistral")
+    compiled = sparse_tvm.compile(tmp_path / "mistral", tmp_path / "model.so", threads=1)
+    assert "verification" in compiled.manifest
+
+    mask = np.ones((2, 20), np.int64)
+    mask[0, :9] = mask[1, 9:] = 0
+    ids = np.random.default_rng(0).integers(0, 100, mask.shape)
+    feeds = {"input_ids": ids, "attention_mask": mask}
+    (logits,) = sparse_tvm.load(compiled.path).run(feeds).values()
+    with torch.no_grad():
+        expected = model(**{k: torch.from_numpy(v) for k, v in feeds.items()}).logits.numpy()
+    np.testing.assert_allclose(logits[mask != 0], expected[mask != 0], atol=1e-4)
