@@ -63,7 +63,7 @@ def main(
         sentences.write_text("\n".join(training[:samples]), encoding="utf-8")
         reference = embed(dense, held_out, threads)
         for structure, sparsity in wanted:
-            for method in methods.split(","):
+            for method in filter(None, methods.split(",")):
                 start = time.perf_counter()
                 sparse_tvm.prune(
                     dense,

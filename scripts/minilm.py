@@ -1,11 +1,14 @@
-"""Make a real sentence encoder faster: build, prune, compile, embed, compare with ONNX Runtime."""
+"""Make a real sentence encoder faster: compile it pruned, embed, compare with ONNX Runtime.
+
+The pruned weights are in the repository; scripts/prune_minilm.py made them.
+"""
 
 from __future__ import annotations
 
 import statistics
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import onnx
@@ -21,6 +24,7 @@ from sparse_tvm.cpu import usable_cores
 from sparse_tvm.errors import SparseTvmError
 from sparse_tvm.interleave import interleave
 from sparse_tvm.models import minilm
+from sparse_tvm.models.packed import load_packed
 from sparse_tvm.reference import Reference
 from sparse_tvm.report.tables import human_bytes
 from sparse_tvm.runtime import Model
@@ -31,17 +35,22 @@ SENTENCES = (
     "A woman is playing the violin.",
     "Someone plays a string instrument.",
     "The new compiler skips the zeros of pruned networks.",
+    "Networks run faster when unused weights are left out.",
     "A plane is taking off from the airport.",
+    "An aircraft leaves the runway.",
 )
-SPARSITY, STRUCTURE = 0.9, "4x1"
+"""In pairs of similar ones."""
 LOWEST_COSINE = 0.9999
 SECONDS = 3.0  # of timed runs per engine
-WORKDIR = Path(__file__).resolve().parent.parent / "build" / "minilm"
+ROOT = Path(__file__).resolve().parent.parent
+PRUNED = ROOT / "examples" / "minilm" / "90-4x1.npz"
+WORKDIR = ROOT / "build" / "minilm"
 
 
 def main(
     threads: Annotated[int, typer.Option(min=1, help="Of both engines.")] = usable_cores(),
     sequence: Annotated[int, typer.Option(min=8, max=512, help="Tokens per sentence.")] = 128,
+    weights: Annotated[Path, typer.Option(help="Of scripts/prune_minilm.py.")] = PRUNED,
     workdir: Annotated[Path, typer.Option(help="Where the models and model.so go.")] = WORKDIR,
 ) -> None:
     """Compile a pruned all-MiniLM-L6-v2 and compare it with ONNX Runtime, on real sentences."""
@@ -50,10 +59,10 @@ def main(
     artifact = workdir / "model.so"
 
     with PhaseProgress(stderr_console()) as progress:
-        progress("build all-MiniLM-L6-v2")
+        progress("build all-MiniLM-L6-v2, unpruned and pruned")
         onnx.save(minilm.build_minilm(sequence=sequence), dense)
-        progress(f"prune {SPARSITY:.0%} in {STRUCTURE} blocks")
-        sparse_tvm.prune(dense, pruned, sparsity=SPARSITY, structure=STRUCTURE)
+        onnx.save(minilm.build_minilm(sequence=sequence, pruned=weights), pruned)
+        _, facts = load_packed(weights)
         sparse_tvm.compile(
             pruned, artifact, threads=threads, progress=lambda name: progress(f"compile: {name}")
         )
@@ -73,15 +82,16 @@ def main(
 
     console = stdout_console()
     console.print(
-        f"all-MiniLM-L6-v2, {SPARSITY:.0%} pruned in {STRUCTURE} blocks, "
+        f"all-MiniLM-L6-v2, {facts['sparsity']:.0%} pruned in {facts['structure']} blocks, "
         f"1 x {sequence} tokens, {threads} threads"
     )
     console.print(speed_table(times, pruned, artifact))
-    cosine = (ours * theirs).sum(axis=1)
-    print_embeddings(console, cosine, (ours * unpruned).sum(axis=1))
+    print_neighbours(console, ours, unpruned, facts)
+    cosine = (ours * theirs).sum(axis=1).min()
+    console.print(f"Lowest cosine similarity of our embeddings with ONNX Runtime's: {cosine:.6f}")
     console.print(f"Compiled model: {artifact}", soft_wrap=True)
-    if cosine.min() < LOWEST_COSINE:
-        sys.exit(f"error: embeddings differ from ONNX Runtime's: cosine {cosine.min():.6f}")
+    if cosine < LOWEST_COSINE:
+        sys.exit(f"error: embeddings differ from ONNX Runtime's: cosine {cosine:.6f}")
 
 
 def embed_with(model: Model | Reference, sequence: int) -> np.ndarray:
@@ -105,17 +115,31 @@ def speed_table(times: dict[str, list[float]], pruned: Path, artifact: Path) -> 
     return table
 
 
-def print_embeddings(console: Console, same: np.ndarray, unpruned: np.ndarray) -> None:
-    columns = ("same pruned model", "unpruned model")
-    table = plain_table("sentence", *columns, numbers=columns)
-    for sentence, *cosines in zip(SENTENCES, same, unpruned, strict=True):
-        table.add_row(sentence, *(f"{cosine:.6f}" for cosine in cosines))
-    console.print("Cosine similarity of our embeddings with ONNX Runtime's")
+def print_neighbours(
+    console: Console, pruned: np.ndarray, unpruned: np.ndarray, facts: dict[str, Any]
+) -> None:
+    """Print each sentence's nearest other by both models, and how near their embeddings are."""
+    numbers = ("", "pruned", "unpruned", "cosine")
+    table = plain_table("", "sentence", *numbers[1:], numbers=numbers)
+    cosines = (pruned * unpruned).sum(axis=1)
+    rows = zip(SENTENCES, nearest(pruned), nearest(unpruned), cosines, strict=True)
+    for number, (sentence, ours, theirs, cosine) in enumerate(rows, 1):
+        table.add_row(str(number), sentence, str(ours + 1), str(theirs + 1), f"{cosine:.3f}")
+    console.print(
+        "Nearest sentence by pruned and unpruned model, and cosine similarity of their embeddings"
+    )
     console.print(table)
     console.print(
-        "Pruning by magnitude without retraining costs accuracy (right column): "
-        "the speed is real, these weights need fine-tuning."
+        f"On 1,000 held-out glosses: Spearman of similarities {facts['spearman']:.2f}, "
+        f"cosine {facts['cosine']:.2f}, same nearest {facts['neighbours']:.0%}"
     )
+
+
+def nearest(vectors: np.ndarray) -> list[int]:
+    """Return, for each unit vector ``[sentences, features]``, the most similar other one."""
+    similarities = vectors @ vectors.T
+    np.fill_diagonal(similarities, -2)
+    return [int(index) for index in similarities.argmax(axis=1)]
 
 
 if __name__ == "__main__":

@@ -1,14 +1,22 @@
-"""Pruned weights in a small file."""
+"""Pruned weights in a small file, and the MiniLM that the quickstart compiles."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
+from onnx import numpy_helper
 
 from sparse_tvm.errors import ModelError, SparseTvmError
 from sparse_tvm.models import minilm
 from sparse_tvm.models.packed import load_packed, save_packed
 from sparse_tvm.sparsity.masks import prune_array
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
 @pytest.mark.parametrize(("block", "structure"), [("4x1", "4x1"), ("1x1", "unstructured")])
@@ -53,11 +61,52 @@ def test_a_missing_file_is_refused(tmp_path):
         load_packed(tmp_path / "none.npz")
 
 
-def test_weights_of_another_model_are_refused(tmp_path):
+@pytest.fixture(scope="module")
+def quickstart():
     try:
         minilm.model_directory()
     except SparseTvmError as error:
         pytest.skip(str(error))
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        import minilm as script
+    finally:
+        sys.path.remove(str(SCRIPTS))
+    return script
+
+
+@pytest.fixture(scope="module")
+def pruned(quickstart):
+    return minilm.build_minilm(sequence=32, pruned=quickstart.PRUNED)
+
+
+def test_nine_of_ten_blocks_are_zero(pruned):
+    matrices = [
+        weight
+        for tensor in pruned.graph.initializer
+        if (weight := numpy_helper.to_array(tensor)).ndim == 2
+        and weight.shape in {(384, 384), (384, 1536), (1536, 384)}
+    ]
+    assert len(matrices) == 36
+    for weight in matrices:  # [inputs, outputs]
+        blocks = weight.reshape(len(weight), -1, 4).any(axis=-1)
+        assert 1 - blocks.mean() == pytest.approx(0.9, abs=1e-3)
+
+
+def test_neighbours_stay(quickstart, pruned):
+    ours, theirs = (
+        embed(model, quickstart.SENTENCES) for model in (pruned, minilm.build_minilm(sequence=32))
+    )
+    assert quickstart.nearest(ours) == quickstart.nearest(theirs)
+    assert (ours * theirs).sum(axis=1).mean() > 0.6
+
+
+def test_weights_of_another_model_are_refused(quickstart, tmp_path):
     save_packed(tmp_path / "w.npz", {"encoder.x": np.eye(3, dtype=np.float32)}, "1x1", {})
     with pytest.raises(ModelError, match=r"w\.npz is of another model: encoder\.x \(3, 3\)"):
         minilm.build_minilm(pruned=tmp_path / "w.npz")
+
+
+def embed(model: onnx.ModelProto, sentences: tuple[str, ...]) -> np.ndarray:
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    return minilm.embed(lambda feed: session.run(None, feed)[0], sentences, sequence=32)
