@@ -275,7 +275,7 @@ class _KeepIntegerImages(Rewrite):
         else:
             types, steps, aim = QUANTISED, (), self._images.scales[rounded]
             of_rows = self._of_rows(var, factor / aim.step, offset / aim.step + aim.zero, aim.zero)
-            low, high = (aim.zero + bound / aim.step for bound in bounds)
+            low, high = (np.rint(aim.zero + bound / aim.step) for bound in bounds)
             limits = np.array([max(low, 0), min(high, _LAST_BYTE), aim.zero], np.float32)
             extras = [self.weight(f"{var.name}.limits", limits)]
         quantised = QuantisedConvolution(**{**vars(op), "types": types, "epilogue": steps})

@@ -6,7 +6,7 @@ quantised convolution: ``sums * factor + offset``, in steps of the output's scal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from tvm import tirx
@@ -19,7 +19,19 @@ from sparse_tvm.schedules.cpu.low_precision import int8_quad
 from sparse_tvm.schedules.cpu.plane_code import Extents, clear_border, flat
 from sparse_tvm.schedules.cpu.planes import Planes
 from sparse_tvm.schedules.cpu.simd import Simd
+from sparse_tvm.schedules.cpu.vector_math import lanes_of
 from sparse_tvm.schedules.cpu.word_planes import BYTES
+
+PackBytes = Callable[[Sequence[Expr]], Expr]
+"""Four vectors of float32 to one of words: each to the nearest byte, from 0 to 255."""
+
+
+def plain_bytes(values: Sequence[Expr]) -> Expr:
+    """The packing in plain arithmetic."""
+    lanes = lanes_of(values[0])
+    low, high = (T.broadcast(T.float32(end), lanes) for end in (0, 255))
+    bounded = [tirx.min(tirx.max(value, low), high) for value in values]
+    return int8_quad(bounded, lanes, zero_point=0)
 
 
 class Output(Protocol):
@@ -41,8 +53,10 @@ class WordOutput:
     ``limits`` float32 ``[3]`` are the least byte, the largest, and the one that stands for zero.
     """
 
-    def __init__(self, batch: Expr, planes: int, target: Planes, simd: Simd) -> None:
-        self._target, self._simd, self._planes = target, simd, planes
+    def __init__(
+        self, batch: Expr, planes: int, target: Planes, simd: Simd, pack: PackBytes
+    ) -> None:
+        self._target, self._simd, self._planes, self._pack = target, simd, planes, pack
         self._factor = argument("factor", (planes * BYTES,))
         self._offset = argument("offset", (planes * BYTES,))
         padded = target.border.padded
@@ -62,12 +76,13 @@ class WordOutput:
 
     def finish(self, sums: Sequence[Expr], image: Expr, channel: Expr, pixel: Expr) -> None:
         """Round a vector of pixels of four channels, and store it."""
-        low, high = (splat(self._limits[i], self._simd) for i in (0, 1))
-        values = []
-        for i, total in enumerate(sums):
-            value = scaled(total, self._factor[channel + i], self._offset[channel + i], self._simd)
-            values.append(tirx.min(tirx.max(value, low), high))
-        words = int8_quad(values, self._simd.lanes, zero_point=0)
+        words = self._pack(
+            [
+                scaled(total, self._factor[channel + i], self._offset[channel + i], self._simd)
+                for i, total in enumerate(sums)
+            ]
+        )
+        words = bounded(words, self._limits[0], self._limits[1], self._simd)
         if self._mask is not None:
             words = kept(words, self._mask[ramp(pixel, self._simd)], self._fill())
         at = self._plane(image, channel) + self._extents.first + pixel
@@ -125,6 +140,14 @@ class FloatOutput:
 def scaled(sums: Expr, factor: Expr, offset: Expr, simd: Simd) -> Expr:
     """Integers times a factor, and an offset."""
     return T.Cast(f"float32x{simd.lanes}", sums) * splat(factor, simd) + splat(offset, simd)
+
+
+def bounded(words: Expr, low: Expr, high: Expr, simd: Simd) -> Expr:
+    """Words whose bytes are within bounds, float32."""
+    dtype = f"uint8x{BYTES * simd.lanes}"
+    least, most = (T.reinterpret(dtype, fill_vector(bound, simd)) for bound in (low, high))
+    kept = tirx.min(tirx.max(T.reinterpret(dtype, words), least), most)
+    return T.reinterpret(f"int32x{simd.lanes}", kept)
 
 
 def fill_vector(zero: Expr, simd: Simd) -> Expr:

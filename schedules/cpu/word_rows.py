@@ -22,16 +22,22 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     splat,
     zero,
 )
-from sparse_tvm.schedules.cpu.low_precision import int8_quad, words_like
+from sparse_tvm.schedules.cpu.low_precision import words_like
 from sparse_tvm.schedules.cpu.plane_code import Extents, declare_sizes, flat
 from sparse_tvm.schedules.cpu.planes import Planes
 from sparse_tvm.schedules.cpu.simd import Simd
-from sparse_tvm.schedules.cpu.word_output import fill_vector
+from sparse_tvm.schedules.cpu.word_output import PackBytes, bounded, fill_vector
 from sparse_tvm.schedules.cpu.word_planes import BYTES, word_planes
 
 
 def quantise_image(
-    batch: Expr, channels: int, source: Planes, target: Planes, sizes: Sequence[Any], simd: Simd
+    batch: Expr,
+    channels: int,
+    source: Planes,
+    target: Planes,
+    sizes: Sequence[Any],
+    simd: Simd,
+    pack: PackBytes,
 ) -> tirx.PrimFunc:
     """Build the kernel x float32 ``[batch, channels, source.size]`` -> words.
 
@@ -59,7 +65,7 @@ def quantise_image(
                     value = x[ramp(start + row * here.pitch + column, simd)] / scale
                     # Rounded before the zero point comes: nearest even is another one behind it.
                     values.append(_nearest(tirx.min(tirx.max(value, low), high), simd) + shift)
-                return int8_quad(values, simd.lanes, zero_point=0)
+                return pack(values)
 
             _write_rows(y, job, target, words, fill_vector(steps[1], simd), simd)
     return result["func"]
@@ -102,6 +108,7 @@ def add_images(
     target: Planes,
     sizes: Sequence[Any],
     simd: Simd,
+    pack: PackBytes,
 ) -> tirx.PrimFunc:
     """Build the kernel a, b -> their weighted sum, all of them words.
 
@@ -121,7 +128,7 @@ def add_images(
         images, y = [flat(operand) for operand in operands], flat(y)
         with T.parallel(0, batch * planes) as job:
             places = [Extents(source) for source in sources]
-            a, b, offset, low, high = (splat(steps[i], simd) for i in range(5))
+            a, b, offset = (splat(steps[i], simd) for i in range(3))
 
             def words(row: Expr, column: Expr) -> Expr:
                 loaded = [
@@ -132,9 +139,8 @@ def add_images(
                 for i in range(BYTES):
                     shift = words_like(8 * i, simd.lanes)
                     one, other = (_byte(word, shift, simd) for word in loaded)
-                    value = one * a + other * b + offset
-                    values.append(tirx.min(tirx.max(value, low), high))
-                return int8_quad(values, simd.lanes, zero_point=0)
+                    values.append(one * a + other * b + offset)
+                return bounded(pack(values), steps[3], steps[4], simd)
 
             _write_rows(y, job, target, words, fill_vector(steps[5], simd), simd)
     return result["func"]

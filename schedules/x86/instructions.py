@@ -103,6 +103,34 @@ MULTIPLY_ADD: dict[str, MultiplyAdd] = {
 """``(acc, x, w)`` to acc plus the products, by the name of a :class:`Dot`."""
 
 
+# Packing: float32 to the nearest byte
+
+
+def saturated_bytes(values: Sequence[Expr]) -> Expr:
+    """Four float32 vectors as words, each to the nearest byte: ``vpackssdw``, ``vpackuswb``.
+
+    Values are within what int32 holds.
+    """
+    lanes = lanes_of(values[0])
+    to_pairs, to_bytes = _PACKS[lanes]
+    whole = [T.call_llvm_pure_intrin(f"int32x{lanes}", "llvm.lrint", value) for value in values]
+    pairs = [
+        T.call_llvm_pure_intrin(f"int16x{2 * lanes}", to_pairs, *whole[i : i + 2]) for i in (0, 2)
+    ]
+    packed = T.call_llvm_pure_intrin(f"int8x{4 * lanes}", to_bytes, *pairs)
+    # Four bytes of each vector follow each other in every sixteen: a transposition is left.
+    order = [16 * (i // 16) + 4 * (i % 4) + i % 16 // 4 for i in range(4 * lanes)]
+    words = tirx.Shuffle([packed], [tirx.const(i, "int32") for i in order])
+    return T.reinterpret(f"int32x{lanes}", words)
+
+
+_PACKS = {
+    16: ("llvm.x86.avx512.packssdw.512", "llvm.x86.avx512.packuswb.512"),
+    8: ("llvm.x86.avx2.packssdw", "llvm.x86.avx2.packuswb"),
+    4: ("llvm.x86.sse2.packssdw.128", "llvm.x86.sse2.packuswb.128"),
+}
+
+
 # Expansion: the set bits of a mask say where in a line the next packed elements go
 
 

@@ -25,11 +25,14 @@ from sparse_tvm.schedules.cpu.families.rows import (
     LaneUnpackFamily,
     LayerNormFamily,
 )
-from sparse_tvm.schedules.cpu.families.words import WordRowsFamily
 from sparse_tvm.schedules.x86.families.dots import X86DotFamily
 from sparse_tvm.schedules.x86.families.tile_attention import TileAttentionFamily
 from sparse_tvm.schedules.x86.families.tiles import TileFamily
-from sparse_tvm.schedules.x86.families.words import TileConvolutionFamily, X86DotConvolutionFamily
+from sparse_tvm.schedules.x86.families.words import (
+    TileConvolutionFamily,
+    X86DotConvolutionFamily,
+    X86WordRowsFamily,
+)
 from sparse_tvm.targets import ALIASES, NATIVE, TARGETS, Target, get_target, runs_here
 
 if TYPE_CHECKING:
@@ -63,7 +66,7 @@ class CpuBackend(Backend):
                 TileAttentionFamily(),
                 TileConvolutionFamily(),
                 X86DotConvolutionFamily(),
-                WordRowsFamily(),
+                X86WordRowsFamily(),
                 LineRoundFamily(),
             ]
         )

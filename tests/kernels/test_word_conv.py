@@ -33,9 +33,10 @@ from sparse_tvm.schedules.cpu.families.words import arrays_of
 from sparse_tvm.schedules.cpu.planes import Border, Planes, Window
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.word_conv import DEPTHWISE, word_conv
-from sparse_tvm.schedules.cpu.word_output import FloatOutput, WordOutput
+from sparse_tvm.schedules.cpu.word_output import FloatOutput, WordOutput, plain_bytes
 from sparse_tvm.schedules.cpu.word_planes import padded_to, weight_words, word_planes
 from sparse_tvm.schedules.x86 import tile_weights
+from sparse_tvm.schedules.x86.instructions import PlainTiles, saturated_bytes
 from sparse_tvm.schedules.x86.tile_conv import tile_conv
 
 problems = st.fixed_dictionaries(
@@ -104,9 +105,12 @@ def check(
     source_here, there, like_here = planes(extent.numbers)
     unit = Simd(16, 32) if tiles else Simd(dot.lanes, dot.registers)
 
+    plain = dot is PlainTiles or (not tiles and dot.name == "plain")
+    pack = plain_bytes if plain else saturated_bytes
+
     def declare_output():
         if epilogue is None:
-            return WordOutput(extent.batch, word_planes(n), wanted, unit)
+            return WordOutput(extent.batch, word_planes(n), wanted, unit, pack)
         residuals = [like] * epilogue.count(Residual())
         return FloatOutput(extent.batch, n, wanted, epilogue, residuals, unit)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from harness import run, simd, targets, thread_counts
+from harness import FORMS, run, simd, thread_counts
 from hypothesis import given
 from hypothesis import strategies as st
 from image_harness import Extent, from_planes, images, to_planes
 from test_conv_planes import FEW, SAME
-from word_images import from_word_planes, to_word_planes
+from word_images import from_word_planes, packing, to_word_planes
 
 from sparse_tvm.schedules.cpu.image_pack import READ_BEYOND, image_pack
 from sparse_tvm.schedules.cpu.planes import Border, Planes, Window
@@ -20,7 +20,7 @@ problems = st.fixed_dictionaries(
         "image": images,
         "padded": st.booleans(),
         "zero": st.integers(0, 255),
-        "target": targets,
+        "target": st.sampled_from(FORMS),
         "threads": thread_counts,
     }
 )
@@ -47,6 +47,9 @@ class _Case:
     def extents(self):
         return self.extent.batch, self.channels
 
+    def unit(self):
+        return self.extent.names, simd(self.target)
+
     def run(self, kernel, arguments, planes, size, dtype):
         shape = (self.batch, planes, size)
         return run(kernel, self.target, self.threads, arguments, shape, dtype)
@@ -60,7 +63,7 @@ def test_quantise(problem):
     # Multiples of half a step: ties go to the nearest even number, before the zero point.
     x = case.rng.integers(-600, 600, (case.batch, case.channels, *case.extent.numbers)) * ODD / 2
     x = x.astype("float32")
-    kernel = quantise_image(*case.extents(), source, wanted, case.extent.names, simd(case.target))
+    kernel = quantise_image(*case.extents(), source, wanted, *case.unit(), packing(case.target))
     steps = np.array([ODD, zero], np.float32)
     arguments = [to_planes(x, here), *case.extent.sizes, steps]
     stored = case.run(kernel, arguments, word_planes(case.channels), there.size, "int32")
@@ -94,7 +97,7 @@ def test_add(problem):
     (a, a_here), (b, b_here) = case.planes(SOURCE), case.planes(READ_BEYOND.with_gap(3))
     wanted, there = case.planes(case.aim)
     x, y = case.bytes(), case.bytes()
-    kernel = add_images(*case.extents(), (a, b), wanted, case.extent.names, simd(case.target))
+    kernel = add_images(*case.extents(), (a, b), wanted, *case.unit(), packing(case.target))
     steps = np.array([0.75, 0.5, zero - 160, 2, 253, zero], np.float32)
     operands = [to_word_planes(x, a_here), to_word_planes(y, b_here)]
     arguments = [*operands, *case.extent.sizes, steps]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+from harness import PORTABLE
 from image_harness import from_planes, to_planes
 from low_precision import DOT_TARGETS
 
 from sparse_tvm.schedules.cpu.dots import Dot
 from sparse_tvm.schedules.cpu.planes import Planes
-from sparse_tvm.schedules.x86.instructions import MULTIPLY_ADD
+from sparse_tvm.schedules.cpu.word_output import PackBytes, plain_bytes
+from sparse_tvm.schedules.x86.instructions import MULTIPLY_ADD, saturated_bytes
 from sparse_tvm.sparsity.quantise import LARGEST
+from sparse_tvm.targets import Target
 
 EXACT = [(dot, target) for dot, target in DOT_TARGETS if dot.largest_weight >= LARGEST]
 """Dot products that multiply all weights exactly, and a target of this machine with each."""
@@ -21,6 +24,11 @@ POISON = 0xA5
 def multiply_add(dot: Dot):
     """The instruction itself."""
     return MULTIPLY_ADD[dot.name]
+
+
+def packing(target: Target) -> PackBytes:
+    """How bytes are packed on a target: on the portable one, by the twin."""
+    return plain_bytes if target is PORTABLE else saturated_bytes
 
 
 def as_planes(x: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from sparse_tvm.schedules.cpu.conv_planes import Images
     from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
-    from sparse_tvm.schedules.cpu.word_output import Output
+    from sparse_tvm.schedules.cpu.word_output import Output, PackBytes
 
     DeclareOutput = Callable[[], Output]
 
@@ -66,6 +66,10 @@ class WordConvolutionFamily(ImageFamily):
     @abstractmethod
     def simd(self, target: Target) -> Simd:
         """The vectors of the kernels."""
+
+    @abstractmethod
+    def pack_bytes(self, target: Target) -> PackBytes:
+        """How four vectors become bytes."""
 
     @abstractmethod
     def layouts(self, op: Convolution, target: Target) -> Sequence[Layout]:
@@ -145,7 +149,7 @@ class WordConvolutionFamily(ImageFamily):
 
         def declare_output() -> Output:
             if op.rounds:
-                return WordOutput(batch, out_planes, aim, simd)
+                return WordOutput(batch, out_planes, aim, simd, self.pack_bytes(target))
             residuals = [Planes(*out, border) for border in op.residuals]
             return FloatOutput(batch, op.out_channels, aim, op.epilogue, residuals, simd)
 
@@ -280,12 +284,15 @@ def _blocks(words: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
     return {**arrays, "data": data[:, None], "indices": indices[:, 0]}
 
 
-@dataclass(frozen=True)
 class WordRowsFamily(MovesOnly[WordRows]):
     """Kernels of :mod:`sparse_tvm.schedules.cpu.word_rows`."""
 
     name: ClassVar[str] = "word_rows"
     operator: ClassVar[type[WordRows]] = WordRows
+
+    @abstractmethod
+    def pack_bytes(self, target: Target) -> PackBytes:
+        """How four vectors become bytes."""
 
     def refuses(self, op: WordRows, target: Target) -> str | None:
         return None
@@ -300,10 +307,13 @@ class WordRowsFamily(MovesOnly[WordRows]):
         batch, *_ = known_or_symbols(operands[0], ("batch", "planes", "size"))
         sources = [Planes(*size, border) for border in op.sources]
         aim, simd, channels = Planes(*size, op.target), Simd.of(target), op.channels
-        if op.function == "add":
-            pair = (sources[0], sources[1])
-            function = add_images(batch, channels, pair, aim, sizes, simd)
+        common = aim, sizes, simd
+        if op.function == "dequantise":
+            function = dequantise_image(batch, channels, sources[0], *common)
+        elif op.function == "quantise":
+            pack = self.pack_bytes(target)
+            function = quantise_image(batch, channels, sources[0], *common, pack)
         else:
-            moves = {"quantise": quantise_image, "dequantise": dequantise_image}
-            function = moves[op.function](batch, channels, sources[0], aim, sizes, simd)
+            pair = (sources[0], sources[1])
+            function = add_images(batch, channels, pair, *common, self.pack_bytes(target))
         return Kernel(f"{op.function}_image", function)

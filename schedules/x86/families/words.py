@@ -11,7 +11,11 @@ import numpy as np
 from sparse_tvm.operators import Convolution, Layout
 from sparse_tvm.schedules.cpu.conv_cost import plane_vectors
 from sparse_tvm.schedules.cpu.dots import Dot
-from sparse_tvm.schedules.cpu.families.words import DotConvolutionFamily, WordConvolutionFamily
+from sparse_tvm.schedules.cpu.families.words import (
+    DotConvolutionFamily,
+    WordConvolutionFamily,
+    WordRowsFamily,
+)
 from sparse_tvm.schedules.cpu.image_operators import window_of
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.word_planes import BYTES, weight_words, word_planes
@@ -27,10 +31,25 @@ if TYPE_CHECKING:
     from sparse_tvm.schedules.cpu.conv_planes import Images
     from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
     from sparse_tvm.schedules.cpu.families.words import DeclareOutput
+    from sparse_tvm.schedules.cpu.word_output import PackBytes
+
+
+class _Packs:
+    """Bytes by the saturating instructions that every x86 CPU has."""
+
+    def pack_bytes(self, target: Target) -> PackBytes:
+        from sparse_tvm.schedules.x86.instructions import saturated_bytes
+
+        return saturated_bytes
 
 
 @dataclass(frozen=True)
-class X86DotConvolutionFamily(DotConvolutionFamily):
+class X86WordRowsFamily(_Packs, WordRowsFamily):
+    """The kernels on x86."""
+
+
+@dataclass(frozen=True)
+class X86DotConvolutionFamily(_Packs, DotConvolutionFamily):
     """SSSE3, AVX2 and VNNI."""
 
     dots: ClassVar[tuple[Dot, ...]] = DOTS
@@ -42,7 +61,7 @@ class X86DotConvolutionFamily(DotConvolutionFamily):
 
 
 @dataclass(frozen=True)
-class TileConvolutionFamily(WordConvolutionFamily):
+class TileConvolutionFamily(_Packs, WordConvolutionFamily):
     """Kernels of :mod:`sparse_tvm.schedules.x86.tile_conv`."""
 
     name: ClassVar[str] = "tile_convolution"
