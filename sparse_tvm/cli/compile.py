@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparse_tvm.cli.options import AllowPickle, InputShapes
+from sparse_tvm.cli.options import AllowPickle, InputShapes, Quiet, Target
 from sparse_tvm.collection import without_collection
 
 
@@ -22,12 +22,7 @@ def compile(
         bool,
         typer.Option("--dry-run", help="Say what would become sparse and how fast; write nothing."),
     ] = False,
-    target: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", help="native, or a CPU or board that `sparse-tvm targets` lists."
-        ),
-    ] = "native",
+    target: Target = "native",
     threshold: Annotated[
         float | None,
         typer.Option(
@@ -114,7 +109,7 @@ def compile(
         typer.Option(metavar="FILE.npz", help="Inputs to verify on, instead of random ones."),
     ] = None,
     allow_pickle: AllowPickle = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compile MODEL into one .so that skips the zeros of its weights."""
     from sparse_tvm.cli.checks import check_target

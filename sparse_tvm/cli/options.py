@@ -30,3 +30,14 @@ Shapes = Annotated[
         "as in batch=8. Repeatable.",
     ),
 ]
+Target = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="native, or a CPU or board that `sparse-tvm targets` lists."),
+]
+Layers = Annotated[
+    str | None, typer.Option(metavar="REGEX", help="Prune only the layers whose name matches.")
+]
+Exclude = Annotated[
+    str | None, typer.Option(metavar="REGEX", help="Leave the layers whose name matches.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparse_tvm.cli.options import AllowPickle, InputShapes
+from sparse_tvm.cli.options import AllowPickle, Exclude, InputShapes, Layers, Quiet, Target
 from sparse_tvm.collection import without_collection
 
 if TYPE_CHECKING:
@@ -50,12 +50,7 @@ def plan(
             help="For --what-if without a model: CSV or JSON with in, out, tokens, count.",
         ),
     ] = None,
-    target: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", help="native, or a CPU or board that `sparse-tvm targets` lists."
-        ),
-    ] = "native",
+    target: Target = "native",
     threads: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Threads that run it; by default all cores."),
@@ -71,12 +66,8 @@ def plan(
             "Repeatable.",
         ),
     ] = None,
-    layers: Annotated[
-        str | None, typer.Option(metavar="REGEX", help="Prune only the layers whose name matches.")
-    ] = None,
-    exclude: Annotated[
-        str | None, typer.Option(metavar="REGEX", help="Leave the layers whose name matches.")
-    ] = None,
+    layers: Layers = None,
+    exclude: Exclude = None,
     records: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="What `sparse-tvm tune` measured. Repeatable."),
@@ -103,7 +94,7 @@ def plan(
     ] = None,
     input_shape: InputShapes = None,
     allow_pickle: AllowPickle = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Find how far to prune each layer of MODEL; `prune --plan` then does it."""
     from sparse_tvm.cli.checks import check_target

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparse_tvm.cli.options import AllowPickle, InputShapes
+from sparse_tvm.cli.options import AllowPickle, Exclude, InputShapes, Layers
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,12 +47,8 @@ def prune(
             metavar="FILE", help="What `sparse-tvm plan` wrote: structure and sparsity by layer."
         ),
     ] = None,
-    layers: Annotated[
-        str | None, typer.Option(metavar="REGEX", help="Prune only the layers whose name matches.")
-    ] = None,
-    exclude: Annotated[
-        str | None, typer.Option(metavar="REGEX", help="Leave the layers whose name matches.")
-    ] = None,
+    layers: Layers = None,
+    exclude: Exclude = None,
     method: Annotated[
         str,
         typer.Option(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparse_tvm.cli.options import AllowPickle, InputShapes
+from sparse_tvm.cli.options import AllowPickle, InputShapes, Quiet
 from sparse_tvm.collection import without_collection
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def tune(
     python: Annotated[
         str, typer.Option(metavar="PATH", help="The interpreter on --host.")
     ] = "python3",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure MODEL's kernels in several layouts; `compile --records` takes the fastest."""
     from sparse_tvm.errors import OptionError
