@@ -364,7 +364,7 @@ FAMILIES: list[Family] = [
             ("unispeech", "audio", MODULE, partial(waves, "UniSpeechConfig", "UniSpeechModel")),
             ("wav2vec2-conformer", "audio", LEGACY, conformer),
             ("whisper-encoder", "audio", DYNAMO, whisper_encoder),
-            ("whisper", "audio", LEGACY, whisper),
+            ("whisper", "audio", DYNAMO, whisper),
             ("spectrogram-transformer", "audio", MODULE, spectrogram_transformer),
             ("hifi-gan", "audio", DYNAMO, hifi_gan),
             ("conv-tasnet", "audio", PT2, separation),
