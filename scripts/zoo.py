@@ -51,10 +51,11 @@ PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 HEAD = """# Families
 
 What becomes of small models of many families, with random weights of which 90 % are zeros. This
-page is made by `python scripts/zoo.py --page` from what `python scripts/zoo.py` saw: {passed} of
-{count} compile, are verified, and equal their own framework on other inputs too: other batches and
-lengths, masks that end early or begin late, other magnitudes. *Difference* is the largest from the
-framework, relative to an output's largest value.
+page is made by `python scripts/zoo.py --page` from what `python scripts/zoo.py` saw so far, which
+is {count} of the {listed} families that it lists, {unbuilt} more that their framework could not
+export not counted. {passed} of them compile, are verified, and equal their own framework on other
+inputs too: other batches and lengths, masks that end early or begin late, other magnitudes.
+*Difference* is the largest from the framework, relative to an output's largest value.
 
 | family | kind | door | ends | difference |
 |---|---|---|---|---|
@@ -295,7 +296,13 @@ def page(results: dict[str, Result], listed: dict[str, Family]) -> str:
         end = "pass" if passes else f"{result['end']}: {re.sub('/[^ ]*/', '', result['why'])}"
         rows.append(f"| {name} | {family.kind} | {family.door} | {end} | {difference} |")
     counted = _counted(results, listed)
-    return HEAD.format(count=len(rows), passed=counted["pass"]) + "\n".join(rows) + "\n"
+    head = HEAD.format(
+        count=len(rows),
+        listed=len(listed),
+        unbuilt=counted["unbuilt"],
+        passed=counted["pass"],
+    )
+    return head + "\n".join(rows) + "\n"
 
 
 def _counted(results: dict[str, Result], listed: dict[str, Family]) -> collections.Counter[str]:
