@@ -62,7 +62,8 @@ def in_bytes(model: Path) -> Path:
 
     folded = model.with_name(f"{model.stem}-folded.onnx")
     quant_pre_process(model, folded, skip_symbolic_shape=True)
-    quantize_static(folded, path, Images(), per_channel=True, weight_type=QuantType.QInt8)
+    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    quantize_static(folded, path, Images(), per_channel=True, **types)
     return path
 
 
