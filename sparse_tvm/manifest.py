@@ -12,11 +12,13 @@ from types import UnionType
 from typing import (
     Annotated,
     Any,
+    ForwardRef,
     Literal,
     TypedDict,
     Union,
     get_args,
     get_origin,
+    get_type_hints,
     is_typeddict,
 )
 
@@ -309,7 +311,10 @@ def _checker(expected: Any) -> _Check:
 
 def _keys_checker(expected: Any) -> _Check:
     is_object = _demand(lambda value: isinstance(value, dict), "an object")
-    fields = {key: _checker(type_) for key, type_ in expected.__annotations__.items()}
+    types = expected.__annotations__
+    if any(isinstance(type_, ForwardRef) for type_ in types.values()):  # not evaluated yet
+        types = get_type_hints(expected, include_extras=True)
+    fields = {key: _checker(type_) for key, type_ in types.items()}
     required = expected.__required_keys__
 
     def check_keys(value: Any) -> None:

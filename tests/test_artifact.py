@@ -6,6 +6,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from typing import Literal, TypedDict
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from sparse_tvm.artifact import (
     write_artifact,
 )
 from sparse_tvm.errors import ArtifactError, OutputError
+from sparse_tvm.manifest import check
 
 WEIGHTS = {
     "odd": np.arange(7, dtype=np.float32),
@@ -280,3 +282,13 @@ def test_failed_write_leaves_everything_as_it_was(
 def test_output_directory_does_not_exist(tmp_path: Path, library: Path) -> None:
     with pytest.raises(OutputError, match="No such file"):
         write_artifact(tmp_path / "missing" / "model.so", library, {}, {})
+
+
+def test_a_schema_whose_annotations_are_not_evaluated_is_checked() -> None:
+    check({"form": "x"}, Postponed, "")
+    with pytest.raises(ValueError, match="form is 'y', not one of x"):
+        check({"form": "y"}, Postponed, "")
+
+
+class Postponed(TypedDict):
+    form: Literal["x"]
