@@ -71,6 +71,6 @@ def _openvino(path: Path, threads: int, calibrated_on: Feed | None = None) -> Ru
 
 def least_cosine(output: np.ndarray, expected: np.ndarray) -> float:
     """Of any token's features."""
-    from sparse_tvm.verification import similarity
+    from sparse_tvm.verification import Similarity
 
-    return similarity(output, expected)["cosine"]
+    return Similarity.of(output, expected).cosine

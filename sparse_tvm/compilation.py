@@ -51,7 +51,8 @@ class Phases:
             self.progress(name)
         started = time.perf_counter()
         yield
-        self.seconds[name] = time.perf_counter() - started
+        took = time.perf_counter() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + took
 
     def dump(self, program: Program) -> None:
         """Write the module as the last phase left it, where that was asked for."""
@@ -109,7 +110,7 @@ class Compilation:
         precision: str | None,
         phases: Phases,
     ) -> Compilation:
-        """Import a model."""
+        """Import a model, which may be a `Source` already."""
         with phases("import"):
             source = open_source(model, options)
             imported = source.load(options.input_shapes or None)

@@ -6,7 +6,8 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sparse_tvm.artifact import read_manifest, rewrite_manifest, write_artifact
 from sparse_tvm.backends import resolve_target
 from sparse_tvm.compilation import Compilation, Phases, check_rules
 from sparse_tvm.cpu import cpu_model
-from sparse_tvm.errors import OptionError
+from sparse_tvm.errors import OptionError, VerificationError
 from sparse_tvm.files import check_writable, replacing
 from sparse_tvm.frontends.input_shapes import InputShapes
 from sparse_tvm.frontends.ir.source import check_ir_path, write_ir
@@ -26,19 +27,13 @@ from sparse_tvm.passes.infrastructure import Context
 from sparse_tvm.passes.pipeline import graph_phases
 from sparse_tvm.passes.pipeline import phases as pipeline
 from sparse_tvm.passes.set_precision import check_precisions
+from sparse_tvm.quantising.choice import AUTO, Quantising, check_calibration, ladder_of
+from sparse_tvm.quantising.judge import Judge
 from sparse_tvm.report import check_report_path, write_report
+from sparse_tvm.sparsity.calibration import Data
 from sparse_tvm.targets import NATIVE
 from sparse_tvm.tuning.evidence import Evidence
 from sparse_tvm.tuning.records import read_records
-from sparse_tvm.verification import (
-    LEAST_COSINE,
-    LEAST_COSINE_QUANTISED,
-    TOLERANCE,
-    TOLERANCE_16_BIT,
-    Bound,
-    NotVerified,
-    compare_with_reference,
-)
 
 PathLike = str | os.PathLike[str]
 
@@ -83,6 +78,7 @@ def compile(
     tolerance: float | None = None,
     min_cosine: float | None = None,
     verify_inputs: Mapping[str, np.ndarray] | None = None,
+    calibrate: Data | None = None,
     check_passes: bool | None = None,
     progress: Callable[[str], None] | None = None,
     started: float | None = None,
@@ -115,7 +111,9 @@ def compile(
         ``fp32``, or ``bf16`` or ``int8`` for dense layers and attention where the target has it:
         weights are rounded per output, activations per token. ``fp16`` on GPUs, where it is the
         default and all activations have it. By default ``fp32`` elsewhere, or ``bf16`` for
-        a model of bfloat16 where the target has it.
+        a model of bfloat16 where the target has it. ``auto`` measures what each dense layer does
+        to the outputs in int8, and leaves those that hurt most in bf16 or float32 until
+        `min_cosine` holds.
     input_shapes : InputShapes | None
         Shapes of inputs by name, each dimension a fixed size, a name, or a ``range`` of sizes;
         dimensions that are symbolic in the model stay so otherwise.
@@ -140,9 +138,15 @@ def compile(
     min_cosine : float | None
         For layers in low precision and for quantised models, instead of the tolerance: the least
         cosine of any row (along the last axis) of an output with the reference's; by default 0.9,
-        and 0.99 where the model is quantised and nothing else in low precision.
+        and 0.99 where the model is quantised and nothing else in low precision, or the precision
+        ``auto``.
     verify_inputs : Mapping[str, np.ndarray] | None
-        Inputs to compare on, instead of random ones.
+        Inputs to compare on, instead of random ones: one call's, or any number of samples of a
+        model whose batch is fixed. In low precision, the layers that hurt most are named.
+    calibrate : path or mapping | None
+        Data on which int8 layers find static scales, instead of one per token at run time; as
+        :func:`sparse_tvm.prune` takes it. ``auto`` measures on it, unless there are
+        `verify_inputs`.
     check_passes : bool | None
         Check the module, and what each pass promises, after every pass; by default where
         ``SPARSE_TVM_CHECK_PASSES`` is 1.
@@ -158,7 +162,9 @@ def compile(
         A subclass that says what is wrong with the model, an option, the output or the result.
     """
     now = time.perf_counter()
-    context = context_of(target, format, block, threshold, layer_rules, precision, records, threads)
+    context, ladder = _context_and_ladder(
+        target, format, block, threshold, layer_rules, precision, records, threads, calibrate
+    )
     if min_cosine is not None and not 0 <= min_cosine <= 1:
         raise OptionError(f"the least cosine must be from 0 to 1, not {min_cosine}")
     reports = [report] if isinstance(report, str | os.PathLike) else list(report or ())
@@ -175,31 +181,48 @@ def compile(
     compilation = Compilation.of(model, opened, context, precision, phases)
     if save_ir is not None:
         write_ir(compilation.source, compilation.imported, save_ir)
-    compilation.run(pipeline(context.backend), check_passes)
-    check_rules(context.options, compilation.program)
+    judge = Judge.of(compilation, verify_inputs, tolerance, min_cosine, chosen=bool(ladder))
+    quantising = _quantising(compilation, ladder, calibrate, judge)
+    while True:
+        if quantising is not None:
+            compilation = _as_chosen(compilation, quantising, opened)
+        compilation.run(pipeline(context.backend), check_passes)
+        check_rules(context.options, compilation.program)
+        check = partial(judge.verification, compilation, quantising) if verify else None
+        try:
+            manifest = _write(compilation, Path(output), check)
+            break
+        except VerificationError:
+            if quantising is None or not quantising.raise_more():
+                raise
+    copy_companions(compilation.source, output)
+    for path in reports:
+        write_report(manifest, path)
+    return CompileResult(Path(output), manifest)
+
+
+def _write(
+    compilation: Compilation, output: Path, check: Callable[[Path], dict[str, Any]] | None
+) -> dict[str, Any]:
+    """Generate code and write the artifact, if it passes the check; return its manifest."""
+    context, phases = compilation.context, compilation.phases
     with phases("build"):
         code = context.backend.generate(compilation.program, context.target)
     phases.dump(compilation.program)
-
     with replacing(output) as unverified:
         manifest = compilation.manifest()
         with phases("link"), tempfile.TemporaryDirectory() as directory:
             library = Path(directory) / "library.so"
             context.backend.write_library(code, context.target, library)
             write_artifact(unverified, library, compilation.program.weights, manifest)
-        if verify:
-            bound = _bound(compilation, tolerance, min_cosine)
+        if check is not None:
             with phases("verify"):
-                manifest |= _verification(unverified, compilation, bound, verify_inputs)
+                manifest |= check(unverified)
         else:
             manifest["unverified"] = "compiled with --no-verify"
         manifest["compile"] = phases.as_json()
         rewrite_manifest(unverified, manifest)
-        manifest = read_manifest(unverified)
-    copy_companions(compilation.source, output)
-    for path in reports:
-        write_report(manifest, path)
-    return CompileResult(Path(output), manifest)
+        return read_manifest(unverified)
 
 
 def preview(
@@ -237,10 +260,16 @@ def preview(
     SparseTvmError
         As :func:`compile` does, as far as it would get.
     """
-    context = context_of(target, format, block, threshold, layer_rules, precision, records, threads)
+    context, ladder = _context_and_ladder(
+        target, format, block, threshold, layer_rules, precision, records, threads, None
+    )
     opened = SourceOptions(example_inputs, dynamic_shapes, allow_pickle, input_shapes or {})
     phases = Phases(progress, None, time.perf_counter())
     compilation = Compilation.of(model, opened, context, precision, phases)
+    judge = Judge.of(compilation, None, None, None, chosen=bool(ladder))
+    quantising = _quantising(compilation, ladder, None, judge)
+    if quantising is not None:
+        compilation = _as_chosen(compilation, quantising, opened)
     compilation.run(graph_phases())
     check_rules(context.options, compilation.program)
     return compilation.manifest()
@@ -273,31 +302,51 @@ def context_of(
     return context
 
 
-def _bound(compilation: Compilation, tolerance: float | None, min_cosine: float | None) -> Bound:
-    """How far outputs may be from the reference's: as told, or as the model's precision has it."""
-    imported = compilation.imported
-    precisions = compilation.context.options.precisions
-    rounded = not {"fp32", "fp16"}.issuperset(precisions)
-    if tolerance is None:
-        halves = imported.widened or "fp16" in precisions
-        tolerance = TOLERANCE_16_BIT if halves else TOLERANCE
-    if min_cosine is None:
-        min_cosine = LEAST_COSINE if rounded else LEAST_COSINE_QUANTISED
-    return Bound(tolerance, min_cosine if rounded or imported.quantised else None)
+def _context_and_ladder(
+    target: str,
+    format: str,
+    block: str | None,
+    threshold: float | None,
+    layer_rules: Sequence[str],
+    precision: str | None,
+    records: Sequence[PathLike],
+    threads: int | None,
+    calibrate: Data | None,
+) -> tuple[Context, list[str]]:
+    """The context, in the lowest precision where it is ``auto``, and what that chooses among."""
+    fixed = None if precision == AUTO else precision
+    context = context_of(target, format, block, threshold, layer_rules, fixed, records, threads)
+    ladder: list[str] = []
+    if precision == AUTO:
+        ladder = ladder_of(context)
+        context = replace(context, options=replace(context.options, precision=ladder[0]))
+    if calibrate is not None:
+        check_calibration(context.options)
+    return context, ladder
 
 
-def _verification(
-    artifact: Path,
-    compilation: Compilation,
-    bound: Bound,
-    inputs: Mapping[str, np.ndarray] | None,
-) -> dict[str, Any]:
-    """What the manifest says of the comparison with the reference, or why there was none."""
-    imported, source = compilation.imported, compilation.source
-    try:
-        compared = compare_with_reference(
-            artifact, imported, source, compilation.context.target, bound, inputs
-        )
-    except NotVerified as reason:
-        return {"unverified": str(reason)}
-    return {"verification": compared}
+def _quantising(
+    compilation: Compilation, ladder: Sequence[str], calibrate: Data | None, judge: Judge
+) -> Quantising | None:
+    """What was measured before the compile, if anything was to be."""
+    if not ladder and calibrate is None:
+        return None
+    with compilation.phases("choose precision"):
+        options, imported = compilation.context.options, compilation.imported
+        quantising = Quantising(compilation.source, options, imported, calibrate)
+        if ladder:
+            feeds = judge.real_feeds or quantising.batches or judge.feeds
+            quantising.search(ladder, judge.least_cosine, feeds)
+    return quantising
+
+
+def _as_chosen(
+    compilation: Compilation, quantising: Quantising, opened: SourceOptions
+) -> Compilation:
+    """Start a compilation anew, with the precision and the scales that were chosen."""
+    options = quantising.options
+    context = replace(compilation.context, options=options)
+    source, phases = quantising.source, compilation.phases
+    chosen = Compilation.of(source, opened, context, options.precision, phases)
+    chosen.program.notes.extend(quantising.notes)
+    return chosen

@@ -188,10 +188,12 @@ class _Verification(TypedDict):
 class Verification(_Verification, total=False):
     """How the outputs compare with the reference's, computed by which emulated CPU, if any.
 
-    ``similarity`` is there where layers compute in low precision, by output.
+    ``similarity`` is there where layers compute in low precision, by output, and ``sensitivity``
+    where they were measured: what each by itself takes from a cosine of 1.
     """
 
     emulated: str
+    sensitivity: dict[str, float]
     similarity: dict[str, Similarity]
 
 

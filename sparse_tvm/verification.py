@@ -17,6 +17,7 @@ from sparse_tvm.frontends.importer.model import ImportedModel
 from sparse_tvm.frontends.source import Source
 from sparse_tvm.random_inputs import random_inputs, typical_sizes
 from sparse_tvm.reference import max_abs_difference
+from sparse_tvm.sparsity.calibration import calls_of
 from sparse_tvm.targets import Target
 
 Arrays = Mapping[str, np.ndarray]
@@ -33,17 +34,46 @@ class NotVerified(Exception):
     """The artifact cannot run here; the text says why."""
 
 
+@dataclass(frozen=True)
+class Feed:
+    """One call's inputs, and where they are from if a difference is to tell (``" at batch 3"``)."""
+
+    arrays: Arrays
+    where: str = ""
+
+
+def feeds_of(imported: ImportedModel, given: Arrays | None) -> list[Feed]:
+    """What to compare on: the user's inputs, or random ones of a few sizes.
+
+    Parameters
+    ----------
+    imported : ImportedModel
+        The model.
+    given : Mapping[str, np.ndarray] | None
+        One call's inputs, or samples of a model that takes a fixed number at a time.
+
+    Raises
+    ------
+    InputError
+        When names, types or shapes are not the model's, or values are NaN or infinite.
+    """
+    if given is not None:
+        return [Feed(each) for each in calls_of(given, imported.inputs, "the inputs to verify on")]
+    return [
+        Feed(random_inputs(imported.inputs, sizes=sizes), _place(sizes))
+        for sizes in _sizes_to_verify(imported)
+    ]
+
+
+def _place(sizes: Mapping[str, int]) -> str:
+    at = ", ".join(f"{dim} {size}" for dim, size in sizes.items())
+    return at and f" at {at}"
+
+
 def compare_with_reference(
-    artifact: Path,
-    imported: ImportedModel,
-    source: Source,
-    target: BackendTarget,
-    bound: Bound,
-    inputs: Arrays | None = None,
+    artifact: Path, source: Source, target: BackendTarget, bound: Bound, feeds: Sequence[Feed]
 ) -> dict[str, Any]:
     """Run both, an artifact for another architecture in an emulator, and compare every output.
-
-    `inputs` are the user's; without any, random ones of a few sizes are made.
 
     Returns
     -------
@@ -57,31 +87,28 @@ def compare_with_reference(
     NotVerified
         When this machine can neither run nor emulate its code.
     """
-    sizes = [{}] if inputs else _sizes_to_verify(imported)
-    feeds = [inputs or random_inputs(imported.inputs, sizes=each) for each in sizes]
-    outputs, where = _run(artifact, feeds, target)
+    outputs, where = _run(artifact, [feed.arrays for feed in feeds], target)
     reference = source.reference(threads=1)
     differences: dict[str, float] = {}
-    similarities: dict[str, dict[str, float]] = {}
-    for i, found in enumerate(outputs):
-        expected = reference.run(feeds[i], list(found))
-        at = ", ".join(f"{dim} {size}" for dim, size in sizes[i].items())
+    similarities: dict[str, Similarity] = {}
+    for feed, found in zip(feeds, outputs, strict=True):
+        expected = reference.run(feed.arrays, list(found))
         for name, whole in found.items():
-            output, known = reference.compared(feeds[i], whole, expected[name])
-            place = at and f" at {at}"
+            output, known = reference.compared(feed.arrays, whole, expected[name])
             difference = max_abs_difference(output, known)
             if bound.min_cosine is None:
-                bound.check_difference(name, difference, known, reference.engine, place)
+                bound.check_difference(name, difference, known, reference.engine, feed.where)
             else:
-                similar = similarity(output, known)
-                bound.check_cosine(name, similar["cosine"], reference.engine, place)
-                similarities[name] = _worse(similar, similarities.get(name))
+                similar = Similarity.of(output, known)
+                bound.check_cosine(name, similar.cosine, reference.engine, feed.where)
+                similarities[name] = similar.with_more(similarities.get(name))
             differences[name] = max(difference, differences.get(name, 0.0))
+    found_similar = {name: similar.as_json() for name, similar in similarities.items()}
     return {
         "reference": f"{reference.engine} {reference.version}",
         "tolerance": bound.tolerance,
         "max_abs_diff": differences,
-        **({"similarity": similarities} if similarities else {}),
+        **({"similarity": found_similar} if similarities else {}),
         **({"emulated": where} if where else {}),
     }
 
@@ -125,34 +152,61 @@ class Bound:
             )
 
 
-def similarity(output: np.ndarray, expected: np.ndarray) -> dict[str, float]:
-    """Compare rows along the last axis: mean difference, least cosine, agreement of the largest.
+@dataclass(frozen=True)
+class Similarity:
+    """How near outputs in low precision are, row by row along the last axis.
 
-    The last is for outputs ``[rows, classes]``. A pair of rows of zeros has the cosine 1.
+    Attributes
+    ----------
+    cosine : float
+        The least of any row; a pair of rows of zeros has 1.
+    values, differences : float
+        How many values there are, and the sum of their absolute differences.
+    rows, alike : int
+        Rows of outputs ``[rows, classes]``, and in how many the largest class is the same; 0 for
+        other outputs.
     """
-    rows = expected.shape[-1] if expected.ndim else 1
-    ours, theirs = (np.asarray(a, np.float64).reshape(-1, rows) for a in (output, expected))
-    products = (ours * theirs).sum(axis=1)
-    lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
-    alike = (ours == theirs).all(axis=1)
-    cosines = np.where(alike, 1.0, products / np.where(lengths > 0, lengths, 1))
-    found = {
-        "mean_abs_diff": float(np.abs(ours - theirs).mean()) if ours.size else 0.0,
-        "cosine": float(cosines.min(initial=1.0)),
-    }
-    if expected.ndim == 2 and rows > 1:
-        found["top1"] = float((ours.argmax(axis=1) == theirs.argmax(axis=1)).mean())
-    return found
 
+    cosine: float
+    values: int
+    differences: float
+    rows: int
+    alike: int
 
-def _worse(one: dict[str, float], other: dict[str, float] | None) -> dict[str, float]:
-    """The worse of both, number by number."""
-    if other is None:
-        return one
-    return {
-        key: max(value, other[key]) if key == "mean_abs_diff" else min(value, other[key])
-        for key, value in one.items()
-    }
+    @classmethod
+    def of(cls, output: np.ndarray, expected: np.ndarray) -> Similarity:
+        """Compare an output with what is expected."""
+        width = expected.shape[-1] if expected.ndim else 1
+        ours, theirs = (np.asarray(a, np.float64).reshape(-1, width) for a in (output, expected))
+        products = (ours * theirs).sum(axis=1)
+        lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+        equal = (ours == theirs).all(axis=1)
+        cosines = np.where(equal, 1.0, products / np.where(lengths > 0, lengths, 1))
+        classes = expected.ndim == 2 and width > 1
+        alike = (ours.argmax(axis=1) == theirs.argmax(axis=1)).sum() if classes else 0
+        difference = float(np.abs(ours - theirs).sum())
+        least = float(cosines.min(initial=1.0))
+        return cls(least, ours.size, difference, len(ours) if classes else 0, int(alike))
+
+    def with_more(self, other: Similarity | None) -> Similarity:
+        """Of the rows of both."""
+        if other is None:
+            return self
+        return Similarity(
+            min(self.cosine, other.cosine),
+            self.values + other.values,
+            self.differences + other.differences,
+            self.rows + other.rows,
+            self.alike + other.alike,
+        )
+
+    def as_json(self) -> dict[str, float]:
+        """As the manifest has it."""
+        found = {
+            "mean_abs_diff": self.differences / self.values if self.values else 0.0,
+            "cosine": self.cosine,
+        }
+        return {**found, "top1": self.alike / self.rows} if self.rows else found
 
 
 def _run(

@@ -11,7 +11,7 @@ from sparse_tvm.errors import OptionError, SparseTvmError, VerificationError
 from sparse_tvm.models.bert import BertConfig, build_bert
 from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.targets import TARGETS, runs_here
-from sparse_tvm.verification import similarity
+from sparse_tvm.verification import Similarity
 
 SMALL = BertConfig(layers=1, hidden=64, heads=2, intermediate=128, vocabulary=100, max_positions=64)
 WITH_TILES = [target.name for target in TARGETS.values() if target.has("amx-int8")]
@@ -121,9 +121,9 @@ def test_verification_on_given_inputs(model, tmp_path):
 def test_similarity():
     ours = np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0]])
     theirs = np.array([[1.0, 0.0], [0.0, 0.0], [2.0, 0.0]])
-    found = similarity(ours, theirs)
+    found = Similarity.of(ours, theirs).as_json()
     assert found["cosine"] == 0
     assert found["top1"] == pytest.approx(2 / 3)
     assert found["mean_abs_diff"] == pytest.approx(4 / 6)
-    assert similarity(theirs, theirs)["cosine"] == 1
-    assert "top1" not in similarity(ours[None], theirs[None])
+    assert Similarity.of(theirs, theirs).cosine == 1
+    assert "top1" not in Similarity.of(ours[None], theirs[None]).as_json()

@@ -51,8 +51,9 @@ def compile(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="In which dense layers and attention compute: fp32, bf16, int8, or fp16 on GPUs; "
-            "by default fp32, or bf16 for a model of bfloat16, and fp16 on GPUs.",
+            help="In which dense layers and attention compute: fp32, bf16, int8, auto (the lowest "
+            "for each layer that keeps --min-cosine), or fp16 on GPUs; by default fp32, or bf16 "
+            "for a model of bfloat16, and fp16 on GPUs.",
         ),
     ] = None,
     input_shape: InputShapes = None,
@@ -101,12 +102,20 @@ def compile(
         typer.Option(
             metavar="X",
             help="Least cosine that --verify accepts in low precision, 0.9, and of quantised "
-            "models, 0.99.",
+            "models and with --precision auto, 0.99.",
         ),
     ] = None,
     verify_inputs: Annotated[
         Path | None,
         typer.Option(metavar="FILE.npz", help="Inputs to verify on, instead of random ones."),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Data on which int8 layers find static scales: an .npz with an array per input, "
+            "a .txt of sentences or a folder of images.",
+        ),
     ] = None,
     allow_pickle: AllowPickle = False,
     quiet: Quiet = False,
@@ -127,7 +136,7 @@ def compile(
         block=block,
         threshold=threshold,
         rules=layer or (),
-        precision=precision or "fp32",
+        precision="fp32" if precision in (None, "auto") else precision,
     )
     input_shapes = parse_input_shapes(input_shape or ())
     for path in report or ():
@@ -142,6 +151,8 @@ def compile(
         }
         if given := [name for name, value in writing.items() if value]:
             raise OptionError(f"--dry-run writes nothing, but {given[0]} was given")
+        if calibrate is not None:
+            raise OptionError("--dry-run finds no static scales, but --calibrate was given")
     elif output is None:
         raise OptionError("no --output", hint="-o model.so, or --dry-run")
     else:
@@ -187,6 +198,7 @@ def compile(
                 tolerance=tolerance,
                 min_cosine=min_cosine,
                 verify_inputs=read_npz(verify_inputs) if verify_inputs else None,
+                calibrate=calibrate,
                 started=started,
             )
             manifest = result.manifest

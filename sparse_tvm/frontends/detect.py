@@ -20,9 +20,9 @@ def open_source(model: Any, options: SourceOptions | None = None) -> Source:
 
     Parameters
     ----------
-    model : path, onnx.ModelProto, torch.nn.Module, or keras.Model
+    model : path, onnx.ModelProto, torch.nn.Module, keras.Model, or Source
         A file or directory of any kind that ``docs/sources.md`` lists, a Hugging Face hub id, or
-        a model in memory.
+        a model in memory; a source is returned as it is.
     options : SourceOptions | None
         What else there is to know.
 
@@ -32,6 +32,8 @@ def open_source(model: Any, options: SourceOptions | None = None) -> Source:
         When there is no such file, it is of no such kind, or its framework is not installed.
     """
     options = options or SourceOptions()
+    if isinstance(model, Source):
+        return model
     if isinstance(model, onnx.ModelProto):
         from sparse_tvm.frontends.onnx.source import OnnxSource
 

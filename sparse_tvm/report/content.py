@@ -19,6 +19,9 @@ LAYER_HEADER = (
 
 _FLOAT32 = 4
 
+_WORST = 3
+"""Layers that are named where some hurt in low precision."""
+
 
 @dataclass(frozen=True)
 class LayerRow:
@@ -180,7 +183,7 @@ def verification_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     tolerance = verification["tolerance"]
     similarities = verification.get("similarity", {})
-    return [
+    outputs = [
         (
             name,
             f"max |difference| {difference:.1e}"
@@ -192,6 +195,14 @@ def verification_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
         for name, difference in verification["max_abs_diff"].items()
     ]
+    return outputs + _sensitivity(verification.get("sensitivity", {}))
+
+
+def _sensitivity(losses: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The layers that hurt most in low precision, and by how much."""
+    worst = sorted(losses.items(), key=lambda entry: -entry[1])[:_WORST]
+    text = ", ".join(f"{name} {loss:.1e}" for name, loss in worst)
+    return [("layers that take most from the cosine", text)] if worst else []
 
 
 def _similarity(found: Mapping[str, float]) -> str:

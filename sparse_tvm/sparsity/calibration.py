@@ -16,6 +16,7 @@ from sparse_tvm.frontends.onnx.detach import model_inputs
 from sparse_tvm.frontends.onnx.read import first_few
 from sparse_tvm.frontends.source import require
 from sparse_tvm.npz import read_npz
+from sparse_tvm.spec import TensorSpec
 
 SAMPLES = 512
 """Sentences or images that are used where a file has more, unless told otherwise."""
@@ -36,6 +37,18 @@ class _Input:
     name: str
     dtype: np.dtype
     dims: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, spec: TensorSpec) -> _Input:
+        """Of a model that was imported."""
+        dims = tuple(dim if isinstance(dim, int) else None for dim in spec.shape)
+        return cls(spec.name, np.dtype(spec.dtype), dims)
+
+    def takes(self, array: np.ndarray) -> bool:
+        """Whether a call takes an array of this shape."""
+        return array.ndim == len(self.dims) and all(
+            dim in (None, size) for size, dim in zip(array.shape, self.dims, strict=True)
+        )
 
     @property
     def batch(self) -> int:
@@ -97,6 +110,22 @@ def read_calibration(
     return _split({name: array[:samples] for name, array in arrays.items()}, inputs)
 
 
+def calls_of(
+    arrays: Mapping[str, np.ndarray], specs: Sequence[TensorSpec], where: str
+) -> list[Batch]:
+    """Return arrays as one call's inputs where they fit, else as samples for several calls.
+
+    Raises
+    ------
+    InputError
+        When names, types or shapes are not those of the model's inputs, or values are no numbers.
+    """
+    inputs = [_Input.of(spec) for spec in specs]
+    fits = all(each.takes(arrays[each.name]) for each in inputs if each.name in arrays)
+    _check(arrays, inputs, where, whole=fits)
+    return [dict(arrays)] if fits else _split(dict(arrays), inputs)
+
+
 def padding_rows(batch: Batch) -> np.ndarray | None:
     """Return which rows of a batch's activations are padding, flattened; None where none are."""
     mask = batch.get("attention_mask")
@@ -112,8 +141,13 @@ def _input(value: onnx.ValueInfoProto) -> _Input:
     return _Input(value.name, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type), dims)
 
 
-def _check(arrays: Mapping[str, np.ndarray], inputs: Sequence[_Input], where: str) -> None:
-    """Refuse arrays of other names, types, shapes or counts, and values that are no numbers."""
+def _check(
+    arrays: Mapping[str, np.ndarray], inputs: Sequence[_Input], where: str, *, whole: bool = False
+) -> None:
+    """Refuse arrays of other names, types, shapes or counts, and values that are no numbers.
+
+    ``whole`` arrays are one call's, whose inputs need not agree in their first axis.
+    """
     names = [each.name for each in inputs]
     wrong = [name for name in arrays if name not in names]
     missing = [name for name in names if name not in arrays]
@@ -140,6 +174,8 @@ def _check(arrays: Mapping[str, np.ndarray], inputs: Sequence[_Input], where: st
             )
         if bad := array.size - int(np.isfinite(array).sum()):
             raise InputError(f"{where}: {each.name} holds {bad} NaN or infinite values")
+    if whole:
+        return
     if len(set(counts.values())) > 1:
         raise InputError(f"{where} has different numbers of samples: {counts}")
     batch = inputs[0].batch if inputs[0].dims and inputs[0].dims[0] else 1

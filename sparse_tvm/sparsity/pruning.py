@@ -175,7 +175,7 @@ def prune(
     _check_scope(scope, goal, structure, method)
     source = open_source(model, options)
     as_onnx = isinstance(source, OnnxSource) or Path(output).suffix == ".onnx"
-    pruned = _own_copy(source.as_onnx())
+    pruned = own_copy(source.as_onnx())
     if plan is not None:
         from sparse_tvm.planning.document import planned_goals
 
@@ -353,7 +353,8 @@ def tokenizer_of(source: Source) -> Path | None:
     return path if path.is_file() else None
 
 
-def _own_copy(model: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
+def own_copy(model: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
+    """Read a model to change it: all weights in it, and nothing of it shared with `model`."""
     checked = read_onnx(model)
     if checked is not model:
         return checked
