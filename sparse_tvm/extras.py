@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from contextlib import suppress
-from importlib import metadata
 
 LIGHT = "sparse-tvm-runtime"
 """The distribution that compiles nothing, see ``scripts/build_runtime.py``."""
@@ -20,6 +18,8 @@ _OWN_EXTRAS = re.compile(rf"(?:{'|'.join(_DISTRIBUTIONS)})\[([^\]]+)\]")
 
 def install_command(extra: str) -> str:
     """Return the pip command that installs what the extra ``extra`` stands for."""
+    from importlib import metadata  # as slow to import as all the rest of a command's first line
+
     distribution = installed_distribution()
     requirements = metadata.requires(distribution) or [] if distribution else []
     packages = _packages(extra, requirements) or [f".[{extra}]"]
@@ -28,6 +28,9 @@ def install_command(extra: str) -> str:
 
 def installed_distribution() -> str | None:
     """Return which of our distributions is installed; None in a source tree that is not."""
+    from contextlib import suppress
+    from importlib import metadata
+
     for distribution in _DISTRIBUTIONS:
         with suppress(metadata.PackageNotFoundError):
             metadata.version(distribution)

@@ -126,11 +126,13 @@ def compile(
     from sparse_tvm.files import check_writable
     from sparse_tvm.frontends.input_shapes import parse_input_shapes
     from sparse_tvm.frontends.kinds import check_model
-    from sparse_tvm.passes.formats import FormatOptions
-    from sparse_tvm.report import check_report_path
 
     started = time.perf_counter()
+    check_model(model)
     check_target(target)
+
+    from sparse_tvm.passes.formats import FormatOptions
+
     FormatOptions.parse(
         format=format,
         block=block,
@@ -139,9 +141,11 @@ def compile(
         precision="fp32" if precision in (None, "auto") else precision,
     )
     input_shapes = parse_input_shapes(input_shape or ())
-    for path in report or ():
-        check_report_path(path)
-    check_model(model)
+    if report:
+        from sparse_tvm.report import check_report_path
+
+        for path in report:
+            check_report_path(path)
     if dry_run:
         writing = {
             "--output": output,

@@ -87,17 +87,17 @@ def serve(
     """
     from sparse_tvm.errors import ArtifactError, SparseTvmError
     from sparse_tvm.extras import install_command
-    from sparse_tvm.serving.options import Options
 
+    for model in models:
+        if not model.exists():
+            raise ArtifactError(f"{model}: no such file or directory")
     try:
+        from sparse_tvm.serving.options import Options
         from sparse_tvm.serving.server import serve as run_server
     except ImportError as error:
         raise SparseTvmError(
             f"{error.name} is not installed", hint=install_command("serve")
         ) from error
-    for model in models:
-        if not model.exists():
-            raise ArtifactError(f"{model}: no such file or directory")
     options = Options(
         host=host,
         port=port,
