@@ -133,7 +133,8 @@ class ConvKernel:
                 self._output.open()
                 self._count = vectors_of(images.target, self._simd)
                 self._groups = scalar(groups_of(self._count, self._group))
-                self._tap_offsets = self._table() if self._taps > 1 else None
+                moves = self._taps > 1 or images.window.pads[:2] != (0, 0)
+                self._tap_offsets = self._table() if moves else None
                 self._begin()
                 begin = scalar(thread * jobs // threads)
                 end = scalar((thread + 1) * jobs // threads)

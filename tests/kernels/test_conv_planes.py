@@ -144,6 +144,8 @@ FEW = settings(KERNELS, max_examples=12)  # each compiles for seconds
 @example({**PROBLEM, "format": "bsr", "rows": 4, "parts": 3, "rows_outermost": True})
 @example({**PROBLEM, "image": {**IMAGE, "symbolic": True, "batch": 2}})
 @example({**PROBLEM, "window": Window((3, 3), (2, 2), pads=(1, 1, 1, 1)), "format": "dense"})
+@example({**PROBLEM, "window": Window(pads=(1, 2, 0, 0))})
+@example({**PROBLEM, "window": Window(stride=(2, 2), pads=(0, 1, 0, 0)), "format": "dense"})
 @FEW
 def test_convolution(problem):
     check(**problem)

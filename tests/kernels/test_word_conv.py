@@ -207,6 +207,8 @@ PROBLEM = {
 @example({**PROBLEM, "format": DEPTHWISE, "window": Window((3, 3), (2, 2), pads=(1, 1, 1, 1))})
 @example({**PROBLEM, "image": {**IMAGE, "channels": 6, "symbolic": True, "batch": 2}})
 @example({**PROBLEM, "format": "csr", "epilogue": [Bias(), Residual()]})
+@example({**PROBLEM, "window": Window(pads=(1, 2, 0, 0))})
+@example({**PROBLEM, "window": Window(stride=(2, 2), pads=(0, 1, 0, 0)), "format": "dense"})
 @settings(FEW)
 def test_quantised_convolution(problem):
     check(**problem)

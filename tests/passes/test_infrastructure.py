@@ -58,18 +58,20 @@ def stages() -> dict[str, Program]:
 
 @pytest.fixture(scope="module")
 def stages_of_an_image() -> dict[str, Program]:
-    """What BERT has not: a convolution, a norm spelled out, a product that is no attention, and a
-    quantised layer."""
+    """What BERT has not: a quantised convolution, a norm spelled out, a product that is no
+    attention, and a quantised layer."""
     op = relax.op
 
-    def quantised(emit, x, v):
+    def rounded(emit, x):
         steps, low, high = (relax.const(value, "float32") for value in (0.1, -100.0, 155.0))
         clipped = emit(op.minimum(emit(op.maximum(emit(op.divide(x, steps)), low)), high))
-        rounded = emit(op.multiply(emit(op.round(clipped)), steps))
-        return emit(op.matmul(rounded, emit(op.permute_dims(v))))
+        return emit(op.multiply(emit(op.round(clipped)), steps))
+
+    def quantised(emit, x, v):
+        return emit(op.matmul(rounded(emit, x), emit(op.permute_dims(v))))
 
     def body(emit, image, other, w, v, gamma, beta):
-        pixels = emit(op.reshape(emit(op.nn.conv2d(image, w)), (24, 6)))
+        pixels = emit(op.reshape(emit(op.nn.conv2d(rounded(emit, image), w)), (24, 6)))
         centred = emit(op.subtract(pixels, emit(op.mean(pixels, [-1], keepdims=True))))
         variance = emit(op.mean(emit(op.multiply(centred, centred)), [-1], keepdims=True))
         deviation = emit(op.sqrt(emit(op.add(variance, relax.const(1e-5, "float32")))))
@@ -80,7 +82,8 @@ def stages_of_an_image() -> dict[str, Program]:
     inputs = {"image": (1, 4, 6, 8), "other": (6, 5)}
     shapes = {"w": (6, 4, 3, 3), "v": (6, 6), "gamma": (6,), "beta": (6,)}
     program = build(body, inputs, shapes)
-    program.weights["v"] = np.rint(program.weights["v"] * 30) / np.float32(32)
+    for name in ("v", "w"):
+        program.weights[name] = np.rint(program.weights[name] * 30) / np.float32(32)
     return through(program)
 
 
