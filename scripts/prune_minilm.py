@@ -43,11 +43,8 @@ CALIBRATION, BATCH, TOKENS = 512, 64, 48
 RATE, WARM_UP = 1e-3, 20
 CHECKPOINT = 50
 """Steps between checkpoints."""
-AVERAGED = 0.4
-"""The share of the last round's steps whose checkpoints are averaged, instead of a falling rate.
-
-A run that ends early, or goes on for longer, has lost nothing then.
-"""
+FALLING = 0.3
+"""The share of steps, the last ones, in which the rate falls to zero."""
 SEED = 0
 
 Batch = dict[str, torch.Tensor]
@@ -83,7 +80,7 @@ def main(
                 f"{share * sparsity:.0%}: mean layer error {np.mean(list(errors.values())):.3f}"
             )
             run.say(f"  pruned:    {run.scores()}")
-        run.distil(round(part * steps), averages=index == len(ROUNDS) - 1)
+        run.distil(round(part * steps))
         run.say(f"  distilled: {run.scores()}")
         run.round, run.step = index + 1, 0
     pruner.finish()
@@ -137,8 +134,6 @@ class Run:
         self._batches = encoder.endless(training)
         self._checkpoint = checkpoint
         self._earlier = 0.0
-        self._summed = 0
-        self._sums = [torch.zeros_like(p) for p in model.parameters() if p.requires_grad]
         self.round = self.step = self._drawn = 0
         self._optimiser_state: dict[str, Any] | None = None
         if checkpoint.exists():
@@ -146,11 +141,10 @@ class Run:
             model.load_state_dict(state["model"])
             self._optimiser_state = state["optimiser"]
             self.round, self.step, self._earlier = state["round"], state["step"], state["seconds"]
-            self._sums, self._summed = state["sums"], state["summed"]
             for _ in range(state["drawn"]):
                 self._next()
 
-    def distil(self, steps: int, *, averages: bool) -> None:
+    def distil(self, steps: int) -> None:
         """Train the model to give its teacher's hidden states and embeddings."""
         trained = [p for p in self._model.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(
@@ -168,7 +162,7 @@ class Run:
             for parameter, gradient in zip(trained, gradients, strict=True):
                 parameter.grad = gradient.float()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimiser.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / WARM_UP)
+            optimiser.param_groups[0]["lr"] = rate(step, steps)
             optimiser.step()
             with torch.no_grad():
                 torch._foreach_copy_(lowered, trained)
@@ -177,13 +171,7 @@ class Run:
                 hidden, embedding = np.mean(recent, axis=0)
                 self.say(f"    {self.step}: hidden {hidden:.3f}, cosine {1 - embedding:.3f}")
                 recent.clear()
-                if averages and self.step > (1 - AVERAGED) * steps:
-                    self._sums = [p.detach() + s for p, s in zip(trained, self._sums, strict=True)]
-                    self._summed += 1
                 self._save(optimiser)
-        if averages and self._summed:
-            with torch.no_grad():
-                torch._foreach_copy_(trained, [each / self._summed for each in self._sums])
 
     def _gradients(
         self, low: BertModel, lowered: list[torch.Tensor], batch: Batch
@@ -221,11 +209,16 @@ class Run:
         state = {
             "model": self._model.state_dict(), "optimiser": optimiser.state_dict(),
             "round": self.round, "step": self.step, "drawn": self._drawn,
-            "seconds": self.cpu_seconds(), "sums": self._sums, "summed": self._summed,
+            "seconds": self.cpu_seconds(),
         }  # fmt: skip
         partial = self._checkpoint.with_suffix(".part")
         torch.save(state, partial)
         partial.replace(self._checkpoint)
+
+
+def rate(step: int, steps: int) -> float:
+    """Return the learning rate of one of so many steps: it rises quickly, and falls at the end."""
+    return RATE * min(1.0, (step + 1) / WARM_UP, (1 - step / steps) / FALLING)
 
 
 def pooled(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
