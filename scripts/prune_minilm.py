@@ -1,9 +1,9 @@
 """Prune all-MiniLM-L6-v2 so that it stays good: by second order, then distillation.
 
-Each round prunes by the Optimal Brain Surgeon on WordNet's glosses, then trains what is
-left to give the unpruned model's hidden states and embeddings, on two CPU cores. Only the
-encoder's layers, biases and layer norms change; embeddings stay the original's. An interrupted run
-goes on from its last checkpoint.
+The Optimal Brain Surgeon prunes on WordNet's glosses; training on them then brings what is left
+near the unpruned model's hidden states and embeddings, on two CPU cores. Only the encoder's layers,
+biases and layer norms change; embeddings stay the original's. An interrupted run goes on from its
+last checkpoint.
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ from sparse_tvm.torch import (
     prune_with_data,
 )
 
-ROUNDS = ((1.0, 1.0),)
-"""How far each round goes on the way (as a share of the final sparsity), and its share of steps."""
 CALIBRATION, BATCH, TOKENS = 512, 64, 48
 RATE, WARM_UP = 1e-3, 20
 CHECKPOINT = 50
@@ -69,20 +67,14 @@ def main(
     pruner = Pruner(model, structure=structure, sparsity=sparsity, layers="^encoder")
     run = Run(model, teacher, encoder, training, held_out, output.with_suffix(".ckpt"))
     calibration = list(encoder.batches(training[:CALIBRATION]))
-    for index, (share, part) in enumerate(ROUNDS):
-        if index < run.round:
-            continue
-        if run.step == 0:
-            goals = {n: Goal.parse(structure, share * sparsity) for n in pruner.layers}
-            errors = prune_with_data(model, teacher, goals, calibration, dtype=torch.bfloat16)
-            pruner.keep_zeros()
-            run.say(
-                f"{share * sparsity:.0%}: mean layer error {np.mean(list(errors.values())):.3f}"
-            )
-            run.say(f"  pruned:    {run.scores()}")
-        run.distil(round(part * steps))
-        run.say(f"  distilled: {run.scores()}")
-        run.round, run.step = index + 1, 0
+    if run.step == 0:
+        goals = dict.fromkeys(pruner.layers, Goal.parse(structure, sparsity))
+        errors = prune_with_data(model, teacher, goals, calibration, dtype=torch.bfloat16)
+        pruner.keep_zeros()
+        run.say(f"mean layer error {np.mean(list(errors.values())):.3f}")
+        run.say(f"  pruned:    {run.scores()}")
+    run.distil(steps)
+    run.say(f"  distilled: {run.scores()}")
     pruner.finish()
     round_to_half(model)
     facts = {
@@ -134,13 +126,13 @@ class Run:
         self._batches = encoder.endless(training)
         self._checkpoint = checkpoint
         self._earlier = 0.0
-        self.round = self.step = self._drawn = 0
+        self.step = self._drawn = 0
         self._optimiser_state: dict[str, Any] | None = None
         if checkpoint.exists():
             state = torch.load(checkpoint, weights_only=True)
             model.load_state_dict(state["model"])
             self._optimiser_state = state["optimiser"]
-            self.round, self.step, self._earlier = state["round"], state["step"], state["seconds"]
+            self.step, self._earlier = state["step"], state["seconds"]
             for _ in range(state["drawn"]):
                 self._next()
 
@@ -208,7 +200,7 @@ class Run:
     def _save(self, optimiser: torch.optim.Optimizer) -> None:
         state = {
             "model": self._model.state_dict(), "optimiser": optimiser.state_dict(),
-            "round": self.round, "step": self.step, "drawn": self._drawn,
+            "step": self.step, "drawn": self._drawn,
             "seconds": self.cpu_seconds(),
         }  # fmt: skip
         partial = self._checkpoint.with_suffix(".part")
