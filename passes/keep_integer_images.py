@@ -1,8 +1,8 @@
 """Keep integers, for images: quantised convolutions multiply and pass on the model's own bytes.
 
 Matches a convolution of float32 whose input the model rounds to 8 bits by one scale and zero point,
-both constant, and whose weight's rows are multiples of a step, at most 127 of them. It becomes a
-:class:`~sparse_tvm.operators.QuantisedConvolution`; where nothing but such a rounding reads its
+both constant, and whose weight's rows are multiples of a step, from -128 to 127 of them. It becomes
+a :class:`~sparse_tvm.operators.QuantisedConvolution`; where nothing but such a rounding reads its
 output, it writes bytes. The sum of two rounded images that is rounded again becomes
 :class:`~sparse_tvm.operators.AddImages`. Every rounded image is bytes then, made by what computes
 it or by :class:`~sparse_tvm.operators.QuantiseImage`, and float32 only for readers that want that.
@@ -37,7 +37,7 @@ from sparse_tvm.passes.graph import Graph, Rewrite, dtype_of, is_tensor, same_sh
 from sparse_tvm.passes.infrastructure import Context, graph_pass
 from sparse_tvm.passes.program import Program
 from sparse_tvm.passes.roundings import Rounding, Roundings
-from sparse_tvm.sparsity.quantise import quantise_rows, steps_of_rows
+from sparse_tvm.sparsity.quantise import quantise_rows, reach
 
 _LAST_BYTE = 255.0
 _WORD_BYTES = 4
@@ -193,14 +193,13 @@ class _KeepIntegerImages(Rewrite):
         return found if refusal is None else None
 
     def _refusal(self, found: dialect.OperatorCall[Convolution]) -> str | None:
-        op = QuantisedConvolution(**{**vars(found.op), "types": QUANTISED, "epilogue": ()})
+        steps = reach(self._matrix(found))
+        changes = {"types": QUANTISED, "epilogue": (), "steps": steps or 0}
+        op = QuantisedConvolution(**{**vars(found.op), **changes})
         refusal = self._context.backend.refuses(op, self._context.target)
-        if refusal is not None:
-            return refusal
-        w = self._matrix(found)
-        if not (steps_of_rows(w) > 0)[w.any(axis=1)].all():
+        if refusal is None and steps is None:
             return "its weights are more than 127 steps from 0"
-        return None
+        return refusal
 
     def _matrix(self, found: dialect.OperatorCall[Convolution]) -> np.ndarray:
         w = self.array(found.args[1])

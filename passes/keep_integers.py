@@ -1,8 +1,8 @@
 """Keep integers: quantised layers multiply the integers that the model has, where that is exact.
 
 Matches a dense layer of float32 whose input the model rounds to 8 bits by one scale and zero point,
-fixed or of the values that there are, and whose weight's rows are multiples of a step, at most 127
-of them. It becomes a layer in int8 that reads :class:`~sparse_tvm.operators.StepRound`. Kernels
+fixed or of the values that there are, and whose weight's rows are multiples of a step, from -128 to
+127 of them. It becomes a layer in int8 that reads :class:`~sparse_tvm.operators.StepRound`. Kernels
 multiply bytes less 128; what the zero point differs from that by is a bias, for it counts each
 weight once: ``scale * (128 - zero point) * sum of the row``.
 
@@ -25,7 +25,7 @@ from sparse_tvm.passes.graph import Rewrite, shape_of
 from sparse_tvm.passes.infrastructure import Context, graph_pass
 from sparse_tvm.passes.program import Program
 from sparse_tvm.passes.roundings import MIDDLE, Rounding, Roundings
-from sparse_tvm.sparsity.quantise import steps_of_rows
+from sparse_tvm.sparsity.quantise import reach
 
 
 @graph_pass()
@@ -52,9 +52,10 @@ class _KeepIntegers(Rewrite):
             return None
         w = self.array(found.args[1])
         assert w is not None
-        op = replace(found.op, types=PRECISIONS["int8"], exact=True)
+        steps = reach(w)
+        op = replace(found.op, types=PRECISIONS["int8"], steps=steps or 0)
         refusal = self._context.backend.refuses(self._biased(op), self._context.target)
-        if refusal is None and not (steps_of_rows(w) > 0)[w.any(axis=1)].all():
+        if refusal is None and steps is None:
             refusal = "its weights are more than 127 steps from 0"
         if refusal is not None:
             self.program.notes.append(f"{op.layer} is quantised but stays float32: {refusal}")

@@ -233,14 +233,14 @@ class WeightedOperator(Operator):
 class Dense(WeightedOperator):
     """``epilogue(x W^T)``, W being ``[N, K]``.
 
-    ``exact`` tells that in int8 the weight's values lie on steps of their own, which no kernel may
-    make coarser.
+    ``steps`` tells that in int8 the weight's values lie on steps of their own, which no kernel may
+    make coarser, and how many of them are between 0 and the farthest value.
     """
 
     name: ClassVar[str] = "dense"
     operands: ClassVar[str] = "x, the weight's arrays, epilogue tensors"
 
-    exact: bool = False
+    steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +281,7 @@ class QuantisedConvolution(Convolution):
     Sums of bytes by the weight's steps become, for each output channel,
     ``sums * factor + offset``: scales, zero points and bias in one. Bytes are that within
     ``limits``, the least, the largest, and the one that stands for zero; float32 has an epilogue.
+    The weight's values are ``steps`` steps from 0 at most.
     """
 
     name: ClassVar[str] = "quantised_convolution"
@@ -289,6 +290,7 @@ class QuantisedConvolution(Convolution):
     )
 
     types: Types = QUANTISED
+    steps: int = 127
 
     @property
     def rounds(self) -> bool:

@@ -25,7 +25,7 @@ class Dot:
     cycles : float
         For sixteen words.
     largest_weight : int
-        Of the weights that it multiplies exactly.
+        The magnitude of the weights that it multiplies exactly.
     signed : bool
         Whether it takes the zero point off x; else the product of the zero point and the weights
         is left to subtract.
@@ -36,5 +36,5 @@ class Dot:
     registers: int
     features: tuple[str, ...]
     cycles: float
-    largest_weight: int = 127
+    largest_weight: int = 128
     signed: bool = False

@@ -21,12 +21,12 @@ def rounded(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Round a float32 weight ``[N, K]``: its elements, and the arguments of its rows.
 
-    `largest` is the largest int8 weight, and `zero_point` what the kernel's instruction leaves in
-    the activations.
+    `largest` is the largest int8 weight that the kernel's instruction multiplies, and `zero_point`
+    what it leaves in the activations.
     """
     if precision is not INT8:
         return round_to_bf16(w), {}
-    values, scale = quantise_rows(w, largest)
+    values, scale = quantise_rows(w, min(largest, LARGEST))
     correction = -zero_point * values.astype(np.int32).sum(axis=1, dtype=np.int32)
     return values, {"correction": correction, "scale": scale}
 

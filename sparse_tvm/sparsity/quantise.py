@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 LARGEST = 127
-"""The largest magnitude of an int8 weight: symmetric, so that no zero point is needed."""
+"""The largest int8 weight: symmetric, so that no zero point is needed."""
+
+LEAST = -128
+"""What weights reach that others rounded: in PyTorch, 127.5 steps are as much as the largest."""
 
 
 _SAMPLES = (16, 128)
@@ -19,6 +22,8 @@ and other values are as near by chance once in five hundred times."""
 def steps_of_rows(w: np.ndarray, largest: int = LARGEST) -> np.ndarray:
     """Find the step whose multiples, of at most `largest`, the values of a row are.
 
+    Multiples from `LEAST` on count too, unless `largest` is less than an int8 holds.
+
     Returns
     -------
     np.ndarray
@@ -31,11 +36,13 @@ def steps_of_rows(w: np.ndarray, largest: int = LARGEST) -> np.ndarray:
     columns = w.shape[1]
     samples = [magnitudes[:, :: -(-columns // size)] for size in (*_SAMPLES, columns) if columns]
     open_rows = np.flatnonzero(peaks > 0)
-    for count in range(largest, 0, -1):
+    for count in (*range(largest, 0, -1), *([-LEAST] if largest == LARGEST else [])):
         if not open_rows.size:
             break
         step = peaks[open_rows] / np.float32(count)
         fits = np.full(len(open_rows), True)
+        if count > largest:  # below zero only
+            fits = w[open_rows].max(axis=1) < peaks[open_rows]
         for sample in samples:
             fits[fits] = _whole(sample[open_rows[fits]], step[fits])
         steps[open_rows[fits]] = step[fits]
@@ -64,8 +71,21 @@ def quantise_rows(w: np.ndarray, largest: int = LARGEST) -> tuple[np.ndarray, np
     steps = steps_of_rows(w, largest)
     scales = np.where(peaks > 0, peaks / np.float32(largest), 1).astype(np.float32)
     scales = np.where(steps > 0, steps, scales)
-    rounded = np.rint(np.clip(w / scales[:, None], -largest, largest))
+    rounded = np.rint(w / scales[:, None])  # within `largest`, or on steps of their own
     return rounded.astype(np.int8), scales
+
+
+def reach(w: np.ndarray) -> int | None:
+    """How far from 0 weights are to be multiplied exactly: `LARGEST` steps, or as far as `LEAST`.
+
+    None if any row has no step of its own.
+    """
+    steps = steps_of_rows(w)
+    peaks = np.abs(w).max(axis=1, initial=0)
+    if not (steps[peaks > 0] > 0).all():
+        return None
+    farthest = np.rint(peaks / np.where(steps > 0, steps, 1)).max(initial=0)
+    return LARGEST if farthest <= LARGEST else -LEAST
 
 
 def round_to_bf16(w: np.ndarray) -> np.ndarray:

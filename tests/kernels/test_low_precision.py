@@ -249,12 +249,16 @@ def test_quantise_by_steps(values, scale, zero):
     np.testing.assert_allclose(found, expected, atol=1e-6 * scale * 256)
 
 
-def test_dot_of_the_largest_values_does_not_saturate():
-    for dot, target in DOT_TARGETS:
+@pytest.mark.parametrize("farthest", [127, -128])
+def test_dot_of_the_largest_values_does_not_saturate(farthest):
+    able = [(dot, target) for dot, target in DOT_TARGETS if dot.largest_weight >= -farthest]
+    assert able
+    for dot, target in able:
         case = Case(INT8, 1, 16, 3, 64, 0.0, [], None, 1.0, 0)
-        case.x, case.w = np.full_like(case.x, -5.0), np.full_like(case.w, 2.0)
+        case.x, case.w = np.full_like(case.x, -5.0), np.full_like(case.w, farthest)
+        case.w[:, 0] = 1 if farthest == -128 else 127
         elements, of_rows = rounded_for(dot, case.w)
-        assert np.abs(elements).max() == dot.largest_weight
+        assert elements[0, 1] == (-128 if farthest == -128 else min(dot.largest_weight, 127))
         kernel = dot_kernel(dot, case.problem(False), 1, False)
         weight = word_weights.dense_rows(as_words(elements), 1)
         case.check(kernel, weight, elements, of_rows, target, 1)

@@ -14,7 +14,7 @@ from sparse_tvm.passes import dialect
 from sparse_tvm.passes.fc_transpose import fc_transpose
 from sparse_tvm.passes.fuse_epilogue import fuse_epilogue
 from sparse_tvm.passes.keep_integers import keep_integers
-from sparse_tvm.sparsity.quantise import quantise_rows, steps_of_rows
+from sparse_tvm.sparsity.quantise import quantise_rows, reach, steps_of_rows
 
 OP = relax.op
 STEPS = np.float32(np.random.default_rng(0).integers(-127, 128, (32, 64)) * 0.01)
@@ -61,7 +61,7 @@ def dense(program):
 def test_a_zero_point_becomes_a_bias(bias):
     found = transformed(static(-100.0, 155.0, bias))
     layer = dense(found)
-    assert (layer.op.types.input, layer.op.exact) == ("int8", True)
+    assert (layer.op.types.input, layer.op.steps) == ("int8", 127)
     assert [step.name for step in layer.op.epilogue] == ["bias"]
     [rounding] = dialect.calls(found, StepRound)
     assert [float(arg.value.numpy()[0]) for arg in rounding.args[1:]] == [
@@ -132,3 +132,18 @@ def test_steps_of_rows():
     values, found = quantise_rows(w)
     np.testing.assert_allclose(values * found[:, None], w, rtol=1e-5)
     assert not steps_of_rows(rng.standard_normal((40, 300)).astype(np.float32)).any()
+
+
+def test_weights_may_reach_as_far_as_an_int8():
+    """PyTorch's symmetric weights: half the rows end on -128."""
+    q = np.random.default_rng(0).integers(-127, 128, (32, 64))
+    q[::2, 3] = -128
+    w = q.astype(np.float32) * np.float32(0.0137)
+    np.testing.assert_array_equal(quantise_rows(w)[0], q)
+    assert (reach(np.abs(w)), reach(w), reach(w[1::2])) == (None, 128, 127)
+    program = static(-100.0, 155.0)
+    program.weights["w"] = w
+    assert dense(transformed(program)).op.steps == 128
+    found = transformed(program, target="x86-64-v3")
+    assert dense(found).op.types.input == "float32"
+    assert "multiplies no weights 128 steps from 0" in found.notes[0]

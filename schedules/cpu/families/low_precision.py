@@ -29,7 +29,7 @@ from sparse_tvm.schedules.cpu.precision import (
     Precision,
 )
 from sparse_tvm.schedules.cpu.simd import LANES, Simd, dot_group_limit, tiles_of
-from sparse_tvm.sparsity.quantise import LARGEST, as_words
+from sparse_tvm.sparsity.quantise import as_words
 from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.targets import Target
 
@@ -142,8 +142,8 @@ class DotFamily(LowPrecisionFamily):
         return None if self.dot(target) else f"{target.name} has no dot products of bytes"
 
     def refuses(self, op: Dense, target: Target) -> str | None:
-        if op.exact and self.dot(target) and not self.dot(target, LARGEST):
-            return f"{target.name} has no dot products of bytes above 64"
+        if self.dot(target) and not self.dot(target, op.steps):
+            return f"{target.name} multiplies no weights {op.steps} steps from 0"
         return super().refuses(op, target)
 
     def layouts(self, op: Dense, target: Target) -> Sequence[Layout]:
@@ -202,7 +202,7 @@ class DotFamily(LowPrecisionFamily):
         return Kernel(title_of(op, dot.name.replace("-", "_")), function)
 
     def _dot(self, op: Dense, target: Target) -> Dot:
-        dot = self.dot(target, LARGEST if op.exact else 0)
+        dot = self.dot(target, op.steps)
         assert dot is not None, f"{self.name} was to refuse {target.name}"
         return dot
 

@@ -172,8 +172,14 @@ class DotConvolutionFamily(WordConvolutionFamily):
     def multiply_add(self, dot: Dot) -> MultiplyAdd:
         """The instruction itself."""
 
+    def refuses(self, op: Convolution, target: Target) -> str | None:
+        dot = self._able(target)
+        if dot and isinstance(op, QuantisedConvolution) and op.steps > dot.largest_weight:
+            return f"{target.name} multiplies no weights {op.steps} steps from 0"
+        return super().refuses(op, target)
+
     def _able(self, target: Target) -> Dot | None:
-        """The target's instruction, if it multiplies all weights exactly."""
+        """The target's instruction, if it multiplies weights of almost all bytes exactly."""
         able = (d for d in self.dots if target.has(*d.features) and d.largest_weight >= LARGEST)
         return next(able, None)
 

@@ -35,10 +35,13 @@ CONTRIB_DOMAIN = "com.microsoft"
 QUANTISED = "sparse_tvm.quantised"
 """Key of the model's metadata that tells that it was spelled here."""
 
-_DECORATED = re.compile(r"q_output_(.+)_\d+|(.+)_(?:quantized|quantised|quant|q|int8|uint8)")
-"""What nncf, ONNX Runtime and others make of the names of weights."""
+_DECORATED = re.compile(
+    r"q_output_(.+)_\d+|(.+)_(?:quantized|quantised|quant|q|int8|uint8)"
+    r"|(.+\.)parametrizations\.(\w+)\.original0"
+)
+"""What nncf, ONNX Runtime, torchao and others make of the names of weights."""
 
-_MOVEMENT = {"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+_MOVEMENT = {"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 """Operators through which a stored tensor may reach the one that dequantises it."""
 
 
@@ -224,7 +227,7 @@ class _Speller:
     def _store_plainly(self, array: np.ndarray, integers: str) -> str:
         """Add a weight that is called as before it was quantised, if nothing else will be."""
         match = _DECORATED.fullmatch(integers)
-        plain = integers if match is None else str(match[1] or match[2])
+        plain = integers if match is None else "".join(part or "" for part in match.groups())
         name = self.store(array, plain)
         self._plain[name] = plain
         return name

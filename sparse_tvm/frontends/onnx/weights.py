@@ -22,6 +22,7 @@ _GENERATED = re.compile(
         onnx::.*                                            # torch.onnx, TorchScript based
       | (?:val|v|t|tmp|tensor|const|constant|node)?_?\d+    # torch.onnx, dynamo based; ONNX IR
       | _*const_fold_opt_+\d+                               # tf2onnx
+      | _frozen_param\d+                                    # PyTorch's pt2e
       | .*(?:Constant|Transpose|Identity|Cast)(?:_\d+)?_output_\d+
     )$""",
     re.VERBOSE | re.IGNORECASE,

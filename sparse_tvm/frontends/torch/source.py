@@ -23,6 +23,7 @@ from sparse_tvm.frontends.torch.decompose import copied_graph, parts_of
 from sparse_tvm.frontends.torch.export import quiet, to_onnx
 from sparse_tvm.frontends.torch.masks import fold_masks
 from sparse_tvm.frontends.torch.pickles import check_archive, load_pickle
+from sparse_tvm.frontends.torch.quantised import import_operators
 from sparse_tvm.reference import ReferenceModel
 from sparse_tvm.sparsity.sources import torch_layout, torch_to_dense
 
@@ -46,8 +47,10 @@ class ProgramSource(Source):
         assert self.path is not None
         if not self._allow_pickle:
             check_archive(self.path)
-        if self._returns_transformers_type():
+        if self._mentions(b"transformers.modeling_outputs"):  # alone knows what it returns
             require("transformers.modeling_outputs", "huggingface", self.name)
+        if self._mentions(b"quantized_decomposed"):
+            import_operators()
         try:
             with quiet(), without_collection():
                 return torch.export.load(str(self.path))
@@ -57,12 +60,12 @@ class ProgramSource(Source):
                 hint="export it again with this version of torch",
             ) from error
 
-    def _returns_transformers_type(self) -> bool:
-        """Whether only transformers can say what the program returns."""
+    def _mentions(self, name: bytes) -> bool:
+        """Whether the program's graph needs what another package defines."""
         assert self.path is not None
         with zipfile.ZipFile(self.path) as archive:
-            graphs = [name for name in archive.namelist() if name.endswith("models/model.json")]
-            return any(b"transformers.modeling_outputs" in archive.read(name) for name in graphs)
+            graphs = [path for path in archive.namelist() if path.endswith("models/model.json")]
+            return any(name in archive.read(graph) for graph in graphs)
 
     def as_onnx(self) -> onnx.ModelProto:
         """See `Source.as_onnx`."""
