@@ -151,7 +151,7 @@ def verify_artifact(path: str | os.PathLike[str]) -> dict[str, Any]:
         end_of_weights = _read_footer(file)[0]
     check_content(content, manifest, path)
     end = 0
-    for section in (*sections_of(manifest), Section("", end_of_weights, end_of_weights, 0, False)):
+    for section in (*sections_of(manifest), Section(end_of_weights, end_of_weights, 0, "")):
         if content[end : section.start].any():
             raise ArtifactError(
                 f"{path} is damaged: bytes {end} to {section.start} are not zero", hint=_REBUILD
@@ -165,32 +165,39 @@ class Section(NamedTuple):
 
     Attributes
     ----------
-    name : str
-        What messages call it.
     start, end : int
         Its bytes.
     crc32 : int
         Their checksum.
-    steers : bool
-        Whether a wrong bit could crash: code, and integers, which may be indices.
+    name : str
+        What messages call it.
     """
 
-    name: str
     start: int
     end: int
     crc32: int
-    steers: bool
+    name: str
 
 
-def sections_of(manifest: Mapping[str, Any]) -> list[Section]:
-    """Return code and weights, in the order they lie in the file."""
+def sections_of(manifest: Mapping[str, Any], *, everything: bool = True) -> list[Section]:
+    """Return code and weights, in the order they lie in the file.
+
+    Parameters
+    ----------
+    manifest : Mapping[str, Any]
+        As `manifest_of` returns it.
+    everything : bool
+        Without, only where a wrong bit could crash: code, and integers, which may be indices.
+    """
     code = manifest["code"]
-    sections = [Section("the code", 0, code["nbytes"], code["crc32"], True)]
+    sections = [Section(0, code["nbytes"], code["crc32"], "the code")]
     for entry in manifest["weights"]:
-        start, end = entry["offset"], entry["offset"] + entry["nbytes"]
-        steers = not entry["dtype"].startswith("float")
-        sections.append(Section(repr(entry["name"]), start, end, entry["crc32"], steers))
-    return sorted(sections, key=lambda section: (section.start, section.end))
+        if everything or not entry["dtype"].startswith("float"):
+            start = entry["offset"]
+            sections.append(
+                Section(start, start + entry["nbytes"], entry["crc32"], repr(entry["name"]))
+            )
+    return sorted(sections)
 
 
 def map_content(file: BinaryIO) -> np.ndarray:
@@ -228,8 +235,7 @@ def check_content(
     ArtifactError
         With all parts that are damaged.
     """
-    sections = [section for section in sections_of(manifest) if everything or section.steers]
-
+    sections = sections_of(manifest, everything=everything)
     sums = _checksums([content[section.start : section.end] for section in sections])
     damaged = [
         section.name
@@ -310,12 +316,11 @@ def _check_places(manifest: Mapping[str, Any], end_of_weights: int) -> None:
             )
         if entry["offset"] % WEIGHT_ALIGNMENT:
             raise ValueError(f"weight {entry['name']!r} is not aligned")
-    before = Section("the start of the file", 0, 0, 0, False)
+    before = Section(0, 0, 0, "the start of the file")
     for section in sections_of(manifest):
         if section.end > end_of_weights:
             raise ValueError(f"{section.name} lies outside of the file")
-        is_shared = section[1:4] == before[1:4]
-        if section.start < before.end and not is_shared:
+        if section.start < before.end and section[:3] != before[:3]:  # shared, if equal
             raise ValueError(f"{section.name} overlaps {before.name}")
         before = section
 

@@ -285,45 +285,32 @@ def _checker(expected: Any) -> _Check:
     if is_typeddict(expected):
         return _keys_checker(expected)
     if origin is list:
-        is_list = _demand(lambda value: isinstance(value, list), "a list")
-        return _items_checker(is_list, repeat(_checker(arguments[0])))
+        return _items_checker("a list", None, repeat(_checker(arguments[0])))
     if origin is tuple:
         size = len(arguments)
-        fits = _demand(
-            lambda value: isinstance(value, list) and len(value) == size, f"a list of {size}"
-        )
-        return _items_checker(fits, [_checker(argument) for argument in arguments])
+        return _items_checker(f"a list of {size}", size, [_checker(each) for each in arguments])
     if origin is dict:
         return _object_checker(_checker(arguments[1]))
     if origin in (Union, UnionType):
         return _union_checker(arguments)
     if origin is Literal:
-        return _demand(lambda value: value in arguments, f"one of {', '.join(arguments)}")
-    if expected == Natural:
-        return _demand(lambda value: type(value) is int and value >= 0, "a number from 0")
-    if expected == Hexadecimal:
-        is_bytes = re.compile("([0-9a-f]{2})+").fullmatch
-        return _demand(
-            lambda value: isinstance(value, str) and is_bytes(value) is not None, "bytes in hex"
-        )
-    if expected is float:
-        return _demand(lambda value: type(value) in (int, float), "a number")
-    return _demand(lambda value: type(value) is expected, _NAMES[expected])
+        return _literal_checker(arguments)
+    return _SPECIAL.get(expected) or _type_checker(expected)
 
 
 def _keys_checker(expected: Any) -> _Check:
-    is_object = _demand(lambda value: isinstance(value, dict), "an object")
     types = expected.__annotations__
     if any(isinstance(type_, ForwardRef) for type_ in types.values()):  # not evaluated yet
         types = get_type_hints(expected, include_extras=True)
-    fields = {key: _checker(type_) for key, type_ in types.items()}
+    fields = [(key, _checker(type_)) for key, type_ in types.items()]
     required = expected.__required_keys__
 
     def check_keys(value: Any) -> None:
-        is_object(value)
+        if not isinstance(value, dict):
+            raise _unlike(value, "an object")
         if missing := required - value.keys():
             raise _Wrong(f"has no {min(missing)!r}")
-        for key, check_value in fields.items():
+        for key, check_value in fields:
             if key in value:
                 try:
                     check_value(value[key])
@@ -334,9 +321,10 @@ def _keys_checker(expected: Any) -> _Check:
     return check_keys
 
 
-def _items_checker(fits: _Check, checks: Iterable[_Check]) -> _Check:
+def _items_checker(expected: str, size: int | None, checks: Iterable[_Check]) -> _Check:
     def check_items(value: Any) -> None:
-        fits(value)
+        if not isinstance(value, list) or size not in (None, len(value)):
+            raise _unlike(value, expected)
         for index, (item, check_item) in enumerate(zip(value, checks, strict=False)):
             try:
                 check_item(item)
@@ -348,10 +336,9 @@ def _items_checker(fits: _Check, checks: Iterable[_Check]) -> _Check:
 
 
 def _object_checker(check_item: _Check) -> _Check:
-    is_object = _demand(lambda value: isinstance(value, dict), "an object")
-
     def check_items(value: Any) -> None:
-        is_object(value)
+        if not isinstance(value, dict):
+            raise _unlike(value, "an object")
         for key, item in value.items():
             try:
                 check_item(item)
@@ -379,15 +366,49 @@ def _union_checker(alternatives: tuple[Any, ...]) -> _Check:
     return check_alternative
 
 
-def _demand(holds: Callable[[Any], bool], expected: str) -> _Check:
-    def check_value(value: Any) -> None:
-        if not holds(value):
-            text = repr(value)
-            shown = text if len(text) <= 40 else text[:39] + "…"
-            raise _Wrong(f"is {shown}, not {expected}")
+def _literal_checker(values: tuple[str, ...]) -> _Check:
+    def check_literal(value: Any) -> None:
+        if value not in values:
+            raise _unlike(value, f"one of {', '.join(values)}")
 
-    return check_value
+    return check_literal
 
+
+def _type_checker(expected: type) -> _Check:
+    """JSON has no subclasses: `bool` is none of `int`'s."""
+
+    def check_type(value: Any) -> None:
+        if type(value) is not expected:
+            raise _unlike(value, _NAMES[expected])
+
+    return check_type
+
+
+def _check_natural(value: Any) -> None:
+    if type(value) is not int or value < 0:
+        raise _unlike(value, "a number from 0")
+
+
+def _check_number(value: Any) -> None:
+    if type(value) not in (int, float):
+        raise _unlike(value, "a number")
+
+
+def _check_hexadecimal(value: Any) -> None:
+    if not isinstance(value, str) or re.fullmatch("([0-9a-f]{2})+", value) is None:
+        raise _unlike(value, "bytes in hex")
+
+
+def _unlike(value: Any, expected: str) -> _Wrong:
+    text = repr(value)
+    shown = text if len(text) <= 40 else text[:39] + "…"
+    return _Wrong(f"is {shown}, not {expected}")
+
+
+_SPECIAL: dict[Any, _Check] = {
+    Natural: _check_natural,
+    Hexadecimal: _check_hexadecimal,
+    float: _check_number,
+}
 
 _NAMES = {str: "a string", int: "an integer", type(None): "null"}
-"""JSON has no other numbers, and no subclasses: `bool` is none of `int`'s."""
