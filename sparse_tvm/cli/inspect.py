@@ -94,8 +94,9 @@ def _print_artifact(console: Console, found: Mapping[str, Any]) -> None:
     console.print(
         fact_table(
             [
-                ("Model", f"{model['name']} (sha256 {model['sha256']})"),
+                ("Model", model["name"]),
                 ("Source", str(model["source"])),
+                ("Its SHA-256", str(model["sha256"])),
                 *summary_facts(found),
                 ("Triple", target["triple"]),
                 ("CPU features", ", ".join(target["features"])),

@@ -1,5 +1,7 @@
 """The HTML report's plots: Vega-Lite specifications, drawn to SVG when the report is written.
 
+Each is drawn for a page and for a phone, on which a page's plot could not be read.
+
 Colours are CSS variables of the page, so plots follow its light or dark scheme. What a mark stands
 for is its ``aria-label``, which the page shows as a tooltip.
 """
@@ -11,6 +13,9 @@ from typing import Any
 
 WIDTH = 1080
 """Pixels of a plot that fills the page."""
+
+SLIM_WIDTH = 230
+"""Pixels of every plot on a phone, beside its axis."""
 
 _THEME: dict[str, Any] = {
     "background": None,
@@ -282,15 +287,20 @@ def _colour(field: str, colours: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _draw(specification: Mapping[str, Any]) -> str:
+    """Draw it twice, for a page and for a phone; the page shows the one that fits."""
     import vl_convert
 
-    svg: str = vl_convert.vegalite_to_svg(
-        {"$schema": "https://vega.github.io/schema/vega-lite/v5.json"}
-        | {
-            "padding": _PADDING,
-            **specification,
-            "config": _THEME,
-        },  # text may be wider than measured
-        vl_version="5.21",
-    )
-    return svg
+    drawn = []
+    for shown, width, legend_columns in (
+        ("broad", specification["width"], 0),
+        ("slim", SLIM_WIDTH, 3),
+    ):
+        legend = {**_THEME["legend"], "columns": legend_columns}
+        svg: str = vl_convert.vegalite_to_svg(
+            {"$schema": "https://vega.github.io/schema/vega-lite/v5.json"}
+            | {"padding": _PADDING, **specification}
+            | {"width": width, "config": {**_THEME, "legend": legend}},
+            vl_version="5.21",
+        )
+        drawn.append(f'<div class="{shown}">{svg}</div>')
+    return "\n".join(drawn)

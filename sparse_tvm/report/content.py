@@ -99,8 +99,9 @@ def _layers_speed(layers: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None
     dense = sum(layer_figures(layer)["dense_seconds"] for layer in timed)
     chosen = sum(layer_figures(layer)["seconds"] for layer in timed)
     basis = " and ".join(sorted({_basis(layer) for layer in timed}))
-    tokens = " or ".join(map(str, sorted({layer["times"]["tokens"] for layer in timed})))
-    what = f"the speed of the same layers stored dense ({basis}, {tokens} tokens)"
+    sizes = sorted({layer["times"]["tokens"] for layer in timed})
+    size = "each at its own size" if len(sizes) > 2 else f"{' or '.join(map(str, sizes))} tokens"
+    what = f"the speed of the same layers stored dense ({basis}, {size})"
     return f"{dense / chosen:.1f}x", what
 
 
