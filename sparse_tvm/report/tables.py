@@ -103,7 +103,7 @@ def fact_table(facts: list[tuple[str, str]]) -> Table:
     """Return a borderless table of (label, value) pairs."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
-    table.add_column()
+    table.add_column(overflow="fold")
     for label, value in facts:
         table.add_row(Text(label), Text(value))
     return table
