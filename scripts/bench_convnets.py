@@ -3,8 +3,10 @@
 Dense engines run the unpruned model, ours the pruned ones too; ``best`` is the fastest of the
 others in float32. Outputs are compared with ONNX Runtime's on the same model first. OpenVINO takes
 part where it is installed; LiteRT (``ai-edge-litert``) where the network lies in the work directory
-as a ``.tflite`` file with the same weights. ``--quantised`` runs all of it in int8: models that
-ONNX Runtime's static quantisation makes, each output channel of a weight with its own scale.
+as a ``.tflite`` file with the same weights. So may networks that are not built here: ``NAME.onnx``
+from ``input`` ``[1, 3, 224, 224]`` to ``logits``, such as exports of torchvision's. ``--quantised``
+runs all of it in int8: models that ONNX Runtime's static quantisation makes, each output channel of
+a weight with its own scale.
 """
 
 from __future__ import annotations
@@ -34,6 +36,9 @@ NETWORKS: dict[str, tuple[Callable[[], onnx.ModelProto], tuple[str, ...]]] = {
     "resnet50": (build_resnet50, ("0", "90", "90:4x1", "95:4x1")),
 }
 """Builder and variants, ``SPARSITY%[:STRUCTURE]``, of each network."""
+
+VARIANTS = ("0", "80", "90", "90:4x1")
+"""Of networks that are not built here."""
 
 TOLERANCE = 1e-3
 
@@ -71,10 +76,14 @@ def prepare(
     network: str, directory: Path, variants: tuple[str, ...], in_int8: bool
 ) -> dict[str, Path]:
     """The ONNX files of a network by variant, and our artifacts beside them."""
-    build, known = NETWORKS[network]
     dense = directory / f"{network}.onnx"
-    if not dense.exists():
-        onnx.save(build(), dense)
+    known = VARIANTS
+    if network in NETWORKS:
+        build, known = NETWORKS[network]
+        if not dense.exists():
+            onnx.save(build(), dense)
+    elif not dense.exists():
+        sys.exit(f"error: no {dense}; built here are {', '.join(NETWORKS)}")
     models = {}
     for variant in variants or known:
         share, _, structure = variant.partition(":")
@@ -176,7 +185,7 @@ def _points_elsewhere(output: np.ndarray, expected: np.ndarray) -> bool:
 
 
 def main(
-    network: Annotated[list[str] | None, typer.Argument(help="Of those known; all.")] = None,
+    network: Annotated[list[str] | None, typer.Argument(help="Built here, or in WORKDIR.")] = None,
     threads: Annotated[list[int] | None, typer.Option(help="Numbers of threads.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="SPARSITY%[:STRUCTURE].")] = None,
     duration: Annotated[float, typer.Option(help="Seconds per engine.")] = 1.5,
