@@ -315,6 +315,18 @@ def test_one_shot_refuses() -> None:
         prune_with_data(model, make_model(), goals, [])
     with pytest.raises(InputError, match="not finite"):
         prune_with_data(model, make_model(), goals, [{"input": torch.full((8, 16), torch.nan)}])
+    with pytest.raises(InputError, match=r"does not run on the calibration data: .*'x'"):
+        prune_with_data(model, make_model(), goals, [{"x": torch.ones(8, 16)}])
+    with pytest.raises(InputError, match=r"does not run on the calibration data: .*16"):
+        prune_with_data(model, make_model(), goals, [{"input": torch.ones(8, 15)}])
+    with pytest.raises(
+        InputError, match="2 calibration samples are too few: layer 0 sees 2"
+    ) as few:
+        prune_with_data(model, make_model(), goals, [{"input": torch.ones(2, 16)}])
+    assert few.value.hint == "give at least 4 samples, better 16"
+    with pytest.raises(OptionError, match="there is no layer 9"):
+        prune_with_data(model, make_model(), {"9": goals["0"]}, [{"input": torch.ones(8, 16)}])
+    assert not any(mask.any() for mask in zeros(model))
 
 
 def test_a_model_that_was_pruned_while_it_trained_compiles(tmp_path: Path) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from sparse_tvm.errors import InputError
 from sparse_tvm.sparsity.obs import Problem
 
 DAMPING = 0.01
 """Added to the Hessian's diagonal, as a share of its mean: what SparseGPT uses."""
+
+FEWEST_ROWS = 4
+"""Second moments of `K` inputs take at least ``K`` / this many rows to mean anything."""
 
 _TINY = 1e-30
 
@@ -42,6 +46,29 @@ class Moments:
         self._dense += dense.T @ dense
         self._cross += dense.T @ pruned
         self._pruned += pruned.T @ pruned
+
+    def check(self, layer: str, samples: int) -> None:
+        """Refuse moments that mean nothing, of a layer and from so many samples.
+
+        Raises
+        ------
+        InputError
+            When the rows are too few, or not finite.
+        """
+        features = len(self._dense_sum)
+        if self.count * FEWEST_ROWS < features:
+            needed = -(-features // FEWEST_ROWS)
+            more = -(-samples * needed // max(self.count, 1))
+            raise InputError(
+                f"{samples} calibration samples are too few: layer {layer} sees {self.count} rows "
+                f"of its {features} inputs, and needs {needed}",
+                hint=f"give at least {more} samples, better {FEWEST_ROWS * more}",
+            )
+        if not np.isfinite(self.input_norms).all():
+            raise InputError(
+                f"the inputs of layer {layer} are not finite on the calibration data",
+                hint="is it the data that the model was made for?",
+            )
 
     @property
     def input_norms(self) -> np.ndarray:

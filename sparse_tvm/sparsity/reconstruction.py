@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from sparse_tvm.errors import InputError
 from sparse_tvm.frontends.onnx.detach import as_array, stored_tensors
 from sparse_tvm.frontends.onnx.weights import WeightRef, canonical, replace_data, stored
 from sparse_tvm.sparsity.calibration import Batch, padding_rows
@@ -21,9 +20,6 @@ from sparse_tvm.sparsity.obs import prune_by_obs
 from sparse_tvm.sparsity.pattern import Goal
 from sparse_tvm.sparsity.progress_store import ProgressStore
 from sparse_tvm.sparsity.stages import StagedModel
-
-FEWEST_ROWS = 4
-"""Second moments of `K` inputs take at least ``K`` / this many rows to mean anything."""
 
 
 @dataclass(frozen=True)
@@ -124,21 +120,7 @@ def _moments(
             _rows(task, left, padding), _rows(task, right, padding), strict=True
         ):
             moments.add(rows, other)
-    layer = task.ref.layer
-    if moments.count * FEWEST_ROWS < features:
-        samples = sum(len(next(iter(batch.values()))) for batch in batches)
-        needed = -(-features // FEWEST_ROWS)
-        more = -(-samples * needed // max(moments.count, 1))
-        raise InputError(
-            f"{samples} calibration samples are too few: layer {layer} sees {moments.count} rows "
-            f"of its {features} inputs, and needs {needed}",
-            hint=f"give at least {more} samples, better {FEWEST_ROWS * more}",
-        )
-    if not np.isfinite(moments.input_norms).all():
-        raise InputError(
-            f"the inputs of layer {layer} are not finite on the calibration data",
-            hint="is it the data that the model was made for?",
-        )
+    moments.check(task.ref.layer, sum(len(next(iter(batch.values()))) for batch in batches))
     return moments
 
 

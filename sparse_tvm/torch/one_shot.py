@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_tvm.errors import InputError
+from sparse_tvm.errors import InputError, OptionError
 from sparse_tvm.frontends.onnx.read import first_few
 from sparse_tvm.frontends.source import require
 from sparse_tvm.sparsity.layer_inputs import Window
@@ -61,11 +61,20 @@ def prune_with_data(
 
     Raises
     ------
+    OptionError
+        When there is no such layer.
     InputError
-        When there are no batches, a layer does not run or its inputs are not finite.
+        When there are no batches or too few rows, the model does not take them, a layer does not
+        run or its inputs are not finite.
     """
     if not batches:
         raise InputError("there is no calibration data", hint="give at least one batch")
+    modules = dict(model.named_modules())
+    if strangers := [name for name in goals if name not in modules]:
+        raise OptionError(
+            f"there is no layer {first_few(strangers)} to prune",
+            hint="give names of the model's modules",
+        )
     groups = _groups(teacher, goals, batches[0])
     errors: dict[str, float] = {}
     with ExitStack() as stack:
@@ -160,6 +169,12 @@ def _groups(model: Any, goals: Mapping[str, Goal], batch: Batch) -> list[list[st
     try:
         with torch.no_grad():
             model(**batch)
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"the model does not run on the calibration data: {reason}",
+            hint="a batch holds the keyword arguments of the model's forward",
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -191,8 +206,7 @@ def _moments(
         both = (_rows(layer, each.next(), mask) for each in (left, right))
         for rows, other in zip(*both, strict=True):
             moments.add(rows, other)
-    if not np.isfinite(moments.input_norms).all():
-        raise InputError(f"the inputs of layer {name} are not finite on the calibration data")
+    moments.check(name, sum(len(next(iter(batch.values()))) for batch in batches))
     return moments
 
 
