@@ -190,6 +190,7 @@ def test_losses_are_zero_for_equals_and_train_the_student() -> None:
         (lambda a, b: hidden_state_loss([a], [b], mask), x, y),
         (embedding_loss, x[:, 0], y[:, 0]),
         (similarity_loss, x[:, 0], y[:, 0]),
+        (lambda a, b: similarity_loss(a, b, x[:, 1]), x[:, 0], y[:, 0]),
     ):
         student = ours.clone().requires_grad_()
         teacher = theirs.clone().requires_grad_()
@@ -203,6 +204,15 @@ def test_losses_are_zero_for_equals_and_train_the_student() -> None:
     half[:, :3] = 1
     y[:, :3] = x[:, :3]
     assert float(hidden_state_loss([x], [y], half)) == 0
+
+
+def test_similarity_loss_counts_those_with_others() -> None:
+    """Directions in which others do not lie cost nothing, however wrong they are."""
+    others = torch.eye(4)[[0, 0, 1]]
+    theirs = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0]])
+    ours = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 1.0]])
+    assert float(similarity_loss(ours, theirs, others)) == pytest.approx(0, abs=1e-6)
+    assert float(similarity_loss(ours.flip(0), theirs, others)) > 1
 
 
 class Classifier(nn.Module):

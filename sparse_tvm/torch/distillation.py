@@ -58,14 +58,26 @@ def embedding_loss(student: Any, teacher: Any) -> Any:
     return 1 - cosines.mean()
 
 
-def similarity_loss(student: Any, teacher: Any) -> Any:
-    """Return the error of a batch's pair similarities, relative to the teacher's variance.
+def similarity_loss(student: Any, teacher: Any, others: Any = None) -> Any:
+    """Return the error of similarities, relative to the variance of the teacher's.
 
     What search by embeddings needs is that similarities stay, not the embeddings themselves.
+
+    Parameters
+    ----------
+    student, teacher : Tensor
+        Embeddings ``[batch, features]`` of the same inputs.
+    others : Tensor | None
+        The teacher's embeddings ``[count, features]`` of other inputs, a thousand or more, that
+        both are compared with. Without, the batch's are compared with each other, and small
+        batches make gradients that are mostly noise.
     """
-    ours, theirs = (
-        torch.nn.functional.normalize(x.float(), dim=-1) for x in (student, teacher.detach())
-    )
-    pairs = torch.triu_indices(len(ours), len(ours), 1)
-    ours, theirs = ((x @ x.T)[pairs[0], pairs[1]] for x in (ours, theirs))
+    normalize = torch.nn.functional.normalize
+    ours, theirs = (normalize(x.float(), dim=-1) for x in (student, teacher.detach()))
+    if others is None:
+        pairs = torch.triu_indices(len(ours), len(ours), 1)
+        ours, theirs = ((x @ x.T)[pairs[0], pairs[1]] for x in (ours, theirs))
+    else:
+        others = normalize(others.detach().float(), dim=-1)
+        ours, theirs = (x @ others.T for x in (ours, theirs))
     return (ours - theirs).square().mean() / theirs.var()
