@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 import threading
@@ -10,11 +11,14 @@ from pathlib import Path
 import artifacts
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import sparse_tvm
-from sparse_tvm.errors import InputError
+from sparse_tvm import session
+from sparse_tvm.errors import InputError, OptionError
+from sparse_tvm.models import bert
 from sparse_tvm.session import InferenceSession
 
 SCRIPT = """
@@ -83,24 +87,24 @@ def test_a_script_for_onnx_runtime_runs_with_only_its_import_changed(tmp_path: P
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> InferenceSession:
+def small(tmp_path: Path) -> InferenceSession:
     return InferenceSession(artifacts.write(tmp_path / "small.so"))
 
 
-def test_outputs_come_as_asked(session: InferenceSession) -> None:
-    ids, y = session.run(["same_ids", "y"], artifacts.inputs())
+def test_outputs_come_as_asked(small: InferenceSession) -> None:
+    ids, y = small.run(["same_ids", "y"], artifacts.inputs())
     np.testing.assert_array_equal(ids, artifacts.inputs()["ids"])
     np.testing.assert_allclose(y, artifacts.expected(artifacts.inputs()), atol=1e-5)
-    assert [arg.type for arg in session.get_inputs()] == ["tensor(float)", "tensor(int64)"]
-    assert session.get_providers() == ["SparseTvmCpuExecutionProvider"]
+    assert [arg.type for arg in small.get_inputs()] == ["tensor(float)", "tensor(int64)"]
+    assert small.get_providers() == ["CPUExecutionProvider"]
 
 
-def test_an_unknown_output_is_named(session: InferenceSession) -> None:
+def test_an_unknown_output_is_named(small: InferenceSession) -> None:
     with pytest.raises(InputError, match="no output 'z'"):
-        session.run(["z"], artifacts.inputs())
+        small.run(["z"], artifacts.inputs())
 
 
-def test_a_failed_asynchronous_run_says_why(session: InferenceSession) -> None:
+def test_a_failed_asynchronous_run_says_why(small: InferenceSession) -> None:
     said: list[str] = []
     done = threading.Event()
 
@@ -108,7 +112,76 @@ def test_a_failed_asynchronous_run_says_why(session: InferenceSession) -> None:
         said.extend([error, *map(str, outputs)])
         done.set()
 
-    session.run_async(None, {}, callback, None)
+    small.run_async(None, {}, callback, None)
     assert done.wait(30)
     assert "missing input" in said[0]
     assert len(said) == 1
+
+
+IMPORT = "import onnxruntime as onnxrt"
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> dict[str, Path]:
+    """ONNX Runtime's own test tool as it ships, and again with nothing but its import changed."""
+    theirs = Path(onnxruntime.__file__).parent / "tools" / "onnxruntime_test.py"
+    text = theirs.read_text(encoding="utf-8")
+    assert text.count(IMPORT) == 1
+    ours = tmp_path / "tool.py"
+    ours.write_text(text.replace(IMPORT, "from sparse_tvm import session as onnxrt"))
+    return {"model.onnx": theirs, "model.so": ours}
+
+
+def test_the_test_tool_of_onnx_runtime_runs(tools: dict[str, Path], tmp_path: Path) -> None:
+    onnx.save(sparse_model(), tmp_path / "model.onnx")
+    sparse_tvm.compile(tmp_path / "model.onnx", tmp_path / "model.so")
+    for model, tool in tools.items():
+        command = [sys.executable, tool, tmp_path / model, "5", "--symbolic_dims", "batch=3"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "iterations: 5\navg latency: " in done.stdout
+
+
+def test_the_test_tool_of_onnx_runtime_gets_the_same_outputs(
+    tools: dict[str, Path], tmp_path: Path
+) -> None:
+    config = bert.BertConfig(layers=1, hidden=32, heads=2, intermediate=32)
+    model = bert.build_bert(config, batch="batch", sequence="sequence")
+    onnx.save(model, tmp_path / "model.onnx")
+    sparse_tvm.compile(tmp_path / "model.onnx", tmp_path / "model.so", verify=False)
+    ids = np.arange(16).reshape(2, 8)
+    feeds = {arg.name: np.ones_like(ids) for arg in model.graph.input} | {"input_ids": ids}
+    outputs = [
+        runpy.run_path(str(tool))["run_model"](str(tmp_path / name), feeds=feeds)[2]
+        for name, tool in tools.items()
+    ]
+    for expected, ours in zip(*outputs, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_options_that_optimise_a_graph_change_nothing(tmp_path: Path) -> None:
+    options = session.SessionOptions()
+    options.graph_optimization_level = session.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.execution_mode = session.ExecutionMode.ORT_PARALLEL
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.intra_op_num_threads = 1
+    path = artifacts.write(tmp_path / "small.so")
+    opened = InferenceSession(path, options, providers=session.get_available_providers())
+    outputs = opened.run(None, artifacts.inputs(), session.RunOptions())
+    assert len(outputs) == len(opened.get_outputs())
+    assert opened.get_session_options().intra_op_num_threads == 1
+    assert opened.get_modelmeta().graph_name
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("enable_profiling", True), ("optimized_model_filepath", "to.onnx")]
+)
+def test_options_that_ask_for_a_file_are_refused(tmp_path: Path, option: str, value: object):
+    options = session.SessionOptions(**{option: value})
+    with pytest.raises(OptionError):
+        InferenceSession(artifacts.write(tmp_path / "small.so"), options)
+
+
+def test_a_model_in_memory_is_refused() -> None:
+    with pytest.raises(OptionError, match="takes the path"):
+        InferenceSession(b"not a path")
