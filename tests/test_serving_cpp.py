@@ -32,8 +32,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @needs_cmake
 def test_cpp_prints_what_python_returns(program: Path, tmp_path: Path) -> None:
     path = write_encoder(tmp_path / "encoder.so")
-    command = [program, path, "batch=2", "sequence=5"]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    command = [program, path.name, "batch=2", "sequence=5"]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    output = done.stdout
     ones = np.ones((2, 5), np.int64)
     hidden = sparse_tvm.load(path).run({"input_ids": ones, "attention_mask": ones})["hidden"]
     head, _, numbers = output.partition(":")

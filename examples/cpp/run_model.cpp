@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <iostream>
 #include <map>
 #include <stdexcept>
@@ -157,7 +158,8 @@ int Run(int argc, char** argv) {
   Artifact artifact(argv[1]);
 
   // The code: an ELF library whose one function makes a virtual machine for the program.
-  ffi::Module library = ffi::Module::LoadFromFile(argv[1]);
+  // By its whole path, as a bare name would be looked up where the system's libraries are.
+  ffi::Module library = ffi::Module::LoadFromFile(std::filesystem::absolute(argv[1]).string());
   ffi::Module machine = (*library->GetFunction("vm_load_executable"))().cast<ffi::Module>();
   constexpr int kDeviceId = 0, kPooledAllocator = 2;
   ffi::Function initialize = *machine->GetFunction("vm_initialization");
