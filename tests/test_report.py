@@ -18,9 +18,12 @@ from sparse_tvm.report.content import (
     human_count,
     human_percent,
     nothing_sparse,
+    target_name,
 )
 from sparse_tvm.report.groups import common_prefix, grouped
 from sparse_tvm.report.tables import fold_name, layer_table, print_summary
+from sparse_tvm.targets import get_target
+from sparse_tvm.targets.cuda import CUDA_TARGETS
 
 
 class PageReader(HTMLParser):
@@ -281,3 +284,8 @@ def test_reports_load_and_hide_nothing(tmp_path: Path, suffix: str) -> None:
         assert "![x]" not in text
         assert "http://example.com/x.png" in text
         assert re.search(r"(?<!\\)\[", text) is None
+
+
+def test_targets_are_named_by_what_they_are_made_for() -> None:
+    assert target_name(get_target("x86-64-v3").as_json()) == "x86-64-v3 (256-bit vectors)"
+    assert target_name(CUDA_TARGETS[0].as_json()) == "cuda-sm80 (sm_80)"

@@ -222,7 +222,9 @@ def verification_title(manifest: Mapping[str, Any]) -> str:
 
 
 def target_name(target: Mapping[str, Any]) -> str:
-    """Return a target as in ``x86-64-v3 (256-bit vectors)``."""
+    """Return a target as in ``x86-64-v3 (256-bit vectors)`` or ``cuda-sm90 (sm_90)``."""
+    if "architectures" in target:
+        return f"{target['name']} ({', '.join(target['architectures'])})"
     cpu = "" if target["cpu"] == target["name"] else f"{target['cpu']}, "
     return f"{target['name']} ({cpu}{target['vector_bits']}-bit vectors)"
 
