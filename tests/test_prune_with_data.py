@@ -122,6 +122,17 @@ def test_moments_make_up_for_earlier_errors() -> None:
     assert moments.error(w, after, centred=True) == pytest.approx(error, rel=1e-2, abs=1e-4)
 
 
+@pytest.mark.parametrize("mean", [0.0, 1e-12, 1e-8])
+def test_rounding_does_not_outweigh_the_damping(mean: float) -> None:
+    """A Hessian of small variances, with rounding of either sign."""
+    noise = 1e-6 * rng().standard_normal((24, 24))
+    moments = Moments(24)
+    moments.count = 1
+    moments._pruned = mean * np.eye(24) + noise + noise.T
+    hessian = moments.problem(np.ones((4, 24), np.float32), centred=True).hessian
+    assert np.linalg.eigvalsh(hessian.astype(np.float64)).min() > 0
+
+
 @pytest.mark.parametrize(
     "attributes",
     [

@@ -97,6 +97,9 @@ class Moments:
             pruned = pruned - np.outer(pruned_mean, pruned_mean)
         mean = float(np.diagonal(pruned).mean())
         damping = DAMPING * mean if mean > _TINY else 1.0  # inputs that are always the same
+        # Where inputs hardly vary, centring leaves rounding, which takes more to outweigh.
+        while not _positive_definite(pruned, damping):
+            damping *= 10
         index = np.arange(len(pruned))
         pruned[index, index] += damping
         cross[index, index] += damping
@@ -127,3 +130,13 @@ class Moments:
 
     def _means(self) -> tuple[np.ndarray, np.ndarray]:
         return self._dense_sum / self.count, self._pruned_sum / self.count
+
+
+def _positive_definite(matrix: np.ndarray, damping: float) -> bool:
+    damped = matrix.astype(np.float32)
+    damped[np.diag_indices(len(damped))] += np.float32(damping)
+    try:
+        np.linalg.cholesky(damped)
+    except np.linalg.LinAlgError:
+        return False
+    return True
