@@ -1,6 +1,6 @@
 """Make a real sentence encoder faster: compile it pruned, embed, compare with ONNX Runtime.
 
-The pruned weights are in the repository; scripts/prune_minilm.py made them.
+The pruned weights are in the repository; scripts/prune_minilm.py makes such.
 """
 
 from __future__ import annotations

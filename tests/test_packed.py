@@ -75,27 +75,31 @@ def quickstart():
     return script
 
 
-@pytest.fixture(scope="module")
-def pruned(quickstart):
-    return minilm.build_minilm(sequence=32, pruned=quickstart.PRUNED)
+@pytest.fixture(scope="module", params=[("90-4x1", 0.9, 4), ("80-unstructured", 0.8, 1)])
+def pruned(quickstart, request):
+    name, sparsity, rows = request.param
+    path = quickstart.PRUNED.parent / f"{name}.npz"
+    return minilm.build_minilm(sequence=32, pruned=path), sparsity, rows
 
 
-def test_nine_of_ten_blocks_are_zero(pruned):
+def test_so_many_blocks_are_zero(pruned):
+    model, sparsity, rows = pruned
     matrices = [
         weight
-        for tensor in pruned.graph.initializer
+        for tensor in model.graph.initializer
         if (weight := numpy_helper.to_array(tensor)).ndim == 2
         and weight.shape in {(384, 384), (384, 1536), (1536, 384)}
     ]
     assert len(matrices) == 36
     for weight in matrices:  # [inputs, outputs]
-        blocks = weight.reshape(len(weight), -1, 4).any(axis=-1)
-        assert 1 - blocks.mean() == pytest.approx(0.9, abs=1e-3)
+        blocks = weight.reshape(len(weight), -1, rows).any(axis=-1)
+        assert 1 - blocks.mean() == pytest.approx(sparsity, abs=1e-3)
 
 
 def test_neighbours_stay(quickstart, pruned):
     ours, theirs = (
-        embed(model, quickstart.SENTENCES) for model in (pruned, minilm.build_minilm(sequence=32))
+        embed(model, quickstart.SENTENCES)
+        for model in (pruned[0], minilm.build_minilm(sequence=32))
     )
     assert quickstart.nearest(ours) == quickstart.nearest(theirs)
     assert (ours * theirs).sum(axis=1).mean() > 0.6
