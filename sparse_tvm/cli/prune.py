@@ -84,8 +84,11 @@ def prune(
     """Prune the weights of MODEL. Embeddings are never touched."""
     from sparse_tvm.frontends.input_shapes import parse_input_shapes
     from sparse_tvm.frontends.kinds import check_model
+    from sparse_tvm.sparsity.pattern import Goal
 
     shapes = parse_input_shapes(input_shape or ())
+    if plan is None:
+        Goal.parse(structure, sparsity)
     check_model(model)
 
     from sparse_tvm.cli.console import stderr_console, stdout_console
