@@ -4,7 +4,8 @@ Matches a dense layer of float32 whose input the model rounds to 8 bits by one s
 fixed or of the values that there are, and whose weight's rows are multiples of a step, from -128 to
 127 of them. It becomes a layer in int8 that reads :class:`~sparse_tvm.operators.StepRound`. Kernels
 multiply bytes less 128; what the zero point differs from that by is a bias, for it counts each
-weight once: ``scale * (128 - zero point) * sum of the row``.
+weight once: ``scale * (128 - zero point) * sum of the row``. Where each token has a scale of its
+own, that of its largest magnitude, the layer reads what was rounded, as any layer in int8 does.
 
 Leaves float32, with a note: weights with larger steps (asymmetric ones), layers that the user gave
 a precision, and targets without kernels. Convolutions are
@@ -76,6 +77,9 @@ class _KeepIntegers(Rewrite):
     ) -> Any:
         x, weight, *extras = found.args
         biased, extras = self._biased(op), [self.new(extra) for extra in extras]
+        if rounding.of_tokens:  # as kernels round by themselves
+            args = [self._source(x, rounding), self.new(weight), *extras]
+            return dialect.call(op, args, shape_of(var))
         correction = self._correction(rounding, w, f"{op.layer}.zero_point")
         if correction is None:
             biased = op
@@ -91,13 +95,17 @@ class _KeepIntegers(Rewrite):
         """The rounded input, made once for all layers that read it."""
         if x not in self._rounded:
             parameters = [self._vector(value) for value in (rounding.scale, rounding.zero)]
-            source = self.new(rounding.source)
-            if len(shape_of(x)) != len(shape_of(rounding.source)):
-                source = self.emit(relax.op.reshape(source, shape_of(x)))
             op = StepRound()
-            call = dialect.call(op, [source, *parameters], shape_of(x))
+            call = dialect.call(op, [self._source(x, rounding), *parameters], shape_of(x))
             self._rounded[x] = self.emit(call, op.name)
         return self._rounded[x]
+
+    def _source(self, x: Any, rounding: Rounding) -> Any:
+        """What was rounded, in the shape in which it is read."""
+        source = self.new(rounding.source)
+        if len(shape_of(x)) != len(shape_of(rounding.source)):
+            source = self.emit(relax.op.reshape(source, shape_of(x)))
+        return source
 
     def _vector(self, value: Any) -> Any:
         if isinstance(value, float):

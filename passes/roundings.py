@@ -16,8 +16,12 @@ from sparse_tvm.passes.graph import (
     scalar_value,
     shape_of,
 )
+from sparse_tvm.sparsity.quantise import PEAK_STEPS
 
 _LAST_STEP = 255
+_LEAST_SCALE = 1e-5
+"""Below which models may raise a token's scale, and kernels do not: all but zeros."""
+
 MIDDLE = 128
 """The byte that stands for 0 where a scale is symmetric."""
 
@@ -26,12 +30,14 @@ MIDDLE = 128
 class Rounding:
     """A rounded activation: of what, and by which scale and zero point (numbers, or tensors).
 
-    The zero point is that of bytes from 0 to 255.
+    The zero point is that of bytes from 0 to 255. ``of_tokens`` tells that each token has a scale
+    of its own, as kernels find it: `PEAK_STEPS` are its largest magnitude.
     """
 
     source: Any
     scale: Any
     zero: Any
+    of_tokens: bool = False
 
 
 class Roundings:
@@ -69,9 +75,29 @@ class Roundings:
             return None
         zero = self._zero_point(low.args[1], high.args[1])
         number = scalar_value(scale)
-        if zero is None or (number is None and shape_of(scale)):
+        symmetric = isinstance(zero, float) and zero == MIDDLE
+        of_tokens = symmetric and self._is_of_tokens(scale, quotient.args[0])
+        if zero is None or (number is None and shape_of(scale) and not of_tokens):
             return None
-        return Rounding(quotient.args[0], scale if number is None else number, zero)
+        return Rounding(quotient.args[0], scale if number is None else number, zero, of_tokens)
+
+    def _is_of_tokens(self, scale: Any, x: Any) -> bool:
+        """Whether it is ``max(max(abs(x)) / PEAK_STEPS, least)``, of each token."""
+        while (moved := self.graph.op(scale, "reshape", "expand_dims")) is not None:
+            scale = moved.args[0]
+        raised = self.graph.op(scale, "maximum")
+        quotient = self._operand(raised, "divide")
+        peak = self._operand(quotient, "max")
+        magnitude = self._operand(peak, "abs")
+        if raised is None or quotient is None or peak is None or magnitude is None:
+            return False
+        last = len(shape_of(x)) - 1
+        return (
+            scalar_value(quotient.args[1]) == PEAK_STEPS
+            and (scalar_value(raised.args[1]) or 1) <= _LEAST_SCALE
+            and [axis % (last + 1) for axis in peak.attrs.axis or []] == [last]
+            and same(magnitude.args[0], x)
+        )
 
     def _operand(self, call: relax.Call | None, name: str) -> relax.Call | None:
         """The call that computes the first operand of another, if there are both."""

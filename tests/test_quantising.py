@@ -72,8 +72,8 @@ def rounded_by_hand(x, layer):
         if name == layer:
             step = np.abs(w).max(axis=0, keepdims=True) / 127
             w = np.rint(w / step) * step
-            step = np.abs(x).max(axis=-1, keepdims=True) / 127
-            x = np.rint(x / step) * step
+            step = np.abs(x).max(axis=-1, keepdims=True) / 127.5
+            x = np.clip(np.rint(x / step), -127, 127) * step
         return x @ w
 
     hidden = product(product(x, "first") * arrays["stretch"], "second")

@@ -159,4 +159,5 @@ def test_torchao_dynamic(saved: bool, tmp_path: Path) -> None:
             module, tmp_path / "model.so", example_inputs=example, dynamic_shapes=dynamic
         )
     assert [layer["name"] for layer in compiled.manifest["layers"]] == ["first", "second"]
+    assert precisions(compiled.manifest) == ["int8", "int8"]
     agrees(compiled.path, module, (2, 5, 64))

@@ -161,4 +161,9 @@ class Output:
                 with T.serial(1, JOBS_PER_GROUP) as i:
                     other = self._peaks[tile, i, T.ramp(first, 1, lanes)]
                     peak.set(0, 0, tirx.max(peak.get(0, 0), other))
+                # As what waited was rounded, which none may exceed.
+                bits = T.reinterpret(f"uint32x{lanes}", peak.get(0, 0))
+                nearest = bits + words_like(0x8000, lanes, "uint32")
+                upper = T.bitwise_and(nearest, words_like(0xFFFF0000, lanes, "uint32"))
+                peak.set(0, 0, T.reinterpret(f"float32x{lanes}", upper))
             store_tile(self._lines, tile, first, load, self._simd, peak)

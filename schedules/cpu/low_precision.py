@@ -5,9 +5,10 @@ features of one token; of a bf16 activation, two. A line of 64 bytes is then an 
 product instruction as it lies, and sixteen lines below each other are the right operand of a
 matrix unit whose product is the float32 lane tile itself: nothing is ever repacked.
 
-int8 is symmetric with one scale per token. A feature is stored as unsigned byte, plus 128, which
-is what x86's instructions multiply; the scales are the tile's last line. Tiles end on a multiple of
-sixteen lines, and the words behind the last feature are zeros.
+int8 is symmetric with one scale per token, of which the largest magnitude is 127.5: so PyTorch's
+quantisers have it. A feature is stored as unsigned byte, plus 128, which is what x86's instructions
+multiply; the scales are the tile's last line. Tiles end on a multiple of sixteen lines, and the
+words behind the last feature are zeros.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
 from sparse_tvm.schedules.cpu.precision import INT8, ZERO_POINT, Precision
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.schedules.cpu.vector_math import ROUNDING
-from sparse_tvm.sparsity.quantise import LARGEST
+from sparse_tvm.sparsity.quantise import PEAK_STEPS
+
+_BELOW_PEAK = PEAK_STEPS - 1e-4
+"""How many steps the largest magnitude is rounded from: fewer than make a byte overflow."""
 
 _TINY = 1e-30
 """Least scale's peak, so that a token of zeros has a scale to divide by."""
@@ -169,11 +173,11 @@ def _store_scales(lines: Lines, tile: Expr, first: Expr, peak: Registers, simd: 
     """Store the scale of each token; return what features are multiplied by."""
     largest = Registers(1, 1, simd)
     largest.set(0, 0, tirx.max(peak.get(0, 0), splat(T.float32(_TINY), simd)))
-    scale = largest.get(0, 0) * splat(T.float32(1 / LARGEST), simd)
+    scale = largest.get(0, 0) * splat(T.float32(1 / PEAK_STEPS), simd)
     words = T.reinterpret(f"int32x{simd.lanes}", scale)
     lines.set(tile, lines.data_lines, first, words, simd.lanes)
     inverse = Registers(1, 1, simd)
-    inverse.set(0, 0, splat(T.float32(LARGEST), simd) / largest.get(0, 0))
+    inverse.set(0, 0, splat(T.float32(_BELOW_PEAK), simd) / largest.get(0, 0))
     return inverse
 
 

@@ -21,7 +21,13 @@ from sparse_tvm.frontends.onnx.write import write_onnx
 from sparse_tvm.quantising.scales import Scale
 from sparse_tvm.quantising.sites import Site
 from sparse_tvm.reference import Reference
-from sparse_tvm.sparsity.quantise import LARGEST, bf16_values, quantise_rows, round_to_bf16
+from sparse_tvm.sparsity.quantise import (
+    LARGEST,
+    PEAK_STEPS,
+    bf16_values,
+    quantise_rows,
+    round_to_bf16,
+)
 from sparse_tvm.verification import Similarity
 
 LEVELS = ("fp32", "bf16", "int8")
@@ -175,9 +181,10 @@ class _Writer:
             self._add(int8, "Mul", steps, scale.step)
         else:
             peak = self._peak(int8, self._add(int8, "Abs", x), site.axis)
-            step = self._add(int8, "Div", self._add(int8, "Max", peak, _TINY), float(LARGEST))
+            step = self._add(int8, "Div", self._add(int8, "Max", peak, _TINY), PEAK_STEPS)
             steps = self._whole(int8, self._add(int8, "Div", x, step))
-            self._add(int8, "Mul", steps, step)
+            steps = self._add(int8, "Min", steps, float(LARGEST))
+            self._add(int8, "Mul", self._add(int8, "Max", steps, -float(LARGEST)), step)
         bf16: list[onnx.NodeProto] = []
         large = self._add(bf16, "Mul", x, _HALF)
         self._add(bf16, "Sub", large, self._add(bf16, "Sub", large, x))

@@ -10,6 +10,8 @@ LARGEST = 127
 LEAST = -128
 """What weights reach that others rounded: in PyTorch, 127.5 steps are as much as the largest."""
 
+PEAK_STEPS = 127.5
+"""Steps of an int8 activation's scale that make its largest magnitude, which is rounded to 127."""
 
 _SAMPLES = (16, 128)
 """How many values of a row, evenly spread, are asked before all are."""

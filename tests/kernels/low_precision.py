@@ -10,7 +10,13 @@ from sparse_tvm.schedules.cpu.dots import Dot
 from sparse_tvm.schedules.cpu.precision import BF16, INT8, LINES, ZERO_POINT, Precision
 from sparse_tvm.schedules.x86.instructions import Amx, PlainTiles
 from sparse_tvm.schedules.x86.units import DOTS
-from sparse_tvm.sparsity.quantise import as_words, bf16_values, quantise_rows, round_to_bf16
+from sparse_tvm.sparsity.quantise import (
+    LARGEST,
+    PEAK_STEPS,
+    as_words,
+    bf16_values,
+    round_to_bf16,
+)
 from sparse_tvm.targets import TARGETS, Target
 
 ANY = TARGETS["x86-64-v2"]
@@ -35,8 +41,15 @@ def rounded(x: np.ndarray, precision: Precision) -> np.ndarray:
     """What an activation ``[lead, rows, features]`` is worth after rounding."""
     if precision is BF16:
         return bf16_values(round_to_bf16(x)).reshape(x.shape)
-    values, scales = quantise_rows(x.reshape(-1, x.shape[-1]))
-    return (values * scales[:, None].astype("float64")).reshape(x.shape)
+    values, scales = in_steps(x)
+    return values * scales.astype("float64")
+
+
+def in_steps(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An int8 activation's values, and the scale of each token, ``[..., 1]``."""
+    scales = (np.abs(x).max(axis=-1, keepdims=True) / PEAK_STEPS).astype(np.float32)
+    steps = np.rint(x / np.where(scales > 0, scales, 1))
+    return np.clip(steps, -LARGEST, LARGEST).astype(np.int8), scales
 
 
 def to_lines(x: np.ndarray, precision: Precision) -> np.ndarray:
@@ -44,7 +57,7 @@ def to_lines(x: np.ndarray, precision: Precision) -> np.ndarray:
     lead, rows, features = x.shape
     flat = x.reshape(-1, features)
     if precision is INT8:
-        values, scales = quantise_rows(flat)
+        values, scales = in_steps(flat)
         stored = (values.astype(np.int16) + ZERO_POINT).astype(np.uint8)
     else:
         stored = round_to_bf16(flat)

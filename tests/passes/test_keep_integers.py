@@ -91,6 +91,23 @@ def test_dynamic_scales():
     assert [step.name for step in layer.op.epilogue] == ["bias"]
 
 
+@pytest.mark.parametrize("peak_steps", [127.5, 127.0])
+def test_scales_of_tokens_are_those_of_the_kernels(peak_steps):
+    def body(emit, x, w):
+        peak = emit(OP.max(emit(OP.abs(x)), axis=[-1], keepdims=True))
+        scale = emit(OP.maximum(emit(OP.divide(peak, number(peak_steps))), number(1e-7)))
+        rounded = fake(emit, x, scale, number(-128.0), number(127.0))
+        return OP.matmul(rounded, emit(OP.permute_dims(w)))
+
+    program = build(body, {"x": (2, 8, 64)}, {"w": (32, 64)})
+    program.weights["w"] = STEPS
+    found = transformed(program)
+    layer = dense(found)
+    assert layer.op.types.input == ("int8" if peak_steps == 127.5 else "float32")
+    assert layer.op.epilogue == ()
+    assert calls(found, StepRound) == []
+
+
 def test_other_steps_and_rules_of_the_user_stay_float32():
     for subject in (
         transformed(static(-50.0, 155.0)),
