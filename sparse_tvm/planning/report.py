@@ -58,7 +58,8 @@ def write_plan_report(plan: Plan, path: str | os.PathLike[str]) -> None:
         As :func:`check_plan_report`.
     """
     check_plan_report(path)
-    text = _frontier(plan)
+    frontier = _frontier(plan)
+    text = frontier.broad
     if Path(path).suffix == ".html":
         text = render_page(
             "plan.html",
@@ -66,7 +67,7 @@ def write_plan_report(plan: Plan, path: str | os.PathLike[str]) -> None:
             goal=goal_text(plan),
             cost="size" if plan.goal == "size" else "latency",
             facts=facts(plan),
-            frontier=text,
+            frontier=frontier,
             strip=_strip(plan),
             columns=COLUMNS,
             rows=rows(plan),
@@ -191,7 +192,7 @@ def _cost(plan: Plan, cost: float) -> str:
     return human_bytes(round(cost)) if plan.goal == "size" else milliseconds(cost)
 
 
-def _frontier(plan: Plan) -> str:
+def _frontier(plan: Plan) -> charts.Plot:
     unit, factor = ("MB", 1e-6) if plan.goal == "size" else ("ms", 1e3)
     curves = {"planned": plan.frontier}
     curves |= {f"uniform, {name}": points for name, points in (plan.uniform or {}).items()}
@@ -202,7 +203,7 @@ def _frontier(plan: Plan) -> str:
     return charts.frontier(scaled, (factor * cost, plan.error), unit=unit)
 
 
-def _strip(plan: Plan) -> str:
+def _strip(plan: Plan) -> charts.Plot:
     kinds = [_structure(one) for one in plan.layers]
     layers = [
         {

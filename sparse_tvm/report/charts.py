@@ -9,7 +9,7 @@ for is its ``aria-label``, which the page shows as a tooltip.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 WIDTH = 1080
 """Pixels of a plot that fills the page."""
@@ -50,6 +50,16 @@ OTHER = "var(--other)"
 _SPARSE = [f"var(--c{index})" for index in range(6)]
 
 
+class Plot(NamedTuple):
+    """A plot as SVG, drawn for a page and for a phone; a page shows the one that fits."""
+
+    broad: str
+    slim: str
+
+    def __html__(self) -> str:
+        return f'<div class="broad">{self.broad}</div>\n<div class="slim">{self.slim}</div>'
+
+
 def format_colours(formats: Sequence[str]) -> dict[str, str]:
     """A colour for each weight format: grey for dense ones, in the order given for others."""
     sparse = [name for name in dict.fromkeys(formats) if not name.startswith("dense")]
@@ -63,7 +73,7 @@ def group_colours(groups: Sequence[str]) -> dict[str, str]:
     return {group: known.get(group, OTHER) for group in groups}
 
 
-def layer_strip(layers: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str:
+def layer_strip(layers: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> Plot:
     """One bar per layer, in the model's order: its height is the sparsity, its colour the format.
 
     `layers` have ``index``, ``sparsity``, ``format`` and ``label``.
@@ -91,7 +101,7 @@ def layer_strip(layers: Sequence[Mapping[str, Any]], colours: Mapping[str, str])
 
 def layer_times(
     layers: Sequence[Mapping[str, Any]], colours: Mapping[str, str], *, log: bool
-) -> str:
+) -> Plot:
     """Milliseconds of every layer: as it is, in front of the best dense form; measured, as a dot.
 
     `layers` have ``index``, ``chosen``, ``format`` and ``label``, and where known ``dense`` and
@@ -126,7 +136,7 @@ def layer_times(
     )
 
 
-def shares(parts: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str:
+def shares(parts: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> Plot:
     """One bar, cut into parts: these have ``part``, ``value`` and ``label``."""
     values = [{**part, "order": order} for order, part in enumerate(parts)]
     return _draw(
@@ -150,7 +160,7 @@ def shares(parts: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> st
     )
 
 
-def roofline(kernels: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str:
+def roofline(kernels: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> Plot:
     """Measured milliseconds over those of the machine's limit; on the line, there is no faster.
 
     `kernels` have ``bound``, ``measured``, ``group`` and ``label``.
@@ -190,7 +200,7 @@ def roofline(kernels: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -
 
 def frontier(
     curves: Mapping[str, Sequence[tuple[float, float]]], chosen: tuple[float, float], *, unit: str
-) -> str:
+) -> Plot:
     """Error over cost: a line for each curve, the first one the frontier, and the chosen point."""
     values = [
         {"curve": name, "cost": cost, "error": error}
@@ -229,7 +239,7 @@ def frontier(
     return _draw({"width": WIDTH, "height": 320, "layer": [lines, point]})
 
 
-def phases(values: Sequence[Mapping[str, Any]]) -> str:
+def phases(values: Sequence[Mapping[str, Any]]) -> Plot:
     """A bar for each ``phase``: its ``seconds``."""
     order = [value["phase"] for value in values]
     y = {"field": "phase", "type": "nominal", "sort": order, "axis": {"title": None}}
@@ -286,15 +296,11 @@ def _colour(field: str, colours: Mapping[str, str]) -> dict[str, Any]:
     return {"field": field, "type": "nominal", "scale": {"domain": domain, "range": range_}}
 
 
-def _draw(specification: Mapping[str, Any]) -> str:
-    """Draw it twice, for a page and for a phone; the page shows the one that fits."""
+def _draw(specification: Mapping[str, Any]) -> Plot:
     import vl_convert
 
     drawn = []
-    for shown, width, legend_columns in (
-        ("broad", specification["width"], 0),
-        ("slim", SLIM_WIDTH, 3),
-    ):
+    for width, legend_columns in ((specification["width"], 0), (SLIM_WIDTH, 3)):
         legend = {**_THEME["legend"], "columns": legend_columns}
         svg: str = vl_convert.vegalite_to_svg(
             {"$schema": "https://vega.github.io/schema/vega-lite/v5.json"}
@@ -302,5 +308,5 @@ def _draw(specification: Mapping[str, Any]) -> str:
             | {"width": width, "config": {**_THEME, "legend": legend}},
             vl_version="5.21",
         )
-        drawn.append(f'<div class="{shown}">{svg}</div>')
-    return "\n".join(drawn)
+        drawn.append(svg)
+    return Plot(*drawn)

@@ -170,7 +170,7 @@ def _times(
     rows: Sequence[LayerRow],
     colours: Mapping[str, str],
     measured: Mapping[str, float],
-) -> str | None:
+) -> charts.Plot | None:
     values: list[dict[str, Any]] = []
     for index, (layer, row) in enumerate(_layers(manifest, rows)):
         if "times" not in layer:
@@ -199,7 +199,7 @@ def _times(
 
 def _bytes(
     manifest: Mapping[str, Any], rows: Sequence[LayerRow], colours: Mapping[str, str]
-) -> str | None:
+) -> charts.Plot | None:
     parts: dict[str, int] = {}
     for layer, row in _layers(manifest, rows):
         kind = _kind(layer, row)
@@ -217,7 +217,7 @@ def _bytes(
     )
 
 
-def _parts(bench: Mapping[str, Any] | None) -> str | None:
+def _parts(bench: Mapping[str, Any] | None) -> charts.Plot | None:
     if bench is None or bench["profile"] is None:
         return None
     groups = [group for group in bench["profile"]["groups"] if group["seconds"]]
@@ -235,7 +235,7 @@ def _parts(bench: Mapping[str, Any] | None) -> str | None:
     )
 
 
-def _roofline(bench: Mapping[str, Any] | None) -> str | None:
+def _roofline(bench: Mapping[str, Any] | None) -> charts.Plot | None:
     if bench is None or bench["profile"] is None:
         return None
     kernels = [
