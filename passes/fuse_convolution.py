@@ -2,8 +2,9 @@
 
 Matches ``relax.nn.conv1d``, ``conv2d`` and ``conv3d`` with a constant weight, together with the
 bias, activations, bounds and residual behind it, and turns them into one
-``sparse_tvm.convolution``. A signal is an image one row high. Leaves alone: what no kernel family
-accepts; a note says why.
+``sparse_tvm.convolution``. A signal is an image one row high. Over images of one pixel, as in
+squeeze-and-excite blocks, it is a ``sparse_tvm.dense``, whose kernels have other lanes to fill than
+pixels. Leaves alone: what no kernel family accepts; a note says why.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from tvm import relax
 
-from sparse_tvm.operators import Bias, Clamp, Convolution, Residual, Step
+from sparse_tvm.operators import Bias, Clamp, Convolution, Dense, Residual, Step
+from sparse_tvm.passes import dialect
 from sparse_tvm.passes.fuse_epilogue import Chain, FuseEpilogue
 from sparse_tvm.passes.graph import (
     dtype_of,
@@ -80,6 +83,31 @@ class _FuseConvolution(FuseEpilogue):
                 return chain.then(Residual(), extra=other)
         return None
 
+    def call(self, chain: Chain, var: relax.Var) -> Any:
+        """The convolution, or the dense layer that it is over one pixel."""
+        op = chain.op
+        assert isinstance(op, Convolution)
+        dense = Dense(layer=op.layer, matrix=op.matrix, epilogue=op.epilogue)
+        if not _over_one_pixel(op) or self._context.backend.refuses(dense, self._context.target):
+            return super().call(chain, var)
+        (n, k), rows = op.matrix, shape_of(chain.x)[0]
+        matrix = self.weight(f"{op.layer}_matrix", self._matrix(chain))
+        self.program.layers[matrix.name] = op.layer
+        x = self.emit(relax.op.reshape(self.new(chain.x), (rows, k)))
+        operands = [
+            operand
+            if len(shape_of(operand)) == 1
+            else self.emit(relax.op.reshape(operand, (rows, n)))
+            for operand in self.operands(chain)
+        ]
+        result = self.emit(dialect.call(dense, [x, matrix, *operands], (rows, n)))
+        return relax.op.reshape(result, shape_of(var))
+
+    def _matrix(self, chain: Chain) -> np.ndarray:
+        weight = self.array(chain.w)
+        assert weight is not None
+        return weight.reshape(chain.op.matrix)
+
     def operand(self, chain: Chain, step: Step, extra: Any) -> Any:
         """A bias as a vector, whatever shape it was broadcast from."""
         if not isinstance(step, Bias):
@@ -90,6 +118,15 @@ class _FuseConvolution(FuseEpilogue):
             if shape_of(vector) == channels:
                 return self.new(vector)
         return self.emit(relax.op.reshape(self.new(extra), channels))
+
+
+def _over_one_pixel(op: Convolution) -> bool:
+    """Whether a convolution multiplies one pixel by a matrix."""
+    return (
+        op.groups == 1
+        and all(extent == 1 for extent in (*op.size, *op.kernel))
+        and not any(op.pads)
+    )
 
 
 def _clamped(chain: Chain, clamp: Clamp) -> Chain:

@@ -27,6 +27,7 @@ from sparse_tvm.passes.graph import (
 )
 from sparse_tvm.passes.infrastructure import Context, graph_pass
 from sparse_tvm.passes.program import Program
+from sparse_tvm.passes.spelled_out import SpelledOut
 
 ACTIVATIONS = {
     "relax.nn.relu": "relu",
@@ -37,6 +38,9 @@ ACTIVATIONS = {
     "relax.sigmoid": "sigmoid",
 }
 """Functions of :class:`~sparse_tvm.operators.Activation` by Relax operator."""
+
+SPELLED_OUT = {"hard_sigmoid", "hard_swish"}
+"""Those that Relax has no operator for."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class FuseEpilogue(Rewrite):
         super().__init__(program)
         self._context = context
         self._chains: dict[Any, Chain] = {}
+        self._spelled_out = SpelledOut(self.graph)
 
     def start(self, var: relax.Var, value: Any) -> Chain | None:
         """The layer that a binding is."""
@@ -83,15 +88,24 @@ class FuseEpilogue(Rewrite):
                 self.program.notes.append(f"{chain.op.layer} runs without a kernel: {refusal}")
                 return None
         else:
-            chain = self.extended(value)
+            chain = self.extended(value) or self._written_out(var, value)
             if chain is None or self._refusal(chain) is not None:
                 return None
         self._chains[var] = chain
-        steps = [step for step in chain.op.epilogue if step.operand]
-        extras = [self.operand(chain, *pair) for pair in zip(steps, chain.extras, strict=True)]
+        return self.call(chain, var)
+
+    def call(self, chain: Chain, var: relax.Var) -> Any:
+        """The call of a layer with its steps, which gives what ``var`` was."""
         return dialect.call(
-            chain.op, [self.new(chain.x), self.new(chain.w), *extras], shape_of(var)
+            chain.op,
+            [self.new(chain.x), self.new(chain.w), *self.operands(chain)],
+            shape_of(var),
         )
+
+    def operands(self, chain: Chain) -> list[Any]:
+        """What the steps of a chain read, in the new graph."""
+        steps = [step for step in chain.op.epilogue if step.operand]
+        return [self.operand(chain, *pair) for pair in zip(steps, chain.extras, strict=True)]
 
     def operand(self, chain: Chain, step: Step, extra: Any) -> Any:
         """The tensor that a step reads, in the new graph."""
@@ -108,6 +122,19 @@ class FuseEpilogue(Rewrite):
             return None
         chain = self.ending(value.args[0])
         return chain.then(Activation(ACTIVATIONS[name])) if chain else None
+
+    def _written_out(self, var: relax.Var, value: Any) -> Chain | None:
+        """The chain with a function behind it that Relax has no operator for."""
+        if op_name(value) not in ("relax.multiply", "relax.divide", "relax.clip"):
+            return None
+        for x in self._spelled_out.tree(var).variables:
+            chain = self._chains.get(x)
+            if chain is None or not same_shape(shape_of(x), shape_of(var)):
+                continue
+            function = self._spelled_out.function(var, x)
+            if function in SPELLED_OUT and self._spelled_out.all_between(var, x):
+                return chain.then(Activation(function))
+        return None
 
     def _refusal(self, chain: Chain) -> str | None:
         return self._context.backend.refuses(chain.op, self._context.target)

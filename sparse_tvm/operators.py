@@ -100,7 +100,7 @@ class Residual(Step):
 
 @dataclass(frozen=True)
 class Activation(Step):
-    """Apply ``function``: relu, gelu, gelu_tanh, silu, tanh or sigmoid."""
+    """Apply ``function``: relu, gelu, gelu_tanh, silu, hard_swish, tanh, sigmoid, hard_sigmoid."""
 
     name: ClassVar[str] = "activation"
     function: str

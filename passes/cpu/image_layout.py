@@ -105,7 +105,7 @@ class _ImageLayout(Rewrite):
             return self._pooling(var, value.args[0])
         name = op_name(value)
         if name in UNARY:
-            args = [self._in_planes(value.args[0])]
+            args = [self._in_planes(value.args[0]), *value.args[1:]]
         elif name in BINARY:
             args = [self._operand(arg, var) for arg in value.args]
         else:

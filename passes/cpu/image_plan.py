@@ -50,7 +50,7 @@ _KEEP_ZEROS = {
 }
 UNARY = {
     *_KEEP_ZEROS,
-    *(f"relax.{name}" for name in ("sigmoid", "exp", "erf", "sqrt", "rsqrt", "square")),
+    *(f"relax.{name}" for name in ("sigmoid", "exp", "erf", "sqrt", "rsqrt", "square", "clip")),
 }
 BINARY = {
     f"relax.{name}" for name in ("add", "subtract", "multiply", "divide", "maximum", "minimum")
@@ -163,7 +163,7 @@ class ImagePlan:
             if name in _POOLING:
                 self._pooling(var, value, _POOLING[name])
             elif name in UNARY and self.in_planes(value.args[0]):
-                self._elementwise(var, [value.args[0]], name in _KEEP_ZEROS)
+                self._elementwise(var, [value.args[0]], name in _KEEP_ZEROS or _spans_zero(value))
                 if name == "relax.nn.relu":
                     self._not_negative.add(var)
             elif name in BINARY:
@@ -307,6 +307,14 @@ def _keeps_zeros(name: str, operand: Any) -> bool:
     if number is None:
         return False
     return {"relax.maximum": number <= 0, "relax.minimum": number >= 0}.get(name, False)
+
+
+def _spans_zero(value: Any) -> bool:
+    """Whether an operator keeps values between bounds with zero between them."""
+    if op_name(value) != "relax.clip":
+        return False
+    low, high = (float(bound.value) for bound in value.args[1:])
+    return low <= 0 <= high
 
 
 def per_channel(expr: Any, image: Any) -> bool:

@@ -186,6 +186,16 @@ def silu(x: Expr) -> Expr:
     return _let(x, lambda v: v * sigmoid(v))
 
 
+def hard_sigmoid(x: Expr) -> Expr:
+    """x / 6 + 1 / 2 between 0 and 1, after Howard et al. (2019)."""
+    return _clamp(x * constant(1 / 6, x) + constant(0.5, x), 0.0, 1.0)
+
+
+def hard_swish(x: Expr) -> Expr:
+    """x * hard_sigmoid(x)."""
+    return _let(x, lambda v: v * hard_sigmoid(v))
+
+
 def relu(x: Expr) -> Expr:
     """max(x, 0)."""
     return tirx.max(x, constant(0.0, x))
@@ -229,6 +239,8 @@ ACTIVATIONS = {
     "tanh": tanh,
     "sigmoid": sigmoid,
     "silu": silu,
+    "hard_sigmoid": hard_sigmoid,
+    "hard_swish": hard_swish,
 }
 """Activation functions an epilogue may name."""
 

@@ -105,9 +105,16 @@ def taps_of(x: np.ndarray, window: Window, fill: float = 0.0) -> Iterator[np.nda
             yield part[:, :, :height, :width]
 
 
-STEPS = [Bias(), Residual(), Activation("relu"), Clamp(0.0, 6.0), Activation("silu")]
+STEPS = [
+    *(Bias(), Residual(), Clamp(0.0, 6.0)),
+    *map(Activation, ("relu", "silu", "hard_swish")),
+]
 epilogues = st.lists(st.sampled_from(STEPS), max_size=3)
-_FUNCTIONS = {"relu": lambda v: np.maximum(v, 0), "silu": lambda v: v / (1 + np.exp(-v))}
+_FUNCTIONS = {
+    "relu": lambda v: np.maximum(v, 0),
+    "silu": lambda v: v / (1 + np.exp(-v)),
+    "hard_swish": lambda v: v * np.clip(v / 6 + 0.5, 0, 1),
+}
 
 
 def apply_epilogue(

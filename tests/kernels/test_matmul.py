@@ -31,6 +31,8 @@ ACTIVATIONS = {
     "tanh": np.tanh,
     "sigmoid": lambda y: 1 / (1 + np.exp(-y)),
     "silu": lambda y: y / (1 + np.exp(-y)),
+    "hard_sigmoid": lambda y: np.clip(y / 6 + 0.5, 0, 1),
+    "hard_swish": lambda y: y * np.clip(y / 6 + 0.5, 0, 1),
 }
 STEPS = [Bias(), Residual(), *map(Activation, ACTIVATIONS)]
 

@@ -7,7 +7,7 @@ import pytest
 from helpers import apply, assert_unchanged, build, calls, compile_and_run, operators
 from tvm import relax
 
-from sparse_tvm.operators import Activation, Bias, Clamp, Convolution, Residual
+from sparse_tvm.operators import Activation, Bias, Clamp, Convolution, Dense, Residual
 from sparse_tvm.passes.fuse_convolution import fuse_convolution
 
 OP = relax.op
@@ -136,6 +136,42 @@ def test_depthwise():
     _, call = fused(body, weights={"w": (4, 1, 3, 3)})
     assert call.op.depthwise
     assert call.op.matrix == (4, 9)
+
+
+def test_one_pixel_is_a_row_of_a_dense_layer():
+    inputs = {"x": ("batch", 4, 1, 1), "r": ("batch", 6, 1, 1)}
+    weights = {"w": (6, 4, 1, 1), "b": (1, 6, 1, 1)}
+
+    def body(emit, x, r, w, b):
+        y = emit(OP.add(emit(OP.nn.conv2d(x, w)), b))
+        return emit(OP.add(emit(OP.nn.relu(y)), r))
+
+    before = build(body, inputs, weights)
+    after = apply(fuse_convolution, before)
+    assert not calls(after, Convolution)
+    (call,) = calls(after, Dense)
+    assert (call.op.layer, call.op.matrix) == ("w", (6, 4))
+    assert call.op.epilogue == (Bias(), Activation("relu"), Residual())
+    rng = np.random.default_rng(0)
+    x, r = (rng.standard_normal((3, n, 1, 1)).astype("float32") for n in (4, 6))
+    w, b = (before.weights[name] for name in ("w", "b"))
+    y = np.maximum(np.einsum("nkhw,okhw->no", x, w)[:, :, None, None] + b, 0) + r
+    np.testing.assert_allclose(compile_and_run(before, x, r), y, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "options"),
+    [((1, 2), 1, {}), ((1, 1), 3, {"padding": 1}), ((1, 1), 1, {"groups": 2})],
+    ids=["two pixels", "window", "groups"],
+)
+def test_what_is_no_row_stays_a_convolution(size, kernel, options):
+    channels = 4 // options.get("groups", 1)
+    _, call = fused(
+        lambda emit, x, w: OP.nn.conv2d(x, w, **options),
+        {"x": ("batch", 4, *size)},
+        {"w": (6, channels, kernel, kernel)},
+    )
+    assert call.op.size == size
 
 
 def test_what_has_no_kernel_is_left_alone_with_a_note():

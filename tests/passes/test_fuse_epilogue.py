@@ -20,6 +20,10 @@ batch, tokens = TypeVar("batch"), TypeVar("tokens")
 WEIGHTS = {"w": (6, 8), "b": (6,)}
 
 
+def const(value):
+    return relax.const(np.float32(value), "float32")
+
+
 STEPS = [{"is": "bias"}, {"is": "activation", "function": "gelu"}, {"is": "residual"}]
 BIAS_GELU_RESIDUAL = json.dumps({"epilogue": STEPS, "layer": "w", "matrix": [6, 8]}, sort_keys=True)
 
@@ -118,6 +122,45 @@ def test_activation(operator, step):
         return operator(emit(OP.add(dense(emit, x, w), b)))
 
     assert fused(body) == (["dense"], [["bias", step]])
+
+
+def bounded(emit, y):
+    """ONNX's decomposition: y / 6 + 1 / 2 between 0 and 1."""
+    return OP.clip(emit(OP.add(emit(OP.multiply(y, const(1 / 6))), const(0.5))), 0.0, 1.0)
+
+
+def relu6(emit, y):
+    """PyTorch's: min(max(y + 3, 0), 6) / 6."""
+    raised = emit(OP.maximum(emit(OP.add(y, const(3))), const(0)))
+    return OP.divide(emit(OP.minimum(raised, const(6))), const(6))
+
+
+@pytest.mark.parametrize("gate", [bounded, relu6])
+@pytest.mark.parametrize("swish", [False, True])
+def test_activation_that_has_no_operator(gate, swish):
+    def body(emit, x, w, b):
+        y = emit(OP.add(dense(emit, x, w), b))
+        return OP.multiply(y, emit(gate(emit, y))) if swish else gate(emit, y)
+
+    assert fused(body) == (["dense"], [["bias", "hard_swish" if swish else "hard_sigmoid"]])
+
+
+def test_other_bounds_are_no_activation():
+    def body(emit, x, w):
+        y = dense(emit, x, w)
+        return OP.clip(emit(OP.multiply(y, const(1 / 6))), 0.0, 1.0)
+
+    assert fused(body, None, {"w": (6, 8)}) == (["dense", "multiply", "clip"], [[]])
+
+
+def test_part_of_an_activation_that_is_read_elsewhere_ends_the_chain():
+    def body(emit, x, w, b):
+        y = emit(OP.add(dense(emit, x, w), b))
+        gate = emit(bounded(emit, y))
+        return OP.add(emit(OP.multiply(y, gate)), gate)
+
+    left = ["dense", "multiply", "add", "clip", "multiply", "add"]
+    assert fused(body) == (left, [["bias"]])
 
 
 def test_two_biases_and_an_activation_between():

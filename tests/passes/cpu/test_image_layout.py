@@ -84,6 +84,12 @@ def scaled(emit, x, v, w):
     return same(emit(OP.multiply(y, scale)), w)
 
 
+def bounded(emit, x, v, w):
+    """Bounds with zero between them keep the padding, others do not."""
+    y = emit(OP.exp(emit(same(x, v))))
+    return same(emit(OP.add(emit(OP.clip(y, 0.5, 2.0)), emit(OP.clip(y, -1.0, 1.0)))), w)
+
+
 def normalised(emit, x, v, w):
     """What would fill the padding may, where nobody reads it."""
     a = emit(same(x, v))
@@ -108,6 +114,7 @@ CASES = [
     rounded_up,
     averaged,
     concatenated,
+    bounded,
     scaled,
     normalised,
     left,
