@@ -1,18 +1,20 @@
 """Prune all-MiniLM-L6-v2 so that it stays good: by second order, then distillation.
 
 The Optimal Brain Surgeon prunes on WordNet's glosses; training on them then brings the embeddings
-of what is left near the unpruned model's, on two CPU cores. Only the encoder's layers, biases and
-layer norms change; word embeddings stay the original's. An interrupted run goes on from its last
-checkpoint.
+of what is left near the unpruned model's, on two CPU cores. What is to be very sparse is pruned
+further while it trains: `--start` is how far the Surgeon goes, and `--growth` lets blocks return.
+Only the encoder's layers, biases and layer norms change; word embeddings stay the original's. An
+interrupted run goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 import time
-from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,10 +24,11 @@ import typer
 import wordnet
 from embedding_scores import Scores
 from sentence_batches import BATCH, Batch, Encoder, pooled
+from sparse_values import Values
 from transformers import BertModel
 from transformers.utils import logging as transformers_logging
 
-from sparse_tvm.errors import SparseTvmError
+from sparse_tvm.errors import OptionError, SparseTvmError
 from sparse_tvm.models import minilm
 from sparse_tvm.models.packed import save_packed
 from sparse_tvm.sparsity.pattern import Goal
@@ -43,6 +46,10 @@ OTHERS = 4096
 RATE, WARM_UP = 1.5e-3, 20
 FALLING = 0.7
 """The share of steps, the last ones, in which the rate falls to zero."""
+EVERY, GATHERED = 100, 10
+"""Steps between moves of blocks, and the first of each round, whose gradients say what returns."""
+PRUNED, SETTLED = 0.4, 0.6
+"""The shares of steps after which the sparsity is reached, and after which no block moves."""
 CHECKPOINT = 50
 """Steps between checkpoints."""
 SEED = 0
@@ -53,19 +60,33 @@ def main(
     structure: Annotated[str, typer.Option()] = "4x1",
     sparsity: Annotated[float, typer.Option()] = 0.9,
     steps: Annotated[int, typer.Option(min=1, help="Of distillation, all together.")] = 6000,
+    start: Annotated[
+        float | None, typer.Option(help="Sparsity at which training begins; all by default.")
+    ] = None,
+    growth: Annotated[
+        float, typer.Option(min=0, max=0.5, help="Share of blocks that are exchanged at first.")
+    ] = 0.0,
     directory: Annotated[Path, typer.Option("--wordnet")] = wordnet.DIRECTORY,
     threads: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Prune MiniLM and write what changed."""
     torch.set_num_threads(threads)
+    goal = Goal.parse(structure, sparsity)
+    start = sparsity if start is None else start
+    if (start != sparsity or growth) and (goal.pattern.n_m or goal.pattern.block[1] != 1):
+        raise OptionError(
+            f"blocks of {structure} cannot move while training",
+            hint="leave out --start and --growth, or give unstructured or Rx1",
+        )
     training, held_out = wordnet.glosses(directory)
     run = Run(training, held_out, output.with_suffix(".ckpt"))
     if not run.resumed:
-        run.prune(Goal.parse(structure, sparsity))
-    run.distil(steps)
+        run.prune(Goal.parse(structure, start))
+    run.distil(Course(steps, start, sparsity, growth), goal.pattern.block[0])
     round_to_half(run.model)
     facts = {
-        "structure": structure, "sparsity": sparsity, "steps": steps, "batch": BATCH, "seed": SEED,
+        "structure": structure, "sparsity": sparsity, "start": start, "growth": growth,
+        "steps": steps, "batch": BATCH, "seed": SEED,
         "cpu_minutes": round(run.cpu_seconds() / 60, 1), **vars(run.scores()),
     }  # fmt: skip
     changed = {
@@ -94,6 +115,44 @@ def round_to_half(model: BertModel) -> None:
                 parameter.copy_(parameter.half())
 
 
+@dataclass(frozen=True)
+class Course:
+    """What happens at which step of distillation.
+
+    `start` and `end` are sparsities; `exchanged` is the share of blocks that make room for others
+    at the first move.
+    """
+
+    steps: int
+    start: float
+    end: float
+    exchanged: float
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate: it rises quickly, and falls at the end."""
+        return RATE * min(1.0, (step + 1) / WARM_UP, (1 - step / self.steps) / FALLING)
+
+    def gathers(self, step: int) -> bool:
+        """Whether a step's gradients count for the next move."""
+        anything = self.exchanged > 0 or self.start != self.end
+        first, last = EVERY, self.steps * SETTLED + EVERY
+        return anything and first <= step < last and step % EVERY < GATHERED
+
+    def moves(self, step: int) -> bool:
+        """Whether blocks move before the values do in a step."""
+        return self.gathers(step) and step % EVERY == GATHERED - 1
+
+    def sparsity(self, step: int) -> float:
+        """Return the sparsity after a step's move: cubic, most at first."""
+        left = max(0.0, 1 - step / (self.steps * PRUNED))
+        return self.end + (self.start - self.end) * left**3
+
+    def growth(self, step: int) -> float:
+        """Return the share of blocks that are to be others after a step's move."""
+        done = min(1.0, step / (self.steps * SETTLED))
+        return self.exchanged * (1 + math.cos(math.pi * done)) / 2
+
+
 class Run:
     """Pruning and distillation that can be interrupted.
 
@@ -109,12 +168,12 @@ class Run:
         self._reference = self._encoder.embed(self._teacher, held_out)
         self._earlier = 0.0
         self.step = 0
-        self._optimiser_state: dict[str, Any] = {}
+        self._values_state: dict[str, Any] = {}
         self.resumed = checkpoint.exists()
         if self.resumed:
             state = torch.load(checkpoint, weights_only=True)
             self.model.load_state_dict(state["model"])
-            self._optimiser_state = state["optimiser"]
+            self._values_state = state["values"]
             self.step, self._earlier = state["step"], state["seconds"]
 
     def prune(self, goal: Goal) -> None:
@@ -128,38 +187,39 @@ class Run:
         self.say(f"  pruned:    {self.scores()}")
         self._save()
 
-    def distil(self, steps: int) -> None:
+    def distil(self, course: Course, rows: int) -> None:
         """Train the model to give its teacher's similarities and embeddings.
 
-        The rate falls to zero at the end of so many steps.
+        Parameters
+        ----------
+        course : Course
+            What happens when.
+        rows : int
+            Of a block of weights.
         """
         targets = self._targets()
         shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(SEED))
         others = targets[shuffled[:OTHERS]]
-        values = Values(self.model)
-        optimiser = torch.optim.AdamW(
-            values.trained, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True
-        )
-        if self._optimiser_state:
-            optimiser.load_state_dict(self._optimiser_state)
+        values = Values(self.model, rows, self._values_state)
         batches = self._encoder.endless(self._training, SEED, skip=self.step)
         recent = []
-        for step in range(self.step, steps):
+        for step in range(self.step, course.steps):
             chosen, batch = next(batches)
             losses = self._losses(values.model, batch, targets[chosen], others)
             recent.append([each.item() for each in losses])
-            values.take(torch.autograd.grad(sum(losses), values.computed))
-            torch.nn.utils.clip_grad_norm_(values.trained, 1.0)
-            optimiser.param_groups[0]["lr"] = rate(step, steps)
-            optimiser.step()
-            values.give(values.model)
+            gradients = torch.autograd.grad(sum(losses), values.computed)
+            if course.gathers(step):
+                values.gather(gradients)
+            if course.moves(step):
+                values.move(course.sparsity(step), course.growth(step))
+            values.step(gradients, course.rate(step))
             self.step = step + 1
-            if self.step % CHECKPOINT == 0 or self.step == steps:
+            if self.step % CHECKPOINT == 0 or self.step == course.steps:
                 values.give(self.model)
                 shown = ", ".join(f"{each:.3f}" for each in np.mean(recent, axis=0))
                 self.say(f"    {self.step}: losses {shown}")
                 recent.clear()
-                self._optimiser_state = optimiser.state_dict()
+                self._values_state = values.state()
                 self._save()
         self.say(f"  distilled: {self.scores()}")
 
@@ -197,50 +257,12 @@ class Run:
 
     def _save(self) -> None:
         state = {
-            "model": self.model.state_dict(), "optimiser": self._optimiser_state,
+            "model": self.model.state_dict(), "values": self._values_state,
             "step": self.step, "seconds": self.cpu_seconds(),
         }  # fmt: skip
         partial = self._checkpoint.with_suffix(".part")
         torch.save(state, partial)
         partial.replace(self._checkpoint)
-
-
-class Values:
-    """What trains: float32 values that an optimiser moves, for a bfloat16 model that computes.
-
-    Of matrices only the values that are not zero: zeros are nowhere that training could move them,
-    and the optimiser has a tenth of the work.
-    """
-
-    def __init__(self, model: BertModel) -> None:
-        self.model = copy.deepcopy(model).bfloat16()
-        self._names = [name for name, each in model.named_parameters() if each.requires_grad]
-        self.computed = [self.model.get_parameter(name) for name in self._names]
-        self.trained: list[torch.Tensor] = []
-        self._places: list[torch.Tensor] = []
-        for name in self._names:
-            parameter = model.get_parameter(name).detach()
-            trains = parameter != 0 if parameter.ndim == 2 else torch.ones_like(parameter)
-            places = trains.flatten().nonzero().flatten()
-            self._places.append(places)
-            self.trained.append(parameter.flatten()[places].requires_grad_())
-
-    def take(self, gradients: Iterable[torch.Tensor]) -> None:
-        """Take the gradients of the parameters that computed."""
-        for value, places, gradient in zip(self.trained, self._places, gradients, strict=True):
-            value.grad = gradient.flatten()[places].float()
-
-    def give(self, model: BertModel) -> None:
-        """Write the values to a model of any precision."""
-        with torch.no_grad():
-            for name, value, places in zip(self._names, self.trained, self._places, strict=True):
-                parameter = model.get_parameter(name)
-                parameter.view(-1)[places] = value.to(parameter.dtype)
-
-
-def rate(step: int, steps: int) -> float:
-    """Return the learning rate of one of so many steps: it rises quickly, and falls at the end."""
-    return RATE * min(1.0, (step + 1) / WARM_UP, (1 - step / steps) / FALLING)
 
 
 if __name__ == "__main__":
