@@ -227,7 +227,6 @@ class Classifier(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-@pytest.mark.skipif(not find_spec("accelerate"), reason="a Trainer needs accelerate")
 def test_trainer_resumes_to_the_same_masks(tmp_path: Path) -> None:
     logging.disable_progress_bar()
     x, labels = data()

@@ -76,7 +76,7 @@ def plan(
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="Count errors by these inputs: an .npz, a .txt of sentences, or a folder of "
+            help="Measure errors on these inputs: an .npz, a .txt of sentences, or a folder of "
             "images.",
         ),
     ] = None,

@@ -17,11 +17,11 @@ from sparse_tvm.errors import OptionError
 from sparse_tvm.frontends.detect import open_source
 from sparse_tvm.frontends.source import SourceOptions
 from sparse_tvm.passes.infrastructure import Context
-from sparse_tvm.planning.calibration import input_energies
+from sparse_tvm.planning.calibration import input_products
 from sparse_tvm.planning.document import LayerPlan, Plan
 from sparse_tvm.planning.knapsack import Knapsack, Option
 from sparse_tvm.planning.prediction import Prediction, predict
-from sparse_tvm.planning.sensitivity import errors_of
+from sparse_tvm.planning.sensitivity import errors_of, measured_errors
 from sparse_tvm.planning.settings import DENSE, SPARSITIES, STRUCTURES, Setting, settings_of
 from sparse_tvm.planning.subject import Subject
 from sparse_tvm.sparsity.calibration import Data
@@ -33,6 +33,9 @@ from sparse_tvm.tuning.records import read_records
 GOALS = ("latency", "speedup", "size")
 
 _LARGEST_ERROR = 1 - 1e-9
+
+Errors = Mapping[Setting, float]
+"""Of a layer, by how it is pruned."""
 
 _FRONTIER_POINTS = 200
 """Of a plan's file."""
@@ -81,7 +84,7 @@ def plan(
     records : Sequence[path]
         What ``sparse-tvm tune`` measured.
     calibrate : path or mapping | None
-        Data by which errors count each input of a layer: as :func:`sparse_tvm.prune` takes them.
+        Data on which errors are measured: as :func:`sparse_tvm.prune` takes them.
     measure : bool | None
         Compile the model pruned in several ways and time it, or trust predictions; by default
         measure where the target's code runs on this machine.
@@ -117,18 +120,25 @@ def plan(
         records=records,
         allow_pickle=allow_pickle,
     )
-    energies: Mapping[str, np.ndarray] = {}
+    errors: dict[str, Errors] = {}
     if calibrate is not None:
-        refs = [layer.ref for layer in subject.layers]
-        tokenizer = tokenizer_of(subject.source)
-        energies = input_energies(
-            subject.model, refs, calibrate, tokenizer=tokenizer, progress=told
-        )
+        offered = [DENSE, *(s for structure in structures for s in settings_of(structure))]
+        refs = {layer.name: layer for layer in subject.layers}
+        errors = {
+            name: measured_errors(subject.matrix(refs[name]), offered, products)
+            for name, products in input_products(
+                subject.model,
+                [layer.ref for layer in subject.layers],
+                calibrate,
+                tokenizer=tokenizer_of(subject.source),
+                progress=told,
+            )
+        }
     prediction = predict(
         subject, structures, threads=threads, measure=measure, records=records, progress=told
     )
     told("choose")
-    return Planner(prediction, structures, energies).plan(goal, value)
+    return Planner(prediction, structures, errors).plan(goal, value)
 
 
 def open_subject(
@@ -165,23 +175,22 @@ class Planner:
         What the model takes.
     structures : Sequence[str]
         Among which it may choose.
-    energies : Mapping[str, np.ndarray]
-        Mean squares of layers' inputs, where they are known.
+    measured : Mapping[str, Errors]
+        Errors on calibration data by layer, where they are known.
     """
 
     prediction: Prediction
     structures: Sequence[str] = STRUCTURES
-    energies: Mapping[str, np.ndarray] = field(default_factory=dict)
+    measured: Mapping[str, Errors] = field(default_factory=dict)
 
     @cached_property
-    def errors(self) -> dict[str, dict[Setting, float]]:
+    def errors(self) -> dict[str, Errors]:
         """The error of each setting of each layer."""
         settings = [s for structure in self.structures for s in settings_of(structure)]
         subject = self.prediction.subject
         return {
-            layer.name: errors_of(
-                subject.matrix(layer), [DENSE, *settings], self.energies.get(layer.name)
-            )
+            layer.name: self.measured.get(layer.name)
+            or errors_of(subject.matrix(layer), [DENSE, *settings])
             for layer in self.prediction.layers
         }
 

@@ -6,17 +6,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from plannable import SMALL, TARGET, small_bert
 
 import sparse_tvm
 from sparse_tvm.errors import InputError, ModelError, OptionError
-from sparse_tvm.planning.calibration import input_energies
+from sparse_tvm.planning.calibration import input_products
 from sparse_tvm.planning.document import Plan
 from sparse_tvm.planning.planner import Planner, open_subject, plan
 from sparse_tvm.planning.prediction import predict
 from sparse_tvm.planning.report import doubt, uniform_error
+from sparse_tvm.planning.sensitivity import measured_errors
 from sparse_tvm.planning.settings import DENSE, STRUCTURES, Setting
+from sparse_tvm.reference import Reference
+from sparse_tvm.sparsity.layer_inputs import find_inputs
 
 MODEL = small_bert()
 
@@ -176,7 +180,7 @@ def test_predictions_follow_trials() -> None:
         assert found.seconds(settings) == pytest.approx(layers + 0.5)
 
 
-def test_calibration_counts_inputs_by_their_energy(planner: Planner) -> None:
+def test_errors_are_measured_on_calibration_data(planner: Planner) -> None:
     rng = np.random.default_rng(0)
     ids = rng.integers(0, SMALL.vocabulary, (8, 64))
     data = {
@@ -186,13 +190,24 @@ def test_calibration_counts_inputs_by_their_energy(planner: Planner) -> None:
     }
     subject = planner.prediction.subject
     refs = [layer.ref for layer in subject.layers]
-    energies = input_energies(subject.model, refs, data)
-    assert set(energies) == {ref.layer for ref in refs}
-    layer = next(one for one in subject.layers if "query" in one.name)
-    # What layer normalisation gives is of unit mean square, before gamma and beta.
-    assert energies[layer.name].mean() == pytest.approx(1, rel=0.3)
+    products = dict(input_products(subject.model, refs, data))
+    assert set(products) == {ref.layer for ref in refs}
+    query = next(ref for ref in refs if "query" in ref.layer)
+    tensor = find_inputs(subject.model, [query])[0][query.layer].tensor
+    told = onnx.ModelProto()
+    told.CopyFrom(subject.model)
+    told.graph.output.append(onnx.helper.make_empty_tensor_value_info(tensor))
+    reference = Reference(told.SerializeToString(), threads=1)
+    feeds = ({name: array[i : i + 1] for name, array in data.items()} for i in range(len(ids)))
+    rows = np.concatenate([reference.run(feed)[tensor][0] for feed in feeds])
+    expected = np.cov(rows, rowvar=False, bias=True)  # the layer has a bias
+    np.testing.assert_allclose(products[query.layer], expected, atol=1e-5)
     calibrated = plan(MODEL, speedup=1.5, target=TARGET, measure=False, calibrate=data)
     assert calibrated.error != planner.plan("speedup", 1.5).error
+    for one in calibrated.layers:
+        weight = subject.matrix(next(each for each in subject.layers if each.name == one.name))
+        errors = measured_errors(weight, [one.setting], products[one.name])
+        assert one.error == pytest.approx(errors[one.setting], rel=1e-4)
 
 
 def test_calibration_data_of_another_model_are_refused() -> None:

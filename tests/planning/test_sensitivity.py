@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparse_tvm.errors import OptionError
-from sparse_tvm.planning.sensitivity import errors_of
+from sparse_tvm.planning.sensitivity import errors_of, measured_errors
 from sparse_tvm.planning.settings import DENSE, Setting, settings_of
 from sparse_tvm.sparsity.masks import prune_array
 
@@ -20,15 +20,24 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_errors_are_those_of_the_pruned_weight(setting: Setting, weighted: bool) -> None:
+def test_errors_are_those_of_the_pruned_weight(setting: Setting) -> None:
     w = RNG.standard_normal((48, 64), np.float32)
-    energies = RNG.random(64, np.float32) if weighted else np.ones(64, np.float32)
     pruned = prune_array(w, setting.sparsity, setting.structure)
-    lost = np.sum(np.square(w - pruned) * energies) / np.sum(np.square(w) * energies)
-    found = errors_of(w, SETTINGS, energies if weighted else None)
-    assert found[setting] == pytest.approx(lost, rel=1e-5)
+    lost = np.sum(np.square(w - pruned)) / np.sum(np.square(w))
+    assert errors_of(w, SETTINGS)[setting] == pytest.approx(lost, rel=1e-5)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_measured_errors_are_those_of_the_outputs(setting: Setting) -> None:
+    w = RNG.standard_normal((48, 64), np.float32)
+    mixed = RNG.standard_normal((64, 64), np.float32)
+    x = RNG.standard_normal((500, 64), np.float32) @ mixed
+    pruned = prune_array(w, setting.sparsity, setting.structure)
+    lost = np.sum(np.square(x @ (w - pruned).T)) / np.sum(np.square(x @ w.T))
+    found = measured_errors(w, [DENSE, *SETTINGS], x.T @ x / len(x))
+    assert found[setting] == pytest.approx(lost, rel=1e-4)
+    assert found[DENSE] == 0
 
 
 def test_a_layer_left_alone_has_no_error_and_one_of_zeros_neither() -> None:
