@@ -70,6 +70,12 @@ def from_tiles(tiled: np.ndarray, rows: int) -> np.ndarray:
     return tiled.swapaxes(2, 3).reshape(lead, -1, features)[:, :rows]
 
 
+def compiled(kernel: tirx.PrimFunc, target: Target) -> tvm.runtime.Module:
+    """Compile a kernel, called ``kernel``, as artifacts' kernels are."""
+    with tvm.transform.PassContext(opt_level=3, config=FAST_MATH):
+        return tvm.compile(kernel.with_attr("global_symbol", "kernel"), target=target.tvm_target())
+
+
 def run(
     kernel: tirx.PrimFunc,
     target: Target,
@@ -82,10 +88,7 @@ def run(
 
     Outputs are of 32 bits; memory starts out as NaN.
     """
-    with tvm.transform.PassContext(opt_level=3, config=FAST_MATH):
-        library = tvm.compile(
-            kernel.with_attr("global_symbol", "kernel"), target=target.tvm_target()
-        )
+    library = compiled(kernel, target)
     memory, out = _guarded(out_shape)
     values = [tvm.runtime.tensor(a) if isinstance(a, np.ndarray) else a for a in arguments]
     _pool(threads).submit(
