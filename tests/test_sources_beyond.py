@@ -61,3 +61,43 @@ def test_torch_cond_is_a_branch_at_run_time(tmp_path: Path) -> None:
         x = np.full(4, sign, np.float32)
         (y,) = model.run(x).values()
         np.testing.assert_array_equal(y, x + sign)
+
+
+class Ratings(nn.Module):
+    """Vectors of two inputs of the same kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users, self.items = nn.Embedding(9, 8), nn.Embedding(9, 8)
+
+    def forward(self, user: torch.Tensor, item: torch.Tensor) -> torch.Tensor:
+        return self.users(user) - self.items(item)
+
+
+def test_one_tensor_may_be_the_example_of_two_inputs(tmp_path: Path) -> None:
+    model, ones = Ratings(), torch.ones(3, dtype=torch.int64)
+    path = sparse_tvm.compile(model, tmp_path / "model.so", example_inputs=(ones, ones)).path
+    user, item = np.array([1, 2, 3]), np.array([4, 5, 6])
+    (found,) = sparse_tvm.load(path).run({"user": user, "item": item}).values()
+    expected = model(torch.tensor(user), torch.tensor(item)).detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+class Relative(nn.Module):
+    """Attention whose result is viewed as it lies in memory, and a table written in place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        table = torch.zeros(5, 5)
+        table[0, 0:] = 2
+        table[0, 0] = 3
+        heads = x.view(x.shape[0], 5, 2, 4).transpose(1, 2)
+        found = nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=table)
+        return found.transpose(1, 2).contiguous().view(x.shape[0], 5, 8).erf()
+
+
+def test_views_and_tables_written_in_place(tmp_path: Path) -> None:
+    model, x = Relative(), torch.randn(2, 5, 8)
+    options = {"example_inputs": (x,), "dynamic_shapes": ({0: torch.export.Dim.DYNAMIC},)}
+    path = sparse_tvm.compile(model, tmp_path / "model.so", **options).path
+    (found,) = sparse_tvm.load(path).run(x.numpy()).values()
+    np.testing.assert_allclose(found, model(x).numpy(), atol=1e-5)

@@ -39,8 +39,8 @@ def without_second_trace(program: Any) -> Any:
     Returns
     -------
     torch.export.ExportedProgram
-        An equal program that says it is decomposed; `program` if it holds any operator that
-        is not known to need none.
+        An equal program that says it is decomposed; where it holds any operator that is not
+        known to need none, one that can be.
     """
     import torch
 
@@ -51,12 +51,12 @@ def without_second_trace(program: Any) -> Any:
         for node in calls
     )
     if not plain or any(node.op == "get_attr" for node in program.graph.nodes):
-        return program
+        return _with_views_of_copies(program)
     graph = copied_graph(program)
     for node in list(graph.nodes):
         rewrite = rewrites.get(str(node.target))
         if rewrite is not None and not rewrite(node):
-            return program
+            return _with_views_of_copies(program)
     graph.eliminate_dead_code()
 
     class Decomposed(torch.export.ExportedProgram):  # type: ignore[misc]
@@ -64,6 +64,24 @@ def without_second_trace(program: Any) -> Any:
             return self
 
     return Decomposed(**{**parts_of(program), "graph": graph})
+
+
+def _with_views_of_copies(program: Any) -> Any:
+    """Let each view be of a copy: decomposed, its operand may lie in memory as no view allows."""
+    import torch
+
+    aten = torch.ops.aten
+    if not any(node.target == aten.view.default for node in program.graph.nodes):
+        return program
+    graph = copied_graph(program)
+    for node in list(graph.nodes):
+        if node.target == aten.view.default:
+            with graph.inserting_before(node):
+                layout = {"memory_format": torch.contiguous_format}
+                copied = graph.call_function(aten.clone.default, node.args[:1], layout)
+            copied.meta["val"] = node.args[0].meta["val"]
+            node.replace_input_with(node.args[0], copied)
+    return torch.export.ExportedProgram(**{**parts_of(program), "graph": graph})
 
 
 def copied_graph(program: Any) -> Any:

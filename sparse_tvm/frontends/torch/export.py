@@ -134,7 +134,7 @@ def _values(model: str, name: str, tensor: Any) -> np.ndarray:
             f"{model}: weights are float32 or of 16 bits, but {name} is {dtype}",
             hint="convert the model with .float() and export it again",
         )
-    values: np.ndarray = np.ascontiguousarray(tensor.numpy())
+    values: np.ndarray = np.asarray(tensor.numpy(), order="C")  # a scalar stays one
     return values
 
 

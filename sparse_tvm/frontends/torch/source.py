@@ -229,12 +229,29 @@ def export(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], **options
     torch = require("torch", "torch", "a PyTorch model")
     try:
         with quiet(), without_collection(), evaluating(module), torch.no_grad():
+            args, kwargs = _apart((args, kwargs))
             return torch.export.export(module, args, kwargs, strict=False, **options)
     except Exception as error:
         raise ModelError(
             f"{type(module).__name__}: torch.export cannot trace it: {one_line(error)}",
             hint="branches that depend on values of tensors cannot be compiled",
         ) from error
+
+
+def _apart(examples: Any) -> Any:
+    """Return examples no two of which are one tensor: ``torch.export`` takes it for one input."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    seen: set[int] = set()
+
+    def apart(example: Any) -> Any:
+        if not isinstance(example, torch.Tensor) or id(example) not in seen:
+            seen.add(id(example))
+            return example
+        return example.clone()
+
+    return pytree.tree_map(apart, examples)
 
 
 def _sizes(shape: Sequence[Dimension]) -> tuple[int, ...]:
