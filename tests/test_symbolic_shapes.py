@@ -284,3 +284,11 @@ def test_parse_input_shapes_refuses(option):
 def test_two_shapes_for_one_input():
     with pytest.raises(OptionError, match="two shapes"):
         parse_input_shapes(["a:1", "a:2"])
+
+
+def test_the_largest_number_may_stand_beside_sizes():
+    graph = """(float[batch,sequence,8] x) => (int64[4] y) {
+        shape = Shape(x)
+        y = Concat<axis=0>(shape, largest)
+    }"""
+    check(graph, ["arange", "arange", "concat", "reshape"], largest=np.array([2**63 - 1]))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
+import numpy as np
 import tvm
 from tvm import relax, tirx
 
@@ -135,8 +136,15 @@ def materialise(value: Known) -> relax.Expr:
     """Return a tensor of known elements: a constant, or one computed from symbolic sizes."""
     if value.is_constant:
         return relax.const(value.constant(), value.dtype)
-    elements: list[Any] = [relax.op.arange(size, size + 1, 1, "int64") for size in value.sizes()]
+    elements = [_vector_of(size) for size in value.sizes()]
     vector = elements[0] if len(elements) == 1 else relax.op.concat(elements, 0)
     if value.dtype != "int64":
         vector = relax.op.astype(vector, value.dtype)
     return relax.op.reshape(vector, value.elements.shape)
+
+
+def _vector_of(size: Size) -> relax.Expr:
+    """Return a tensor of one element; the largest number there is has no successor to count to."""
+    if isinstance(size, int):
+        return relax.const(np.array([size], np.int64), "int64")
+    return relax.op.arange(size, size + 1, 1, "int64")
