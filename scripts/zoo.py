@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -262,15 +263,21 @@ def run_one(name: str, folder: Path) -> None:
     os._exit(0)  # what frameworks do at the end is not what is tested
 
 
-def results_of(listed: list[Family], jobs: int, keep: Path | None) -> Iterator[Result]:
-    """Run families, `jobs` at a time."""
+def results_of(
+    listed: list[Family], jobs: int, keep: Path | None, seconds: float = math.inf
+) -> Iterator[Result]:
+    """Run families, `jobs` at a time, and start none after so many seconds."""
+    began = time.perf_counter()
     if any(family.door not in TENSORFLOW for family in listed):
         _import_once()
     waiting, running = list(listed), list[Running]()
     while waiting or running:
+        if time.perf_counter() - began > seconds:
+            waiting.clear()
         while waiting and len(running) < jobs:
             running.append(Running.start(waiting.pop(0)))
-        connection.wait([each.process.sentinel for each in running], timeout=5)
+        if running:
+            connection.wait([each.process.sentinel for each in running], timeout=5)
         for each in [each for each in running if each.ended()]:
             running.remove(each)
             yield each.result(keep)
@@ -315,6 +322,7 @@ def main() -> int:
     parser.add_argument("--redo", action="store_true", help="run those again that did not pass")
     parser.add_argument("--again", action="store_true", help="run those again that are there")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start none after that")
     parser.add_argument("--results", type=Path, default=Path("zoo.jsonl"))
     parser.add_argument("--keep", type=Path, help="where the logs of those that fail go")
     parser.add_argument("--page", action="store_true", help="only write the results' page")
@@ -331,7 +339,10 @@ def main() -> int:
         chosen = [name for name in chosen if name not in kept]
     random.Random(0).shuffle(chosen)  # a part of them tells of all kinds
     with arguments.results.open("a") as file:
-        for result in results_of([listed[n] for n in chosen], arguments.jobs, arguments.keep):
+        families_chosen = [listed[name] for name in chosen]
+        for result in results_of(
+            families_chosen, arguments.jobs, arguments.keep, arguments.seconds
+        ):
             name = result["family"]
             results[name] = result
             file.write(json.dumps(result) + "\n")

@@ -196,6 +196,8 @@ def _prepared(make: Callable[[], TorchModel]) -> TorchModel:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = make()
+    # Exporters take one tensor for one input, whatever it is called.
+    model.inputs = torch.utils._pytree.tree_map(torch.clone, model.inputs)
     model.module.eval()
     randomise(model.module)
     return model

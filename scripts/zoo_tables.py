@@ -252,7 +252,7 @@ def graph_convolution() -> TorchModel:
         def __init__(self) -> None:
             super().__init__()
             self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 32)
-            self.of, self.to = nn.Linear(32, 1), nn.Linear(32, 1)
+            self.source, self.target = nn.Linear(32, 1), nn.Linear(32, 1)
             self.scores = nn.Linear(32, 4)
 
         def forward(self, nodes: Any, edges: Any) -> Any:
@@ -260,7 +260,7 @@ def graph_convolution() -> TorchModel:
             degree = linked.sum(1, keepdim=True).clamp(min=1)
             x = torch.relu(linked @ self.first(nodes) / degree)
             x = torch.relu(linked @ self.second(x) / degree)
-            weights = nn.functional.leaky_relu(self.of(x) + self.to(x).T, 0.2)
+            weights = nn.functional.leaky_relu(self.source(x) + self.target(x).mT, 0.2)
             weights = weights.masked_fill(linked == 0, -1e9).softmax(1)
             return self.scores(weights @ x)
 

@@ -277,6 +277,9 @@ def _tokens(feeds: Feeds) -> Feeds:
     return {**feeds, "attention_mask": -np.sort(-mask, axis=1)}
 
 
+ADAPTED = {"clip-text": {"adapt": _tokens}}
+"""Its first token, which sees only itself, may stand for a whole text: it must not be masked."""
+
 BOTH = {
     "d_model": HIDDEN,
     "encoder_layers": LAYERS,
@@ -373,7 +376,12 @@ def _of(make: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[[
 
 FAMILIES: list[Family] = [
     *(
-        Family(name, "text encoder", "Hugging Face", huggingface(_of(transformer, c, h, **o)))
+        Family(
+            name,
+            "text encoder",
+            "Hugging Face",
+            huggingface(_of(transformer, c, h, **o), **ADAPTED.get(name, {})),
+        )
         for name, (c, h, o) in ENCODERS.items()
     ),
     *(
