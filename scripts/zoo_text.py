@@ -86,7 +86,7 @@ ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "nystromformer": (
         "NystromformerConfig",
         "NystromformerModel",
-        {"num_landmarks": 4, "segment_means_seq_len": 16},
+        {"num_landmarks": 16, "segment_means_seq_len": 16},
     ),
     "roformer": ("RoFormerConfig", "RoFormerModel", {"embedding_size": HIDDEN}),
     "rembert": (

@@ -239,7 +239,6 @@ def of_torchvision(path: str, size: int = 64, **options: Any) -> TorchModel:
     models = torchvision().models
     for part in path.split(".")[:-1]:
         models = getattr(models, part)
-    options = {"weights": None, **options}
     return images(getattr(models, path.rpartition(".")[2])(**options), size)
 
 
@@ -394,8 +393,11 @@ BUILT: tuple[tuple[str, str, Callable[[], TorchModel]], ...] = (
     ("mnasnet", PT2, partial(of_torchvision, "mnasnet0_5")),
     ("googlenet", LEGACY, partial(of_torchvision, "googlenet", aux_logits=False)),
     ("densenet", DYNAMO, partial(of_torchvision, "densenet.DenseNet", **{
-        "weights": None, "growth_rate": 8, "block_config": (2, 2, 2), "num_init_features": 16})),
-    ("maxvit", MODULE, partial(of_torchvision, "maxvit.MaxVit")),
+        "growth_rate": 8, "block_config": (2, 2, 2), "num_init_features": 16})),
+    ("maxvit", MODULE, partial(of_torchvision, "maxvit.MaxVit", **{
+        "input_size": (64, 64), "stem_channels": 16, "partition_size": 4,
+        "block_channels": [16, 32], "block_layers": [1, 1], "head_dim": 8,
+        "stochastic_depth_prob": 0.0})),
 )  # fmt: skip
 
 TIMM: tuple[tuple[str, str, str, int, dict[str, Any]], ...] = (
@@ -411,7 +413,7 @@ TIMM: tuple[tuple[str, str, str, int, dict[str, Any]], ...] = (
     ("fastvit", LEGACY, "fastvit_t8", 64, {}),
     ("efficientvit", DYNAMO, "efficientvit_b0", 64, {}),
     ("convit", LEGACY, "convit_tiny", 64, {"img_size": 64, "depth": 2, "local_up_to_layer": 1}),
-    ("eva02", LEGACY, "eva02_tiny_patch14_224", 56, {"img_size": 56, "depth": 2}),
+    ("eva02", DYNAMO, "eva02_tiny_patch14_224", 56, {"img_size": 56, "depth": 2}),
     ("twins", LEGACY, "twins_svt_small", 64, {"img_size": 64, "depths": (1, 1, 1, 1)}),
     ("pit", DYNAMO, "pit_ti_224", 64, {"img_size": 64, "depth": (1, 1, 1)}),
     ("dla", LEGACY, "dla46x_c", 64, {}),
