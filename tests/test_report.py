@@ -17,6 +17,7 @@ from sparse_tvm.report.content import (
     human_bytes,
     human_count,
     human_percent,
+    human_threads,
     nothing_sparse,
     target_name,
 )
@@ -246,6 +247,7 @@ def test_human_numbers() -> None:
     assert human_percent(0.9) == "90.0 %"
     assert human_percent(0.99996) == ">99.9 %"
     assert human_percent(1.0) == "100.0 %"
+    assert [human_threads(count) for count in (1, 4)] == ["1 thread", "4 threads"]
 
 
 NASTY = (

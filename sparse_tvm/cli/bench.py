@@ -109,8 +109,11 @@ def bench(
     for result in results if profile or len(results) == 1 else ():
         _print(stdout_console(), result)
     if len(results) > 1:
+        from sparse_tvm.report.content import human_threads
+
         first = results[0]
-        stdout_console().print(f"{first.path}, {first.threads} threads, {first.cpu}, medians")
+        where = f"{human_threads(first.threads)}, {first.cpu}"
+        stdout_console().print(f"{first.path}, {where}, medians")
         stdout_console().print(sweep_table(combinations, results))
 
 
@@ -126,8 +129,9 @@ def _print(console: Console, result: BenchResult) -> None:
     from rich.text import Text
 
     from sparse_tvm.cli.tables import shape_cell
+    from sparse_tvm.report.content import human_threads
 
-    console.print(f"{result.path}, {result.threads} threads, {result.cpu}")
+    console.print(f"{result.path}, {human_threads(result.threads)}, {result.cpu}")
     shapes = (f"{name} {shape_cell(shape)}" for name, shape in result.shapes.items())
     console.print(Text(f"inputs: {', '.join(shapes)}"))
     console.print(_timings(result))

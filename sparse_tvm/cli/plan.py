@@ -222,6 +222,7 @@ def _print_plan(console: Any, plan: Plan, model: str, output: Path) -> None:
 def _print_what_if(console: Any, found: WhatIf) -> None:
     from sparse_tvm.cli.tables import name_cell, plain_table, shape_cell
     from sparse_tvm.planning.report import milliseconds
+    from sparse_tvm.report.content import human_threads
     from sparse_tvm.report.tables import fact_table, human_bytes
 
     numbers = ("layers", "as it is", "pruned", "faster")
@@ -250,7 +251,7 @@ def _print_what_if(console: Any, found: WhatIf) -> None:
             f"{human_bytes(round(found.nbytes))}, as they are "
             f"{human_bytes(round(found.dense_bytes))}",
         ),
-        ("Times", f"{found.basis}, {found.threads} threads"),
+        ("Times", f"{found.basis}, {human_threads(found.threads)}"),
     ]
     console.print(fact_table(facts))
 

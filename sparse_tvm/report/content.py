@@ -85,7 +85,7 @@ def claims(manifest: Mapping[str, Any], bench: Mapping[str, Any] | None) -> list
 
 def _measured_speed(bench: Mapping[str, Any]) -> tuple[str, str]:
     p50 = f"{1e3 * bench['model']['p50']:.2f} ms"
-    where = f"{bench['threads']} threads, {bench['cpu']}"
+    where = f"{human_threads(bench['threads'])}, {bench['cpu']}"
     if bench["speedup"] is None:
         return p50, f"a run (median), {where}"
     reference = bench["reference"]["engine"]
@@ -237,6 +237,11 @@ def human_bytes(size: float) -> str:
 def human_count(count: float) -> str:
     """Return a count with a decimal suffix: ``109.5 M``."""
     return _scaled(count, ("", "k", "M", "G", "T")).rstrip()
+
+
+def human_threads(count: int) -> str:
+    """Return ``1 thread`` or ``4 threads``."""
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def human_percent(fraction: float) -> str:
