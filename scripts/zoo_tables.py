@@ -260,7 +260,7 @@ def graph_convolution() -> TorchModel:
             degree = linked.sum(1, keepdim=True).clamp(min=1)
             x = torch.relu(linked @ self.first(nodes) / degree)
             x = torch.relu(linked @ self.second(x) / degree)
-            weights = nn.functional.leaky_relu(self.source(x) + self.target(x).mT, 0.2)
+            weights = nn.functional.leaky_relu(self.source(x) + self.target(x).transpose(0, 1), 0.2)
             weights = weights.masked_fill(linked == 0, -1e9).softmax(1)
             return self.scores(weights @ x)
 
