@@ -417,7 +417,7 @@ FAMILIES: list[Family] = [
             ("dcn-v2", "recommendation", PT2, cross_network),
             ("ncf", "recommendation", MODULE, neural_collaborative),
             ("auto-int", "recommendation", LEGACY, auto_int),
-            ("sasrec", "recommendation", LEGACY, self_attentive),
+            ("sasrec", "recommendation", DYNAMO, self_attentive),
             ("din", "recommendation", LEGACY, interest),
             ("mmoe", "recommendation", DYNAMO, gated_experts),
             ("graph", "graph", LEGACY, graph_convolution),
