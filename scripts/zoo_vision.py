@@ -338,7 +338,7 @@ def yolo() -> TorchModel:
     from torch import nn
 
     def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Sequential:
-        layer = nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
+        layer = nn.Conv2d(inputs, outputs, size, stride, (size - 1) // 2, bias=False)
         return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.SiLU())
 
     class Yolo(nn.Module):
