@@ -7,8 +7,8 @@ at a time, whose sums stay in tile registers. Forms of W:
 ``skip``    the blocks of ``height`` tiles that hold a non-zero.
 ``gather``  blocks of ``16 * height`` outputs by one line: the lines of X that a block row needs
             are copied together, sixteen make a tile, one chunk ahead of its product.
-``expand``  unstructured: a bit mask and packed non-zeros, expanded to the tiles of a block row
-            while the one before is multiplied.
+``expand``  unstructured: a bit mask and packed non-zeros, expanded to tiles a little ahead of
+            their products with the first tokens.
 """
 
 from __future__ import annotations
@@ -51,9 +51,13 @@ MAX_GROUP = 8
 _WIDTH = 2
 """Tiles of tokens whose sums are in registers together."""
 
-_K_TILES, _MANY_PARTS, _SHORT = 12, 2, 4
-"""Tiles of K per pass over the tokens, so that a block row's weights stay in the first cache; with
-more than so many passes, which move sums anyway, the few that leave space there."""
+_K_TILES = 8
+"""Tiles of K per pass over the tokens, at most: a block row's weights take a third of the first
+cache, and the tokens, which pass through, evict none of them."""
+
+_AHEAD, _PREFETCHED = 2, 1024
+"""Tiles of K that are expanded ahead of their product, whose loads would wait for the stores; and
+bytes that packed elements are asked for ahead of their expansion."""
 
 _CHUNKS = 4
 """Gathered chunks in flight."""
@@ -187,8 +191,8 @@ class _WholeRows(_TileKernel):
 
     def __init__(self, outputs: Rows, layout: TileLayout, unit: TileUnit) -> None:
         super().__init__(outputs, layout, unit)
-        many = self.k_tiles > _MANY_PARTS * _K_TILES
-        self.part = min(_SHORT if many else _K_TILES, self.k_tiles)
+        parts = -(-self.k_tiles // _K_TILES)
+        self.part = -(-self.k_tiles // parts)
 
     def passes(
         self,
@@ -281,7 +285,7 @@ class _Dense(_WholeRows):
 
 
 class _Expand(_WholeRows):
-    """Expands the part of a block row that is next while it multiplies the one before."""
+    """Expands a part of a block row for the first tokens, and multiplies the others by it."""
 
     def __init__(self, outputs: Rows, layout: TileLayout, unit: TileUnit) -> None:
         super().__init__(outputs, layout, unit)
@@ -298,10 +302,9 @@ class _Expand(_WholeRows):
     def compute(self, start: Expr, stop: Expr, first_tile: Expr, size: Expr) -> None:
         sums, results = self.sums_memory(), self.results()
         lines = self.height * TILE_ROWS  # of a tile of K
-        half = self.part * lines * LINES
-        dense = T.alloc_buffer((2 * half,), "int32")
+        dense = T.alloc_buffer((self.part * lines * LINES,), "int32")
         cursor, line, end = local(1, "int64"), local(1, "int32"), local(1, "int32")
-        into, using, share = local(1, "int32"), local(1, "int32"), local(1, "int32")
+        into = local(1, "int32")
 
         def expand(count: Expr) -> None:
             """Expand the next ``count`` lines, in the order of storage."""
@@ -318,30 +321,24 @@ class _Expand(_WholeRows):
         with T.If(start < stop), T.Then():
             T.buffer_store(cursor, T.Cast("int64", self._offsets[start]), [0])
             T.buffer_store(line, start * (self.k_tiles * lines), [0])
-            T.buffer_store(into, T.int32(0), [0])
-            T.buffer_store(using, T.int32(half), [0])
-            expand(T.int32(half // LINES))
-        last = scalar(stop * (self.k_tiles * lines))
         with T.serial(0, stop - start) as i:
             block_row = scalar(start + i)
 
             def begin(first_k: Expr, count: Expr) -> None:
-                """Multiply what was expanded; the part behind it goes into the other half."""
-                T.buffer_store(using, half - using[0], [0])
-                T.buffer_store(into, half - using[0], [0])
-                rest = self.k_tiles - first_k - count
-                following = tirx.Select(rest > 0, tirx.min(self.part, rest), self.part)
-                todo = scalar(tirx.min(following * lines, last - line[0]))
-                T.buffer_store(end, line[0] + todo, [0])
-                T.buffer_store(share, (todo + size * count - 1) // (size * count), [0])
+                """Expand the first tiles of a part of K."""
+                T.buffer_store(into, T.int32(0), [0])
+                T.buffer_store(end, line[0] + count * lines, [0])
+                expand(scalar(tirx.min(_AHEAD, count) * lines))
 
             def beside(k: Expr, place: Expr, width: Expr) -> None:
-                """Expand a share of the next part's lines with every product."""
-                prefetch(self._packed, (cursor[0] + 2048,))
-                expand(scalar(tirx.min(share[0] * width, end[0] - line[0])))
+                """Expand the next tile with each product of the first tokens."""
+                with T.If(tirx.And(place == 0, line[0] < end[0])), T.Then():
+                    for cache_line in range(4):
+                        prefetch(self._packed, (cursor[0] + _PREFETCHED + 64 * cache_line,))
+                    expand(T.int32(lines))
 
             def a(first: Expr, step: Expr, row: int) -> tuple[Buffer, Expr]:
-                return dense, using[0] + (step * self.height + row) * TILE_ROWS * LINES
+                return dense, (step * self.height + row) * TILE_ROWS * LINES
 
             self.passes(sums, results, block_row, first_tile, size, a, beside, begin)
         results.flush()
