@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import json
 import math
 import multiprocessing
@@ -28,6 +29,7 @@ import os
 import random
 import re
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -249,7 +251,15 @@ class Running:
             keep.mkdir(parents=True, exist_ok=True)
             (keep / f"{self.name}.log").write_bytes(log.read_bytes())
         self.folder.cleanup()
-        return {"family": self.name, **result, "wall": seconds}
+        return {"family": self.name, **result, "wall": seconds, "commit": commit()}
+
+
+@functools.cache
+def commit() -> str:
+    """Return the commit that is run, and whether it was changed since."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude", "*"]
+    said = subprocess.run(describe, cwd=PAGE.parent, capture_output=True, text=True, check=True)
+    return said.stdout.strip()
 
 
 def run_one(name: str, folder: Path) -> None:

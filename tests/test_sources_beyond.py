@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -86,17 +87,24 @@ def test_one_tensor_may_be_the_example_of_two_inputs(tmp_path: Path) -> None:
 class Relative(nn.Module):
     """Attention whose result is viewed as it lies in memory, and a table written in place."""
 
+    def __init__(self, view: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.view = view
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         table = torch.zeros(5, 5)
         table[0, 0:] = 2
         table[0, 0] = 3
         heads = x.view(x.shape[0], 5, 2, 4).transpose(1, 2)
         found = nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=table)
-        return found.transpose(1, 2).contiguous().view(x.shape[0], 5, 8).erf()
+        return self.view(found.transpose(1, 2).contiguous(), (x.shape[0], 5, 8)).erf()
 
 
-def test_views_and_tables_written_in_place(tmp_path: Path) -> None:
-    model, x = Relative(), torch.randn(2, 5, 8)
+@pytest.mark.parametrize("view", [torch.Tensor.view, torch.reshape])
+def test_views_and_tables_written_in_place(
+    tmp_path: Path, view: Callable[..., torch.Tensor]
+) -> None:
+    model, x = Relative(view), torch.randn(2, 5, 8)
     options = {"example_inputs": (x,), "dynamic_shapes": ({0: torch.export.Dim.DYNAMIC},)}
     path = sparse_tvm.compile(model, tmp_path / "model.so", **options).path
     (found,) = sparse_tvm.load(path).run(x.numpy()).values()

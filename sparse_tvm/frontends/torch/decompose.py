@@ -67,15 +67,19 @@ def without_second_trace(program: Any) -> Any:
 
 
 def _with_views_of_copies(program: Any) -> Any:
-    """Let each view be of a copy: decomposed, its operand may lie in memory as no view allows."""
+    """Let each view be of a copy: decomposed, its operand may lie in memory as no view allows.
+
+    Decomposed, a reshape is such a view.
+    """
     import torch
 
     aten = torch.ops.aten
-    if not any(node.target == aten.view.default for node in program.graph.nodes):
+    views = {aten.view.default, aten.reshape.default}
+    if not any(node.target in views for node in program.graph.nodes):
         return program
     graph = copied_graph(program)
     for node in list(graph.nodes):
-        if node.target == aten.view.default:
+        if node.target in views:
             with graph.inserting_before(node):
                 layout = {"memory_format": torch.contiguous_format}
                 copied = graph.call_function(aten.clone.default, node.args[:1], layout)
