@@ -334,3 +334,22 @@ def test_indices_that_wrap_around_backwards(size):
 
     run = compile_function(reversed_part, x.shape)
     np.testing.assert_array_equal(run(x), x[2].reshape(1, -1)[:, ::-1])
+
+
+def test_exponentials_of_padding():
+    """Where everything is padding, the argument is a constant in two nested exponentials."""
+    op = relax.op
+
+    def gate(x):
+        inner = op.sigmoid(op.nn.pad(op.nn.log_softmax(x, 0), [0, 0, 2, 0]))
+        outer = op.nn.pad(inner, [0, 0, 1, 0])
+        return op.multiply(outer, op.sigmoid(outer))
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    x = normal(2, 144)
+    run = compile_function(gate, x.shape)
+    padded = np.pad(np.log(softmax(x, 0)), [(0, 0), (2, 0)])
+    outer = np.pad(sigmoid(padded), [(0, 0), (1, 0)])
+    np.testing.assert_allclose(run(x), outer * sigmoid(outer), rtol=1e-5, atol=1e-6)

@@ -93,7 +93,12 @@ def constant(value: float, like: Expr, dtype: str = "float32") -> Expr:
 
 
 def _let(value: Expr, body: Any) -> Expr:
-    """``body(v)`` with ``v`` computed once."""
+    """``body(v)`` with ``v`` computed once.
+
+    A constant is not bound: TVM's analyzer fails where the same binding simplifies to another one.
+    """
+    if isinstance(value, tirx.FloatImm):
+        return body(value)
     var = tirx.Var("v", value.ty)
     return tirx.Let(var, value, body(var))
 
