@@ -26,6 +26,7 @@ from sparse_tvm.interleave import interleave
 from sparse_tvm.models import minilm
 from sparse_tvm.models.packed import load_packed
 from sparse_tvm.reference import Reference
+from sparse_tvm.report.content import human_threads
 from sparse_tvm.report.tables import human_bytes
 from sparse_tvm.runtime import Model
 
@@ -83,7 +84,7 @@ def main(
     console = stdout_console()
     console.print(
         f"all-MiniLM-L6-v2, {facts['sparsity']:.0%} pruned in {facts['structure']} blocks, "
-        f"1 x {sequence} tokens, {threads} threads"
+        f"1 x {sequence} tokens, {human_threads(threads)}"
     )
     console.print(speed_table(times, pruned, artifact))
     print_neighbours(console, ours, unpruned, facts)

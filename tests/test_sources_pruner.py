@@ -386,3 +386,40 @@ def test_prune_with_data_writes_a_huggingface_directory(tmp_path: Path) -> None:
     before = model.encoder.layer[0].intermediate.dense.bias
     assert not torch.equal(found.encoder.layer[0].intermediate.dense.bias, before)
     assert errors[1] < 0.5 * errors[0]
+
+
+def test_structures_are_chosen_for_a_target() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256), nn.Linear(256, 8))
+    pruner = Pruner(
+        model,
+        structure="auto",
+        sparsity=0.9,
+        steps=1,
+        exclude="3",
+        example_inputs=(torch.randn(64, 256),),
+        target="x86-64-v4",
+        threads=1,
+    )
+    assert set(pruner.goals) == {"0", "2"}
+    pruner.prune_to(1.0)
+    pruner.finish()
+    for name, goal in pruner.goals.items():
+        w = model.get_submodule(name).weight.detach().numpy()
+        assert np.array_equal(w != 0, magnitude_mask(w, goal))
+        assert np.mean(w == 0) == pytest.approx(0.9, abs=0.01)
+    assert model[3].weight.count_nonzero() == model[3].weight.numel()
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"structure": "auto", "sparsity": 0.9}, "needs example_inputs"),
+        ({"structure": "4x1", "sparsity": 0.9, "target": "native"}, "are for structure auto"),
+        ({"structure": "auto", "example_inputs": (torch.randn(2, 16),)}, "needs a sparsity"),
+    ],
+)
+def test_structures_cannot_be_chosen(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        Pruner(make_model(), **options)

@@ -12,6 +12,7 @@ from sparse_tvm.cli.options import AllowPickle, Exclude, InputShapes, Layers
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from sparse_tvm.planning.structures import StructureChoice
     from sparse_tvm.sparsity.pruning import PruneReport
 
 
@@ -31,7 +32,9 @@ def prune(
         str,
         typer.Option(
             metavar="STRUCTURE",
-            help="unstructured, blocks of outputs x inputs such as 4x1, or N:M such as 2:4.",
+            help="unstructured, blocks of outputs x inputs such as 4x1, or N:M such as 2:4; auto: "
+            "by layer the one with the least predicted time for the share of the weight's norm "
+            "that it keeps.",
         ),
     ] = "unstructured",
     scope: Annotated[
@@ -78,17 +81,59 @@ def prune(
         ),
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of --random-weights.")] = 0,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="For structure auto: where it will run, as for compile; by default here.",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Of calibration, and of the model that auto is to make fast."
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="For structure auto: tokens of an input that leaves it open (128).",
+        ),
+    ] = None,
+    records: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="For structure auto: what `sparse-tvm tune` measured. Repeatable.",
+        ),
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="For structure auto: time the model here, pruned in several ways, rather than "
+            "predict.",
+        ),
+    ] = False,
     input_shape: InputShapes = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
     """Prune the weights of MODEL. Embeddings are never touched."""
     from sparse_tvm.frontends.input_shapes import parse_input_shapes
     from sparse_tvm.frontends.kinds import check_model
-    from sparse_tvm.sparsity.pattern import Goal
+    from sparse_tvm.sparsity.pattern import AUTO, Goal, asked_sparsity
 
     shapes = parse_input_shapes(input_shape or ())
-    if plan is None:
+    if plan is None and structure == AUTO:
+        asked_sparsity(sparsity)
+    elif plan is None:
         Goal.parse(structure, sparsity)
+    if target is not None:
+        from sparse_tvm.cli.checks import check_target
+
+        check_target(target)
     check_model(model)
 
     from sparse_tvm.cli.console import stderr_console, stdout_console
@@ -97,10 +142,11 @@ def prune(
     from sparse_tvm.report.tables import fact_table
     from sparse_tvm.sparsity.pruning import prune
 
-    # Without data it is a matter of seconds.
-    shown = PhaseProgress(stderr_console()) if calibrate else progress_on_a_terminal()
+    # Otherwise it is a matter of seconds.
+    slow = calibrate is not None or structure == AUTO
+    shown = PhaseProgress(stderr_console()) if slow else progress_on_a_terminal()
     with shown as progress:
-        if calibrate is None:
+        if not slow:
             progress("prune")
         report = prune(
             model,
@@ -118,11 +164,39 @@ def prune(
             tokenizer=tokenizer,
             random_weights=random_weights,
             seed=seed,
+            threads=threads,
+            target=target,
+            tokens=tokens,
+            records=records or (),
+            measure=measure,
             progress=progress,
         )
     console = stdout_console()
+    if report.structures is not None:
+        console.print(_structure_table(report.structures))
     console.print(_layer_table(report))
     console.print(fact_table(_facts(report)))
+
+
+def _structure_table(choice: StructureChoice) -> Table:
+    """What was chosen for each layer, with what it gives, and what it was compared with."""
+    from sparse_tvm.cli.tables import name_cell, plain_table
+    from sparse_tvm.report.groups import grouped
+    from sparse_tvm.report.tables import human_percent
+
+    table = plain_table("layer", "structure", "faster", "kept", "rather than", numbers=("kept",))
+    rows = []
+    for layer in choice.layers:
+        found = [
+            (one.setting.structure, f"{one.faster:.1f}x", human_percent(one.kept))
+            for one in layer.candidates
+        ]
+        if found:
+            others = ", ".join(map(" ".join, found[1:]))
+            rows.append((layer.name, *found[0], others))
+    for name, *cells in grouped(rows):
+        table.add_row(name_cell(name), *cells)
+    return table
 
 
 def _layer_table(report: PruneReport) -> Table:
@@ -158,9 +232,25 @@ def _facts(report: PruneReport) -> list[tuple[str, str]]:
     from sparse_tvm.report.tables import human_count, human_percent
 
     share = report.nonzeros / report.parameters if report.parameters else 1.0
+    chosen = report.structures
     return [
+        *([] if chosen is None else _expected(chosen)),
         ("Pruned layers", str(len(report.layers))),
         ("Parameters", human_count(report.parameters)),
         ("Non-zeros", f"{human_count(report.nonzeros)} ({human_percent(share)})"),
         ("Wrote", str(report.output)),
+    ]
+
+
+def _expected(choice: StructureChoice) -> list[tuple[str, str]]:
+    from sparse_tvm.planning.report import milliseconds
+    from sparse_tvm.report.content import human_threads
+
+    return [
+        (
+            "Latency",
+            f"{milliseconds(choice.seconds)}, as it is {milliseconds(choice.dense_seconds)} "
+            f"({choice.dense_seconds / choice.seconds:.2f}x)",
+        ),
+        ("Times", f"{choice.basis}, {choice.target}, {human_threads(choice.threads)}"),
     ]

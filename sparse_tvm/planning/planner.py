@@ -22,7 +22,7 @@ from sparse_tvm.planning.document import LayerPlan, Plan
 from sparse_tvm.planning.knapsack import Knapsack, Option
 from sparse_tvm.planning.prediction import Prediction, predict
 from sparse_tvm.planning.sensitivity import errors_of, measured_errors
-from sparse_tvm.planning.settings import DENSE, SPARSITIES, STRUCTURES, Setting, settings_of
+from sparse_tvm.planning.settings import DENSE, SPARSITIES, STRUCTURES, TOKENS, Setting, settings_of
 from sparse_tvm.planning.subject import Subject
 from sparse_tvm.sparsity.calibration import Data
 from sparse_tvm.sparsity.pruning import tokenizer_of
@@ -48,7 +48,7 @@ def plan(
     speedup: float | None = None,
     size: float | None = None,
     target: str = NATIVE,
-    tokens: int = 128,
+    tokens: int = TOKENS,
     threads: int | None = None,
     input_shapes: Mapping[str, Sequence[Any]] | None = None,
     structures: Sequence[str] = STRUCTURES,

@@ -13,7 +13,7 @@ from sparse_tvm.extras import install_command
 from sparse_tvm.files import check_writable, replacing
 from sparse_tvm.printable import printable
 from sparse_tvm.report import charts
-from sparse_tvm.report.content import human_bytes, human_percent
+from sparse_tvm.report.content import human_bytes, human_percent, human_threads
 from sparse_tvm.report.html import render_page
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
         )
     if plan.worst_trial is not None:
         found.append(("Trials", f"predicted within {human_percent(plan.worst_trial)}"))
-    return [*found, ("Times", f"{where}, {plan.threads} threads"), ("Inputs", inputs)]
+    return [*found, ("Times", f"{where}, {human_threads(plan.threads)}"), ("Inputs", inputs)]
 
 
 def doubt(plan: Plan) -> str | None:

@@ -13,6 +13,9 @@ from sparse_tvm.sparsity.statistics import AssumedWeight
 STRUCTURES = ("unstructured", "4x1", "16x1")
 """What is compared unless the user says otherwise."""
 
+TOKENS = 128
+"""Of an input that leaves their number open."""
+
 SPARSITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.875, 0.9, 0.925, 0.95, 0.96, 0.97)
 """The shares of zeros among which a plan chooses: the larger, the less another percent costs."""
 

@@ -28,7 +28,7 @@ from sparse_tvm.passes.dense_to_sparse import typical_tokens
 from sparse_tvm.passes.infrastructure import Context
 from sparse_tvm.passes.program import Program
 from sparse_tvm.planning.document import layers_fingerprint
-from sparse_tvm.planning.settings import DENSE, Setting
+from sparse_tvm.planning.settings import DENSE, TOKENS, Setting
 from sparse_tvm.random_inputs import typical_sizes
 from sparse_tvm.sparsity.masks import prune_array
 from sparse_tvm.spec import size_of
@@ -106,7 +106,7 @@ class Subject:
         context: Context,
         target_name: str,
         input_shapes: Mapping[str, Sequence[Any]],
-        tokens: int = 128,
+        tokens: int = TOKENS,
         layers: str | None = None,
         exclude: str | None = None,
     ) -> None:

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sparse_tvm.errors import OptionError
 from sparse_tvm.planning.planner import open_subject
 from sparse_tvm.planning.prediction import Prediction, predict
-from sparse_tvm.planning.settings import DENSE, Setting
+from sparse_tvm.planning.settings import DENSE, TOKENS, Setting
 from sparse_tvm.planning.subject import Kind, PlannedLayer
 from sparse_tvm.targets import NATIVE
 
@@ -130,7 +130,7 @@ def what_if(
     setting: Setting,
     *,
     target: str = NATIVE,
-    tokens: int = 128,
+    tokens: int = TOKENS,
     threads: int | None = None,
     input_shapes: Mapping[str, Sequence[Any]] | None = None,
     layers: str | None = None,

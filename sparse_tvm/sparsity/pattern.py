@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from sparse_tvm.errors import OptionError
 from sparse_tvm.sparsity.blocks import parse_block
 
+AUTO = "auto"
+"""To ``prune``, in place of a structure: by layer the one that its kernels reward most."""
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -95,3 +98,20 @@ class Goal:
                 hint="0.9 sets 90 % of the weights to zero",
             )
         return cls(pattern, sparsity)
+
+
+def asked_sparsity(sparsity: float | None) -> float:
+    """Return the sparsity that goes with structure :data:`AUTO`.
+
+    Raises
+    ------
+    OptionError
+        When there is none, or it is not between 0 and 1.
+    """
+    if sparsity is None or not 0 < sparsity < 1:
+        raise OptionError(
+            f"structure {AUTO} needs a sparsity between 0 and 1"
+            + ("" if sparsity is None else f", not {sparsity}"),
+            hint="0.9 sets 90 % of the weights to zero",
+        )
+    return sparsity

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -27,8 +27,12 @@ from sparse_tvm.sparsity.calibration import SAMPLES, Batch, Data, read_calibrati
 from sparse_tvm.sparsity.choice import choose_layers, nothing_left, with_goals
 from sparse_tvm.sparsity.layer_inputs import LayerInput, find_inputs
 from sparse_tvm.sparsity.masks import Cut, block_scores, magnitude_mask, masked, spread
-from sparse_tvm.sparsity.pattern import Goal
+from sparse_tvm.sparsity.pattern import AUTO, Goal, asked_sparsity
 from sparse_tvm.sparsity.progress_store import ProgressStore, identity_of
+from sparse_tvm.targets import NATIVE
+
+if TYPE_CHECKING:
+    from sparse_tvm.planning.structures import StructureChoice
 
 METHODS = ("magnitude", "wanda", "obs")
 
@@ -61,11 +65,14 @@ class PruneReport:
         The pruned layers, in the order the model uses them.
     skipped : dict[str, str]
         Why a chosen layer was left as it is, by layer name.
+    structures : StructureChoice | None
+        What structure ``"auto"`` chose, and what it expects of that.
     """
 
     output: Path
     layers: tuple[PrunedLayer, ...]
     skipped: dict[str, str]
+    structures: StructureChoice | None = None
 
     @property
     def parameters(self) -> int:
@@ -99,6 +106,10 @@ def prune(
     random_weights: bool = False,
     seed: int = 0,
     threads: int | None = None,
+    target: str | None = None,
+    tokens: int | None = None,
+    records: Sequence[str | os.PathLike[str]] = (),
+    measure: bool = False,
     progress: Callable[[str], None] = lambda message: None,
 ) -> PruneReport:
     """Prune the MatMul, Gemm and Conv weights of a model.
@@ -120,7 +131,8 @@ def prune(
     sparsity : float | None
         Share of values to set to zero, in [0, 1). N:M structures imply it.
     structure : str
-        ``"unstructured"``, blocks of outputs x inputs such as ``"4x1"``, or ``"2:4"``.
+        ``"unstructured"``, blocks of outputs x inputs such as ``"4x1"``, or ``"2:4"``; or
+        ``"auto"``, see :func:`~sparse_tvm.planning.structures.choose_structures`.
     goals : Mapping[str, Goal] | None
         A structure and a sparsity by layer, instead of one for all; other layers stay as they
         are.
@@ -147,7 +159,12 @@ def prune(
     seed : int
         Of the random weights.
     threads : int | None
-        Of ONNX Runtime, for calibration; all usable cores by default.
+        Of ONNX Runtime, for calibration, and of the model that structure ``"auto"`` is to make
+        fast; all usable cores by default.
+    target, tokens, records, measure
+        For structure ``"auto"`` only: where the model is to run (by default here), tokens of an
+        input that leaves it open (128), what ``sparse-tvm tune`` measured, and whether to time
+        the model here, pruned in several ways, rather than predict.
     progress : callable
         Told of each layer that is pruned with data.
 
@@ -168,7 +185,9 @@ def prune(
     again goes on where an interrupted one was.
     """
     by_layer = goals is not None or plan is not None
-    goal = None if by_layer else Goal.parse(structure, sparsity)
+    auto = structure == AUTO and not by_layer
+    _check_auto(auto, sparsity, target=target, tokens=tokens, records=records, measure=measure)
+    goal = None if by_layer or auto else Goal.parse(structure, sparsity)
     if by_layer and sparsity is not None:
         raise OptionError("goals by layer leave no sparsity to choose", hint="leave it out")
     _check_method(method, calibrate)
@@ -188,6 +207,30 @@ def prune(
     weights = _Weights(pruned, chosen)
     if random_weights:
         weights.randomise(seed)
+    structures = None
+    if auto:
+        from sparse_tvm.planning.structures import choose_structures
+
+        structures = choose_structures(
+            source,
+            sparsity,
+            target=target or NATIVE,
+            tokens=tokens,
+            threads=threads,
+            input_shapes=options.input_shapes if options is not None else {},
+            layers=layers,
+            exclude=exclude,
+            records=records,
+            measure=measure,
+            weights={ref.layer: weights[ref] for ref in chosen} if random_weights else None,
+            progress=progress,
+        )
+        goals = structures.goals
+        reason = f"at this sparsity pruning makes it no faster on {structures.target}"
+        skipped |= {ref.layer: reason for ref in chosen if ref.layer not in goals}
+        weights.refs = chosen = with_goals(chosen, goals)
+        if not chosen:
+            raise nothing_left(skipped, chosen)
     done = _Done({}, [], None)
     if calibrate is None:
         _prune_by_magnitude(weights, goals or {}, scope)
@@ -206,7 +249,7 @@ def prune(
             pruned, weights, inputs, goals or {}, batches, method, output,
             threads or usable_cores(), progress,
         )  # fmt: skip
-    report = PruneReport(Path(output), weights.report(done.errors), skipped)
+    report = PruneReport(Path(output), weights.report(done.errors), skipped, structures)
     if as_onnx:
         write_onnx(pruned, output, external=_is_external(source.as_onnx(), pruned))
     else:
@@ -329,13 +372,24 @@ def _check_method(method: str, calibrate: Data | None) -> None:
         )
 
 
+def _check_auto(auto: bool, sparsity: float | None, **conditions: Any) -> None:
+    given = [name for name, value in conditions.items() if value]
+    if not auto and given:
+        raise OptionError(
+            f"{given[0]} is for structure {AUTO}", hint=f"leave it out, or give structure {AUTO}"
+        )
+    if auto:
+        asked_sparsity(sparsity)
+
+
 def _check_scope(scope: str, goal: Goal | None, structure: str, method: str) -> None:
     if scope not in ("uniform", "global"):
         raise OptionError(f"unknown scope {scope!r}", hint="give uniform or global")
     if scope == "uniform":
         return
     if goal is None or method != "magnitude":
-        what = "goals by layer" if goal is None else f"method {method}"
+        by_layer = f"structure {AUTO}" if structure == AUTO else "goals by layer"
+        what = by_layer if goal is None else f"method {method}"
         raise OptionError(f"scope global does not fit {what}", hint="leave the scope out")
     if goal.pattern.n_m:
         raise OptionError(

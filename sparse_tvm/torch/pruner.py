@@ -11,9 +11,10 @@ import numpy as np
 
 from sparse_tvm.errors import OptionError
 from sparse_tvm.frontends.onnx.read import first_few
-from sparse_tvm.frontends.source import require
+from sparse_tvm.frontends.source import SourceOptions, require
 from sparse_tvm.sparsity.masks import Cut, block_scores, magnitude_mask, spread
-from sparse_tvm.sparsity.pattern import Goal
+from sparse_tvm.sparsity.pattern import AUTO, Goal
+from sparse_tvm.targets import NATIVE
 
 torch = require("torch", "torch", "pruning while training")
 parametrize = torch.nn.utils.parametrize
@@ -59,7 +60,10 @@ class Pruner:
     model : nn.Module
         Changed in place.
     structure : str
-        ``"unstructured"``, blocks of outputs x inputs such as ``"4x1"``, or ``"2:4"``.
+        ``"unstructured"``, blocks of outputs x inputs such as ``"4x1"``, or ``"2:4"``; or
+        ``"auto"``: for each layer what
+        :func:`~sparse_tvm.planning.structures.choose_structures` chooses. Layers that no structure
+        makes faster stay dense then.
     sparsity : float | None
         Share of values that are zero at the end, in [0, 1). N:M structures imply it.
     goals : Mapping[str, Goal] | None
@@ -77,6 +81,14 @@ class Pruner:
         threshold.
     layers, exclude : str | None
         Regular expressions, searched in the names of modules: only these, all but these.
+    example_inputs : tuple | Mapping[str, Tensor] | None
+        For structure ``"auto"``: arguments to trace the model with, of the sizes it is to be fast
+        for.
+    target : str | None
+        For structure ``"auto"``: where the model is to run; by default here.
+    threads : int | None
+        For structure ``"auto"``: how many will run it; by default all cores of this machine, and
+        one of another.
 
     Raises
     ------
@@ -98,6 +110,9 @@ class Pruner:
         scope: str = "uniform",
         layers: str | None = None,
         exclude: str | None = None,
+        example_inputs: Any = None,
+        target: str | None = None,
+        threads: int | None = None,
     ) -> None:
         if schedule not in SCHEDULES:
             raise OptionError(
@@ -106,7 +121,19 @@ class Pruner:
         if steps < 1 or every < 1 or start < 0:
             raise OptionError(f"steps {steps}, every {every} and start {start} make no schedule")
         found = find_layers(model, layers, exclude)
-        if goals is None:
+        auto = structure == AUTO and goals is None
+        if auto != (example_inputs is not None) or (target is not None and not auto):
+            raise OptionError(
+                f"structure {AUTO} needs example_inputs"
+                if auto
+                else f"example_inputs and target are for structure {AUTO}",
+                hint="give arguments of the model, as to torch.export"
+                if auto
+                else "leave them out",
+            )
+        if auto:
+            goals = _auto_goals(model, found, sparsity, example_inputs, target, threads)
+        elif goals is None:
             goal = Goal.parse(structure, sparsity)
             goals = dict.fromkeys(found, goal)
         elif strangers := [name for name in goals if name not in found]:
@@ -195,6 +222,33 @@ class Pruner:
         """Within it, the layers compute their masked weights once rather than at each call."""
         with parametrize.cached():
             yield
+
+
+def _auto_goals(
+    model: Any,
+    layers: Mapping[str, Any],
+    sparsity: float | None,
+    example_inputs: Any,
+    target: str | None,
+    threads: int | None,
+) -> dict[str, Goal]:
+    """Return what is chosen for those of the layers that pruning makes faster."""
+    from sparse_tvm.frontends.torch.source import ModuleSource
+    from sparse_tvm.planning.structures import choose_structures
+
+    chosen = choose_structures(
+        ModuleSource(model, SourceOptions(example_inputs=example_inputs)),
+        sparsity,
+        target=target or NATIVE,
+        threads=threads,
+    )
+    goals = {name: goal for name, goal in chosen.goals.items() if name in layers}
+    if not goals:
+        raise OptionError(
+            f"at a sparsity of {sparsity} no chosen layer gets faster on {chosen.target}",
+            hint="give a structure, or a higher sparsity",
+        )
+    return goals
 
 
 def find_layers(
