@@ -17,6 +17,10 @@ from sparse_tvm.sparsity.sources import (
     find_bitmasks,
 )
 
+_WEIGHT_PARTS = ("_scale", "_zero_point")
+_INPUT_PARTS = ("input_scale", "input_zero_point")
+"""Behind a quantised weight's name, and instead of it; compressed-tensors calls them so."""
+
 
 class Checkpoint:
     """The weights in a directory.
@@ -43,14 +47,28 @@ class Checkpoint:
         self._format = str(sparsity_config.get("format", ""))
         self._home = {name: file for file in self.files.values() for name in file.names()}
         self.compressed = find_bitmasks(set(self._home))
+        self.quantised = {name for name in self._home if f"{name}_scale" in self._home}
 
     def names(self) -> set[str]:
         """Return the names of all weights."""
-        parts = {p for name in self.compressed for p in bitmask_parts(name, set(self._home))}
-        return (set(self._home) - parts) | self.compressed
+        stored = set(self._home)
+        parts = {p for name in self.compressed for p in bitmask_parts(name, stored)}
+        parts |= {f"{name}{part}" for name in self.quantised for part in _WEIGHT_PARTS}
+        stems = [name.removesuffix("weight") for name in self.quantised]
+        parts |= {f"{stem}{part}" for stem in stems for part in _INPUT_PARTS}
+        return (stored - parts) | self.compressed
+
+    def input_rounding(self, name: str) -> list[np.ndarray | None]:
+        """Return the scale and the zero point by which a quantised weight's layer rounds."""
+        stem = name.removesuffix("weight")
+        names = [f"{stem}{part}" for part in _INPUT_PARTS]
+        return [self._home[n][n] if n in self._home else None for n in names]
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return a weight: mapped, or decoded."""
+        if name in self.quantised:
+            scale = np.asarray(self._home[f"{name}_scale"][f"{name}_scale"], np.float32)
+            return self._home[name][name].astype(np.float32) * scale
         if name not in self.compressed:
             return self._home[name][name]
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from sparse_tvm.collection import without_collection
 from sparse_tvm.errors import ModelError, OutputError
 from sparse_tvm.frontends.detect import read_json
 from sparse_tvm.frontends.huggingface.checkpoint import Checkpoint
+from sparse_tvm.frontends.huggingface.quantised import InputRounding
 from sparse_tvm.frontends.onnx.in_memory import InMemoryTensors
 from sparse_tvm.frontends.onnx.prune_outputs import drop_outputs_of
+from sparse_tvm.frontends.onnx.quantised import mark_quantised
 from sparse_tvm.frontends.onnx.read import first_few, one_line
 from sparse_tvm.frontends.source import Source, require
 from sparse_tvm.frontends.torch.export import quiet, to_onnx
@@ -90,14 +92,13 @@ class HuggingFaceSource(Source):
         """The weights as they are stored."""
         quantisation = self.config.get("quantization_config") or {}
         compression = self.config.get("compression_config") or {}
-        if quantisation.get("quant_method", "compressed-tensors") != "compressed-tensors" or (
-            quantisation.get("config_groups") or compression.get("config_groups")
-        ):
+        method = quantisation.get("quant_method", "compressed-tensors")
+        if method != "compressed-tensors":
             raise ModelError(
-                f"{self.name}: quantised models are not supported: quant_method "
-                f"{quantisation.get('quant_method', 'compressed-tensors')}",
+                f"{self.name}: quantised models are not supported: quant_method {method}",
                 hint="give the float32 model",
             )
+        self._rounding = InputRounding(quantisation or compression, self.name)
         sparsity = (
             quantisation.get("sparsity_config")
             or compression.get("sparsity_config")
@@ -122,7 +123,7 @@ class HuggingFaceSource(Source):
                 )
                 weights: dict[str, Any] = {"local_files_only": True}
                 where: Path | None = self._directory
-                if checkpoint.compressed:
+                if checkpoint.compressed or checkpoint.quantised:
                     config = head.config_class.from_dict(_without_compression(config.to_dict()))
                     where = None
                     weights = {
@@ -144,7 +145,18 @@ class HuggingFaceSource(Source):
                 f"{one_line(error)}"
             ) from error
         self._missing = sorted(loading["missing_keys"])
+        for name, layer in self._quantised_layers(model):
+            self._rounding.apply(layer, *checkpoint.input_rounding(name))
         return model.eval()
+
+    def _quantised_layers(self, model: Any) -> Iterator[tuple[str, Any]]:
+        """The layers whose weights are stored as integers, and those weights' names."""
+        prefix = f"{model.base_model_prefix}."
+        for path, layer in model.named_modules():
+            for stem in (path, path.removeprefix(prefix), prefix + path):
+                if f"{stem}.weight" in self.checkpoint.quantised:
+                    yield f"{stem}.weight", layer
+                    break
 
     def _head(self, transformers: Any) -> Any:
         names = self.config.get("architectures") or []
@@ -167,6 +179,8 @@ class HuggingFaceSource(Source):
     def _onnx(self) -> onnx.ModelProto:
         names = output_names(self._program)
         model = to_onnx(self._program, self.name, names, {}, self._arrays, strip=_WRAPPED)
+        if self.checkpoint.quantised:
+            mark_quantised(model)
         if self._missing:
             # Fine-tuned encoders are often saved without the pooler that nobody uses.
             self._dropped = drop_outputs_of(model.graph, self._missing)
@@ -223,6 +237,11 @@ class HuggingFaceSource(Source):
         """Write a directory, with tokenizer and all, and the pruned weights in safetensors."""
         import torch
 
+        if self.checkpoint.quantised:
+            raise ModelError(
+                f"{self.name}: weights that are stored as int8 cannot be pruned",
+                hint="prune the float32 model, then quantise it",
+            )
         if output.exists() and output.samefile(self._directory):
             raise OutputError(f"cannot write {output}: it is the model's own directory")
         state = self.model.state_dict()

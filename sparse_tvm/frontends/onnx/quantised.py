@@ -66,13 +66,18 @@ def spell_quantised(model: onnx.ModelProto, where: str) -> onnx.ModelProto:
         return model
     spelled = onnx.ModelProto()
     spelled.CopyFrom(model)
-    spelled.metadata_props.add(key=QUANTISED, value="yes")
+    mark_quantised(spelled)
     _Speller(spelled.graph, where).spell()
     return spelled
 
 
+def mark_quantised(model: onnx.ModelProto) -> None:
+    """Tell that a model computes with what it rounds, though none of its operators says so."""
+    model.metadata_props.add(key=QUANTISED, value="yes")
+
+
 def was_quantised(model: onnx.ModelProto) -> bool:
-    """Whether `spell_quantised` changed the model."""
+    """Whether `spell_quantised` changed the model, or it was marked."""
     return any(entry.key == QUANTISED for entry in model.metadata_props)
 
 
