@@ -5,12 +5,12 @@ Matches, around a soft-max over the last axis,
     merge(matmul(softmax(scale * matmul(split(q), split(k)^T) + mask), split(v)))
 
 where ``split`` is ``permute_dims(reshape(t, [B, S, H, D]), [0, 2, 1, 3])`` (k transposed besides,
-in one step or several), ``merge`` its inverse, the scale a constant on the scores or on q and k,
-and the mask any sum of float tensors that broadcast to ``[B, H, Sq, Sk]``, or
-``where(condition, scores, very negative)``; a guard that replaces NaN after the soft-max is
-looked through, since the kernel makes none. It becomes one ``sparse_tvm.attention`` over the
-unsplit q, k, v, which keeps the scores in cache. What does not match is left to separate kernels,
-and a note says which part was not recognised.
+in one step or several) or any tensor of heads, as after rotary positions, ``merge`` the inverse of
+a split, the scale a constant on the scores or on q and k, and the mask any sum of float tensors
+that broadcast to ``[B, H, Sq, Sk]``, or ``where(condition, scores, very negative)``; a guard that
+replaces NaN after the soft-max is looked through, since the kernel makes none. It becomes one
+``sparse_tvm.attention`` over the unsplit q, k, v, which keeps the scores in cache. What does not
+match is left to separate kernels, and a note says which part was not recognised.
 """
 
 from __future__ import annotations
@@ -63,13 +63,18 @@ class _Addend:
 
 @dataclass
 class _Heads:
-    """A tensor seen as ``[B, H, S, D]`` (or ``[B, H, D, S]``), and the tensor it was split from."""
+    """A tensor seen as ``[B, H, S, D]`` (or ``[B, H, D, S]``), and the tensor it was split from.
+
+    Heads that were changed since, as by rotary positions, are their own source; if ``leading``, it
+    has them before its rows.
+    """
 
     source: Any
     batch: Any
     heads: int
     rows: Any
     size: int
+    leading: bool = False
 
 
 class _FuseAttention(Rewrite):
@@ -126,6 +131,9 @@ class _FuseAttention(Rewrite):
         """The unsplit tensor as ``[B, S, H * D]``."""
         shape = (heads.batch, heads.rows, heads.heads * heads.size)
         new = self.new(heads.source)
+        if heads.leading:
+            new = self.emit(relax.op.permute_dims(new, [0, 2, 1, 3]))
+            return self.emit(relax.op.reshape(new, shape))
         return (
             new
             if same_shape(shape_of(heads.source), shape)
@@ -243,15 +251,18 @@ class _FuseAttention(Rewrite):
             order = [axes[i] for i in order]
             expr, factor = self._unscale(source)
             scale *= factor
-        if order != ([0, 2, 3, 1] if transposed else [0, 2, 1, 3]):
+        leading = order == ([0, 1, 3, 2] if transposed else [0, 1, 2, 3])
+        if not leading and order != ([0, 2, 3, 1] if transposed else [0, 2, 1, 3]):
             raise _NotAttention(f"{what} is not split into heads (axes {order})")
-        reshape = self.graph.op(expr, "reshape")
-        batch, rows, heads, size = shape_of(expr)
-        source = reshape.args[0] if reshape is not None else None
-        known = isinstance(heads, int) and isinstance(size, int)
-        if source is None or not known or shape_of(source)[-1] != heads * size:
-            raise _NotAttention(f"{what} is not a split of its last axis")
-        return _Heads(source, batch, heads, rows, size), scale
+        shape = shape_of(expr)
+        batch, rows, heads, size = (shape[i] for i in ((0, 2, 1, 3) if leading else range(4)))
+        if not (isinstance(heads, int) and isinstance(size, int)):
+            raise _NotAttention(f"{what} has heads of unknown number or size")
+        reshape = self.graph.op(expr, "reshape") if not leading else None
+        source = expr
+        if reshape is not None and shape_of(reshape.args[0])[-1] == heads * size:
+            source = reshape.args[0]
+        return _Heads(source, batch, heads, rows, size, leading), scale
 
     def _permutation(self, expr: Any) -> tuple[Any, list[int]] | None:
         """Source and axes of a permutation of a 4-D tensor, also one that merges B and H."""

@@ -58,6 +58,7 @@ page is made by `python scripts/zoo.py --page` from what `python scripts/zoo.py`
 is {count} of the {listed} families that it lists, {unbuilt} more that their framework could not
 export not counted. {passed} of them compile, are verified, and equal their own framework on other
 inputs too: other batches and lengths, masks that end early or begin late, other magnitudes.
+The rows were run on {commits}.
 *Difference* is the largest from the framework, relative to an output's largest value.
 
 | family | kind | door | ends | difference |
@@ -256,9 +257,9 @@ class Running:
 
 @functools.cache
 def commit() -> str:
-    """Return the commit that is run, and whether it was changed since."""
+    """Return the commit that is run, and whether it was changed since; nothing outside of Git."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude", "*"]
-    said = subprocess.run(describe, cwd=PAGE.parent, capture_output=True, text=True, check=True)
+    said = subprocess.run(describe, cwd=PAGE.parent, capture_output=True, text=True, check=False)
     return said.stdout.strip()
 
 
@@ -305,9 +306,11 @@ def _import_once() -> None:
 def page(results: dict[str, Result], listed: dict[str, Family]) -> str:
     """Return the results there are as a page."""
     rows = []
+    commits = set()
     for name, family in listed.items():
         if (result := results.get(name)) is None or result["end"] == "unbuilt":
             continue
+        commits.add(result.get("commit"))
         passes = result["end"] == "pass"
         difference = f"{result['difference']:.0e}" if passes else ""
         end = "pass" if passes else f"{result['end']}: {re.sub('/[^ ]*/', '', result['why'])}"
@@ -318,6 +321,7 @@ def page(results: dict[str, Result], listed: dict[str, Family]) -> str:
         listed=len(listed),
         unbuilt=counted["unbuilt"],
         passed=counted["pass"],
+        commits="one commit" if len(commits) == 1 else f"{len(commits)} commits",
     )
     return head + "\n".join(rows) + "\n"
 

@@ -192,8 +192,9 @@ def with_cache(config: str, head: str, options: dict[str, Any]) -> TorchModel:
     from transformers import DynamicCache
 
     model = transformer(config, head, **options)
-    groups = getattr(model.config, "num_key_value_heads", None) or HEADS
-    size = getattr(model.config, "head_dim", None) or HIDDEN // HEADS
+    given = model.config
+    groups = getattr(given, "num_key_value_heads", None) or given.num_attention_heads
+    size = getattr(given, "head_dim", None) or given.hidden_size // given.num_attention_heads
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     class Cached(torch.nn.Module):
@@ -219,10 +220,9 @@ def with_cache(config: str, head: str, options: dict[str, Any]) -> TorchModel:
             return (found.logits, *kept)
 
     batch, new, past = 2, 3, 5
-    layers = [
-        tuple(torch.randn(batch, groups, past, size) for _ in range(2)) for _ in range(LAYERS)
-    ]
-    names = [f"past_key_values.{i}.{part}" for i in range(LAYERS) for part in ("key", "value")]
+    count = given.num_hidden_layers
+    layers = [tuple(torch.randn(batch, groups, past, size) for _ in range(2)) for _ in range(count)]
+    names = [f"past_key_values.{i}.{part}" for i in range(count) for part in ("key", "value")]
     axes = {
         "input_ids": BATCH_AND_LENGTH,
         "attention_mask": {0: "batch", 1: "past + sequence"},

@@ -74,10 +74,15 @@ def attention(
     return body
 
 
-def check(before, mask=None, inputs=QKV, given=()):
-    """Run the whole pipeline and compare with NumPy; `mask` is what is added to the scores."""
+def check(before, mask=None, inputs=QKV, given=(), exponential=""):
+    """Run the whole pipeline and compare with NumPy.
+
+    `mask` is what is added to the scores; of q, k and v, those in `exponential` are by their heads.
+    """
     rng = np.random.default_rng(0)
-    q, k, v = (rng.standard_normal(inputs[name]).astype("float32") for name in "qkv")
+    arrays = {name: rng.standard_normal(inputs[name]).astype("float32") for name in "qkv"}
+    got = compile_and_run(before, *arrays.values(), *given)
+    q, k, v = (np.exp(t) if name in exponential else t for name, t in arrays.items())
 
     def heads(t):
         return t.reshape(*t.shape[:2], HEADS, SIZE).transpose(0, 2, 1, 3)
@@ -87,7 +92,6 @@ def check(before, mask=None, inputs=QKV, given=()):
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     expected = (weights @ heads(v)).transpose(0, 2, 1, 3).reshape(q.shape)
-    got = compile_and_run(before, q, k, v, *given)
     np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
@@ -301,13 +305,32 @@ def unmerged(emit, o, shape):
     return OP.reshape(emit(OP.permute_dims(o, [0, 2, 1, 3])), (shape[0], shape[1] * HEADS, SIZE))
 
 
+@pytest.mark.parametrize("part", ["q", "k", "v", "rows of q"])
+def test_heads_may_be_changed_after_the_split(part):
+    """As by rotary positions, before heads lead or after."""
+
+    def rows(emit, t):
+        batch, length, _ = t.ty.shape
+        changed = emit(OP.exp(emit(OP.reshape(t, (batch, length, HEADS, SIZE)))))
+        return emit(OP.permute_dims(changed, [0, 2, 1, 3]))
+
+    changed = {
+        "q": {"split_q": computed},
+        "k": {"split_k": lambda e, t: e(OP.permute_dims(computed(e, t), [0, 1, 3, 2]))},
+        "v": {"split_v": computed},
+        "rows of q": {"split_q": rows},
+    }
+    before = build(attention(**changed[part]), QKV)
+    assert len(calls(apply(fuse_attention, before), Attention)) == 1
+    check(before, exponential=part[-1])
+
+
 NEAR_MISSES = {
     "soft-capped scores": (attention(scale=tanh_of), "the soft-max is over"),
     "a scale per head": (attention(scale=per_head_scale), "the soft-max is over"),
     "q not split": (attention(split_q=split_at_the_front), "q is not split"),
     "v scaled": (attention(split_v=scaled_v), "v is scaled"),
     "k computed": (attention(split_k=lambda e, t: e(OP.exp(transposed(e, t)))), "k is not split"),
-    "v computed": (attention(split_v=computed), "v is not split"),
     "heads not merged": (attention(order=unmerged), "heads are not merged back"),
 }
 
