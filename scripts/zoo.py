@@ -58,7 +58,7 @@ page is made by `python scripts/zoo.py --page` from what `python scripts/zoo.py`
 is {count} of the {listed} families that it lists, {unbuilt} more that their framework could not
 export not counted. {passed} of them compile, are verified, and equal their own framework on other
 inputs too: other batches and lengths, masks that end early or begin late, other magnitudes.
-The rows were run on {commits}.
+{together} of the rows were run on the same commit.
 *Difference* is the largest from the framework, relative to an output's largest value.
 
 | family | kind | door | ends | difference |
@@ -306,11 +306,11 @@ def _import_once() -> None:
 def page(results: dict[str, Result], listed: dict[str, Family]) -> str:
     """Return the results there are as a page."""
     rows = []
-    commits = set()
+    commits: collections.Counter[str] = collections.Counter()
     for name, family in listed.items():
         if (result := results.get(name)) is None or result["end"] == "unbuilt":
             continue
-        commits.add(result.get("commit"))
+        commits[result.get("commit", "")] += 1
         passes = result["end"] == "pass"
         difference = f"{result['difference']:.0e}" if passes else ""
         end = "pass" if passes else f"{result['end']}: {re.sub('/[^ ]*/', '', result['why'])}"
@@ -321,7 +321,7 @@ def page(results: dict[str, Result], listed: dict[str, Family]) -> str:
         listed=len(listed),
         unbuilt=counted["unbuilt"],
         passed=counted["pass"],
-        commits="one commit" if len(commits) == 1 else f"{len(commits)} commits",
+        together=max((n for name, n in commits.items() if name), default=0),
     )
     return head + "\n".join(rows) + "\n"
 
