@@ -48,7 +48,7 @@ NOT_RUN = {
     r"python scripts/zoo\.py": "takes hours, and needs torchvision and timm",
     r"python scripts/onnx_suite\.py": "takes minutes; tests/test_onnx_suite.py runs a part",
     r"python scripts/prune_minilm\.py": "trains for an hour",
-    r"python scripts/bench_digits\.py": "trains for minutes, and needs scikit-learn",
+    r"python scripts/bench_classifiers\.py": "trains for an hour, and needs WordNet",
     r"python scripts/bench_pruning\.py": "takes an hour, and needs WordNet",
     r"python scripts/(bench_\w+|roofline|check_plans|check_cost_model)\.py": "measures for minutes",
     r"python scripts/(load_test|soak|malformed_requests|chaos)\.py": "loads a server for minutes",
