@@ -116,7 +116,7 @@ class Roundings:
 
     def _zero_point(self, low: Any, high: Any) -> Any:
         """Return which step is 0, if there are 256: a number or a tensor."""
-        bounds = scalar_value(low), scalar_value(high)
+        bounds = _uniform(low), _uniform(high)
         if bounds[0] is not None and bounds[1] is not None:
             return -bounds[0] if bounds[1] - bounds[0] == _LAST_STEP else None
         below, above = (self.graph.op(bound, "subtract") for bound in (low, high))
@@ -130,6 +130,14 @@ class Roundings:
 def _keeps_features(call: relax.Call) -> bool:
     before, after = shape_of(call.args[0]), shape_of(call)
     return bool(before) and bool(after) and before[-1] == after[-1]
+
+
+def _uniform(expr: Any) -> float | None:
+    """The number behind a constant whose elements, one of each token perhaps, are all equal."""
+    values = constant_value(expr)
+    if values is None or not values.size or (values != values.flat[0]).any():
+        return None
+    return float(values.flat[0])
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -161,3 +161,13 @@ def test_torchao_dynamic(saved: bool, tmp_path: Path) -> None:
     assert [layer["name"] for layer in compiled.manifest["layers"]] == ["first", "second"]
     assert precisions(compiled.manifest) == ["int8", "int8"]
     agrees(compiled.path, module, (2, 5, 64))
+
+
+def test_torchao_dynamic_of_known_sizes(tmp_path: Path) -> None:
+    module = torchao(quantization.Int8DynamicActivationInt8WeightConfig())
+    x = inputs((2, 5, 64), 0)
+    compiled = sparse_tvm.compile(module, tmp_path / "model.so", example_inputs=(x,))
+    assert precisions(compiled.manifest) == ["int8", "int8"]
+    [found] = sparse_tvm.load(compiled.path).run(x.numpy()).values()
+    wanted = module(x).detach().numpy()
+    assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()
