@@ -122,9 +122,9 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
         """A scale or zero point so that it broadcasts."""
         dims = reduced(x, block)
         assert dims is not None
-        if parameter.numel() == 1:
-            return parameter.reshape(())
-        return parameter.reshape([1 if a in dims else n for a, n in enumerate(x.shape)])
+        shape = [1 if a in dims else n for a, n in enumerate(x.shape)]
+        one_row = len(dims) < x.dim() and all(isinstance(n, int) and n == 1 for n in shape)
+        return parameter.reshape(() if parameter.numel() == 1 and not one_row else shape)
 
     def choose_affine(
         x: Any,
