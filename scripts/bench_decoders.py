@@ -18,8 +18,8 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-import zoo_text
 from zoo_doors import DYNAMO, TorchModel, quietly, torch_door
+from zoo_text import tokens, with_cache
 
 import sparse_tvm
 from sparse_tvm.cli.console import stdout_console
@@ -28,6 +28,7 @@ from sparse_tvm.cpu import cpu_model
 from sparse_tvm.interleave import interleave
 from sparse_tvm.random_inputs import random_inputs
 from sparse_tvm.reference import Reference
+from sparse_tvm.report.content import human_threads
 
 HIDDEN, LAYERS, HEADS, PAST, TOKENS = 768, 4, 12, 512, 128
 TOLERANCE = 1e-4  # of the largest value of an output
@@ -51,30 +52,6 @@ STEPS = {
     "GPT-2": ("GPT2Config", "GPT2LMHeadModel", {**SIZES, **GPT}),
     "Llama": ("LlamaConfig", "LlamaForCausalLM", GROUPED),
 }
-
-
-def whole_text(config: str, head: str, options: dict[str, Any]) -> TorchModel:
-    """A model that reads a text at once."""
-    import torch
-
-    model = zoo_text.transformer(config, head, **options)
-
-    class Text(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids: Any, attention_mask: Any) -> Any:
-            return self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
-
-    ones = torch.ones(2, 8, dtype=torch.int64)
-    axes = dict.fromkeys(("input_ids", "attention_mask"), zoo_text.BATCH_AND_LENGTH)
-    return TorchModel(Text(), (ones, ones), list(axes), axes)
-
-
-def stepping(config: str, head: str, options: dict[str, Any]) -> TorchModel:
-    """A decoder that takes the past's keys and values."""
-    return zoo_text.with_cache(config, head, options)
 
 
 def built(name: str, family: Callable[[], TorchModel], folder: Path) -> tuple[Path, Path]:
@@ -117,8 +94,8 @@ def main(
     columns = ("ms", "ONNX Runtime's ms", "times faster")
     table = plain_table("model", "tokens", "cache", *columns, numbers=columns)
     rows = [
-        *((name, partial(whole_text, *given), TOKENS, 0) for name, given in TEXTS.items()),
-        *((f"{name}, step", partial(stepping, *given), 1, PAST) for name, given in STEPS.items()),
+        *((name, partial(tokens, *given), TOKENS, 0) for name, given in TEXTS.items()),
+        *((f"{name}, step", partial(with_cache, *given), 1, PAST) for name, given in STEPS.items()),
     ]
     for name, family, new, past in rows:
         path, artifact = built(name.replace(", ", "-"), family, folder)
@@ -133,7 +110,7 @@ def main(
         cells = [f"{1e3 * seconds:.2f}" for seconds in medians]
         table.add_row(name, str(new), str(past), *cells, f"{medians[1] / medians[0]:.2f}")
     if not compile_only:
-        stdout_console().print(f"{cpu_model()}, {threads} threads, 90 % zeros")
+        stdout_console().print(f"{cpu_model()}, {human_threads(threads)}, 90 % zeros")
         stdout_console().print(table)
 
 

@@ -123,6 +123,7 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
         dims = reduced(x, block)
         assert dims is not None
         shape = [1 if a in dims else n for a, n in enumerate(x.shape)]
+        # A row's scale stays one where there is a single row; a tensor's has no dimensions.
         one_row = len(dims) < x.dim() and all(isinstance(n, int) and n == 1 for n in shape)
         return parameter.reshape(() if parameter.numel() == 1 and not one_row else shape)
 
