@@ -28,7 +28,7 @@ from sparse_tvm.backends import get_backend
 from sparse_tvm.cuda_device import capability_of
 from sparse_tvm.errors import DeviceError, SparseTvmError
 from sparse_tvm.operators import PRECISIONS, Dense, Layout
-from sparse_tvm.schedules.cuda.families.dense import TensorDenseFamily
+from sparse_tvm.schedules.cuda.families.sparse import SparseDenseFamily
 from sparse_tvm.sparsity.masks import prune_array
 from sparse_tvm.sparsity.statistics import AssumedWeight
 from sparse_tvm.targets.cuda import CUDA_TARGETS, CudaTarget
@@ -39,6 +39,9 @@ FORMS = {
     "32x32 75 %": (0.75, "bsr", (32, 32)),
     "32x32 90 %": (0.9, "bsr", (32, 32)),
     "64x64 90 %": (0.9, "bsr", (64, 64)),
+    "unstructured 90 %": (0.9, "csr", (1, 1)),
+    "unstructured 95 %": (0.95, "csr", (1, 1)),
+    "unstructured 98 %": (0.98, "csr", (1, 1)),
 }
 """Sparsity, format and block of the weights that are compared."""
 
@@ -78,7 +81,7 @@ def weight(n: int, k: int, form: str) -> np.ndarray:
 def compiled(n: int, k: int, tokens: int, form: str, target: str, path: Path, verify: bool):
     """An artifact of one layer; its report and verification are the result's."""
     _, format, block = FORMS[form]
-    rule = [f"=bsr:{block[0]}x{block[1]}"] if format == "bsr" else []
+    rule = {"bsr": [f"=bsr:{block[0]}x{block[1]}"], "csr": ["=csr"]}.get(format, [])
     return sparse_tvm.compile(
         one_layer(weight(n, k, form), tokens), path, target=target, layer_rules=rule, verify=verify
     )
@@ -162,24 +165,25 @@ def speed_rows(target: str, deadline: float) -> Iterator[str]:
                 yield f"| {n} x {k} | {tokens} | {' | '.join(shown)} |"
 
 
+def predicted_seconds(n: int, k: int, tokens: int, form: str, target: CudaTarget) -> float:
+    """What the cost model says of the fastest kernel for a form."""
+    sparsity, format, block = FORMS[form]
+    op = Dense(layer="", matrix=(n, k), types=PRECISIONS["fp16"])
+    assumed = AssumedWeight((n, k), sparsity, block if format == "bsr" else (1, 1))
+    return min(
+        family.cost(op, Layout(family.name, format, block), assumed, tokens, target)
+        for family in get_backend("cuda").accepting(op, target)
+        if (format == "csr") == (family.name == SparseDenseFamily.name)
+    )
+
+
 def predicted_rows(target: CudaTarget) -> Iterator[str]:
     """The same table as the cost model has it: how many times faster than dense."""
     yield f"| layer | tokens | dense | {' | '.join(list(FORMS)[1:])} |"
     yield "|---" * (2 + len(FORMS)) + "|"
-    family = get_backend("cuda").family(TensorDenseFamily.name)
     for n, k in LAYERS:
-        op = Dense(layer="", matrix=(n, k), types=PRECISIONS["fp16"])
         for tokens in TOKENS:
-            seconds = [
-                family.cost(
-                    op,
-                    Layout(family.name, format, block),
-                    AssumedWeight((n, k), sparsity, block if format == "bsr" else (1, 1)),
-                    tokens,
-                    target,
-                )
-                for sparsity, format, block in FORMS.values()
-            ]
+            seconds = [predicted_seconds(n, k, tokens, form, target) for form in FORMS]
             ratios = (f"{seconds[0] / each:.2f}" for each in seconds[1:])
             yield f"| {n} x {k} | {tokens} | {seconds[0] * 1e6:.1f} us | {' | '.join(ratios)} |"
 

@@ -21,6 +21,8 @@ from sparse_tvm.families import Extents
 from sparse_tvm.nvrtc import compile_source
 from sparse_tvm.operators import FLOAT32, PRECISIONS, Activation, Bias, Dense, Layout, Residual
 from sparse_tvm.schedules.cuda.families.dense import BLOCKS, CoreDenseFamily, TensorDenseFamily
+from sparse_tvm.schedules.cuda.families.sparse import SparseDenseFamily
+from sparse_tvm.schedules.cuda.sparse_rows import row_tile
 from sparse_tvm.schedules.cuda.tiles import tile_for
 from sparse_tvm.targets.cuda import CUDA_TARGETS, Gpu
 
@@ -82,6 +84,18 @@ def kernels() -> Iterator[Kernel]:
                 tile.threads,
                 tile.shared_bytes(format == "2:4"),
             )
+    for n, k, tokens in ((N, K, 1), (N, K, 16), (N, K, 128), (N, K, 4096), (K, N, 4096)):
+        layout = Layout(SparseDenseFamily.name, "csr")
+        op = Dense(
+            layer="", matrix=(n, k), types=PRECISIONS["fp16"], epilogue=EPILOGUE, layout=layout
+        )
+        tile = row_tile(n, k, tokens)
+        yield Kernel(
+            f"unstructured, {tile.rows} x {tile.tokens} tile of {k} inputs",
+            _source(SparseDenseFamily(), op, tokens, "float16", target),
+            tile.threads,
+            tile.shared_bytes,
+        )
     op = Dense(
         layer="",
         matrix=(N, K),
@@ -94,8 +108,9 @@ def kernels() -> Iterator[Kernel]:
 
 
 def _source(family, op: Dense, tokens: int, dtype: str, target) -> str:
-    operands = [Extents((tokens, K), dtype), Extents((N,)), Extents((tokens, N), dtype)]
-    built = family.build(op, operands, Extents((tokens, N), dtype), target)
+    n, k = op.matrix
+    operands = [Extents((tokens, k), dtype), Extents((n,)), Extents((tokens, n), dtype)]
+    built = family.build(op, operands, Extents((tokens, n), dtype), target)
     return device_source(compile_kernel(built.function, target))
 
 

@@ -12,6 +12,7 @@ from math import ceil
 
 from sparse_tvm.operators import Layout
 from sparse_tvm.schedules.cuda.fragments import STEP
+from sparse_tvm.schedules.cuda.sparse_rows import VECTOR, RowTile, row_tile
 from sparse_tvm.schedules.cuda.tiles import Tile, tile_for
 from sparse_tvm.schedules.cuda.weights import pieces_per_step
 from sparse_tvm.targets.cuda import Gpu
@@ -25,6 +26,15 @@ _SHARED_BYTES = 128
 
 _EFFICIENCY = 0.85
 """Share of a tensor core's time that a loop without bubbles would reach."""
+
+_CORE_EFFICIENCY = 0.7
+"""The same of CUDA cores, where rows that are multiplied at a time are not equally long."""
+
+_PAIR_INSTRUCTIONS = 7
+"""Instructions for a pair, beside two for each of a lane's tokens."""
+
+_BANK_CONFLICTS = 2
+"""How many times longer reading tokens of several columns takes than of one."""
 
 
 def tensor_seconds(
@@ -58,6 +68,38 @@ def core_seconds(matrix: tuple[int, int], tokens: int, gpu: Gpu) -> float:
     busy = 2 * work / (gpu.fma * gpu.processors * gpu.ghz * 1e9)
     memory = 4 * (n * k + tokens * (n + k)) / gpu.memory
     return _LAUNCH + _STEP_LATENCY + busy + memory
+
+
+def row_seconds(matrix: tuple[int, int], nonzeros: int, tokens: int, gpu: Gpu) -> float:
+    """Seconds of a kernel with rows of so many pairs, on CUDA cores.
+
+    Blocks fetch activations, then multiply: of one block the two do not overlap.
+    """
+    n, k = matrix
+    tile = row_tile(n, k, tokens)
+    groups, columns = ceil(n / tile.rows), ceil(tokens / tile.tokens)
+    # Every part of a row ends with a vector that is half full on average.
+    pairs = nonzeros + n * ceil(k / tile.columns) * (VECTOR - 1) / 2
+    rate = gpu.processors * gpu.ghz * 1e9
+    multiply = columns * pairs * max(_issue_cycles(tile), _gather_cycles(tile)) / rate
+    l2 = groups * columns * (k * tile.tokens * 2 + 4 * pairs / groups) / gpu.l2
+    memory = (4 * pairs + 2 * tokens * (n + k)) / gpu.memory
+    resident = max(1, min(2048 // tile.threads, gpu.shared_bytes // (tile.shared_bytes + 1024)))
+    at_once = gpu.processors * min(resident, 2)
+    blocks = groups * columns
+    tail = ceil(blocks / at_once) * at_once / blocks
+    return _LAUNCH + _STEP_LATENCY + (multiply / _CORE_EFFICIENCY + l2) * tail + memory
+
+
+def _issue_cycles(tile: RowTile) -> float:
+    """Cycles of a multiprocessor's four schedulers for the instructions of one pair."""
+    return (_PAIR_INSTRUCTIONS + 2 * tile.each) * tile.token_lanes / 32 / 4
+
+
+def _gather_cycles(tile: RowTile) -> float:
+    """Cycles that its shared memory takes to read the tokens of one pair."""
+    alone = tile.tokens * 2 >= _SHARED_BYTES
+    return tile.tokens * 2 / _SHARED_BYTES * (1 if alone else _BANK_CONFLICTS)
 
 
 def _shared_cycles(tile: Tile, structured: bool) -> float:

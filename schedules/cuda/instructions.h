@@ -129,3 +129,27 @@ STVM_FUNCTION void stvm_multiply_2_of_4(float* d, const stvm_word* a, const stvm
   }
 #endif
 }
+
+// sums[i] += value x[i] for so many float16 at x, which lies in shared memory; the value is the
+// lower half of a pair. What is multiplied is exact in float32.
+#define STVM_MULTIPLY_ADD(n, vector) \
+  STVM_FUNCTION void stvm_multiply_add_##n(float* sums, const void* x, stvm_word pair) { \
+    vector words = *(const vector*)x; \
+    const half* tokens = (const half*)&words; \
+    float value = __half2float(*(const half*)&pair); \
+    for (int i = 0; i < n; ++i) sums[i] += value * __half2float(tokens[i]); \
+  }
+STVM_MULTIPLY_ADD(2, stvm_word)
+STVM_MULTIPLY_ADD(4, uint2)
+STVM_MULTIPLY_ADD(8, uint4)
+
+// Add to a value what the thread has whose number differs in one bit.
+STVM_FUNCTION void stvm_add_lanes(float* value, int bit) {
+#ifdef __CUDACC__
+  *value += __shfl_xor_sync(0xffffffffu, *value, bit);
+#else
+  float all[32];
+  stvm_gather(value, all, sizeof(float));
+  *value += all[stvm_lane() ^ bit];
+#endif
+}

@@ -60,3 +60,13 @@ def multiply_2_of_4(
 ) -> None:
     """``D += A B``, 16 x 8 x 32, A being 2:4 sparse."""
     call("multiply_2_of_4", address(sums, d), address(words, a), address(others, b), places)
+
+
+def multiply_add(sums: Buffer, first: int, count: int, x: Expr, pair: Expr) -> None:
+    """Multiply-add so many tokens at x by the value of a pair, 2, 4 or 8."""
+    call(f"multiply_add_{count}", address(sums, first), x, pair)
+
+
+def add_lanes(sums: Buffer, index: int, bit: int) -> None:
+    """Add to a sum that of the thread whose number differs in one bit."""
+    call("add_lanes", address(sums, index), bit)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sparse_tvm.backends.base import Backend, BackendTarget
 from sparse_tvm.errors import DeviceError
 from sparse_tvm.schedules.cuda.families.dense import CoreDenseFamily, TensorDenseFamily
+from sparse_tvm.schedules.cuda.families.sparse import SparseDenseFamily
 from sparse_tvm.targets.cuda import CUDA_TARGETS, CudaTarget
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class CudaBackend(Backend):
     precision: ClassVar[str] = "fp16"
 
     def __init__(self) -> None:
-        super().__init__([TensorDenseFamily(), CoreDenseFamily()])
+        super().__init__([TensorDenseFamily(), SparseDenseFamily(), CoreDenseFamily()])
 
     @property
     def targets(self) -> Sequence[CudaTarget]:

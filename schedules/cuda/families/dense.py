@@ -34,7 +34,7 @@ class TensorDenseFamily(WeightedFamily[Dense]):
             return f"{self.name} computes fp16 only"
         if op.matrix[1] % 8:
             return f"{self.name} reads eight inputs at a time, not {op.matrix[1]}"
-        return _refused_step(op)
+        return refused_step(op)
 
     def candidates(
         self, op: Dense, weight: WeightStatistics, target: CudaTarget, wish: Wish | None = None
@@ -67,7 +67,7 @@ class TensorDenseFamily(WeightedFamily[Dense]):
         (n, k), layout = op.matrix, op.stored
         x, *_ = operands
         extras = operands[len(operands) - op.extras :] if op.extras else ()
-        tile = tile_for(layout, n, _tokens(x))
+        tile = tile_for(layout, n, known_tokens(x))
         problem = Problem(n, k, x, tuple(extras), output, layout, tile, op.epilogue)
         size = "_{}x{}".format(*layout.block) if layout.format == "bsr" else ""
         form = layout.format.replace(":", "of") + size
@@ -77,7 +77,7 @@ class TensorDenseFamily(WeightedFamily[Dense]):
     def work(
         self, op: Dense, operands: Sequence[Extents], output: Extents, nonzeros: int | None = None
     ) -> Work:
-        return _work(op, operands, output, nonzeros)
+        return layer_work(op, operands, output, nonzeros)
 
 
 class CoreDenseFamily(WeightedFamily[Dense]):
@@ -89,7 +89,7 @@ class CoreDenseFamily(WeightedFamily[Dense]):
     def refuses(self, op: Dense, target: CudaTarget) -> str | None:
         if op.types != FLOAT32:
             return f"{self.name} computes fp32 only"
-        return _refused_step(op)
+        return refused_step(op)
 
     def candidates(
         self, op: Dense, weight: WeightStatistics, target: CudaTarget, wish: Wish | None = None
@@ -122,10 +122,11 @@ class CoreDenseFamily(WeightedFamily[Dense]):
     def work(
         self, op: Dense, operands: Sequence[Extents], output: Extents, nonzeros: int | None = None
     ) -> Work:
-        return _work(op, operands, output, nonzeros)
+        return layer_work(op, operands, output, nonzeros)
 
 
-def _refused_step(op: Dense) -> str | None:
+def refused_step(op: Dense) -> str | None:
+    """Why there is no epilogue as the layer's; None if there is."""
     for step in op.epilogue:
         known = isinstance(step, Bias | Residual) or (
             isinstance(step, Activation) and step.function in FUNCTIONS
@@ -144,13 +145,16 @@ def _nearest(wish: Wish | None) -> list[tuple[int, int]]:
     return fitting[-1:] or [BLOCKS[0]]
 
 
-def _tokens(x: Extents) -> int | None:
+def known_tokens(x: Extents) -> int | None:
     """Rows of a tensor, if they are known."""
     rows = [dim for dim in x.shape[:-1] if dim is not None]
     return prod(rows) if len(rows) == len(x.shape) - 1 else None
 
 
-def _work(op: Dense, operands: Sequence[Extents], output: Extents, nonzeros: int | None) -> Work:
+def layer_work(
+    op: Dense, operands: Sequence[Extents], output: Extents, nonzeros: int | None
+) -> Work:
+    """What a layer's kernel has to do; ``nonzeros`` of the weight, None for all."""
     n, k = op.matrix
     count = n * k if nonzeros is None else nonzeros
     return Work(2.0 * count * elements(output) / n, bytes_of([*operands, output]))
