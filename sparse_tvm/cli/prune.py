@@ -117,6 +117,14 @@ def prune(
             "predict.",
         ),
     ] = False,
+    permute: Annotated[
+        bool,
+        typer.Option(
+            "--permute",
+            help="For N:M: first put inputs in an order in which more of a weight stays, where the "
+            "model can compute the same in it.",
+        ),
+    ] = False,
     input_shape: InputShapes = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
@@ -143,7 +151,7 @@ def prune(
     from sparse_tvm.sparsity.pruning import prune
 
     # Otherwise it is a matter of seconds.
-    slow = calibrate is not None or structure == AUTO
+    slow = calibrate is not None or structure == AUTO or permute
     shown = PhaseProgress(stderr_console()) if slow else progress_on_a_terminal()
     with shown as progress:
         if not slow:
@@ -169,11 +177,14 @@ def prune(
             tokens=tokens,
             records=records or (),
             measure=measure,
+            permute=permute,
             progress=progress,
         )
     console = stdout_console()
     if report.structures is not None:
         console.print(_structure_table(report.structures))
+    if report.reordered:
+        console.print(_order_table(report))
     console.print(_layer_table(report))
     console.print(fact_table(_facts(report)))
 
@@ -196,6 +207,29 @@ def _structure_table(choice: StructureChoice) -> Table:
             rows.append((layer.name, *found[0], others))
     for name, *cells in grouped(rows):
         table.add_row(name_cell(name), *cells)
+    return table
+
+
+def _order_table(report: PruneReport) -> Table:
+    """What another order of inputs keeps of each layer's magnitude, or why it has none."""
+    from rich.text import Text
+
+    from sparse_tvm.cli.tables import name_cell, plain_table
+    from sparse_tvm.report.groups import grouped
+    from sparse_tvm.report.tables import human_percent
+
+    table = plain_table("layer", "kept", "reordered", "", numbers=("kept", "reordered"))
+    rows = [
+        (
+            one.name,
+            human_percent(one.before),
+            human_percent(one.after) if not one.reason else "",
+            one.reason,
+        )
+        for one in report.reordered
+    ]
+    for name, before, after, reason in grouped(rows):
+        table.add_row(name_cell(name), before, after, Text(reason))
     return table
 
 

@@ -19,11 +19,18 @@ from sparse_tvm.frontends.onnx.detach import as_array, stored_tensors
 from sparse_tvm.frontends.onnx.in_memory import find_array
 from sparse_tvm.frontends.onnx.read import read_onnx
 from sparse_tvm.frontends.onnx.source import OnnxSource
-from sparse_tvm.frontends.onnx.weights import WeightRef, canonical, replace_data, stored
+from sparse_tvm.frontends.onnx.weights import (
+    WeightRef,
+    canonical,
+    find_weights,
+    replace_data,
+    stored,
+)
 from sparse_tvm.frontends.onnx.write import weight_bytes, write_onnx
 from sparse_tvm.frontends.source import Source, SourceOptions, require
 from sparse_tvm.sparsity.analysis import analyse
 from sparse_tvm.sparsity.calibration import SAMPLES, Batch, Data, read_calibration
+from sparse_tvm.sparsity.channels import Reordered, reorder
 from sparse_tvm.sparsity.choice import choose_layers, nothing_left, with_goals
 from sparse_tvm.sparsity.layer_inputs import LayerInput, find_inputs
 from sparse_tvm.sparsity.masks import Cut, block_scores, magnitude_mask, masked, spread
@@ -67,12 +74,15 @@ class PruneReport:
         Why a chosen layer was left as it is, by layer name.
     structures : StructureChoice | None
         What structure ``"auto"`` chose, and what it expects of that.
+    reordered : tuple[Reordered, ...]
+        What `permute` did for each N:M layer.
     """
 
     output: Path
     layers: tuple[PrunedLayer, ...]
     skipped: dict[str, str]
     structures: StructureChoice | None = None
+    reordered: tuple[Reordered, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -110,6 +120,7 @@ def prune(
     tokens: int | None = None,
     records: Sequence[str | os.PathLike[str]] = (),
     measure: bool = False,
+    permute: bool = False,
     progress: Callable[[str], None] = lambda message: None,
 ) -> PruneReport:
     """Prune the MatMul, Gemm and Conv weights of a model.
@@ -165,8 +176,12 @@ def prune(
         For structure ``"auto"`` only: where the model is to run (by default here), tokens of an
         input that leaves it open (128), what ``sparse-tvm tune`` measured, and whether to time
         the model here, pruned in several ways, rather than predict.
+    permute : bool
+        First put inputs of N:M layers in an order in which more of their weight stays, and what
+        makes them, too, so that the model still computes the same: see
+        :mod:`~sparse_tvm.sparsity.channels`.
     progress : callable
-        Told of each layer that is pruned with data.
+        Told of each layer that is pruned with data, or given another order.
 
     Returns
     -------
@@ -191,6 +206,11 @@ def prune(
     if by_layer and sparsity is not None:
         raise OptionError("goals by layer leave no sparsity to choose", hint="leave it out")
     _check_method(method, calibrate)
+    if permute and goal is not None and goal.pattern.n_m is None:
+        raise OptionError(
+            f"an order of inputs does nothing for structure {structure}",
+            hint="permute goes with N:M, such as 2:4",
+        )
     _check_scope(scope, goal, structure, method)
     source = open_source(model, options)
     as_onnx = isinstance(source, OnnxSource) or Path(output).suffix == ".onnx"
@@ -231,6 +251,11 @@ def prune(
         weights.refs = chosen = with_goals(chosen, goals)
         if not chosen:
             raise nothing_left(skipped, chosen)
+    reordered: list[Reordered] = []
+    changed: list[str] = []
+    if permute:
+        every = find_weights(pruned)
+        reordered, changed = reorder(pruned, chosen, every, goals or {}, progress)
     done = _Done({}, [], None)
     if calibrate is None:
         _prune_by_magnitude(weights, goals or {}, scope)
@@ -249,12 +274,14 @@ def prune(
             pruned, weights, inputs, goals or {}, batches, method, output,
             threads or usable_cores(), progress,
         )  # fmt: skip
-    report = PruneReport(Path(output), weights.report(done.errors), skipped, structures)
+    report = PruneReport(
+        Path(output), weights.report(done.errors), skipped, structures, tuple(reordered)
+    )
     if as_onnx:
         write_onnx(pruned, output, external=_is_external(source.as_onnx(), pruned))
     else:
         tensors = dict(stored_tensors(pruned.graph))
-        names = (*(ref.initializer for ref in weights.refs), *done.biases)
+        names = (*(ref.initializer for ref in weights.refs), *done.biases, *changed)
         source.write_pruned({name: as_array(tensors[name]) for name in names}, Path(output))
     if done.store is not None:
         done.store.remove()
