@@ -30,6 +30,9 @@ _EFFICIENCY = 0.85
 _CORE_EFFICIENCY = 0.7
 """The same of CUDA cores, where rows that are multiplied at a time are not equally long."""
 
+_OTHERS_EFFICIENCY = 0.4
+"""Share of the CUDA cores' rate that TVM's schedules of products reach."""
+
 _PAIR_INSTRUCTIONS = 7
 """Instructions for a pair, beside two for each of a lane's tokens."""
 
@@ -89,6 +92,12 @@ def row_seconds(matrix: tuple[int, int], nonzeros: int, tokens: int, gpu: Gpu) -
     blocks = groups * columns
     tail = ceil(blocks / at_once) * at_once / blocks
     return _LAUNCH + _STEP_LATENCY + (multiply / _CORE_EFFICIENCY + l2) * tail + memory
+
+
+def other_seconds(values: float, multiplications: float, gpu: Gpu) -> float:
+    """Seconds of a kernel of TVM's schedules, on float16 in the second cache."""
+    rate = gpu.fma * gpu.processors * gpu.ghz * 1e9 * _OTHERS_EFFICIENCY
+    return _LAUNCH + max(2 * values / gpu.l2, multiplications / rate)
 
 
 def _issue_cycles(tile: RowTile) -> float:

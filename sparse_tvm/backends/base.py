@@ -45,6 +45,8 @@ class Backend(ABC):
         What its programs run on (see :mod:`sparse_tvm.devices`).
     precision : str
         In which layers compute unless the user says otherwise.
+    structures : tuple[str, ...]
+        What pruning chooses among unless the user says otherwise, as ``prune --structure`` has it.
     families : list[KernelFamily]
         Of all operators; :meth:`add` appends.
     """
@@ -52,6 +54,7 @@ class Backend(ABC):
     name: ClassVar[str]
     device: ClassVar[str] = "cpu"
     precision: ClassVar[str] = "fp32"
+    structures: ClassVar[tuple[str, ...]] = ("unstructured", "4x1", "16x1")
 
     def __init__(self, families: Sequence[KernelFamily[Any]] = ()) -> None:
         self.families = list(families)
@@ -74,6 +77,16 @@ class Backend(ABC):
     def runs_here(self, target: BackendTarget) -> bool:
         """Whether this machine can run a target's code, as far as is known without trying."""
         return True
+
+    def other_seconds(
+        self, values: float, multiplications: float, target: BackendTarget
+    ) -> float | None:
+        """Roughly what a call takes that is no layer, on one core; None where nobody knows.
+
+        ``values`` of activations are read or written, and so often two of them are multiplied and
+        added.
+        """
+        return None
 
     @abstractmethod
     def phases(self) -> Sequence[Phase]:

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from sparse_tvm.passes.infrastructure import Phase
     from sparse_tvm.passes.program import Program
 
+_REACHED = 0.5
+"""Share of the peak that products of activations reach."""
+
 
 class CpuBackend(Backend):
     """CPUs by TVM's LLVM code generator, activations in lane tiles."""
@@ -82,6 +85,14 @@ class CpuBackend(Backend):
     def runs_here(self, target: BackendTarget) -> bool:
         assert isinstance(target, Target)
         return runs_here(target)
+
+    def other_seconds(
+        self, values: float, multiplications: float, target: BackendTarget
+    ) -> float | None:
+        assert isinstance(target, Target)
+        cycles = 4 * values / target.costs.second
+        cycles += multiplications / target.lanes * target.costs.fma / _REACHED
+        return target.seconds(cycles)
 
     def phases(self) -> Sequence[Phase]:
         from sparse_tvm.passes.cpu.image_layout import image_layout

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparse_tvm.backends.base import Backend, BackendTarget
 from sparse_tvm.errors import DeviceError
+from sparse_tvm.schedules.cuda.cost import other_seconds
 from sparse_tvm.schedules.cuda.families.dense import CoreDenseFamily, TensorDenseFamily
 from sparse_tvm.schedules.cuda.families.sparse import SparseDenseFamily
 from sparse_tvm.targets.cuda import CUDA_TARGETS, CudaTarget
@@ -23,6 +24,7 @@ class CudaBackend(Backend):
     name: ClassVar[str] = "cuda"
     device: ClassVar[str] = "cuda"
     precision: ClassVar[str] = "fp16"
+    structures: ClassVar[tuple[str, ...]] = ("unstructured", "16x16", "32x32", "64x64")
 
     def __init__(self) -> None:
         super().__init__([TensorDenseFamily(), SparseDenseFamily(), CoreDenseFamily()])
@@ -42,6 +44,12 @@ class CudaBackend(Backend):
             return capability_of(0) >= target.least.capability
         except DeviceError:
             return False
+
+    def other_seconds(
+        self, values: float, multiplications: float, target: BackendTarget
+    ) -> float | None:
+        assert isinstance(target, CudaTarget)
+        return other_seconds(values, multiplications, target.gpu)
 
     def phases(self) -> Sequence[Phase]:
         from sparse_tvm.passes.cuda.half_storage import half_storage

@@ -156,11 +156,10 @@ def plan(
         progress("load the compiler")
         from sparse_tvm.planning.document import write_plan
         from sparse_tvm.planning.planner import plan
-        from sparse_tvm.planning.settings import STRUCTURES
 
         found = plan(
             model,
-            structures=structure or STRUCTURES,
+            structures=structure,
             calibrate=calibrate,
             progress=progress,
             **goals,

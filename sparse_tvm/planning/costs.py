@@ -24,6 +24,10 @@ from sparse_tvm.planning.subject import Kind, PlannedLayer
 from sparse_tvm.planning.trials import Trial
 from sparse_tvm.sparsity.statistics import AssumedWeight
 
+_VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+_PLACE_BYTES = 1 / 4
+"""Two bits tell which of four neighbours a value is."""
+
 _INDEX_BYTES, _WIDE_INDEX_BYTES = 2, 4
 _NARROW = 1 << 16
 """Inputs that two bytes can tell apart."""
@@ -89,7 +93,8 @@ class Costs:
     def nbytes(self, layer: PlannedLayer, setting: Setting) -> float:
         """Bytes of the stored weight."""
         kind = layer.kinds[0]
-        return _stored_bytes(self.choice(kind, setting).layout, setting.assumed(kind.op.matrix))
+        layout = self.choice(kind, setting).layout
+        return _stored_bytes(layout, setting.assumed(kind.op.matrix), kind.op.types.weight)
 
     def correct(self, layers: Sequence[PlannedLayer], trials: Sequence[Trial]) -> None:
         """Take over what trials measured."""
@@ -132,11 +137,14 @@ def _curve(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return sorted((density, median(found)) for density, found in columns.items())
 
 
-def _stored_bytes(layout: Layout, weight: AssumedWeight) -> float:
+def _stored_bytes(layout: Layout, weight: AssumedWeight, dtype: str) -> float:
     (n, k), (rows, columns) = weight.shape, layout.block
+    value = _VALUE_BYTES[dtype]
     if not layout.sparse:
-        return 4.0 * -(-n // rows) * rows * k
+        return float(value * -(-n // rows) * rows * k)
+    if layout.format == "2:4":
+        return n * k / 2 * (value + _PLACE_BYTES)
     index = _INDEX_BYTES if k <= _NARROW else _WIDE_INDEX_BYTES
     parts = layout.get("parts", 1)
     blocks = weight.stored_blocks(layout.block)
-    return float(blocks * (4 * rows * columns + index) + _ROW_BYTES * parts * -(-n // rows))
+    return float(blocks * (value * rows * columns + index) + _ROW_BYTES * parts * -(-n // rows))

@@ -16,6 +16,7 @@ from sparse_tvm.cpu import cpu_model
 from sparse_tvm.errors import OptionError
 from sparse_tvm.frontends.detect import open_source
 from sparse_tvm.frontends.source import SourceOptions
+from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.infrastructure import Context
 from sparse_tvm.planning.calibration import input_products
 from sparse_tvm.planning.document import LayerPlan, Plan
@@ -51,7 +52,7 @@ def plan(
     tokens: int = TOKENS,
     threads: int | None = None,
     input_shapes: Mapping[str, Sequence[Any]] | None = None,
-    structures: Sequence[str] = STRUCTURES,
+    structures: Sequence[str] | None = None,
     layers: str | None = None,
     exclude: str | None = None,
     records: Sequence[Any] = (),
@@ -77,8 +78,9 @@ def plan(
         How many run; by default all cores of this machine, and one of another.
     input_shapes : Mapping[str, Sequence] | None
         Shapes of inputs by name.
-    structures : Sequence[str]
-        Among which it may choose, as :func:`sparse_tvm.prune` takes them.
+    structures : Sequence[str] | None
+        Among which it may choose, as :func:`sparse_tvm.prune` takes them; by default those that
+        kernels of the target are made for.
     layers, exclude : str | None
         Regular expressions: plan only for layers whose name matches, for all but those.
     records : Sequence[path]
@@ -105,7 +107,7 @@ def plan(
         reached.
     """
     goal, value = _goal(latency=latency, speedup=speedup, size=size)
-    for structure in structures:
+    for structure in structures or ():
         settings_of(structure)
     told = progress if progress is not None else lambda phase: None
     told("import")
@@ -120,6 +122,7 @@ def plan(
         records=records,
         allow_pickle=allow_pickle,
     )
+    structures = structures or subject.context.backend.structures
     errors: dict[str, Errors] = {}
     if calibrate is not None:
         offered = [DENSE, *(s for structure in structures for s in settings_of(structure))]
@@ -159,7 +162,8 @@ def open_subject(
             raise OptionError(f"{what} must be at least 1, not {number}")
     backend, chosen = resolve_target(target)
     measured = read_records(records, cpu_model() if target == NATIVE else None)
-    context = Context(backend, chosen, evidence=Evidence(measured, threads))
+    usual = FormatOptions(precision=backend.precision)
+    context = Context(backend, chosen, usual, Evidence(measured, threads))
     options = SourceOptions(allow_pickle=allow_pickle, input_shapes=input_shapes)
     source = open_source(model, options)
     return Subject(source, context, target, input_shapes, tokens, layers, exclude)

@@ -124,17 +124,17 @@ def predict(
         )
     if here and measure is not False:
         return _measured(subject, structures, threads or usable_cores(), records, progress)
-    if not isinstance(target, Target):
+    count = (threads or 1) if isinstance(target, Target) else 1  # a device is a single one
+    rest = rest_seconds(subject.program, subject.context)
+    if rest is None:
         raise OptionError(
             f"nothing is known of what {target.name} takes for what is no layer",
             hint="plan on a machine of that kind",
         )
-    count = threads or 1
     costs = Costs(subject.context, count)
     layers = _prunable(subject, costs, structures)
     others = [layer for layer in subject.layers if layer not in layers]
-    rest = rest_seconds(subject.program, target) / count
-    rest += sum(costs.seconds(layer, DENSE) for layer in others)
+    rest = rest / count + sum(costs.seconds(layer, DENSE) for layer in others)
     return Prediction(subject, costs, layers, count, rest)
 
 

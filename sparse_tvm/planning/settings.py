@@ -6,12 +6,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sparse_tvm.backends.base import Backend
 from sparse_tvm.errors import OptionError
 from sparse_tvm.sparsity.pattern import Pattern
 from sparse_tvm.sparsity.statistics import AssumedWeight
 
-STRUCTURES = ("unstructured", "4x1", "16x1")
-"""What is compared unless the user says otherwise."""
+STRUCTURES = Backend.structures
+"""What is compared unless the user, or a backend, says otherwise."""
 
 TOKENS = 128
 """Of an input that leaves their number open."""
@@ -70,7 +71,8 @@ class Setting:
 
     def assumed(self, shape: tuple[int, int]) -> AssumedWeight:
         """The zeros that a weight ``[N, K]`` will have."""
-        return AssumedWeight(shape, self.sparsity, Pattern.parse(self.structure).block)
+        pattern = Pattern.parse(self.structure)
+        return AssumedWeight(shape, self.sparsity, pattern.block, pattern.n_m)
 
 
 DENSE = Setting()

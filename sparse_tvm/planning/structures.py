@@ -18,7 +18,7 @@ import numpy as np
 from sparse_tvm.planning.planner import open_subject
 from sparse_tvm.planning.prediction import Prediction, predict
 from sparse_tvm.planning.sensitivity import errors_of
-from sparse_tvm.planning.settings import DENSE, STRUCTURES, TOKENS, Setting
+from sparse_tvm.planning.settings import DENSE, TOKENS, Setting
 from sparse_tvm.planning.subject import PlannedLayer
 from sparse_tvm.sparsity.pattern import Goal, Pattern, asked_sparsity
 from sparse_tvm.targets import NATIVE
@@ -152,7 +152,7 @@ def choose_structures(
         allow_pickle=allow_pickle,
     )
     halves = Setting.parse(_HALVES)
-    offered = [Setting(structure, share) for structure in STRUCTURES]
+    offered = [Setting(structure, share) for structure in subject.context.backend.structures]
     offered += [halves] if abs(share - halves.sparsity) < 1e-6 else []
     prediction = predict(
         subject,

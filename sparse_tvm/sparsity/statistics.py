@@ -95,11 +95,18 @@ class AssumedWeight(WeightStatistics):
         Share of zeros, 0 to 1.
     structure : tuple[int, int]
         Blocks that are zero as a whole, at random places.
+    neighbours : tuple[int, int] | None
+        ``(N, M)`` where pruning keeps N of every M neighbours.
     """
 
     shape: tuple[int, int]
     share: float
     structure: tuple[int, int] = (1, 1)
+    neighbours: tuple[int, int] | None = None
+
+    @property
+    def n_m(self) -> tuple[int, int] | None:
+        return self.neighbours
 
     @property
     def sparsity(self) -> float:

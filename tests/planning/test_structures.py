@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from plannable import TARGET, small_bert
+from plannable import SMALL, TARGET, small_bert
 
 from sparse_tvm.cli import main
 from sparse_tvm.errors import SparseTvmError
 from sparse_tvm.frontends.onnx.detach import as_array
 from sparse_tvm.frontends.onnx.weights import canonical, find_weights, replace_data, stored
+from sparse_tvm.models.bert import build_bert
 from sparse_tvm.planning.structures import StructureChoice, choose_structures
 from sparse_tvm.sparsity.analysis import analyse
+from sparse_tvm.sparsity.blocks import parse_block
+from sparse_tvm.sparsity.formats import occupied_blocks
 from sparse_tvm.sparsity.pattern import Goal
 from sparse_tvm.sparsity.pruning import PruneReport, prune
 
@@ -81,6 +85,34 @@ def test_two_of_four_is_compared_where_half_is_to_go() -> None:
     assert "2:4" in halves
     more = {one.setting.structure for layer in choice(0.6).layers for one in layer.candidates}
     assert "2:4" not in more
+
+
+def test_on_a_gpu_its_own_structures_are_compared(tmp_path: Path) -> None:
+    model = build_bert(replace(SMALL, layers=1, hidden=768, heads=12, intermediate=3072), batch=16)
+    found = choose_structures(model, 0.75, target="cuda-sm90", threads=8)
+    assert (found.target, found.basis, found.threads) == ("cuda-sm90", "predicted", 1)
+    assert 0 < found.seconds < found.dense_seconds
+    for layer in found.layers:
+        best = layer.candidates[0].setting
+        assert best.structure in ("16x16", "32x32", "64x64")
+        assert {one.setting.structure for one in layer.candidates} >= {"32x32", "64x64"}
+    half = choose_structures(model, 0.5, target="cuda-sm90")
+    assert all(
+        "2:4" in [one.setting.structure for one in layer.candidates] for layer in half.layers
+    )
+    options = {"sparsity": 0.75, "structure": "auto", "target": "cuda-sm90"}
+    report = prune(model, tmp_path / "pruned.onnx", **options)
+    chosen = {layer.name: layer.candidates[0].setting.structure for layer in found.layers}
+    assert [layer.name for layer in report.layers] == list(chosen)
+    assert all(abs(layer.after - 0.75) < 0.01 for layer in report.layers)
+    for name, w in matrices(tmp_path / "pruned.onnx").items():
+        blocks = occupied_blocks(w != 0, parse_block(chosen[name]))
+        assert abs(1 - blocks.mean() - 0.75) < 0.01
+
+
+def test_a_gpu_that_few_zeros_leave_dense(tmp_path: Path) -> None:
+    with pytest.raises(SparseTvmError, match="makes it no faster on cuda-sm90"):
+        prune(MODEL, tmp_path / "y.onnx", sparsity=0.05, structure="auto", target="cuda-sm90")
 
 
 def test_prune_follows_the_choice(tmp_path: Path) -> None:
