@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,8 +13,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from sparse_tvm.cudart import LEGACY_STREAM, CudaRuntime
 from sparse_tvm.devices import Buffer, Cpu, Device, register_device
-from sparse_tvm.errors import DeviceError
+from sparse_tvm.errors import DeviceError, OptionError
+from sparse_tvm.pinned import PinnedMemory
 
 _DRIVER = "libcuda.so.1"
 _CUDA_RUNTIME = "libcudart.so.13"
@@ -21,7 +25,10 @@ _MAJOR, _MINOR = 75, 76  # of CUdevice_attribute: compute capability
 
 
 class Cuda(Device):
-    """One GPU: weights and activations stay in its memory, inputs and outputs are copied.
+    """One GPU: weights and activations stay in its memory, arrays of the host are copied.
+
+    Runs of all models on a GPU are submitted one after the other, each in its stream, and a stream
+    waits for the one before: TVM hands memory from one run to the next as soon as it is submitted.
 
     Raises
     ------
@@ -31,13 +38,17 @@ class Cuda(Device):
 
     name: ClassVar[str] = "cuda"
     code: ClassVar[int] = 2
+    is_host: ClassVar[bool] = False
 
     def __init__(self, tvm_ffi: Any, index: int = 0) -> None:
         super().__init__(tvm_ffi, index)
         self.capability = capability_of(index)
-        _load_tvm_runtime()
+        self._cudart = cuda_runtime()
+        self._queue = _queue(self._cudart, index)
+        self._stream = self._queue.stream
+        self._pinned = PinnedMemory(self._cudart)
         self._device = tvm_ffi.device(self.name, index)
-        self._function = tvm_ffi.get_global_func
+        self._allocate = tvm_ffi.get_global_func("runtime.TVMTensorAllocWithScope")
 
     def machine_arguments(self) -> list[int]:
         """The GPU, and the CPU for shapes."""
@@ -54,39 +65,128 @@ class Cuda(Device):
                 hint="compile for an older --target, or for the CPU",
             )
 
+    def stream_of(self, stream: Any) -> int | None:
+        """A ``cudaStream_t`` as a number, or of PyTorch's streams and those like them."""
+        if stream is None:
+            return None
+        handle = getattr(stream, "cuda_stream", getattr(stream, "ptr", stream))
+        if hasattr(stream, "__cuda_stream__"):
+            _version, handle = stream.__cuda_stream__()
+        if not isinstance(handle, int) or isinstance(handle, bool):
+            raise OptionError(
+                f"{type(stream).__name__} is not a CUDA stream",
+                hint="give a cudaStream_t as a number, or a torch.cuda.Stream",
+            )
+        return handle or LEGACY_STREAM
+
+    @contextmanager
+    def submitting(self, stream: int | None = None) -> Iterator[None]:
+        """Submit to a stream, by default the device's own, after all that came before."""
+        self._stream = self._queue.stream if stream is None else stream
+        with self._queue.after_the_last(self._stream):
+            before = self._cudart.current_device()
+            self._cudart.use_device(self.index)
+            try:
+                with self.tvm_ffi.use_raw_stream(self._device, self._stream):
+                    yield
+            finally:
+                self._cudart.use_device(before)
+
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:
-        """Memory of the GPU, which NumPy does not see."""
-        allocate = self._function("runtime.TVMTensorAllocWithScope")
-        tensor = allocate(list(shape), self.tvm_ffi.dtype(str(dtype)), self._device, None)
-        return Buffer(shape, tensor)
+        """Memory of the GPU, and pinned memory to write inputs into."""
+        tensor = self._allocate(list(shape), self.tvm_ffi.dtype(str(dtype)), self._device, None)
+        return Buffer(shape, tensor, self._pinned.array(shape, dtype))
 
     def constant(self, array: np.ndarray) -> Any:
         """A copy on the GPU."""
-        buffer = self.allocate(array.shape, array.dtype)
-        self.copy_in(array, buffer)
-        return buffer.tensor
+        plain = np.ascontiguousarray(array)
+        shape, dtype = plain.shape, self.tvm_ffi.dtype(str(plain.dtype))
+        tensor = self._allocate(list(shape), dtype, self._device, None)
+        self._copy(tensor.data_ptr(), plain.ctypes.data, plain.nbytes)
+        self.wait()
+        return tensor
+
+    def adopt(self, value: Any, stream: int | None) -> Any:
+        """Have the producer order its work before ours, and take its memory."""
+        if isinstance(value, self.tvm_ffi.Tensor):  # ours, ordered by the queue
+            return value
+        chosen = self._queue.stream if stream is None else stream
+        return self.tvm_ffi.from_dlpack(value.__dlpack__(stream=chosen))
 
     def copy_in(self, array: np.ndarray, buffer: Buffer) -> None:
-        """Copy through memory in the buffer's order and byte order."""
-        if array.size:
-            plain = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
-            copy = self._function("runtime.TVMTensorCopyFromBytes")
-            copy(buffer.tensor, ctypes.c_void_p(plain.ctypes.data), plain.nbytes)
+        """Copy into the pinned memory, and let the GPU fetch it."""
+        assert buffer.host is not None
+        np.copyto(buffer.host, array)
+        self._copy(buffer.tensor.data_ptr(), buffer.host.ctypes.data, buffer.host.nbytes)
+
+    def copy_within(self, tensor: Any, buffer: Buffer) -> None:
+        """Copy on the GPU."""
+        self._copy(buffer.tensor.data_ptr(), tensor.data_ptr(), _nbytes(tensor))
 
     def copy_out(self, tensors: Sequence[Any], shared: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Copies."""
-        copy = self._function("runtime.TVMTensorCopyToBytes")
+        """Let the GPU write into pinned memory, which becomes the caller's."""
         arrays = []
         for tensor in tensors:
-            array = np.empty(tuple(tensor.shape), np.dtype(str(tensor.dtype)))
-            if array.size:
-                copy(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
+            array = self._pinned.array(tuple(tensor.shape), np.dtype(str(tensor.dtype)))
+            self._copy(array.ctypes.data, tensor.data_ptr(), array.nbytes)
             arrays.append(array)
         return arrays
 
+    def keep(self, tensors: Sequence[Any], shared: Collection[int]) -> list[Any]:
+        """Results as they are, or copies of those that are somebody else's."""
+        owned: dict[int, Any] = {}
+        for tensor in tensors:
+            if tensor.data_ptr() in shared or tensor.data_ptr() in owned:
+                copy = self._allocate(list(tensor.shape), tensor.dtype, self._device, None)
+                self._copy(copy.data_ptr(), tensor.data_ptr(), _nbytes(tensor))
+                tensor = copy
+            owned[tensor.data_ptr()] = tensor
+        return list(owned.values())
+
     def wait(self) -> None:
-        """Wait for the stream that kernels run on."""
-        self._function("runtime.Device_StreamSync")(self._device, 0)
+        """Wait for the stream of the last submission."""
+        self._cudart.synchronize(self._stream)
+
+    def close(self) -> None:
+        """Free pinned memory, and the blocks on the GPU that TVM keeps for further runs."""
+        self._pinned.close()
+        self.tvm_ffi.get_global_func("vm.builtin.memory_manager.clear")()
+
+    def _copy(self, target: int, source: int, nbytes: int) -> None:
+        if nbytes:
+            self._cudart.copy(target, source, nbytes, self._stream)
+
+
+def _nbytes(tensor: Any) -> int:
+    return int(tensor.numel()) * np.dtype(str(tensor.dtype)).itemsize
+
+
+class _Queue:
+    """Turns of all models on one GPU, whatever their streams.
+
+    Nobody else uses the GPU through us while a graph is captured, when CUDA would refuse it.
+    """
+
+    def __init__(self, cudart: CudaRuntime, index: int) -> None:
+        before = cudart.current_device()
+        cudart.use_device(index)
+        self._cudart, self._turn = cudart, threading.Lock()
+        self.stream, self._last = cudart.create_stream(), cudart.create_event()
+        cudart.use_device(before)
+
+    @contextmanager
+    def after_the_last(self, stream: int) -> Iterator[None]:
+        with self._turn:
+            self._cudart.wait_for(self._last, stream)
+            try:
+                yield
+            finally:
+                self._cudart.record(self._last, stream)
+
+
+@cache
+def _queue(cudart: CudaRuntime, index: int) -> _Queue:
+    return _Queue(cudart, index)
 
 
 register_device(Cuda)
@@ -129,12 +229,18 @@ def _driver() -> Any:
 
 
 @cache
-def _load_tvm_runtime() -> None:
-    """Load the CUDA runtime, and TVM's part for CUDA, which registers itself."""
+def cuda_runtime() -> CudaRuntime:
+    """Load the CUDA runtime, and TVM's part for CUDA, which registers itself.
+
+    Raises
+    ------
+    DeviceError
+        When one of them is not installed.
+    """
     places = [_CUDA_RUNTIME, *map(str, _installed("nvidia", f"cu13/lib/{_CUDA_RUNTIME}"))]
     for place in places:
         try:
-            ctypes.CDLL(place, ctypes.RTLD_GLOBAL)
+            library = ctypes.CDLL(place, ctypes.RTLD_GLOBAL)
             break
         except OSError:
             continue
@@ -150,6 +256,7 @@ def _load_tvm_runtime() -> None:
         ctypes.CDLL(str(parts[0]), ctypes.RTLD_LOCAL)
     except OSError as error:
         raise DeviceError(f"TVM's part for CUDA cannot be loaded: {error}") from error
+    return CudaRuntime(library)
 
 
 def _installed(package: str, path: str) -> list[Path]:

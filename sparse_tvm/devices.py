@@ -2,19 +2,21 @@
 
 A backend names its device, and so does the manifest. Memory for inputs is allocated here, arrays
 are copied in and out, and whoever reads a result waits for it first. The CPU copies inputs into
-aligned memory, maps weights where they lie in the file, and hands outputs over as they are.
+aligned memory, maps weights where they lie in the file, and hands outputs over as they are. Tensors
+that lie on a GPU already are neither copied when they come in nor when they go out.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from sparse_tvm.errors import ArtifactError
+from sparse_tvm.errors import ArtifactError, OptionError
 
 ALIGNMENT = 64
 """Bytes: TVM's kernels read inputs with aligned vector loads, and crash on others."""
@@ -53,13 +55,19 @@ class Device(ABC):
         As manifests have it.
     code : int
         DLPack's number of the kind.
+    is_host : bool
+        Whether it is the machine's CPU: calls take its threads, and NumPy sees its memory.
     """
 
     name: ClassVar[str]
     code: ClassVar[int]
+    is_host: ClassVar[bool]
 
     def __init__(self, tvm_ffi: Any, index: int = 0) -> None:
         self.tvm_ffi, self.index = tvm_ffi, index
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.index}"
 
     def machine_arguments(self) -> list[int]:
         """What TVM's virtual machine wants to know to run here."""
@@ -76,6 +84,21 @@ class Device(ABC):
         """
 
     @abstractmethod
+    def stream_of(self, stream: Any) -> int | None:
+        """The handle of a stream that a user gave.
+
+        Raises
+        ------
+        OptionError
+            When it is none, or the device has none.
+        """
+
+    @contextmanager
+    def submitting(self, stream: int | None = None) -> Iterator[None]:
+        """Alone with the device: everything within is asked of it in one stream, in order."""
+        yield
+
+    @abstractmethod
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:
         """Memory for an input."""
 
@@ -83,18 +106,38 @@ class Device(ABC):
     def constant(self, array: np.ndarray) -> Any:
         """A weight as a tensor that programs read; it is never written."""
 
+    def adopt(self, value: Any, stream: int | None) -> Any:
+        """A tensor over memory of the device that speaks DLPack, ready for use in a stream.
+
+        This, :meth:`copy_within` and :meth:`keep` are not asked of hosts.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def copy_in(self, array: np.ndarray, buffer: Buffer) -> None:
         """Copy an array of the buffer's shape, of any strides and byte order, into it."""
 
+    def copy_within(self, tensor: Any, buffer: Buffer) -> None:
+        """Copy a tensor of the device, of the buffer's shape, into it."""
+        raise NotImplementedError
+
     @abstractmethod
     def copy_out(self, tensors: Sequence[Any], shared: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Results as arrays that belong to the caller: none shares memory with another, or with
-        those in ``shared``."""
+        those in ``shared``. What is in them is there after :meth:`wait`."""
+
+    def keep(self, tensors: Sequence[Any], shared: Collection[int]) -> list[Any]:
+        """Results as tensors of the device that belong to the caller: none is at an address in
+        ``shared``, or at another's."""
+        raise NotImplementedError
 
     @abstractmethod
     def wait(self) -> None:
-        """Return when all that was asked of the device is done."""
+        """Return when all is done that was last submitted."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what was kept to be used again."""
 
 
 class Cpu(Device):
@@ -102,9 +145,19 @@ class Cpu(Device):
 
     name: ClassVar[str] = "cpu"
     code: ClassVar[int] = 1
+    is_host: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        return self.name
 
     def check(self, target: Mapping[str, Any]) -> None:
         """What the CPU must have is checked before it is asked."""
+
+    def stream_of(self, stream: Any) -> int | None:
+        """None, as calls return when they are done."""
+        if stream is not None:
+            raise OptionError("a model on the CPU runs in no stream", hint="leave out `stream`")
+        return None
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:
         """Aligned memory, seen from both sides."""
@@ -141,6 +194,25 @@ class Cpu(Device):
 
     def wait(self) -> None:
         """A call returns when it is done."""
+
+    def close(self) -> None:
+        """NumPy's memory ends with its arrays, and what TVM keeps serves other models."""
+
+
+def parse_device(text: str) -> tuple[str, int]:
+    """Kind and index of a device as users name it: ``cpu``, ``cuda``, ``cuda:1``.
+
+    Raises
+    ------
+    OptionError
+        When it is no such name.
+    """
+    kind, colon, number = text.partition(":")
+    known = [*_KINDS, *_MODULES]
+    well_formed = number.isdecimal() if colon else not number
+    if kind not in known or not well_formed or (kind == Cpu.name and int(number or 0)):
+        raise OptionError(f"there is no device {text!r}", hint="such as cpu, cuda or cuda:1")
+    return kind, int(number or 0)
 
 
 _KINDS: dict[str, type[Device]] = {Cpu.name: Cpu}

@@ -18,9 +18,10 @@ from sparse_tvm.artifact import (
 )
 from sparse_tvm.collection import without_collection
 from sparse_tvm.cpu import allow_amx, architecture, cpu_model, host_features, usable_cores
-from sparse_tvm.devices import Device, open_device
+from sparse_tvm.devices import Device, open_device, parse_device
 from sparse_tvm.errors import ArtifactError, InputError, OptionError
 from sparse_tvm.spec import LARGEST_SIZE, TensorSpec, size_of, symbols_of
+from sparse_tvm.staging import StagedInput
 from sparse_tvm.vm import Library, MemoryBound, VirtualMachine, installed_version, runtime
 
 _OTHER_TARGET = (
@@ -29,7 +30,12 @@ _OTHER_TARGET = (
 
 
 def load(
-    path: str | os.PathLike[str], *, threads: int | None = None, verify: bool = False
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    verify: bool = False,
+    device: str | None = None,
+    graphs: bool = True,
 ) -> Model:
     """Load a compiled model.
 
@@ -47,14 +53,21 @@ def load(
         Compare the whole file with its checksums, a few GB a second. By default that is done for
         manifest, code and indices, where damage could crash the process; floating-point weights
         are mapped, and read when a run needs them.
+    device : str | None
+        Such as ``cuda:1``; by default the first of the kind that it was compiled for.
+    graphs : bool
+        Launch a GPU's kernels as CUDA graphs where the artifact has them: those of fixed sizes.
+        The first run captures them, and keeps the memory of what lies between kernels.
 
     Raises
     ------
     ArtifactError
         When the file is missing, not ours, truncated, damaged, of another format, or needs CPU
         features that this machine lacks. No code of the artifact has run then.
+    DeviceError
+        When there is no such device here, or what drives it is missing.
     OptionError
-        When `threads` is not positive.
+        When `threads` is not positive, or the artifact is for another kind of device.
     """
     with without_collection(), open_artifact(path) as file:
         manifest = manifest_of(file)
@@ -63,12 +76,15 @@ def load(
         count = threads if threads is not None else manifest.get("threads") or usable_cores()
         if count < 1:
             raise OptionError(f"threads must be at least 1, not {count}")
+        index = _index_of(path, device, manifest["device"])
         content = map_content(file)
         check_content(content, manifest, path, everything=verify)
-        device = open_device(manifest["device"], runtime())
-        device.check(manifest["target"])
+        opened = open_device(manifest["device"], runtime(), index)
+        opened.check(manifest["target"])
+        count = count if opened.is_host else 1
         try:
-            machine = VirtualMachine(Library.of(file.fileno()), count, device)
+            with opened.submitting():
+                machine = VirtualMachine(Library.of(file.fileno()), count, opened)
         except Exception as error:  # TVM raises whatever fits: a wrong version, a missing symbol
             reason = str(error).partition("\n")[0]
             raise ArtifactError(
@@ -76,7 +92,10 @@ def load(
                 hint=f"it was compiled with TVM {manifest['versions']['tvm']}, installed is "
                 f"{installed_version()}; compile the model again",
             ) from error
-        return Model(Path(path), manifest, machine, content, device, count)
+        if not graphs:
+            machine.without_graphs("not wanted")
+        with opened.submitting():
+            return Model(Path(path), manifest, machine, content, opened, count)
 
 
 class Call(NamedTuple):
@@ -105,7 +124,9 @@ class Model:
     manifest : dict[str, Any]
         Everything the compiler noted: target, layers, formats, reasons, versions.
     threads : int
-        How many threads a run uses.
+        How many threads of the CPU a run uses.
+    device : str
+        Where it runs: ``cpu``, ``cuda:0``.
     """
 
     def __init__(
@@ -128,10 +149,12 @@ class Model:
         self._closed = False
         self._machine = machine
         self._device = device
-        self._staged = [_Staged(spec, device) for spec in self.inputs]
+        self.device = str(device)
+        self._staged = [StagedInput(spec, device) for spec in self.inputs]
         self._memory = MemoryBound()
         self._mapped = mapped
         self._weights = _weights_tuple(mapped, manifest["weights"], device)
+        self._own: set[int] | None = None
 
     def __repr__(self) -> str:
         inputs = ", ".join(map(str, self.inputs))
@@ -147,15 +170,32 @@ class Model:
     def __exit__(self, *_error: object) -> None:
         self.close()
 
+    @property
+    def graphs(self) -> str:
+        """How a GPU's kernels are launched: ``graphs``, or why it is one by one."""
+        if self._machine.has_graphs:
+            return "graphs"
+        return self._machine.refused or "the program has none: its sizes are open, or it is small"
+
     def close(self) -> None:
-        """Give the memory of weights and inputs back. No run may follow."""
-        self._machine.call(self._release)
+        """Give the memory of weights, inputs and graphs back. No run may follow."""
+        if not self._closed:
+            self._machine.call(self._release)
 
     def _release(self) -> None:
         self._closed = True
-        self._weights, self._staged, self._mapped = None, [], np.empty(0, np.uint8)
+        with self._device.submitting():
+            self._weights, self._staged, self._mapped = None, [], np.empty(0, np.uint8)
+            self._machine.close()
+            self._device.close()
 
-    def run(self, *inputs: Any, into: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+    def run(
+        self,
+        *inputs: Any,
+        into: Callable[[Any], Any] | None = None,
+        stream: Any = None,
+        on_device: bool | None = None,
+    ) -> dict[str, Any]:
         """Run the model once.
 
         Parameters
@@ -163,23 +203,42 @@ class Model:
         inputs : Mapping[str, array] | arrays
             One array per input, by name or in the order of :attr:`inputs`, of exactly the dtype
             and shape there; any alignment, strides and byte order. NumPy's, or of whatever else
-            speaks DLPack, such as PyTorch. Lists of Python numbers take the input's dtype.
+            speaks DLPack, such as PyTorch. Lists of Python numbers take the input's dtype. On a
+            GPU, contiguous tensors that lie there already are read where they are.
         into : Callable[[Any], Any] | None
             What outputs are handed to, such as ``torch.from_dlpack``, which copies nothing; they
             are NumPy's arrays by default.
+        stream : int | torch.cuda.Stream | None
+            A GPU's stream to run in, as a ``cudaStream_t`` or an object that has one. Where inputs
+            and outputs are on the GPU, a run with a stream returns when it is submitted; every
+            other run returns when it is done. By default the model's device has a stream for it.
+        on_device : bool | None
+            Whether outputs stay on the GPU, as tensors that speak DLPack; by default they do if an
+            input lies there.
 
         Returns
         -------
-        dict[str, np.ndarray]
+        dict[str, np.ndarray | tensor]
             Outputs by name, in the model's order. They belong to the caller.
 
         Raises
         ------
         InputError
-            When an input is missing, unknown, or of another dtype or shape, or the model closed.
+            When an input is missing, unknown, of another dtype or shape, or on another device, or
+            the model closed.
+        OptionError
+            When `stream` is none.
+        DeviceError
+            When the device fails.
         """
-        arrays = self._checked(self._named(inputs))
-        results = self._machine.call(self._execute, self._machine.main, arrays)
+        handle = self._device.stream_of(stream)
+        values = self._checked(self._named(inputs), handle)
+        resident = [not isinstance(value, np.ndarray) for value in values]
+        stays = (any(resident) if on_device is None else on_device) and not self._device.is_host
+        returns = stays and handle is not None and all(resident)
+        results = self._machine.call(
+            self._execute, self._machine.main, values, handle, stays, not returns
+        )
         if into is not None:
             results = [into(result) for result in results]
         return {spec.name: result for spec, result in zip(self.outputs, results, strict=True)}
@@ -192,12 +251,13 @@ class Model:
         list[list[Call]]
             Per run, in the order of the calls. Observing a call adds a microsecond to it.
         """
-        arrays = self._checked(inputs)
+        values = self._checked(inputs)
         calls: list[Call] = []
         started = 0.0
 
         def observe(_function: Any, name: str, is_before: bool, _result: Any, *args: Any) -> None:
             nonlocal started
+            self._device.wait()
             now = perf_counter()
             if not is_before:
                 tensors = [arg for arg in args if hasattr(arg, "shape")]
@@ -206,11 +266,12 @@ class Model:
                 calls.append(Call(name, now - started, shapes, dtypes))
             started = perf_counter()
 
-        main = self._machine.instrumented(observe)
+        with self._device.submitting():
+            main = self._machine.instrumented(observe)
         traces = []
         for _ in range(runs):
             calls.clear()
-            self._machine.call(self._execute, main, arrays)
+            self._machine.call(self._execute, main, values)
             traces.append(calls.copy())
         return traces
 
@@ -231,17 +292,19 @@ class Model:
             )
         return {spec.name: value for spec, value in zip(self.inputs, inputs, strict=True)}
 
-    def _checked(self, inputs: Mapping[str, Any]) -> list[np.ndarray]:
-        """Return the inputs as arrays in the model's order."""
+    def _checked(self, inputs: Mapping[str, Any], stream: int | None = None) -> list[Any]:
+        """Return the inputs as arrays, or tensors of the device, in the model's order."""
         self._refuse_if_closed()
         if len(inputs) != len(self._staged) or any(
             staged.spec.name not in inputs for staged in self._staged
         ):
             raise self._wrong_names(inputs)
         sizes: dict[str, int] = {}
-        arrays = [staged.checked(inputs[staged.spec.name], sizes) for staged in self._staged]
+        values = [
+            staged.checked(inputs[staged.spec.name], sizes, stream) for staged in self._staged
+        ]
         self._check_sizes(sizes)
-        return arrays
+        return values
 
     def _check_sizes(self, sizes: Mapping[str, int]) -> None:
         """Refuse sizes out of bounds, and expressions of symbols that do not add up."""
@@ -269,83 +332,53 @@ class Model:
             hint=f"the model takes {', '.join(map(str, self.inputs))}",
         )
 
-    def _execute(self, main: Any, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _execute(
+        self,
+        main: Any,
+        values: Sequence[Any],
+        stream: int | None = None,
+        stays: bool = False,
+        waits: bool = True,
+    ) -> list[Any]:
         """Run `main`; the machine sees to it that nothing else touches the staged inputs."""
         self._refuse_if_closed()  # it may have been while this run waited for its turn
-        shapes = tuple(array.shape for array in arrays)
-        self._memory.before_run(shapes, sum(array.nbytes for array in arrays))
-        tensors = [staged.fill(array) for staged, array in zip(self._staged, arrays, strict=True)]
+        with self._device.submitting(stream):
+            shapes = tuple(tuple(value.shape) for value in values)
+            sizes = [
+                staged.nbytes(shape) for staged, shape in zip(self._staged, shapes, strict=True)
+            ]
+            self._memory.before_run(shapes, sum(sizes))
+            tensors = [staged.fill(v) for staged, v in zip(self._staged, values, strict=True)]
+            results = self._results(main, tensors)
+            owned = self._kept(main, results, tensors) if stays else self._copied(results)
+        if waits:
+            self._device.wait()
+        return owned
+
+    def _results(self, main: Any, tensors: Sequence[Any]) -> Sequence[Any]:
         result = main(*tensors, self._weights)
-        self._device.wait()
-        results = [result] if hasattr(result, "__dlpack__") else result
-        staged_memory = [s.buffer.host for s in self._staged if s.buffer.host is not None]
-        return self._device.copy_out(results, [self._mapped, *staged_memory])
+        return [result] if hasattr(result, "__dlpack__") else result
 
+    def _copied(self, results: Sequence[Any]) -> list[np.ndarray]:
+        staged = [s.buffer.host for s in self._staged if s.buffer.host is not None]
+        return self._device.copy_out(results, [self._mapped, *staged])
 
-class _Staged:
-    """Memory of the device for one input, which takes arrays of any layout."""
+    def _kept(self, main: Any, results: Sequence[Any], tensors: Sequence[Any]) -> list[Any]:
+        """Results on the device that belong to the caller: neither inputs, weights nor constants.
 
-    def __init__(self, spec: TensorSpec, device: Device) -> None:
-        self.spec, self._device = spec, device
-        self._dtype = np.dtype(spec.dtype)
-        self._symbolic = any(isinstance(dim, str) for dim in spec.shape)
-        shape = tuple(0 if isinstance(dim, str) else dim for dim in spec.shape)
-        self.buffer = device.allocate(shape, self._dtype)
-
-    def checked(self, value: Any, sizes: dict[str, int]) -> np.ndarray:
-        """Return `value` as an array of this input's dtype and shape.
-
-        `sizes` holds what the symbolic dimensions stand for, and learns from this shape.
+        TVM does not tell which are constants of the program. Two runs whose results all live share
+        them, so the first of these runs is made twice.
         """
-        array = value if isinstance(value, np.ndarray) else self._as_array(value)
-        if array.dtype != self._dtype and array.dtype.newbyteorder("=") != self._dtype:
-            raise self._mismatch(
-                f"has dtype {array.dtype}, expected {self._dtype}",
-                hint=f"convert it with .astype({self._dtype.name!r})",
-            )
-        if self._symbolic:
-            self._check_symbolic(array.shape, sizes)
-        elif array.shape != self.spec.shape:
-            raise self._wrong_shape(array.shape)
-        return array
-
-    def fill(self, array: np.ndarray) -> Any:
-        """Copy `array` into the buffer and return the buffer as a tensor."""
-        if array.shape != self.buffer.shape:
-            self.buffer = self._device.allocate(array.shape, self._dtype)
-        self._device.copy_in(array, self.buffer)
-        return self.buffer.tensor
-
-    def _as_array(self, value: Any) -> np.ndarray:
-        # Ragged lists, and tensors of another device or that need gradients, are refused.
-        try:
-            array = np.from_dlpack(value) if _speaks_dlpack(value) else np.asarray(value)
-        except (BufferError, ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise self._mismatch(f"is not an array: {error}") from error
-        is_plain = isinstance(value, (list, tuple, bool, int, float))
-        if is_plain and np.can_cast(array.dtype, self._dtype, "same_kind"):
-            return array.astype(self._dtype)
-        return array
-
-    def _check_symbolic(self, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
-        if len(shape) != len(self.spec.shape):
-            raise self._wrong_shape(shape)
-        for size, dim in zip(shape, self.spec.shape, strict=True):
-            if isinstance(dim, str) and sizes.setdefault(dim, size) != size:
-                raise self._wrong_shape(shape, f" where {dim} is {sizes[dim]} in another place")
-            if not isinstance(dim, str) and size != dim:
-                raise self._wrong_shape(shape)
-
-    def _wrong_shape(self, shape: tuple[int, ...], why: str = "") -> InputError:
-        found, expected = (", ".join(map(str, dims)) for dims in (shape, self.spec.shape))
-        return self._mismatch(f"has shape [{found}], expected [{expected}]{why}")
-
-    def _mismatch(self, problem: str, hint: str | None = None) -> InputError:
-        return InputError(f"input {self.spec.name!r} {problem}", hint=hint)
+        inputs = _addresses(tensors)
+        if self._own is None:
+            again = self._results(main, tensors)
+            constants = (_addresses(results) & _addresses(again)) - inputs
+            self._own = _addresses(self._weights) | constants
+        return self._device.keep(results, self._own | inputs)
 
 
-def _speaks_dlpack(value: Any) -> bool:
-    return hasattr(value, "__dlpack__") and not isinstance(value, np.generic)
+def _addresses(tensors: Sequence[Any]) -> set[int]:
+    return {tensor.data_ptr() for tensor in tensors}
 
 
 def _check_machine(path: str | os.PathLike[str], target: Mapping[str, Any]) -> None:
@@ -382,3 +415,16 @@ def _weights_tuple(mapped: np.ndarray, entries: Sequence[Mapping[str, Any]], dev
         weight = raw.view(np.dtype(entry["dtype"])).reshape(entry["shape"])
         tensors.append(device.constant(weight))
     return device.tvm_ffi.convert(tensors)
+
+
+def _index_of(path: str | os.PathLike[str], device: str | None, compiled_for: str) -> int:
+    """Which device of its kind an artifact shall run on."""
+    if device is None:
+        return 0
+    kind, index = parse_device(device)
+    if kind != compiled_for:
+        raise OptionError(
+            f"{path} was compiled for {compiled_for}, not for {kind}",
+            hint="compile it with a --target of that kind; `sparse-tvm targets` lists them",
+        )
+    return index

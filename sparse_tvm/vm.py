@@ -11,6 +11,7 @@ import queue
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,12 @@ from typing import Any
 
 from sparse_tvm.devices import Device
 from sparse_tvm.errors import ArtifactError
+
+ONE_BY_ONE = "one_by_one"
+"""A program's second function, where ``main`` launches kernels as graphs: this one calls each."""
+
+_CAPTURES = 3
+"""How often to try to capture graphs."""
 
 _SHARE_ALL_CORES = -3
 
@@ -145,8 +152,11 @@ class VirtualMachine:
     def __init__(self, library: Library, threads: int, device: Device) -> None:
         self._threads, self._device = threads, device
         self.without_threads()
-        self.main = _instance(library, device)["main"]
-        self._library = library  # set, and so released, after `main`, which runs its code
+        machine = _instance(library, device)
+        self._main, self._one_by_one = machine["main"], _one_by_one(machine)
+        self._captures = 0 if self._one_by_one is None else _CAPTURES
+        self.refused = ""
+        self._library: Library | None = library  # released after what runs its code
         _machines.add(self)
 
     def without_threads(self) -> None:
@@ -155,8 +165,46 @@ class VirtualMachine:
         self._creating = threading.Lock()
         self._own_thread: _OwnThread | None = None
 
+    def main(self, *args: Any) -> Any:
+        """Run the program once; to be called by :meth:`call`.
+
+        Graphs are captured by the first run. Where that fails, the run goes on without them, as
+        another library may have used the device meanwhile, which CUDA forbids; after several
+        failures nothing is captured any more, with a warning.
+        """
+        if not self._captures:
+            return self._main(*args)
+        try:
+            result = self._main(*args)
+        except Exception as error:  # TVM raises whatever fits
+            self._captures -= 1
+            if not self._captures:
+                self.without_graphs(str(error).partition("\n")[0])
+                warnings.warn(f"no CUDA graph: {self.refused}", RuntimeWarning, stacklevel=2)
+            assert self._one_by_one is not None
+            return self._one_by_one(*args)
+        self._captures = 0
+        return result
+
+    def without_graphs(self, reason: str) -> None:
+        """Launch kernels one by one from now on, for a reason."""
+        if self._one_by_one is not None:
+            self._main, self._captures, self.refused = self._one_by_one, 0, reason
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether kernels are launched as graphs."""
+        return self._one_by_one is not None and self._main is not self._one_by_one
+
+    def close(self) -> None:
+        """Give back the program and what it keeps on its device; nothing may be called then."""
+        self._main = self._one_by_one = None
+        self._library = None
+
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)``, called on a thread with the right pool, and alone."""
+        if not self._device.is_host:
+            return self._alone(function, *args)
         in_main_thread = threading.get_ident() == threading.main_thread().ident
         may_have_workers = self._threads == 1 or not _forks
         if in_main_thread and may_have_workers and _set_pool(self._threads):
@@ -167,14 +215,15 @@ class VirtualMachine:
         return self._own_thread.call(self._alone, function, *args)
 
     def instrumented(self, callback: Callable[..., None]) -> Any:
-        """Return another instance of ``main`` that reports each call that it makes.
+        """Return another instance of the program that reports each call that it makes.
 
         `callback` gets the called function, its name, whether the call is about to happen (else
         it has just happened), its result and its arguments.
         """
+        assert self._library is not None
         machine = _instance(self._library, self._device)
         machine["set_instrument"](runtime().convert_func(callback))
-        return machine["main"]
+        return _one_by_one(machine) or machine["main"]
 
     def _alone(self, function: Callable[..., Any], *args: Any) -> Any:
         # Held by the thread that runs, not by the one that waits: that one may be interrupted.
@@ -221,6 +270,11 @@ def _instance(library: Library, device: Device) -> Any:
     machine = library.module["vm_load_executable"]()
     machine["vm_initialization"](*device.machine_arguments())
     return machine
+
+
+def _one_by_one(machine: Any) -> Any:
+    """The program without graphs, where it has any."""
+    return machine[ONE_BY_ONE] if machine.implements_function(ONE_BY_ONE) else None
 
 
 def _set_pool(threads: int) -> bool:

@@ -24,6 +24,7 @@ from tvm.runtime import _ffi_api
 from sparse_tvm.errors import BuildError
 from sparse_tvm.linker import fcompile
 from sparse_tvm.nvrtc import fat_binary
+from sparse_tvm.passes.cuda.capture_graphs import capture_graphs
 from sparse_tvm.passes.program import Program
 from sparse_tvm.schedules.cuda.instructions import PRELUDE
 from sparse_tvm.targets.cuda import CudaTarget
@@ -145,7 +146,7 @@ def _executable(program: Program, target: CudaTarget) -> Any:
                 relax.transform.ToNonDataflow(),
                 relax.transform.RemovePurityChecking(),
                 relax.transform.CallTIRRewrite(),
-                *finalize_passes(tvm_target),
+                *_finalize_passes(tvm_target),
             ]
         )
         try:
@@ -155,6 +156,14 @@ def _executable(program: Program, target: CudaTarget) -> Any:
             text = str(error).strip().splitlines()
             reason = text[-1] if text else repr(error)
             raise BuildError(f"code generation failed: {reason}") from error
+
+
+def _finalize_passes(target: Any) -> list[Any]:
+    """TVM's, with graphs by our pass, which keeps the program without them, too."""
+    return [
+        capture_graphs if each.info.name == "RewriteCUDAGraph" else each
+        for each in finalize_passes(target)
+    ]
 
 
 @contextmanager

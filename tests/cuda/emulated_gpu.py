@@ -1,8 +1,9 @@
 """A GPU that is played on a CPU: whole artifacts for CUDA run, the kernels' source as C++.
 
-TVM's device API for CPUs stands in for CUDA's, and where the driver would load a fat binary, the
-source is compiled with ``gpu.h`` and called instead. Everything else is what users get: program,
-host code, launch parameters, memory plan, weights.
+TVM's device API for CPUs stands in for CUDA's, ``emulated_cudart.py`` for the CUDA runtime and for
+TVM's graphs, and where the driver would load a fat binary, the source is compiled with ``gpu.h``
+and called instead. Everything else is what users get: program, host code, launch parameters, memory
+plan, weights.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from emulated_cudart import EmulatedCudart, EmulatedGraphs
 
 from sparse_tvm import cuda_device
 from sparse_tvm.backends import cuda_codegen
@@ -53,7 +55,12 @@ def emulated_gpu(patch: pytest.MonkeyPatch) -> Iterator[None]:
     ffi.register_global_func("ffi.Module.load_from_bytes.cuda", _load, True)
     patch.setattr(cuda_codegen, "fat_binary", lambda source, _capabilities: source.encode())
     patch.setattr(cuda_device, "capability_of", lambda _index: 120)
-    patch.setattr(cuda_device, "_load_tvm_runtime", lambda: None)
+    cudart = EmulatedCudart()
+    patch.setattr(cuda_device, "cuda_runtime", lambda: cudart)
+    graphs = EmulatedGraphs()
+    ffi.register_global_func("tests.emulated_graphs", lambda: graphs, True)
+    for name in ("run_or_capture", "get_cached_alloc"):
+        ffi.register_global_func(f"vm.builtin.cuda_graph.{name}", getattr(graphs, name), True)
     yield
 
 

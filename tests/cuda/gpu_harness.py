@@ -42,6 +42,7 @@ def run(function: tvm.tirx.PrimFunc, arrays: Sequence[np.ndarray], output: Any) 
             result = device.constant(np.full(output.shape, np.nan, output.dtype))
             module["kernel"](*operands, result)
             (array,) = device.copy_out([result], [])
+            device.wait()
             found.append(array)
     np.testing.assert_array_equal(found[0], found[1])
     assert "STVM_BACKWARDS" not in os.environ

@@ -1,0 +1,123 @@
+"""Inputs of a model: what a caller gives is checked, and brought to where the program reads it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from sparse_tvm.devices import ALIGNMENT, Device
+from sparse_tvm.errors import InputError
+from sparse_tvm.spec import TensorSpec
+
+_HOST_MEMORY = {1, 3, 11, 13}
+"""DLPack's kinds of devices whose memory NumPy sees: CPUs, pinned and managed memory."""
+
+_KINDS = {2: "cuda", 4: "opencl", 8: "metal", 10: "rocm"}
+
+
+class StagedInput:
+    """Memory of the device for one input, which takes arrays of any layout."""
+
+    def __init__(self, spec: TensorSpec, device: Device) -> None:
+        self.spec, self._device = spec, device
+        self._dtype = np.dtype(spec.dtype)
+        self._symbolic = any(isinstance(dim, str) for dim in spec.shape)
+        shape = tuple(0 if isinstance(dim, str) else dim for dim in spec.shape)
+        self.buffer = device.allocate(shape, self._dtype)
+
+    def checked(self, value: Any, sizes: dict[str, int], stream: int | None) -> Any:
+        """Return `value` as an array, or tensor of the device, of this input's dtype and shape.
+
+        `sizes` holds what the symbolic dimensions stand for, and learns from this shape. A tensor
+        of the device will be read in `stream`.
+        """
+        if not isinstance(value, np.ndarray):
+            if not _is_elsewhere(value):
+                value = self._as_array(value)
+            else:
+                value = self._as_tensor(value, stream)
+        if isinstance(value, np.ndarray):
+            self._check_dtype(value.dtype.newbyteorder("="), f".astype({self._dtype.name!r})")
+        shape = tuple(value.shape)
+        if self._symbolic:
+            self._check_symbolic(shape, sizes)
+        elif shape != self.spec.shape:
+            raise self._wrong_shape(shape)
+        return value
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Size of a value of a shape."""
+        return math.prod(shape) * self._dtype.itemsize
+
+    def fill(self, value: Any) -> Any:
+        """Return `value` as the program may read it: copied into the buffer, unless it lies on
+        the device and is aligned."""
+        is_array = isinstance(value, np.ndarray)
+        if not is_array and value.data_ptr() % ALIGNMENT == 0:
+            return value
+        shape = tuple(value.shape)
+        if shape != self.buffer.shape:
+            self.buffer = self._device.allocate(shape, self._dtype)
+        copy = self._device.copy_in if is_array else self._device.copy_within
+        copy(value, self.buffer)
+        return self.buffer.tensor
+
+    def _as_tensor(self, value: Any, stream: int | None) -> Any:
+        """A tensor of the device over the memory of one that speaks DLPack."""
+        kind, index = value.__dlpack_device__()
+        device = self._device
+        if (kind, index) != (device.code, device.index):
+            place = f"{_KINDS.get(kind, f'device {kind}')}:{index}"
+            hint = f"move it to {'the host' if device.is_host else device}"
+            raise self._mismatch(f"is on {place}, and the model on {device}", hint=hint)
+        try:
+            tensor = device.adopt(value, stream)
+        except (BufferError, ValueError, TypeError, RuntimeError) as error:
+            raise self._mismatch(f"cannot be read: {error}") from error
+        self._check_dtype(str(tensor.dtype), f".to() {self._dtype}")
+        if not tensor.is_contiguous():
+            raise self._mismatch("is not contiguous", hint="call .contiguous() on it")
+        return tensor
+
+    def _check_dtype(self, found: Any, how: str) -> None:
+        if found != self._dtype:
+            problem = f"has dtype {found}, expected {self._dtype}"
+            raise self._mismatch(problem, hint=f"convert it with {how}")
+
+    def _as_array(self, value: Any) -> np.ndarray:
+        # Ragged lists, and tensors of another device or that need gradients, are refused.
+        try:
+            array = np.from_dlpack(value) if _speaks_dlpack(value) else np.asarray(value)
+        except (BufferError, ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise self._mismatch(f"is not an array: {error}") from error
+        is_plain = isinstance(value, (list, tuple, bool, int, float))
+        if is_plain and np.can_cast(array.dtype, self._dtype, "same_kind"):
+            return array.astype(self._dtype)
+        return array
+
+    def _check_symbolic(self, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
+        if len(shape) != len(self.spec.shape):
+            raise self._wrong_shape(shape)
+        for size, dim in zip(shape, self.spec.shape, strict=True):
+            if isinstance(dim, str) and sizes.setdefault(dim, size) != size:
+                raise self._wrong_shape(shape, f" where {dim} is {sizes[dim]} in another place")
+            if not isinstance(dim, str) and size != dim:
+                raise self._wrong_shape(shape)
+
+    def _wrong_shape(self, shape: tuple[int, ...], why: str = "") -> InputError:
+        found, expected = (", ".join(map(str, dims)) for dims in (shape, self.spec.shape))
+        return self._mismatch(f"has shape [{found}], expected [{expected}]{why}")
+
+    def _mismatch(self, problem: str, hint: str | None = None) -> InputError:
+        return InputError(f"input {self.spec.name!r} {problem}", hint=hint)
+
+
+def _speaks_dlpack(value: Any) -> bool:
+    return hasattr(value, "__dlpack__") and not isinstance(value, np.generic)
+
+
+def _is_elsewhere(value: Any) -> bool:
+    """Whether a value lies in memory that NumPy does not see."""
+    return hasattr(value, "__dlpack_device__") and value.__dlpack_device__()[0] not in _HOST_MEMORY
