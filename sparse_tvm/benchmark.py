@@ -72,6 +72,7 @@ class BenchResult:
     max_abs_diff: dict[str, float] | None
     profile: Profile | None
     shapes: dict[str, tuple[int, ...]]
+    device: str
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as nested dictionaries and lists."""
@@ -84,6 +85,7 @@ def bench(
     *,
     allow_pickle: bool = False,
     threads: int | None = None,
+    device: str | None = None,
     warmup: float = 1.0,
     duration: float = 5.0,
     inputs: Mapping[str, np.ndarray] | None = None,
@@ -103,7 +105,7 @@ def bench(
         interleaved with ours.
     allow_pickle : bool
         As for :func:`sparse_tvm.compile`.
-    threads : int | None
+    threads, device : int | None, str | None
         As for :func:`sparse_tvm.load`.
     warmup, duration : float
         Seconds of uncounted and of counted runs, per engine.
@@ -129,7 +131,7 @@ def bench(
         if value < 0:
             raise OptionError(f"{name} must not be negative, is {value:g} s")
     progress("load and warm up")
-    ours = _Engine("sparse-tvm", lambda: load(path, threads=threads))
+    ours = _Engine("sparse-tvm", lambda: load(path, threads=threads, device=device))
     model = ours.loaded
     chosen = chosen_sizes(model.inputs, model.bounds, shapes or {}, sizes or {})
     feed = random_inputs(model.inputs, sizes=chosen) if inputs is None else inputs
@@ -155,10 +157,13 @@ def bench(
         max_abs_diff=differences,
         profile=_profile(model, feed) if profile else None,
         shapes={name: np.shape(values) for name, values in feed.items()},
+        device=model.device if model.hardware is None else f"{model.device}, {model.hardware}",
     )
 
 
 def _profile(model: Model, feed: Mapping[str, np.ndarray]) -> Profile:
+    if model.device != "cpu":
+        return profile_model(model, feed)
     limits = measured_limits(model.manifest["target"]["name"], model.threads)
     return profile_model(model, feed, limits=limits)
 

@@ -21,6 +21,7 @@ from sparse_tvm.pinned import PinnedMemory
 _DRIVER = "libcuda.so.1"
 _CUDA_RUNTIME = "libcudart.so.13"
 _INSTALL_RUNTIME = "pip install 'nvidia-cuda-runtime>=13.0,<14'"
+_NAME_BYTES = 256
 _MAJOR, _MINOR = 75, 76  # of CUdevice_attribute: compute capability
 
 
@@ -49,6 +50,10 @@ class Cuda(Device):
         self._pinned = PinnedMemory(self._cudart)
         self._device = tvm_ffi.device(self.name, index)
         self._allocate = tvm_ffi.get_global_func("runtime.TVMTensorAllocWithScope")
+
+    def hardware(self) -> str | None:
+        """Such as NVIDIA H200."""
+        return name_of(self.index)
 
     def machine_arguments(self) -> list[int]:
         """The GPU, and the CPU for shapes."""
@@ -216,6 +221,15 @@ def capability_of(index: int) -> int:
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         found.append(value.value)
     return found[0] * 10 + found[1]
+
+
+def name_of(index: int) -> str:
+    """What the driver calls a device."""
+    name = ctypes.create_string_buffer(_NAME_BYTES)
+    driver, device = _driver(), ctypes.c_int()
+    driver.cuDeviceGet(ctypes.byref(device), index)
+    driver.cuDeviceGetName(name, _NAME_BYTES, device)
+    return name.value.decode()
 
 
 def _driver() -> Any:

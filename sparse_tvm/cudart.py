@@ -10,7 +10,6 @@ from sparse_tvm.errors import DeviceError
 _NON_BLOCKING = 1
 _NO_TIMING = 2
 _ANY_DIRECTION = 4  # the driver tells from the addresses
-_NAME_BYTES = 256
 
 LEGACY_STREAM = 1
 """What CUDA's headers call ``cudaStreamLegacy``: the default stream by a handle of its own."""

@@ -69,6 +69,10 @@ class Device(ABC):
     def __str__(self) -> str:
         return f"{self.name}:{self.index}"
 
+    def hardware(self) -> str | None:
+        """What the driver calls it; None where there is no driver."""
+        return None
+
     def machine_arguments(self) -> list[int]:
         """What TVM's virtual machine wants to know to run here."""
         return [self.code, self.index, _POOLED_ALLOCATOR]

@@ -127,6 +127,8 @@ class Model:
         How many threads of the CPU a run uses.
     device : str
         Where it runs: ``cpu``, ``cuda:0``.
+    hardware : str | None
+        What that is, by the driver; None for the CPU.
     """
 
     def __init__(
@@ -149,7 +151,7 @@ class Model:
         self._closed = False
         self._machine = machine
         self._device = device
-        self.device = str(device)
+        self.device, self.hardware = str(device), device.hardware()
         self._staged = [StagedInput(spec, device) for spec in self.inputs]
         self._memory = MemoryBound()
         self._mapped = mapped

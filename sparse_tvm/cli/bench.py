@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparse_tvm.cli.options import AllowPickle
+from sparse_tvm.cli.options import AllowPickle, Device
 from sparse_tvm.errors import OptionError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="By default as compiled, else every core.")
     ] = None,
+    device: Device = None,
     shape: Annotated[
         list[str] | None,
         typer.Option(
@@ -87,6 +88,7 @@ def bench(
                     against,
                     allow_pickle=allow_pickle,
                     threads=threads,
+                    device=device,
                     warmup=warmup,
                     duration=duration,
                     shapes=shapes,
@@ -109,11 +111,8 @@ def bench(
     for result in results if profile or len(results) == 1 else ():
         _print(stdout_console(), result)
     if len(results) > 1:
-        from sparse_tvm.report.content import human_threads
-
         first = results[0]
-        where = f"{human_threads(first.threads)}, {first.cpu}"
-        stdout_console().print(f"{first.path}, {where}, medians")
+        stdout_console().print(f"{first.path}, {_where(first)}, medians")
         stdout_console().print(sweep_table(combinations, results))
 
 
@@ -129,9 +128,8 @@ def _print(console: Console, result: BenchResult) -> None:
     from rich.text import Text
 
     from sparse_tvm.cli.tables import shape_cell
-    from sparse_tvm.report.content import human_threads
 
-    console.print(f"{result.path}, {human_threads(result.threads)}, {result.cpu}")
+    console.print(f"{result.path}, {_where(result)}")
     shapes = (f"{name} {shape_cell(shape)}" for name, shape in result.shapes.items())
     console.print(Text(f"inputs: {', '.join(shapes)}"))
     console.print(_timings(result))
@@ -151,6 +149,14 @@ def _print(console: Console, result: BenchResult) -> None:
         if all(group.bound is None for group in result.profile.groups):
             console.print("no rooflines: this machine's limits could not be measured; to see why,")
             console.print("run python -m sparse_tvm.machine_limits native", result.threads)
+
+
+def _where(result: BenchResult) -> str:
+    """The machine, as far as the model uses it."""
+    from sparse_tvm.report.content import human_threads
+
+    device = f"{result.device}, " if result.device != "cpu" else ""
+    return f"{device}{human_threads(result.threads)}, {result.cpu}"
 
 
 def _timings(result: BenchResult) -> Table:

@@ -34,6 +34,10 @@ Target = Annotated[
     str,
     typer.Option(metavar="NAME", help="native, or a CPU or board that `sparse-tvm targets` lists."),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Such as cuda:1; by default the first that MODEL is for."),
+]
 Layers = Annotated[
     str | None, typer.Option(metavar="REGEX", help="Prune only the layers whose name matches.")
 ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparse_tvm.cli.options import Shapes
+from sparse_tvm.cli.options import Device, Shapes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,6 +34,7 @@ def run(
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="By default as compiled, else every core.")
     ] = None,
+    device: Device = None,
 ) -> None:
     """Run MODEL.so once and show what it returns."""
     from sparse_tvm.cli.checks import check_artifact
@@ -56,7 +57,7 @@ def run(
     from sparse_tvm.random_inputs import chosen_sizes, random_inputs
     from sparse_tvm.runtime import load
 
-    loaded = load(model, threads=threads)
+    loaded = load(model, threads=threads, device=device)
     if inputs is None:
         sizes = chosen_sizes(loaded.inputs, loaded.bounds, shapes, combinations[0])
         arrays = random_inputs(loaded.inputs, seed, sizes)

@@ -25,6 +25,14 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Per worker; by default the cores are divided.")
     ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Such as cuda:1; repeatable, workers are spread over them. By default the first "
+            "that a model is for.",
+        ),
+    ] = None,
     max_batch: Annotated[
         int, typer.Option(min=1, help="Rows that one run may join; 1: no dynamic batching.")
     ] = 8,
@@ -104,6 +112,7 @@ def serve(
         grpc_port=None if grpc_port < 0 else grpc_port,
         workers=workers,
         threads=threads,
+        devices=tuple(device or ()),
         max_batch=max_batch,
         max_delay=max_delay_ms / 1e3,
         max_queue=max_queue,

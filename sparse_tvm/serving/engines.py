@@ -22,7 +22,9 @@ class Engine(Protocol):
         """Run the model once; outputs come in the order of :attr:`outputs`."""
 
 
-def open_engine(path: Path, copy: Path, threads: int, *, verify: bool) -> Engine:
+def open_engine(
+    path: Path, copy: Path, threads: int, device: str | None = None, *, verify: bool
+) -> Engine:
     """Load a model: ONNX Runtime runs ``.onnx``, everything else is an artifact.
 
     Parameters
@@ -33,6 +35,8 @@ def open_engine(path: Path, copy: Path, threads: int, *, verify: bool) -> Engine
         The artifact, in a copy that nobody changes.
     threads : int
         Threads of a run.
+    device : str | None
+        Where an artifact runs, as :func:`sparse_tvm.load` has it.
     verify : bool
         Compare all of the artifact with its checksums.
 
@@ -45,7 +49,7 @@ def open_engine(path: Path, copy: Path, threads: int, *, verify: bool) -> Engine
         return _OnnxRuntime(path, threads)
     from sparse_tvm.runtime import load
 
-    return load(copy, threads=threads, verify=verify)
+    return load(copy, threads=threads, verify=verify, device=device)
 
 
 class _OnnxRuntime:

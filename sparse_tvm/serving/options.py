@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_tvm.cpu import usable_cores
+from sparse_tvm.devices import parse_device
 from sparse_tvm.errors import OptionError
 
 _POSITIVE = (
@@ -26,6 +27,9 @@ class Options:
         Processes per model. They share the pages of its weights.
     threads : int | None
         Threads per worker; by default the cores are divided among the workers.
+    devices : tuple[str, ...]
+        Where models run, such as ``cuda:1``; workers are spread over them. By default each runs on
+        the first device of the kind that it was compiled for.
     max_batch : int
         Rows that one run may take; 1 turns dynamic batching off.
     max_delay : float
@@ -67,6 +71,7 @@ class Options:
     grpc_port: int | None = 8001
     workers: int = 1
     threads: int | None = None
+    devices: tuple[str, ...] = ()
     max_batch: int = 8
     max_delay: float = 0.0
     max_queue: int = 256
@@ -93,6 +98,8 @@ class Options:
         for name in ("max_delay", "drain", "poll"):
             if not getattr(self, name) >= 0:
                 raise OptionError(f"{name} must not be negative, not {getattr(self, name)}")
+        for device in self.devices:
+            parse_device(device)
         if (self.tls_cert is None) != (self.tls_key is None):
             raise OptionError("TLS takes both a certificate and its key")
         if self.tls_client_ca is not None and self.tls_cert is None:

@@ -52,6 +52,8 @@ class WorkerProcess:
         The artifact.
     threads : int
         Threads of a run.
+    device : str | None
+        Where runs are made, as :func:`sparse_tvm.load` has it.
     verify : bool
         Compare all of the artifact with its checksums; once is enough for a copy.
 
@@ -61,7 +63,16 @@ class WorkerProcess:
         When the system has no room for another process; nothing is left behind then.
     """
 
-    def __init__(self, path: Path, artifact: PrivateCopy, threads: int, *, verify: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        artifact: PrivateCopy,
+        threads: int,
+        device: str | None = None,
+        *,
+        verify: bool,
+    ) -> None:
+        self.device = device
         with ExitStack() as undo:
             ours, theirs = socket.socketpair()
             undo.callback(ours.close)
@@ -76,7 +87,7 @@ class WorkerProcess:
                 )
                 command = (sys.executable, "-m", "sparse_tvm.serving.worker", os.fspath(path))
                 self._process = subprocess.Popen(
-                    [*command, *map(str, passed), str(threads), str(int(verify))],
+                    [*command, *map(str, passed), str(threads), str(int(verify)), device or ""],
                     pass_fds=passed,
                     stdin=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -197,8 +198,11 @@ class Version:
     def _spawn(self, *, verify: bool = False) -> WorkerProcess:
         """Start a worker; it belongs to this version until :meth:`_dismiss`."""
         assert self._artifact is not None
-        threads = self._options.threads_per_worker
-        worker = WorkerProcess(self.path, self._artifact, threads, verify=verify)
+        used = Counter(worker.device for worker in self._owned)
+        device = min(self._options.devices, key=lambda device: used[device], default=None)
+        worker = WorkerProcess(
+            self.path, self._artifact, self._options.threads_per_worker, device, verify=verify
+        )
         self._owned.add(worker)
         return worker
 

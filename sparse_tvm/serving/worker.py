@@ -38,19 +38,22 @@ def main(arguments: list[str]) -> None:
 
 
 def _live(arguments: list[str]) -> None:
-    artifact, connection, inputs, outputs, threads, verify = map(int, arguments[1:])
+    path, *numbers, device = arguments
+    artifact, connection, inputs, outputs, threads, verify = map(int, numbers)
     with socket.socket(fileno=connection) as peer, peer.makefile("rb") as messages:
         copy = f"/proc/self/fd/{artifact}"
         try:
             started = perf_counter()
-            engine = open_engine(Path(arguments[0]), Path(copy), threads, verify=bool(verify))
+            engine = open_engine(
+                Path(path), Path(copy), threads, device or None, verify=bool(verify)
+            )
             loaded = perf_counter()
             _warm_up(engine)
             ready = perf_counter()
         except Exception as error:  # TVM raises anything; all of it is why the model cannot serve
             known = isinstance(error, SparseTvmError)
             reason = str(error) if known else f"{type(error).__name__}: {error}"
-            peer.sendall(pack({"error": reason.replace(copy, arguments[0])}))
+            peer.sendall(pack({"error": reason.replace(copy, path)}))
             return
         peer.sendall(
             pack(
