@@ -36,6 +36,7 @@ from sparse_tvm.passes.graph import (
 )
 from sparse_tvm.passes.infrastructure import Context, graph_pass
 from sparse_tvm.passes.program import Program
+from sparse_tvm.passes.set_precision import attention_form
 
 
 @graph_pass()
@@ -121,8 +122,8 @@ class _FuseAttention(Rewrite):
             args.append(self._mask(masks))
             axes = _extended_axes(shape_of(args[-1]))
         op = Attention(heads=q.heads, scale=scale * q_scale * k_scale, mask=axes)
-        refusal = self._context.backend.refuses(op, self._context.target)
-        if refusal is not None:
+        form, refusal = attention_form(op, (q.size, v.size), self._context)
+        if form is None:
             raise _NotAttention(refusal)
         merged = dialect.call(op, args, (q.batch, q.rows, q.heads * v.size))
         return relax.op.reshape(self.emit(merged, "attention"), shape_of(var))

@@ -51,6 +51,24 @@ def _refusal(context: Context, precision: str) -> str | None:
     return context.backend.refuses(layer, context.target)
 
 
+def attention_form(
+    op: Attention, sizes: tuple[int, int], context: Context
+) -> tuple[Attention | None, str]:
+    """The operator in a precision that there are kernels for, the wished one if possible.
+
+    None if there is no such precision; the text says what refused those before the one found.
+    """
+    wished = context.options.precision
+    low = () if wished == "fp32" else dict.fromkeys((wished, "bf16"))
+    refusals: list[str] = []
+    for form in (*(replace(op, types=PRECISIONS[name], sizes=sizes) for name in low), op):
+        refusal = context.backend.refuses(form, context.target)
+        if refusal is None:
+            return form, "; ".join(dict.fromkeys(refusals))
+        refusals.append(refusal)
+    return None, "; ".join(dict.fromkeys(refusals))
+
+
 @graph_pass()
 def set_precision(program: Program, context: Context) -> Program:
     """Apply the pass."""
@@ -86,9 +104,8 @@ class _SetPrecision(Rewrite):
         q, _, v, *_ = found.args
         heads = found.op.heads
         sizes = tuple(shape_of(x)[-1] // heads for x in (q, v))
-        op = replace(found.op, types=PRECISIONS["bf16"], sizes=sizes)
-        refusal = self._context.backend.refuses(op, self._context.target)
-        if refusal is not None:
+        op, refusal = attention_form(found.op, sizes, self._context)
+        if op is None or op.types == FLOAT32:
             self.program.notes.append(f"attention stays float32: {refusal}")
             return None
         return dialect.call(op, [self.new(arg) for arg in found.args], shape_of(var))

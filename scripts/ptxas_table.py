@@ -19,7 +19,17 @@ from dataclasses import dataclass
 from sparse_tvm.backends.cuda_codegen import compile_kernel, device_source
 from sparse_tvm.families import Extents
 from sparse_tvm.nvrtc import compile_source
-from sparse_tvm.operators import FLOAT32, PRECISIONS, Activation, Bias, Dense, Layout, Residual
+from sparse_tvm.operators import (
+    FLOAT32,
+    PRECISIONS,
+    Activation,
+    Attention,
+    Bias,
+    Dense,
+    Layout,
+    Residual,
+)
+from sparse_tvm.schedules.cuda.attention import AttentionProblem, attention
 from sparse_tvm.schedules.cuda.families.dense import BLOCKS, CoreDenseFamily, TensorDenseFamily
 from sparse_tvm.schedules.cuda.families.sparse import SparseDenseFamily
 from sparse_tvm.schedules.cuda.sparse_rows import row_tile
@@ -28,6 +38,15 @@ from sparse_tvm.targets.cuda import CUDA_TARGETS, Gpu
 
 N, K = 3072, 768
 EPILOGUE = (Bias(), Activation("gelu"), Residual())
+_KEYS, _ALL = (True, False, False, True), (True, True, True, True)
+ATTENTIONS = (
+    *((batch, 128, 64, _KEYS) for batch in (1, 4, 64)),
+    (64, 128, 32, None),
+    *((64, 197, size, mask) for size in (64, 80, 96, 128) for mask in (None, _ALL)),
+    *((None, None, size, mask) for size in (64, 128) for mask in (_KEYS, _ALL)),
+)
+"""Batch, rows, features of a head, and mask."""
+
 THREADS = {89: 1536}
 REGISTERS, GRANULE = 65536, 256
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -105,6 +124,27 @@ def kernels() -> Iterator[Kernel]:
     )
     source = _source(CoreDenseFamily(), op, 256, "float32", target)
     yield Kernel("dense in fp32", source, 256, 2 * 16 * 68 * 4)
+    for batch, rows, size, mask in ATTENTIONS:
+        yield _attention(batch, rows, size, mask)
+
+
+def _attention(
+    batch: int | None, rows: int | None, size: int, mask: tuple[bool, bool, bool, bool] | None
+) -> Kernel:
+    heads = N // 4 // size
+    x = Extents((batch, rows, heads * size), "float16")
+    op = Attention(heads=heads, scale=0.1, mask=mask, types=PRECISIONS["fp16"], sizes=(size, size))
+    extents = zip((batch, heads, rows, rows), mask or (), strict=False)
+    added = Extents(tuple(n if has else 1 for n, has in extents)) if mask else None
+    problem = AttentionProblem(op, x, x, x, added, x)
+    kind = "" if mask is None else ", masked queries" if mask[2] else ", masked keys"
+    extent = "of any size" if rows is None else f"{problem.queries} queries a block"
+    return Kernel(
+        f"attention, heads of {size}, {extent}{kind}",
+        device_source(compile_kernel(attention(problem), CUDA_TARGETS[0])),
+        problem.threads,
+        problem.shared_bytes,
+    )
 
 
 def _source(family, op: Dense, tokens: int, dtype: str, target) -> str:

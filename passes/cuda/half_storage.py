@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tvm import relax, te, tirx, topi
 
-from sparse_tvm.operators import Dense, Operator
+from sparse_tvm.operators import Attention, Dense, Operator
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.graph import Rewrite, dtype_of, is_tensor, op_name, shape_of
 from sparse_tvm.passes.infrastructure import Context, graph_pass
@@ -27,6 +27,9 @@ from sparse_tvm.schedules.cuda.storage import HALF, stored_as
 from sparse_tvm.schedules.cuda.weights import LARGEST_HALF
 
 _VIEWS = {"relax.reshape", "relax.memory.view"}
+
+_MASK = 3
+"""Where an attention's mask is among its operands."""
 
 
 @graph_pass()
@@ -42,13 +45,13 @@ def half_storage(program: Program, context: Context) -> Program:
 class _HalfStorage(Rewrite):
     def __init__(self, program: Program) -> None:
         super().__init__(program)
-        self._outputs = self._results()
+        self._wide = self._kept_wide()
         self._variants: dict[tuple[str, tuple[str, ...]], Any] = {}
 
     def rewrite(self, var: relax.Var, value: Any) -> Any:
         ours = dialect.match(value, Operator)
         if ours is not None:
-            args = [self._operand(ours.op, i, arg) for i, arg in enumerate(ours.args)]
+            args = [self._operand(ours.op, i, self.new(arg)) for i, arg in enumerate(ours.args)]
             return dialect.call(ours.op, args, shape_of(var), self._dtype(var, var.ty))
         if op_name(value) == "relax.call_tir":
             return self._call(var, value)
@@ -56,9 +59,10 @@ class _HalfStorage(Rewrite):
             return None
         return self._in_float32(value)
 
-    def _operand(self, op: Operator, index: int, arg: Any) -> Any:
-        """An operand of an operator of ours: layers read float16 on tensor cores."""
-        new = self.new(arg)
+    def _operand(self, op: Operator, index: int, new: Any) -> Any:
+        """An operand of an operator of ours: tensor cores read float16, masks are as they were."""
+        if isinstance(op, Attention):
+            return self._converted(new, HALF if index < _MASK else "float32")
         layer = isinstance(op, Dense) and op.types.input == HALF and index == 0
         return self._converted(new, HALF) if layer else new
 
@@ -125,14 +129,19 @@ class _HalfStorage(Rewrite):
         return self.builder.emit_te(_convert, arg, dtype, primfunc_name_hint=f"to_{dtype}")
 
     def _dtype(self, var: relax.Var, type_: Any) -> str:
-        """How a result is stored: outputs of the model as they are."""
+        """How a result is stored: outputs of the model, and masks, as they are."""
         dtype = str(type_.dtype)
-        return HALF if dtype == "float32" and var not in self._outputs else dtype
+        return HALF if dtype == "float32" and var not in self._wide else dtype
 
-    def _results(self) -> set[Any]:
-        """The variables that ``main`` returns, and what they are other names or views of."""
+    def _kept_wide(self) -> set[Any]:
+        """The variables that ``main`` returns, masks, and what they are other names or views of.
+
+        A query without any key attends to all alike because masks are as low as numbers go.
+        """
         result = self.graph.result
         found = list(result.fields) if isinstance(result, relax.Tuple) else [result]
+        for attention in dialect.calls(self.program, Attention):
+            found += attention.args[_MASK:]
         bound = {binding.var: binding.value for binding in self.graph.bindings}
         for var in found:
             value: Any = bound.get(var)

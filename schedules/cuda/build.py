@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -60,3 +61,28 @@ def local(size: int, dtype: str) -> Buffer:
     # Through a view: TVM would shrink the buffer to the elements whose address is taken.
     buffer = T.alloc_buffer((size,), dtype, scope="local")
     return T.decl_buffer((size,), dtype, data=buffer.data, scope="local")
+
+
+@dataclass(frozen=True)
+class Registers:
+    """A part of a thread's registers, by indices of its own.
+
+    What is alive at the same time has to be parts of one buffer: TVM lets buffers of one size share
+    their memory once it thinks one of them is no longer used, and it misses uses in calls.
+    """
+
+    buffer: Buffer
+    first: int
+
+    def __getitem__(self, index: int) -> Expr:
+        return self.buffer[self.first + index]
+
+    def store(self, index: int, value: Expr) -> None:
+        """Set one of them."""
+        T.buffer_store(self.buffer, value, [self.first + index])
+
+
+def registers(dtype: str, *sizes: int) -> list[Registers]:
+    """So many registers for each of several purposes."""
+    buffer = local(sum(sizes), dtype)
+    return [Registers(buffer, sum(sizes[:i])) for i in range(len(sizes))]

@@ -67,6 +67,73 @@ STVM_FUNCTION void stvm_load_matrices(stvm_word* r, const void* row) {
 #endif
 }
 
+// Four 8 x 8 matrices of float16, each transposed: thread l gets of each matrix rows 2 (l % 4) and the
+// next one of column l / 4.
+STVM_FUNCTION void stvm_load_transposed(stvm_word* r, const void* row) {
+#ifdef __CUDACC__
+  stvm_word address = (stvm_word)__cvta_generic_to_shared(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+#else
+  const unsigned short* rows[32];
+  stvm_gather(&row, rows, sizeof(row));
+  int column = stvm_lane() / 4, first = stvm_lane() % 4 * 2;
+  for (int i = 0; i < 4; ++i)
+    r[i] = rows[8 * i + first][column] | (stvm_word)rows[8 * i + first + 1][column] << 16;
+#endif
+}
+
+// Two float32 as a word, the first in its lower half.
+STVM_FUNCTION stvm_word stvm_pack(float first, float second) {
+#ifdef __CUDACC__
+  stvm_word word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+#else
+  _Float16 halves[2] = {(_Float16)first, (_Float16)second};
+  stvm_word word;
+  __builtin_memcpy(&word, halves, sizeof(word));
+  return word;
+#endif
+}
+
+// A power of two, to two units in the last place; what is below the normal numbers is 0.
+STVM_FUNCTION float stvm_exp2(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+
+// The largest, and the sum, of what four neighbouring threads have, and the sum of a whole warp's.
+#ifdef __CUDACC__
+#define STVM_SHUFFLED(name, first, last, combined) \
+  STVM_FUNCTION float stvm_##name(float a) { \
+    for (int by = first; by <= last; by *= 2) { \
+      float b = __shfl_xor_sync(~0u, a, by); \
+      a = combined; \
+    } \
+    return a; \
+  }
+#else
+#define STVM_SHUFFLED(name, first, last, combined) \
+  inline float stvm_##name(float a) { \
+    for (int by = first; by <= last; by *= 2) { \
+      float all[32]; \
+      stvm_gather(&a, all, sizeof(a)); \
+      float b = all[stvm_lane() ^ by]; \
+      a = combined; \
+    } \
+    return a; \
+  }
+#endif
+STVM_SHUFFLED(quad_max, 1, 2, a > b ? a : b)
+STVM_SHUFFLED(quad_sum, 1, 2, a + b)
+STVM_SHUFFLED(warp_sum, 1, 16, a + b)
+
 #ifndef __CUDACC__
 // Column `c` of a row of words that holds two columns a word.
 inline float stvm_half_of(stvm_word word, int c) {

@@ -50,6 +50,16 @@ def load_matrices(words: Buffer, first: int, row: Expr) -> None:
     call("load_matrices", address(words, first), row)
 
 
+def load_transposed(words: Buffer, first: int, row: Expr) -> None:
+    """Load four 8 x 8 matrices, each transposed, into four words."""
+    call("load_transposed", address(words, first), row)
+
+
+def value(name: str, *args: Expr, dtype: str = "float32") -> Expr:
+    """What a function of the prelude returns."""
+    return tirx.call_extern(dtype, f"stvm_{name}", *args)
+
+
 def multiply(sums: Buffer, d: int, words: Buffer, a: int, others: Buffer, b: int) -> None:
     """``D += A B``, 16 x 8 x 16, from registers that begin at these indices."""
     call("multiply", address(sums, d), address(words, a), address(others, b))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sparse_tvm.backends.base import Backend, BackendTarget
 from sparse_tvm.errors import DeviceError
 from sparse_tvm.schedules.cuda.cost import other_seconds
+from sparse_tvm.schedules.cuda.families.attention import TensorAttentionFamily
 from sparse_tvm.schedules.cuda.families.dense import CoreDenseFamily, TensorDenseFamily
 from sparse_tvm.schedules.cuda.families.sparse import SparseDenseFamily
 from sparse_tvm.targets.cuda import CUDA_TARGETS, CudaTarget
@@ -27,7 +28,14 @@ class CudaBackend(Backend):
     structures: ClassVar[tuple[str, ...]] = ("unstructured", "16x16", "32x32", "64x64")
 
     def __init__(self) -> None:
-        super().__init__([TensorDenseFamily(), SparseDenseFamily(), CoreDenseFamily()])
+        super().__init__(
+            [
+                TensorDenseFamily(),
+                SparseDenseFamily(),
+                CoreDenseFamily(),
+                TensorAttentionFamily(),
+            ]
+        )
 
     @property
     def targets(self) -> Sequence[CudaTarget]:

@@ -29,7 +29,7 @@ from sparse_tvm.vm import runtime
 
 _HEADER = Path(__file__).with_name("gpu.h")
 _DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
-_KERNEL = r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?{}\(([^)]*)\) \{{'
+_KERNEL = r'extern "C" __global__ void (?:__launch_bounds__\([\d, ]+\) )?{}\(([^)]*)\) \{{'
 _DIMENSIONS = {
     f"{name}.{axis}": f"{field}.{axis}"
     for name, field in (("blockIdx", "grid"), ("threadIdx", "block"))

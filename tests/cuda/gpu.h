@@ -212,6 +212,7 @@ template <class T> T __shfl_xor_sync(unsigned, T v, int mask, int = 32) {
 
 template <class A, class B> auto max(A a, B b) { return a > b ? a : b; }
 template <class A, class B> auto min(A a, B b) { return a < b ? a : b; }
+#define CUDART_INF_F INFINITY
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __powf(float x, float y) { return powf(x, y); }

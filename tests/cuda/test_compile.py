@@ -179,3 +179,13 @@ OTHERS = {
 def test_what_has_no_kernel_of_ours(tmp_path, name):
     result = sparse_tvm.compile(OTHERS[name](), tmp_path / "model.so", target="cuda-sm80")
     assert result.manifest["verification"] is not None
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("sequence", [16, "sequence"])
+def test_attention_is_one_kernel(tmp_path, sequence):
+    model = build_bert(TINY, batch=2, sequence=sequence)
+    result = sparse_tvm.compile(model, tmp_path / "model.so", target="cuda-sm90")
+    kinds = [kernel["kind"] for kernel in result.manifest["kernels"].values()]
+    assert kinds.count("attention") == 1
+    assert not any("softmax" in name for name in result.manifest["kernels"])
