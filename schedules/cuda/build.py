@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,11 @@ Buffer = Any
 
 
 @contextmanager
-def prim_func(attributes: Mapping[str, Any] = {}) -> Iterator[dict[str, Any]]:
+def prim_func() -> Iterator[dict[str, Any]]:
     """Open a PrimFunc; the finished function is ``result["func"]`` after the block."""
     result: dict[str, Any] = {}
     with IRBuilder() as builder, T.prim_func():
-        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, **attributes})
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
         yield result
     result["func"] = builder.get()
 

@@ -33,8 +33,8 @@ STVM_FUNCTION void stvm_sync_threads(int number, int threads);
 #else
 #define STVM_REGISTERS(name, n) STVM_FUNCTION void stvm_##name##_##n() {}
 #endif
-STVM_REGISTERS(dec, 40)
-STVM_REGISTERS(inc, 232)
+STVM_REGISTERS(dec, 24)
+STVM_REGISTERS(inc, 240)
 // Before the first of some products, after the last, and until all but so many are done.
 STVM_FUNCTION void stvm_products_begin();
 STVM_FUNCTION void stvm_products_commit();

@@ -98,13 +98,13 @@ def sync_threads(number: Expr, threads: int) -> None:
 
 
 def leave_registers() -> None:
-    """Leave what a copying warpgroup does not need to the others: 40 a thread stay."""
-    call("dec_40")
+    """Leave what a copying warpgroup does not need to the others: 24 a thread stay."""
+    call("dec_24")
 
 
 def take_registers() -> None:
-    """Take what the copying warpgroup left: two warpgroups of three get 232 a thread."""
-    call("inc_232")
+    """Take what the copying warpgroup left: two warpgroups of three get 240 a thread."""
+    call("inc_240")
 
 
 def products_begin() -> None:
@@ -127,9 +127,7 @@ def multiply(columns: int, sums: Buffer, a: Expr, b: Expr, keep: Expr) -> None:
     call(f"multiply_{columns}", address(sums, 0), a, b, keep)
 
 
-def multiply_2_of_4(
-    columns: int, sums: Buffer, a: Expr, b: Expr, places: Expr, keep: Expr
-) -> None:
+def multiply_2_of_4(columns: int, sums: Buffer, a: Expr, b: Expr, places: Expr, keep: Expr) -> None:
     """``D = A B^T``, 64 x columns x 32, A being 2:4 sparse."""
     call(f"multiply_2_of_4_{columns}", address(sums, 0), a, b, places, keep)
 

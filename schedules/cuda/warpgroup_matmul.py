@@ -121,7 +121,7 @@ class _Matmul:
 
     def build(self) -> tirx.PrimFunc:
         p, tile = self.problem, self.tile
-        with prim_func({"tirx.launch_bounds_min_blocks_per_sm": tile.resident}) as result:
+        with prim_func() as result:
             x = tensor("x", p.x)
             weight = self._weight_arguments()
             extras = [tensor(f"extra_{i}", extents) for i, extents in enumerate(p.extras)]
@@ -140,6 +140,8 @@ class _Matmul:
             with (
                 T.launch_thread("blockIdx.x", tirx.min(self.tiles, most)) as block,
                 T.launch_thread("threadIdx.x", tile.threads) as thread,
+                # Without it, registers cannot be handed on.
+                T.attr({"tirx.launch_bounds_min_blocks_per_sm": tile.resident}),
             ):
                 self.blocks = tirx.min(self.tiles, most)
                 self._body(block, thread)

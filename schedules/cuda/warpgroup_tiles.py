@@ -100,6 +100,60 @@ def tile_of(
     return WarpgroupTile(rows, tokens, groups, alternating, stages, resident)
 
 
+_TYPICAL_TOKENS = 1024
+"""Tokens that a kernel is made for which sees any number of them."""
+
+_LAUNCH = 2.2e-6
+_STORE = 0.4e-6, 6e-9
+"""Seconds until a tile is stored: of any, and for each of its tokens."""
+
+_TENSOR_SHARE = 0.79
+"""Share of a warpgroup's peak that a loop reaches, at the clock that power allows."""
+
+_STEP_SECONDS = 0.12e-6
+_COPY_RATE = 80e9
+"""Least time of a step, and bytes a second that one multiprocessor copies while all do."""
+
+
+def tile_for(
+    matrix: tuple[int, int], layout: Layout, tokens: int | None, gpu: Gpu
+) -> WarpgroupTile:
+    """The fastest tile for so many tokens at a time, or for a usual number where None."""
+    blocks = None if layout.format != "bsr" else matrix[0] * matrix[1] // SIDE**2 // 10
+    count = tokens or _TYPICAL_TOKENS
+    return min(tiles(layout), key=lambda tile: _seconds(matrix, layout, blocks, count, gpu, tile))
+
+
+def warpgroup_seconds(
+    matrix: tuple[int, int], layout: Layout, blocks: int | None, tokens: int, gpu: Gpu
+) -> float:
+    """Predicted seconds of a layer; ``blocks`` are those that BSR stores."""
+    return min(_seconds(matrix, layout, blocks, tokens, gpu, tile) for tile in tiles(layout))
+
+
+def _seconds(
+    matrix: tuple[int, int],
+    layout: Layout,
+    blocks: int | None,
+    tokens: int,
+    gpu: Gpu,
+    tile: WarpgroupTile,
+) -> float:
+    """Seconds with a tile, as fitted to an H200's."""
+    n, k = matrix
+    structured = layout.format == "2:4"
+    row_tiles = ceil(n / tile.rows)
+    turns = ceil(row_tiles * ceil(tokens / tile.tokens) / (gpu.processors * tile.resident))
+    steps = ceil(k / SIDE) if blocks is None else blocks / row_tiles
+    products = tile.rows * tile.tokens * SIDE / (2 if structured else 1)
+    multiply = products / (gpu.warpgroup * gpu.ghz * 1e9 * _TENSOR_SHARE)
+    step = tile.resident * max(multiply, tile.step_bytes(structured) / _COPY_RATE)
+    store = _STORE[0] + _STORE[1] * tile.tokens
+    busy = steps * max(step, _STEP_SECONDS)
+    each = max(busy, (busy + store) / 2) if tile.alternating else busy + store
+    return _LAUNCH + turns * each + (store if tile.alternating else 0)
+
+
 def tiles(layout: Layout) -> list[WarpgroupTile]:
     """The tiles that a layout's kernels may have."""
     structured = layout.format == "2:4"

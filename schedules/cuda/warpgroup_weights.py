@@ -37,7 +37,9 @@ def swizzled(tiles: np.ndarray) -> np.ndarray:
     row, chunk = np.arange(rows)[:, None], np.arange(chunks)
     source = chunk ^ (row * chunks // 8 % chunks)
     split = tiles.reshape(*lead, rows, chunks, 8)[..., row, source, :]
-    words: np.ndarray = np.ascontiguousarray(split, "<f2").reshape(*lead, rows * columns).view(np.uint32)
+    words: np.ndarray = (
+        np.ascontiguousarray(split, "<f2").reshape(*lead, rows * columns).view(np.uint32)
+    )
     return words
 
 
