@@ -41,7 +41,7 @@ STVM_FUNCTION void stvm_products_commit();
 STVM_FUNCTION void stvm_products_wait_0();
 STVM_FUNCTION void stvm_products_wait_1();
 // Two floats as float16, beyond whose range they become its largest.
-STVM_FUNCTION stvm_word stvm_pack(float low, float high);
+STVM_FUNCTION stvm_word stvm_pack_finite(float low, float high);
 // The sums of two pairs of float16, added in float32.
 STVM_FUNCTION stvm_word stvm_add_pairs(stvm_word a, stvm_word b);
 // Store four 8 x 8 matrices of float16; thread 8 i + j points at row j of matrix i. Thread l has of
@@ -113,7 +113,7 @@ STVM_FUNCTION void stvm_products_wait_1() {
   asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
 }
 
-STVM_FUNCTION stvm_word stvm_pack(float low, float high) {
+STVM_FUNCTION stvm_word stvm_pack_finite(float low, float high) {
   stvm_word result;
   asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
   return result;
@@ -121,7 +121,7 @@ STVM_FUNCTION stvm_word stvm_pack(float low, float high) {
 
 STVM_FUNCTION stvm_word stvm_add_pairs(stvm_word a, stvm_word b) {
   float2 x = __half22float2(*(__half2*)&a), y = __half22float2(*(__half2*)&b);
-  return stvm_pack(x.x + y.x, x.y + y.y);
+  return stvm_pack_finite(x.x + y.x, x.y + y.y);
 }
 
 STVM_FUNCTION void stvm_store_matrices(void* row, stvm_word a, stvm_word b, stvm_word c,
@@ -209,7 +209,7 @@ inline void stvm_products_commit() {}
 inline void stvm_products_wait_0() { stvm_sync_threads(8 + stvm_thread() / 128, 128); }
 inline void stvm_products_wait_1() { stvm_products_wait_0(); }
 
-inline stvm_word stvm_pack(float low, float high) {
+inline stvm_word stvm_pack_finite(float low, float high) {
   float values[2] = {low, high};
   unsigned short bits[2];
   for (int i = 0; i < 2; ++i) {
@@ -221,7 +221,7 @@ inline stvm_word stvm_pack(float low, float high) {
 }
 
 inline stvm_word stvm_add_pairs(stvm_word a, stvm_word b) {
-  return stvm_pack(stvm_half_of(a, 0) + stvm_half_of(b, 0), stvm_half_of(a, 1) + stvm_half_of(b, 1));
+  return stvm_pack_finite(stvm_half_of(a, 0) + stvm_half_of(b, 0), stvm_half_of(a, 1) + stvm_half_of(b, 1));
 }
 
 inline void stvm_store_matrices(void* row, stvm_word a, stvm_word b, stvm_word c, stvm_word d) {

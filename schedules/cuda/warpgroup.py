@@ -134,7 +134,7 @@ def multiply_2_of_4(columns: int, sums: Buffer, a: Expr, b: Expr, places: Expr, 
 
 def pack(low: Expr, high: Expr) -> Expr:
     """Two float32 as float16 in a word."""
-    return tirx.call_extern("uint32", "stvm_pack", low, high)
+    return tirx.call_extern("uint32", "stvm_pack_finite", low, high)
 
 
 def add_pairs(a: Expr, b: Expr) -> Expr:
