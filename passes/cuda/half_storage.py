@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tvm import relax, te, tirx, topi
 
-from sparse_tvm.operators import Attention, Dense, Operator
+from sparse_tvm.operators import Attention, Dense, LayerNorm, Operator
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.graph import Rewrite, dtype_of, is_tensor, op_name, shape_of
 from sparse_tvm.passes.infrastructure import Context, graph_pass
@@ -63,6 +63,8 @@ class _HalfStorage(Rewrite):
         """An operand of an operator of ours: tensor cores read float16, masks are as they were."""
         if isinstance(op, Attention):
             return self._converted(new, HALF if index < _MASK else "float32")
+        if isinstance(op, LayerNorm) and index > 0:
+            return self._converted(new, "float32")
         layer = isinstance(op, Dense) and op.types.input == HALF and index == 0
         return self._converted(new, HALF) if layer else new
 

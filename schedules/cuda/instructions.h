@@ -18,15 +18,6 @@
 #define STVM_FUNCTION inline
 #endif
 
-// The error function within 2e-7 (Abramowitz and Stegun, 7.1.26), in half of the instructions of
-// NVIDIA's.
-STVM_FUNCTION float stvm_erf(float x) {
-  float t = 1.0f / (1.0f + 0.3275911f * fabsf(x));
-  float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f
-            + t * 1.061405429f))));
-  return copysignf(1.0f - p * expf(-x * x), x);
-}
-
 typedef unsigned int stvm_word;  // two float16, the first in the lower half
 
 // Copy 16 bytes to shared memory, to be there after a wait; zeros unless `valid`.
@@ -106,6 +97,18 @@ STVM_FUNCTION stvm_word stvm_pack(float first, float second) {
 #endif
 }
 
+// One of the two numbers of a word.
+STVM_FUNCTION float stvm_unpack(stvm_word word, int which) {
+  unsigned short bits = (unsigned short)(word >> 16 * which);
+#ifdef __CUDACC__
+  return __half2float(__ushort_as_half(bits));
+#else
+  _Float16 half;
+  __builtin_memcpy(&half, &bits, sizeof(half));
+  return half;
+#endif
+}
+
 // A power of two, to two units in the last place; what is below the normal numbers is 0.
 STVM_FUNCTION float stvm_exp2(float x) {
 #ifdef __CUDACC__
@@ -146,10 +149,7 @@ STVM_SHUFFLED(warp_sum, 1, 16, a + b)
 #ifndef __CUDACC__
 // Column `c` of a row of words that holds two columns a word.
 inline float stvm_half_of(stvm_word word, int c) {
-  unsigned short bits = (unsigned short)(word >> (16 * (c % 2)));
-  _Float16 value;
-  __builtin_memcpy(&value, &bits, sizeof(value));
-  return (float)value;
+  return stvm_unpack(word, c % 2);
 }
 
 // Element (m, k) of an A of 16 columns, of four words a thread.
