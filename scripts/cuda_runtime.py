@@ -23,6 +23,7 @@ import traceback
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -35,7 +36,12 @@ SMALL = {"hidden": 128, "heads": 4, "intermediate": 256, "vocabulary": 1000}
 SIZES = {"one": (1, 16), "two": (1, 16), "open": ("batch", "sequence"), "deep": (1, 128)}
 """Batch and tokens of the models; `two` has other weights than `one`."""
 
-RUNS = 200
+LAYERS = {"deep": 12}
+"""Of a model, if not two."""
+
+RUNS, TURNS, ROUNDS = 200, 100, 6
+"""Timed runs, runs of each thread, and how often models are loaded and closed."""
+
 LOAD_SECONDS = 8.0
 
 
@@ -45,7 +51,7 @@ def build(directory: Path, target: str = "cuda") -> None:
 
     directory.mkdir(exist_ok=True, parents=True)
     for name, (batch, sequence) in SIZES.items():
-        config = BertConfig(layers=12 if name == "deep" else 2, max_positions=128, **SMALL)
+        config = BertConfig(layers=LAYERS.get(name, 2), max_positions=128, **SMALL)
         model = build_bert(config, batch=batch, sequence=sequence, seed=int(name == "two"))
         sparse_tvm.compile(model, directory / f"{name}.so", target=target, verify=False)
         print(directory / f"{name}.so", flush=True)
@@ -185,20 +191,21 @@ def _median(run: Callable[[], object], wait: Callable[[], object] | None = None)
     """Microseconds of a run; those that do not wait are timed by ten."""
     together = 1 if wait is None else 10
     times = []
-    for _ in range(10 + RUNS // together):
+    warm_up = RUNS // 20
+    for _ in range(warm_up + RUNS // together):
         started = time.perf_counter()
         for _ in range(together):
             run()
         if wait is not None:
             wait()
         times.append((time.perf_counter() - started) / together)
-    return median(times[10:]) * 1e6
+    return median(times[warm_up:]) * 1e6
 
 
 def memory(directory: Path) -> str:
     """What models took, they give back when they are closed."""
     found = []
-    for _ in range(6):
+    for _ in range(ROUNDS):
         before = free_memory()
         models = [sparse_tvm.load(directory / f"{name}.so") for name in ("one", "open", "deep")]
         for model in models:
@@ -234,7 +241,7 @@ def threads(directory: Path) -> str:
 
         def work(number: int) -> None:
             try:
-                for turn in range(100):
+                for turn in range(TURNS):
                     which, chosen = turn % 2, (number + turn) % 4
                     found = models[which].run(feeds[chosen])["last_hidden_state"]
                     if not np.array_equal(found, expected[which][chosen]):
@@ -249,7 +256,7 @@ def threads(directory: Path) -> str:
             worker.join()
         assert not wrong, wrong[:3]
         assert {one.graphs, two.graphs} == {"graphs"}
-    return "400 runs equal"
+    return f"{4 * TURNS} runs equal"
 
 
 def devices(directory: Path) -> str:
@@ -267,6 +274,28 @@ def devices(directory: Path) -> str:
             return f"{[name for name, _ in found]}, then: {error}"
         np.testing.assert_allclose(found[0][1], found[-1][1], atol=5e-3)
     return str([name for name, _ in found])
+
+
+def cpp(directory: Path) -> str:
+    """The C++ example prints what Python returns, where it was built into the directory."""
+    program = directory / "run_model"
+    if not program.exists():
+        return "skipped: examples/cpp was not built into the directory"
+    places = []
+    for package, folder in (("tvm", "lib"), ("tvm_ffi", "lib"), ("nvidia", "cu13/lib")):
+        spec = find_spec(package)
+        found = () if spec is None else spec.submodule_search_locations or ()
+        places += [str(Path(place) / folder) for place in found]
+    environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(places)}
+    command = [program, directory / "one.so"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with sparse_tvm.load(directory / "one.so") as model:
+        ones = {spec.name: np.ones(spec.shape, spec.dtype) for spec in model.inputs}
+        expected = model.run(ones)["last_hidden_state"].ravel()[:4]
+    printed = [float(number) for number in done.stdout.partition(":")[2].split()[:4]]
+    np.testing.assert_allclose(printed, expected, rtol=1e-4)
+    return done.stdout.strip()
 
 
 def serving(directory: Path) -> str:
@@ -364,7 +393,7 @@ def gpu_processes() -> dict[int, int]:
     return found
 
 
-CHECKS = (tensors, streams, graphs, threads, devices, memory, serving)
+CHECKS = (tensors, streams, graphs, threads, devices, memory, cpp, serving)
 
 
 def check(directory: Path, timed: list[Path], only: list[str] | None = None) -> int:

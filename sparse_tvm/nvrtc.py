@@ -17,6 +17,7 @@ from typing import Any
 
 from sparse_tvm.errors import BuildError
 from sparse_tvm.extras import install_command
+from sparse_tvm.schedules.cuda.warpgroup import uses_warpgroups
 
 _OPTIONS = (b"--std=c++17", b"--use_fast_math", b"--ptxas-options=-v")
 
@@ -86,16 +87,18 @@ def fat_binary(source: str, capabilities: Sequence[int]) -> bytes:
     _require()
     from cuda.bindings import nvfatbin
 
-    jobs = [f"sm_{each}" for each in capabilities] + [f"compute_{capabilities[-1]}"]
+    own = uses_warpgroups(source)  # instructions that later devices do not have: no PTX for these
+    names = [f"{each}a" if own else str(each) for each in capabilities]
+    jobs = [f"sm_{name}" for name in names] + ([] if own else [f"compute_{names[-1]}"])
     # The compiler runs outside of Python's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        *cubins, ptx = pool.map(lambda job: compile_source(source, job), jobs)
+        made = list(pool.map(lambda job: compile_source(source, job).code, jobs))
     handle = nvfatbin.create([], 0)
     try:
-        for capability, cubin in zip(capabilities, cubins, strict=True):
-            nvfatbin.add_cubin(handle, cubin.code, len(cubin.code), str(capability), "kernels")
-        last = str(capabilities[-1])
-        nvfatbin.add_ptx(handle, ptx.code, len(ptx.code), last, "kernels", "")
+        for name, cubin in zip(names, made, strict=False):
+            nvfatbin.add_cubin(handle, cubin, len(cubin), name, "kernels")
+        if not own:
+            nvfatbin.add_ptx(handle, made[-1], len(made[-1]), names[-1], "kernels", "")
         result = bytearray(nvfatbin.size(handle))
         nvfatbin.get(handle, result)
     finally:

@@ -54,6 +54,17 @@ def test_cpp_refuses_what_is_no_artifact(program: Path, tmp_path: Path) -> None:
 
 
 @needs_cmake
+def test_cpp_says_that_a_gpu_is_missing(program: Path, tmp_path: Path) -> None:
+    path = write_encoder(tmp_path / "encoder.so")
+    as_cuda = path.read_bytes().replace(b'"device": "cpu"', b'"device":"cuda"')
+    assert b'"device":"cuda"' in as_cuda
+    path.write_bytes(as_cuda)
+    run = subprocess.run([program, path], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "the model needs an NVIDIA GPU: lib" in run.stderr
+
+
+@needs_cmake
 def test_cpp_links_the_runtime_only(program: Path) -> None:
     linked = subprocess.run(["ldd", program], check=True, capture_output=True, text=True).stdout
     assert "libtvm_runtime" in linked

@@ -2,8 +2,10 @@
 //
 //   run_model model.so [DIMENSION=SIZE...]
 //
-// Integer inputs are all 1, others all 0.5; symbolic dimensions are 1 unless given.
+// Integer inputs are all 1, others all 0.5; symbolic dimensions are 1 unless given. What was compiled
+// for a GPU runs on the first one.
 
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -60,6 +62,7 @@ class Artifact {
   json::Array List(const char* key) const {
     return manifest_[ffi::String(key)].cast<json::Array>();
   }
+  std::string Device() const { return manifest_[ffi::String("device")].cast<ffi::String>(); }
   char* At(int64_t offset) const { return data_ + offset; }
 
  private:
@@ -91,7 +94,28 @@ struct Allocated {
 
 constexpr DLDevice kCPU{kDLCPU, 0};
 
-ffi::Array<ffi::Tensor> Weights(const Artifact& artifact) {
+// TVM's part for CUDA, which registers itself, and before it the CUDA runtime that it links.
+void LoadCuda() {
+  for (const char* name : {"libcudart.so.13", "libtvm_runtime_cuda.so"}) {
+    if (!dlopen(name, RTLD_NOW | RTLD_GLOBAL)) {
+      throw std::runtime_error(std::string("the model needs an NVIDIA GPU: ") + dlerror());
+    }
+  }
+}
+
+// A copy on another device, or the tensor itself where it is there.
+ffi::Tensor On(DLDevice device, const ffi::Tensor& tensor) {
+  if (tensor.device().device_type == device.device_type) return tensor;
+  static const ffi::Function allocate =
+      ffi::Function::GetGlobalRequired("runtime.TVMTensorAllocWithScope");
+  static const ffi::Function copy = ffi::Function::GetGlobalRequired("runtime.TVMTensorCopyFromTo");
+  ffi::Shape shape(tensor.shape().begin(), tensor.shape().end());
+  ffi::Tensor there = allocate(shape, tensor.dtype(), device, nullptr).cast<ffi::Tensor>();
+  copy(tensor, there);  // after the kernels before it, as both are in the default stream
+  return there;
+}
+
+ffi::Array<ffi::Tensor> Weights(const Artifact& artifact, DLDevice device) {
   ffi::Array<ffi::Tensor> weights;
   for (const ffi::Any& entry : artifact.List("weights")) {
     std::vector<int64_t> shape;
@@ -101,7 +125,7 @@ ffi::Array<ffi::Tensor> Weights(const Artifact& artifact) {
     Borrowed memory{artifact.At(Field<int64_t>(entry, "offset"))};
     DLDataType dtype = ffi::StringToDLDataType(Field<ffi::String>(entry, "dtype"));
     ffi::ShapeView view(shape.data(), shape.size());
-    weights.push_back(ffi::Tensor::FromNDAlloc(memory, view, dtype, kCPU));
+    weights.push_back(On(device, ffi::Tensor::FromNDAlloc(memory, view, dtype, kCPU)));
   }
   return weights;
 }
@@ -156,6 +180,9 @@ int Run(int argc, char** argv) {
     sizes[option.substr(0, equals)] = std::stoll(option.substr(equals + 1));
   }
   Artifact artifact(argv[1]);
+  const bool on_gpu = artifact.Device() == "cuda";
+  const DLDevice device{on_gpu ? kDLCUDA : kDLCPU, 0};
+  if (on_gpu) LoadCuda();
 
   // The code: an ELF library whose one function makes a virtual machine for the program.
   // By its whole path, as a bare name would be looked up where the system's libraries are.
@@ -163,13 +190,21 @@ int Run(int argc, char** argv) {
   ffi::Module machine = (*library->GetFunction("vm_load_executable"))().cast<ffi::Module>();
   constexpr int kDeviceId = 0, kPooledAllocator = 2;
   ffi::Function initialize = *machine->GetFunction("vm_initialization");
-  initialize(static_cast<int>(kDLCPU), kDeviceId, kPooledAllocator);
+  const int host = kDLCPU;
+  if (on_gpu) {  // shapes are computed on the host all the same
+    const int gpu = kDLCUDA;
+    initialize(gpu, kDeviceId, kPooledAllocator, host, kDeviceId, kPooledAllocator);
+  } else {
+    initialize(host, kDeviceId, kPooledAllocator);
+  }
   ffi::Function main = *machine->GetFunction("main");
 
   // The program takes the inputs in order, and all weights as one last argument.
   std::vector<ffi::Any> owned;
-  for (const ffi::Any& entry : artifact.List("inputs")) owned.push_back(Input(entry, sizes));
-  owned.push_back(Weights(artifact));
+  for (const ffi::Any& entry : artifact.List("inputs")) {
+    owned.push_back(On(device, Input(entry, sizes)));
+  }
+  owned.push_back(Weights(artifact, device));
   std::vector<ffi::AnyView> arguments(owned.begin(), owned.end());
   ffi::Any result;
   main.CallPacked(ffi::PackedArgs(arguments.data(), arguments.size()), &result);
@@ -178,7 +213,7 @@ int Run(int argc, char** argv) {
   for (size_t i = 0; i < outputs.size(); ++i) {
     auto one = result.as<ffi::Tensor>();
     ffi::Tensor output = one ? *one : result.cast<ffi::Array<ffi::Tensor>>()[i];
-    Print(Field<ffi::String>(outputs[i], "name"), output);
+    Print(Field<ffi::String>(outputs[i], "name"), On(kCPU, output));
   }
   return 0;
 }

@@ -30,7 +30,8 @@ def _activated(x: Expr, function: str) -> Expr:
     if function == "relu":
         return tirx.max(x, tirx.const(0.0, "float32"))
     if function == "gelu":
-        return x * (tirx.erf(x * tirx.const(sqrt(0.5), "float32")) + one) * 0.5
+        error = tirx.call_extern("float32", "stvm_erf", x * tirx.const(sqrt(0.5), "float32"))
+        return x * (error + one) * 0.5
     if function == "gelu_tanh":
         inner = tirx.const(sqrt(2 / pi), "float32") * (x + 0.044715 * x * x * x)
         return x * (tirx.tanh(inner) + one) * 0.5

@@ -18,6 +18,15 @@
 #define STVM_FUNCTION inline
 #endif
 
+// The error function within 2e-7 (Abramowitz and Stegun, 7.1.26), in half of the instructions of
+// NVIDIA's.
+STVM_FUNCTION float stvm_erf(float x) {
+  float t = 1.0f / (1.0f + 0.3275911f * fabsf(x));
+  float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f
+            + t * 1.061405429f))));
+  return copysignf(1.0f - p * expf(-x * x), x);
+}
+
 typedef unsigned int stvm_word;  // two float16, the first in the lower half
 
 // Copy 16 bytes to shared memory, to be there after a wait; zeros unless `valid`.

@@ -13,6 +13,7 @@ from sparse_tvm.schedules.cuda.families.attention import TensorAttentionFamily
 from sparse_tvm.schedules.cuda.families.dense import CoreDenseFamily, TensorDenseFamily
 from sparse_tvm.schedules.cuda.families.row_norm import RowNormFamily
 from sparse_tvm.schedules.cuda.families.sparse import SparseDenseFamily
+from sparse_tvm.schedules.cuda.families.warpgroup import WarpgroupDenseFamily
 from sparse_tvm.targets.cuda import CUDA_TARGETS, CudaTarget
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class CudaBackend(Backend):
     def __init__(self) -> None:
         super().__init__(
             [
+                WarpgroupDenseFamily(),
                 TensorDenseFamily(),
                 SparseDenseFamily(),
                 CoreDenseFamily(),

@@ -26,7 +26,7 @@ from sparse_tvm.linker import fcompile
 from sparse_tvm.nvrtc import fat_binary
 from sparse_tvm.passes.cuda.capture_graphs import capture_graphs
 from sparse_tvm.passes.program import Program
-from sparse_tvm.schedules.cuda.instructions import PRELUDE
+from sparse_tvm.schedules.cuda import instructions, warpgroup
 from sparse_tvm.targets.cuda import CudaTarget
 
 _BLOB = "__tvm_ffi__library_bin"
@@ -96,8 +96,17 @@ def compile_kernel(function: Any, target: CudaTarget) -> Any:
 def device_source(module: Any) -> str:
     """The CUDA C++ of a module, with the instructions that our kernels call before it."""
     if module.kind == "cuda":
-        return PRELUDE + str(module.inspect_source())
+        source = str(module.inspect_source())
+        return prelude_of(source) + source
     return next(filter(None, map(device_source, module.imports)), "")
+
+
+def prelude_of(source: str) -> str:
+    """The instructions that stand before the code of a module."""
+    parts = [instructions.PRELUDE]
+    if warpgroup.uses_warpgroups(source):
+        parts.append(warpgroup.PRELUDE)
+    return "".join(parts)
 
 
 def with_binary(blob: bytes, code: Code) -> bytes:
@@ -106,7 +115,7 @@ def with_binary(blob: bytes, code: Code) -> bytes:
     A blob is its length, then modules of which the one for CUDA is its kind, its length, and in
     that the format, the table of functions and the code, each text after its own length.
     """
-    kind, source = _text(b"cuda"), code.source.removeprefix(PRELUDE).encode()
+    kind, source = _text(b"cuda"), code.source.removeprefix(prelude_of(code.source)).encode()
     tail = _text(source)
     start = blob.find(kind + b"", 8)
     while start >= 0:

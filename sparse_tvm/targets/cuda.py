@@ -30,6 +30,8 @@ class Gpu:
         Bytes per second from device memory, and from the second cache, in all.
     shared_bytes : int
         Shared memory of a multiprocessor that blocks can have.
+    warpgroup : int
+        Multiply-adds per cycle of one multiprocessor, of 16-bit floats, by ``wgmma``; 0 without.
     """
 
     capability: int
@@ -41,6 +43,7 @@ class Gpu:
     memory: float
     l2: float
     shared_bytes: int
+    warpgroup: int = 0
 
     @property
     def architecture(self) -> str:
@@ -50,7 +53,7 @@ class Gpu:
 
 A100 = Gpu(80, "A100", 108, 1.41, 1024, 64, 1.6e12, 4.0e12, 164 * 1024)
 L4 = Gpu(89, "L4", 58, 2.0, 512, 128, 0.3e12, 1.8e12, 100 * 1024)
-H100 = Gpu(90, "H100", 132, 1.7, 1280, 128, 3.3e12, 5.5e12, 228 * 1024)
+H100 = Gpu(90, "H100", 132, 1.7, 1280, 128, 3.3e12, 5.5e12, 228 * 1024, 2048)
 B200 = Gpu(100, "B200", 148, 1.8, 1280, 128, 7.7e12, 8.0e12, 228 * 1024)
 """``mma.sync`` reaches about 60 % of what ``wgmma`` and ``tcgen05`` do on the last two."""
 

@@ -8,6 +8,7 @@ plan, weights.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import re
 import struct
@@ -24,7 +25,6 @@ from emulated_cudart import EmulatedCudart, EmulatedGraphs
 
 from sparse_tvm import cuda_device
 from sparse_tvm.backends import cuda_codegen
-from sparse_tvm.schedules.cuda.instructions import PRELUDE
 from sparse_tvm.vm import runtime
 
 _HEADER = Path(__file__).with_name("gpu.h")
@@ -53,6 +53,7 @@ def emulated_gpu(patch: pytest.MonkeyPatch) -> Iterator[None]:
     ffi = runtime()
     ffi.register_global_func("device_api.cuda", ffi.get_global_func("device_api.cpu"), True)
     ffi.register_global_func("ffi.Module.load_from_bytes.cuda", _load, True)
+    ffi.register_global_func("runtime.cuTensorMapEncodeTiled", _encode_tensor_map, True)
     patch.setattr(cuda_codegen, "fat_binary", lambda source, _capabilities: source.encode())
     patch.setattr(cuda_device, "capability_of", lambda _index: 120)
     patch.setattr(cuda_device, "name_of", lambda _index: "emulated GPU")
@@ -102,11 +103,12 @@ def build(source: str, table: list[Entry]) -> Path:
 
 def as_cpp(source: str, table: list[Entry]) -> str:
     """The source with a function that TVM's host code can call for each kernel."""
-    kernels = source.removeprefix(PRELUDE)
+    prelude = cuda_codegen.prelude_of(source)
+    kernels = source.removeprefix(prelude)
     kernels = kernels[kernels.index('extern "C" __global__') :]
     kernels = _DYNAMIC.sub(r"\1* \2 = gpu::dynamic_shared<\1>();", kernels)
     callers = [_caller(kernels, entry) for entry in table]
-    return "\n".join(['#include "gpu.h"', PRELUDE, kernels, _ABI, *callers])
+    return "\n".join(['#include "gpu.h"', prelude, kernels, _ABI, *callers])
 
 
 _ABI = """
@@ -118,10 +120,7 @@ def _caller(kernels: str, entry: Entry) -> str:
     found = re.search(_KERNEL.format(re.escape(entry.name)), kernels)
     assert found is not None, entry.name
     types = [parameter.strip().rsplit(" ", 1)[0] for parameter in found[1].split(",")]
-    values = ", ".join(
-        f"({kind.replace('__restrict__', '')})a[{i}].{'p' if '*' in kind else 'i'}"
-        for i, kind in enumerate(types)
-    )
+    values = ", ".join(_value(kind, i) for i, kind in enumerate(types))
     launch = [
         f"{_DIMENSIONS[tag]} = a[{i}].i;" if tag in _DIMENSIONS else f"bytes = a[{i}].i;"
         for i, tag in enumerate(entry.tags, len(types))
@@ -137,6 +136,25 @@ extern "C" int __tvm_ffi_{entry.name}(void*, const Argument* a, int32_t n, Argum
   result->type = 0;
   return 0;
 }}"""
+
+
+def _value(kind: str, i: int) -> str:
+    """An argument as a parameter of this type."""
+    if kind.endswith("CUtensorMap"):
+        return f"*(const CUtensorMap*)a[{i}].p"
+    return f"({kind.replace('__restrict__', '')})a[{i}].{'p' if '*' in kind else 'i'}"
+
+
+def _encode_tensor_map(*arguments: Any) -> None:
+    """What the driver does for copies of boxes: here the map is ``gpu.h``'s ``CUtensorMap``."""
+    tensor_map, _, rank, data, *rest = arguments
+    sizes, strides, box = rest[:rank], rest[rank : 2 * rank - 1], rest[2 * rank - 1 : 3 * rank - 1]
+    packed = struct.pack("<Q5q", _address(data), *sizes, *strides, *box)
+    ctypes.memmove(_address(tensor_map), packed, len(packed))
+
+
+def _address(handle: Any) -> int:
+    return int(handle.value if hasattr(handle, "value") else handle)
 
 
 class _Reader:

@@ -21,6 +21,7 @@
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define alignas(n) __attribute__((aligned(n)))
+#define __grid_constant__
 
 typedef _Float16 half;
 typedef unsigned int uint;
@@ -37,6 +38,7 @@ VECTORS(ulonglong, unsigned long long)
 VECTORS(double, double)
 VECTORS(half, half)
 struct dim { int x, y, z; };
+struct alignas(64) CUtensorMap { const char* data; int64_t sizes[2], stride, box[2], rest[10]; };
 
 namespace gpu {
 
@@ -90,6 +92,8 @@ stvm_switch:
   ret
 )");
 
+inline long arrived[16];  // at the barriers of some threads, in all
+
 inline void yield() { stvm_switch(&current->stack_pointer, scheduler); }
 
 inline void release() {
@@ -135,6 +139,7 @@ inline void run_block() {
   size_t count = threads.size();
   warps.assign((count + 31) / 32, Warp());
   alive = count;
+  memset(arrived, 0, sizeof(arrived));
   waiting = 0;
   while (stacks.size() < count) stacks.emplace_back(new char[kStack]);
   for (size_t i = 0; i < count; ++i) {
@@ -163,7 +168,7 @@ inline void launch(void (*function)(void*), void* arguments, dim grid, dim size,
   argument = arguments;
   grid_dim = grid;
   block_dim = size;
-  dynamic.assign(bytes + 64, (char)0x7f);  // not what a kernel may rely on
+  dynamic.assign(bytes + 1024, (char)0x7f);  // not what a kernel may rely on
   threads.resize(size.x * size.y * size.z);
   for (int i = 0; i < (int)threads.size(); ++i)
     threads[i] = Thread{{i % size.x, i / size.x % size.y, i / size.x / size.y}, i};
@@ -173,7 +178,7 @@ inline void launch(void (*function)(void*), void* arguments, dim grid, dim size,
 }
 
 template <class T> T* dynamic_shared() {
-  return (T*)(((uintptr_t)dynamic.data() + 63) & ~(uintptr_t)63);
+  return (T*)(((uintptr_t)dynamic.data() + 1023) & ~(uintptr_t)1023);
 }
 
 template <class T> T from_lane(T value, int lane) {
@@ -189,8 +194,16 @@ template <class T> T from_lane(T value, int lane) {
 #define blockDim (gpu::block_dim)
 #define gridDim (gpu::grid_dim)
 
+inline int stvm_thread() { return gpu::current->number; }
+inline void stvm_yield() { gpu::yield(); }
+inline void stvm_progress() { ++gpu::progress; }
 inline int stvm_lane() { return gpu::current->number % 32; }
 inline void stvm_gather(const void* mine, void* all, size_t bytes) { gpu::gather(mine, all, bytes); }
+inline void stvm_sync_threads(int number, int threads) {
+  long mine = ++gpu::arrived[number];
+  ++gpu::progress;
+  while (gpu::arrived[number] < (mine + threads - 1) / threads * threads) gpu::yield();
+}
 inline void __syncthreads() { gpu::barrier(); }
 inline void __syncwarp(unsigned = 0) { int none = 0, all[32]; gpu::gather(&none, all, 4); }
 inline unsigned __activemask() { return ~0u; }

@@ -17,15 +17,17 @@ from sparse_tvm.cuda_device import Cuda
 from sparse_tvm.targets.cuda import CUDA_TARGETS
 from sparse_tvm.vm import runtime
 
-SM80 = CUDA_TARGETS[0]
+SM80, SM90 = CUDA_TARGETS[0], CUDA_TARGETS[2]
 
 
-def run(function: tvm.tirx.PrimFunc, arrays: Sequence[np.ndarray], output: Any) -> np.ndarray:
+def run(
+    function: tvm.tirx.PrimFunc, arrays: Sequence[np.ndarray], output: Any, target: Any = SM80
+) -> np.ndarray:
     """Run a kernel on copies of arrays, with its threads in both orders; return what it wrote.
 
     ``output`` is an array of the result's shape and type; the kernel's is filled with NaNs first.
     """
-    module = compile_kernel(function, SM80)
+    module = compile_kernel(function, target)
     table = table_of(_ffi_api.ModulePackImportsToTensor(module).numpy().tobytes())
     library = runtime().load_module(str(build(device_source(module), table)))
     module.clear_imports()
