@@ -100,9 +100,14 @@ class Problem:
 
     @property
     def staged(self) -> bool:
-        """Whether sums go through shared memory: a residual may come last, and nothing else."""
+        """Whether sums go through shared memory: a residual may come last, and nothing else.
+
+        It and the output are of float16 then; a model's own input is not.
+        """
         before = self.epilogue[:-1] if self.ends_with_residual else self.epilogue
-        return self.y.dtype == "float16" and not any(isinstance(s, Residual) for s in before)
+        words = [self.y, *(self.extras[-1:] if self.ends_with_residual else ())]
+        alike = all(extents.dtype == "float16" for extents in words)
+        return alike and not any(isinstance(s, Residual) for s in before)
 
     @property
     def ends_with_residual(self) -> bool:
