@@ -125,11 +125,8 @@ class _FuseAttention(Rewrite):
         form, refusal = attention_form(op, (q.size, v.size), self._context)
         if form is None:
             raise _NotAttention(refusal)
-        shape = (q.batch, q.rows, q.heads * v.size)
-        merged = self.emit(dialect.call(op, args, shape), "attention")
-        return (
-            merged if same_shape(shape, shape_of(var)) else relax.op.reshape(merged, shape_of(var))
-        )
+        merged = dialect.call(op, args, (q.batch, q.rows, q.heads * v.size))
+        return relax.op.reshape(self.emit(merged, "attention"), shape_of(var))
 
     def _rows(self, heads: _Heads) -> Any:
         """The unsplit tensor as ``[B, S, H * D]``."""

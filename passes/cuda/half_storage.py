@@ -1,11 +1,12 @@
-"""Half storage: activations lie in memory as float16, and every operator computes in float32.
+"""Half storage: activations lie in memory as 16-bit floats, and operators compute in float32.
 
-Matches whatever ``main`` computes in float32 once it is legalised. Loads become conversions from
-float16 and stores conversions to it, inside of the functions that TVM's lowering made; what a
-function accumulates stays float32 until it is complete. Weights of two and more dimensions that
-such functions read are stored as float16 too; vectors stay as they are, and so do the model's
-inputs and outputs. Numbers beyond float16's range become its largest ones, so that a mask's
-``-3e38`` does not turn into an infinity whose product with 0 is no number.
+Matches whatever ``main`` computes in float32 once it is legalised. They are float16, or bfloat16
+where that is the precision. Loads become conversions from it and stores conversions to it, inside
+of the functions that TVM's lowering made; what a function accumulates stays float32 until it is
+complete. Weights of two and more dimensions that such functions read are stored as float16;
+vectors stay as they are, and so do the model's inputs and outputs. Numbers beyond a type's range
+become its largest ones, so that a mask's ``-3e38`` does not turn into an infinity whose product
+with 0 is no number.
 
 Leaves everything alone where the user asks for fp32.
 """
@@ -18,12 +19,12 @@ from typing import Any
 import numpy as np
 from tvm import relax, te, tirx, topi
 
-from sparse_tvm.operators import Attention, Dense, LayerNorm, Operator
+from sparse_tvm.operators import PRECISIONS, Attention, Dense, Operator
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.graph import Rewrite, dtype_of, is_tensor, op_name, shape_of
 from sparse_tvm.passes.infrastructure import Context, graph_pass
 from sparse_tvm.passes.program import Program
-from sparse_tvm.schedules.cuda.storage import HALF, stored_as
+from sparse_tvm.schedules.cuda.storage import LARGEST, stored_as
 from sparse_tvm.schedules.cuda.weights import LARGEST_HALF
 
 _VIEWS = {"relax.reshape", "relax.memory.view"}
@@ -37,14 +38,16 @@ def half_storage(program: Program, context: Context) -> Program:
     """Apply the pass."""
     if context.options.precision == "fp32":
         return program
-    program = _HalfStorage(program).run()
+    storage = PRECISIONS[context.options.precision].input
+    program = _HalfStorage(program, storage).run()
     program.module = relax.transform.DeadCodeElimination(["main"])(program.module)
     return program
 
 
 class _HalfStorage(Rewrite):
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, storage: str) -> None:
         super().__init__(program)
+        self._storage = storage
         self._wide = self._kept_wide()
         self._variants: dict[tuple[str, tuple[str, ...]], Any] = {}
 
@@ -60,13 +63,11 @@ class _HalfStorage(Rewrite):
         return self._in_float32(value)
 
     def _operand(self, op: Operator, index: int, new: Any) -> Any:
-        """An operand of an operator of ours: tensor cores read float16, masks are as they were."""
+        """An operand of an operator of ours: tensor cores read 16 bits, masks are as they were."""
         if isinstance(op, Attention):
-            return self._converted(new, HALF if index < _MASK else "float32")
-        if isinstance(op, LayerNorm) and index > 0:
-            return self._converted(new, "float32")
-        layer = isinstance(op, Dense) and op.types.input == HALF and index == 0
-        return self._converted(new, HALF) if layer else new
+            return self._converted(new, op.types.input if index < _MASK else "float32")
+        layer = isinstance(op, Dense) and op.types.input in LARGEST and index == 0
+        return self._converted(new, op.types.input) if layer else new
 
     def _call(self, var: relax.Var, value: Any) -> Any:
         function, operands = value.args[0], value.args[1]
@@ -121,7 +122,7 @@ class _HalfStorage(Rewrite):
     def _widened(self, arg: Any) -> Any:
         if isinstance(arg, relax.Tuple):
             return relax.Tuple([self._widened(field) for field in arg.fields])
-        if isinstance(arg, relax.Var) and is_tensor(arg) and dtype_of(arg) == HALF:
+        if isinstance(arg, relax.Var) and is_tensor(arg) and dtype_of(arg) in LARGEST:
             return self._converted(arg, "float32")
         return arg
 
@@ -133,7 +134,7 @@ class _HalfStorage(Rewrite):
     def _dtype(self, var: relax.Var, type_: Any) -> str:
         """How a result is stored: outputs of the model, and masks, as they are."""
         dtype = str(type_.dtype)
-        return HALF if dtype == "float32" and var not in self._wide else dtype
+        return self._storage if dtype == "float32" and var not in self._wide else dtype
 
     def _kept_wide(self) -> set[Any]:
         """The variables that ``main`` returns, masks, and what they are other names or views of.
@@ -159,7 +160,8 @@ class _HalfStorage(Rewrite):
 
 
 def _convert(x: te.Tensor, dtype: str) -> te.Tensor:
-    if dtype == HALF:
-        largest = tirx.const(LARGEST_HALF, "float32")
+    x = topi.cast(x, "float32")
+    if dtype in LARGEST:
+        largest = tirx.const(LARGEST[dtype], "float32")
         x = topi.maximum(topi.minimum(x, largest), -largest)
     return topi.cast(x, dtype)

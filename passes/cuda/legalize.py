@@ -19,8 +19,7 @@ from sparse_tvm.passes.program import Program
 def legalize(program: Program, context: Context) -> Program:
     """Apply the pass."""
     target = context.target.tvm_target()
-    rules = {"relax.cumsum": _cumulative_sum}
-    program.module = legalized(program.module, target, rules, kept=["relax.reshape"])
+    program.module = legalized(program.module, target, {"relax.cumsum": _cumulative_sum})
     return program
 
 

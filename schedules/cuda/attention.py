@@ -51,11 +51,11 @@ class AttentionProblem:
     op : Attention
         With the sizes of its heads.
     q, k, v : Extents
-        float16 ``[batch, rows, features]``, features being those of all heads or more.
+        float16, or bfloat16, ``[batch, rows, features]``.
     mask : Extents | None
         float32, extents 1 where the operator's mask has none.
     y : Extents
-        ``[batch, queries, heads * value size]``, of float16 or float32.
+        ``[batch, queries, heads * value size]``, of that type or float32.
     """
 
     op: Attention
@@ -70,6 +70,11 @@ class AttentionProblem:
         """Features of a head of q and k, and of v."""
         assert self.op.sizes is not None
         return self.op.sizes
+
+    @property
+    def dtype(self) -> str:
+        """What is multiplied."""
+        return self.q.dtype
 
     @property
     def queries(self) -> int:
@@ -146,7 +151,7 @@ class _AttentionKernel:
             self.q, self.k, self.v = (flat(array, size_of(array.shape)) for array in (q, k, v))
             self.y, size = y, size_of(y.shape)
             self.flat_y = flat(y, size)
-            if str(y.dtype) == "float16":
+            if p.y.dtype == p.dtype:
                 self.y_words = T.decl_buffer((size // 2,), "uint32", data=y.data)
             blocks = (self.queries + (p.queries - 1)) // p.queries
             with (
@@ -218,7 +223,7 @@ class _AttentionKernel:
             if chunks * 8 != size:
                 valid = tirx.all(valid, part * 8 < size)
             source = (self.batch * rows + first + row) * self.features[which]
-            source += self.op.starts[which] + self.head * size + part * 8
+            source += self.head * size + part * 8
             source = tirx.if_then_else(valid, source, 0)
             there = instructions.address(array, source)
             instructions.copy16(self._address(at + row * stride + part), there, valid)
@@ -309,7 +314,7 @@ class _AttentionKernel:
                 at = first + row * stride + step * 2 + self.lane // 8 % 2
                 _load(instructions.load_matrices, self.words, self._address(at))
                 for i in range(2):
-                    _multiply(self.scores, pair * 2 + i, self.factor, self.words, i)
+                    self._product(self.scores, pair * 2 + i, i)
 
     def _soften(self) -> None:
         """Turn the scores into powers, and scale what was summed before by the larger maximum."""
@@ -339,13 +344,26 @@ class _AttentionKernel:
         for step in range(p.keys // 16):
             for i in range(4):
                 a, b = (self.scores[step * 8 + i * 2 + j] for j in range(2))
-                self.factor.store(i, _pack(a, b))
+                self.factor.store(i, instructions.pack(a, b, p.dtype))
             for pair in range(self.value_steps):
                 row = step * 16 + self.lane % 16
                 at = first + row * stride + pair * 2 + self.lane // 16
                 _load(instructions.load_transposed, self.words, self._address(at))
                 for i in range(2):
-                    _multiply(self.output, pair * 2 + i, self.factor, self.words, i)
+                    self._product(self.output, pair * 2 + i, i)
+
+    def _product(self, sums: Registers, group: int, which: int) -> None:
+        """Add a product to the sums of eight columns."""
+        a, b = self.factor, self.words
+        instructions.multiply(
+            sums.buffer,
+            sums.first + group * 4,
+            a.buffer,
+            a.first,
+            b.buffer,
+            b.first + which * 2,
+            self.problem.dtype,
+        )
 
     def _finish(self) -> None:
         """Divide by the sums of the powers, and store."""
@@ -353,7 +371,7 @@ class _AttentionKernel:
             total = instructions.value("quad_sum", self.total[half])
             # The largest score's power is 1, so only a query without any key has a sum of 0.
             self.total.store(half, T.float32(1) / tirx.max(total, T.float32(1e-30)))
-        if str(self.y.dtype) == "float16":
+        if self.problem.y.dtype == self.problem.dtype:
             self._write_halves()
         else:
             self._write_floats()
@@ -380,7 +398,9 @@ class _AttentionKernel:
             row = self.warp * 16 + self.lane // 4 + half * 8
             for group in range(chunks):
                 at = (row * p.query_stride + group) * 4 + self.lane % 4
-                T.buffer_store(self.shared, _pack(*self._outputs(half, group)), [at])
+                first, second = self._outputs(half, group)
+                word = instructions.pack(first, second, p.dtype)
+                T.buffer_store(self.shared, word, [at])
         instructions.barrier()
 
         def store(number: Expr) -> None:
@@ -404,16 +424,5 @@ def _exp2(x: Expr) -> Expr:
     return instructions.value("exp2", x)
 
 
-def _pack(first: Expr, second: Expr) -> Expr:
-    return instructions.value("pack", first, second, dtype="uint32")
-
-
 def _load(load: Callable[..., None], words: Registers, address: Expr) -> None:
     load(words.buffer, words.first, address)
-
-
-def _multiply(sums: Registers, group: int, a: Registers, b: Registers, which: int) -> None:
-    """Add a product to the sums of eight columns."""
-    instructions.multiply(
-        sums.buffer, sums.first + group * 4, a.buffer, a.first, b.buffer, b.first + which * 2
-    )

@@ -1,9 +1,9 @@
 """Weights in the order in which tensor cores want them in their registers.
 
 A kernel multiplies :data:`STEP` columns at a time. For each step, 16 rows of the weight are one
-*fragment* of ``mma.sync`` per 16 columns, ``[32 threads, 4 words]`` of two float16 each: a thread
-reads its share as one vector of 16 bytes, and a warp reads them in order. ``instructions.h`` says
-which elements a thread has.
+*fragment* of ``mma.sync`` per 16 columns, ``[32 threads, 4 words]`` of two 16-bit floats each: a
+thread reads its share as one vector of 16 bytes, and a warp reads them in order. ``instructions.h``
+says which elements a thread has.
 
 2:4 weights keep 16 of the 32 columns of a step, which make one fragment, and say in 16 words of
 *places* where these were (see :func:`places_of`).
@@ -32,7 +32,7 @@ def fragments(w: np.ndarray) -> np.ndarray:
     Parameters
     ----------
     w : np.ndarray
-        float16 ``[..., 16 r, 16 c]``.
+        ``[..., 16 r, 16 c]`` of float16, or of the bits of bfloat16 in uint16.
 
     Returns
     -------
@@ -41,7 +41,7 @@ def fragments(w: np.ndarray) -> np.ndarray:
     """
     *lead, rows, columns = w.shape
     tiles = w.reshape(*lead, rows // ROWS, ROWS, columns // 16, 16).swapaxes(-3, -2)
-    halves = np.ascontiguousarray(tiles[..., _ROW, _COLUMN], np.float16)
+    halves = np.ascontiguousarray(tiles[..., _ROW, _COLUMN])
     words: np.ndarray = halves.view(np.uint32)
     return words[..., 0]
 

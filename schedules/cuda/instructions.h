@@ -27,7 +27,7 @@ STVM_FUNCTION float stvm_erf(float x) {
   return copysignf(1.0f - p * expf(-x * x), x);
 }
 
-typedef unsigned int stvm_word;  // two float16, the first in the lower half
+typedef unsigned int stvm_word;  // two float16 or bfloat16, the first in the lower half
 
 // Copy 16 bytes to shared memory, to be there after a wait; zeros unless `valid`.
 STVM_FUNCTION void stvm_copy16(void* shared, const void* global, int valid) {
@@ -92,7 +92,7 @@ STVM_FUNCTION void stvm_load_transposed(stvm_word* r, const void* row) {
 #endif
 }
 
-// Two float32 as a word, the first in its lower half.
+// Two float32 as a word of float16, or of bfloat16, the first in its lower half.
 STVM_FUNCTION stvm_word stvm_pack(float first, float second) {
 #ifdef __CUDACC__
   stvm_word word;
@@ -105,16 +105,17 @@ STVM_FUNCTION stvm_word stvm_pack(float first, float second) {
   return word;
 #endif
 }
-
-// One of the two numbers of a word.
-STVM_FUNCTION float stvm_unpack(stvm_word word, int which) {
-  unsigned short bits = (unsigned short)(word >> 16 * which);
+STVM_FUNCTION stvm_word stvm_pack_bfloat16(float first, float second) {
 #ifdef __CUDACC__
-  return __half2float(__ushort_as_half(bits));
+  stvm_word word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
 #else
-  _Float16 half;
-  __builtin_memcpy(&half, &bits, sizeof(half));
-  return half;
+  stvm_word words[2];
+  __builtin_memcpy(words, &first, sizeof(first));
+  __builtin_memcpy(words + 1, &second, sizeof(second));
+  for (stvm_word& word : words) word = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+  return words[0] | words[1] << 16;
 #endif
 }
 
@@ -155,78 +156,97 @@ STVM_SHUFFLED(quad_max, 1, 2, a > b ? a : b)
 STVM_SHUFFLED(quad_sum, 1, 2, a + b)
 STVM_SHUFFLED(warp_sum, 1, 16, a + b)
 
-#ifndef __CUDACC__
-// Column `c` of a row of words that holds two columns a word.
-inline float stvm_half_of(stvm_word word, int c) {
-  return stvm_unpack(word, c % 2);
+// What a half of a word stands for: the lower one for columns 0, 2, ...
+STVM_FUNCTION float stvm_half_of(stvm_word word, int column) {
+  unsigned short bits = (unsigned short)(word >> (16 * (column % 2)));
+  return __half2float(*(const half*)&bits);
+}
+STVM_FUNCTION float stvm_bfloat16_of(stvm_word word, int column) {
+  stvm_word bits = column % 2 ? word & 0xffff0000u : word << 16;
+  return *(const float*)&bits;
 }
 
+#ifndef __CUDACC__
 // Element (m, k) of an A of 16 columns, of four words a thread.
-inline float stvm_a_of(const stvm_word (*a)[4], int m, int k) {
-  return stvm_half_of(a[m % 8 * 4 + k % 8 / 2][m / 8 + k / 8 * 2], k);
+template <class Value> inline float stvm_a_of(Value value, const stvm_word (*a)[4], int m, int k) {
+  return value(a[m % 8 * 4 + k % 8 / 2][m / 8 + k / 8 * 2], k);
 }
 #endif
 
 // D += A B with 16 columns of A.
-STVM_FUNCTION void stvm_multiply(float* d, const stvm_word* a, const stvm_word* b) {
 #ifdef __CUDACC__
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
-               "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#define STVM_MULTIPLY(name, type, value) \
+  STVM_FUNCTION void name(float* d, const stvm_word* a, const stvm_word* b) { \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, " \
+                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])); \
+  }
 #else
-  stvm_word as[32][4], bs[32][2];
-  stvm_gather(a, as, sizeof(as[0]));
-  stvm_gather(b, bs, sizeof(bs[0]));
-  for (int i = 0; i < 4; ++i) {
-    int m = stvm_lane() / 4 + i / 2 * 8, n = stvm_lane() % 4 * 2 + i % 2;
-    for (int k = 0; k < 16; ++k)
-      d[i] += stvm_a_of(as, m, k) * stvm_half_of(bs[n * 4 + k % 8 / 2][k / 8], k);
+#define STVM_MULTIPLY(name, type, value) \
+  STVM_FUNCTION void name(float* d, const stvm_word* a, const stvm_word* b) { \
+    stvm_word as[32][4], bs[32][2]; \
+    stvm_gather(a, as, sizeof(as[0])); \
+    stvm_gather(b, bs, sizeof(bs[0])); \
+    for (int i = 0; i < 4; ++i) { \
+      int m = stvm_lane() / 4 + i / 2 * 8, n = stvm_lane() % 4 * 2 + i % 2; \
+      for (int k = 0; k < 16; ++k) \
+        d[i] += stvm_a_of(value, as, m, k) * value(bs[n * 4 + k % 8 / 2][k / 8], k); \
+    } \
   }
 #endif
-}
+STVM_MULTIPLY(stvm_multiply, "f16", stvm_half_of)
+STVM_MULTIPLY(stvm_multiply_bfloat16, "bf16", stvm_bfloat16_of)
 
 // D += A B with 32 columns of A, of every four of which two are stored: `a` is the A of 16 columns
 // that are left, and `places` tells which they were. Of each four threads the first two give it,
 // for the first and the last 16 columns: two bits for each element that is stored, of row g in the
 // lower half, of row g + 8 in the upper.
-STVM_FUNCTION void stvm_multiply_2_of_4(float* d, const stvm_word* a, const stvm_word* b,
-                                        stvm_word places) {
 #ifdef __CUDACC__
-  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 "
-               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, "
-               "%12, 0x0;"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]),
-                 "r"(b[3]), "r"(places));
+#define STVM_MULTIPLY_2_OF_4(name, type, value) \
+  STVM_FUNCTION void name(float* d, const stvm_word* a, const stvm_word* b, stvm_word places) { \
+    asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." type "." type \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, " \
+                 "{%0, %1, %2, %3}, %12, 0x0;" \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), \
+                   "r"(b[3]), "r"(places)); \
+  }
 #else
-  stvm_word as[32][4], bs[32][4], all[32];
-  stvm_gather(a, as, sizeof(as[0]));
-  stvm_gather(b, bs, sizeof(bs[0]));
-  stvm_gather(&places, all, sizeof(places));
-  for (int i = 0; i < 4; ++i) {
-    int m = stvm_lane() / 4 + i / 2 * 8, n = stvm_lane() % 4 * 2 + i % 2;
-    for (int stored = 0; stored < 16; ++stored) {
-      stvm_word word = all[m % 8 * 4 + stored / 8];
-      int place = word >> (m / 8 * 16 + stored % 8 * 2) & 3, k = stored / 2 * 4 + place;
-      d[i] += stvm_a_of(as, m, stored) * stvm_half_of(bs[n * 4 + k % 8 / 2][k / 8], k);
-    }
+#define STVM_MULTIPLY_2_OF_4(name, type, value) \
+  STVM_FUNCTION void name(float* d, const stvm_word* a, const stvm_word* b, stvm_word places) { \
+    stvm_word as[32][4], bs[32][4], all[32]; \
+    stvm_gather(a, as, sizeof(as[0])); \
+    stvm_gather(b, bs, sizeof(bs[0])); \
+    stvm_gather(&places, all, sizeof(places)); \
+    for (int i = 0; i < 4; ++i) { \
+      int m = stvm_lane() / 4 + i / 2 * 8, n = stvm_lane() % 4 * 2 + i % 2; \
+      for (int stored = 0; stored < 16; ++stored) { \
+        stvm_word word = all[m % 8 * 4 + stored / 8]; \
+        int place = word >> (m / 8 * 16 + stored % 8 * 2) & 3, k = stored / 2 * 4 + place; \
+        float b = value(bs[n * 4 + k % 8 / 2][k / 8], k); \
+        d[i] += stvm_a_of(value, as, m, stored) * b; \
+      } \
+    } \
   }
 #endif
-}
+STVM_MULTIPLY_2_OF_4(stvm_multiply_2_of_4, "f16", stvm_half_of)
+STVM_MULTIPLY_2_OF_4(stvm_multiply_2_of_4_bfloat16, "bf16", stvm_bfloat16_of)
 
-// sums[i] += value x[i] for so many float16 at x, which lies in shared memory; the value is the
-// lower half of a pair. What is multiplied is exact in float32.
-#define STVM_MULTIPLY_ADD(n, vector) \
-  STVM_FUNCTION void stvm_multiply_add_##n(float* sums, const void* x, stvm_word pair) { \
-    vector words = *(const vector*)x; \
-    const half* tokens = (const half*)&words; \
-    float value = __half2float(*(const half*)&pair); \
-    for (int i = 0; i < n; ++i) sums[i] += value * __half2float(tokens[i]); \
+// sums[i] += value x[i] for so many 16-bit floats at x, which lies in shared memory; the value is
+// the lower half of a pair. What is multiplied is exact in float32.
+#define STVM_MULTIPLY_ADD(name, n, vector, value) \
+  STVM_FUNCTION void name##_##n(float* sums, const void* x, stvm_word pair) { \
+    vector all = *(const vector*)x; \
+    const stvm_word* words = (const stvm_word*)&all; \
+    for (int i = 0; i < n; ++i) sums[i] += value(pair, 0) * value(words[i / 2], i); \
   }
-STVM_MULTIPLY_ADD(2, stvm_word)
-STVM_MULTIPLY_ADD(4, uint2)
-STVM_MULTIPLY_ADD(8, uint4)
+STVM_MULTIPLY_ADD(stvm_multiply_add, 2, stvm_word, stvm_half_of)
+STVM_MULTIPLY_ADD(stvm_multiply_add, 4, uint2, stvm_half_of)
+STVM_MULTIPLY_ADD(stvm_multiply_add, 8, uint4, stvm_half_of)
+STVM_MULTIPLY_ADD(stvm_multiply_add_bfloat16, 2, stvm_word, stvm_bfloat16_of)
+STVM_MULTIPLY_ADD(stvm_multiply_add_bfloat16, 4, uint2, stvm_bfloat16_of)
+STVM_MULTIPLY_ADD(stvm_multiply_add_bfloat16, 8, uint4, stvm_bfloat16_of)
 
 // Add to a value what the thread has whose number differs in one bit.
 STVM_FUNCTION void stvm_add_lanes(float* value, int bit) {

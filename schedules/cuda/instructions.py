@@ -60,23 +60,45 @@ def value(name: str, *args: Expr, dtype: str = "float32") -> Expr:
     return tirx.call_extern(dtype, f"stvm_{name}", *args)
 
 
-def multiply(sums: Buffer, d: int, words: Buffer, a: int, others: Buffer, b: int) -> None:
+def multiply(
+    sums: Buffer, d: int, words: Buffer, a: int, others: Buffer, b: int, dtype: str = "float16"
+) -> None:
     """``D += A B``, 16 x 8 x 16, from registers that begin at these indices."""
-    call("multiply", address(sums, d), address(words, a), address(others, b))
+    call(_of("multiply", dtype), address(sums, d), address(words, a), address(others, b))
 
 
 def multiply_2_of_4(
-    sums: Buffer, d: int, words: Buffer, a: int, others: Buffer, b: int, places: Expr
+    sums: Buffer,
+    d: int,
+    words: Buffer,
+    a: int,
+    others: Buffer,
+    b: int,
+    places: Expr,
+    dtype: str = "float16",
 ) -> None:
     """``D += A B``, 16 x 8 x 32, A being 2:4 sparse."""
-    call("multiply_2_of_4", address(sums, d), address(words, a), address(others, b), places)
+    name = _of("multiply_2_of_4", dtype)
+    call(name, address(sums, d), address(words, a), address(others, b), places)
 
 
-def multiply_add(sums: Buffer, first: int, count: int, x: Expr, pair: Expr) -> None:
+def multiply_add(
+    sums: Buffer, first: int, count: int, x: Expr, pair: Expr, dtype: str = "float16"
+) -> None:
     """Multiply-add so many tokens at x by the value of a pair, 2, 4 or 8."""
-    call(f"multiply_add_{count}", address(sums, first), x, pair)
+    call(f"{_of('multiply_add', dtype)}_{count}", address(sums, first), x, pair)
 
 
 def add_lanes(sums: Buffer, index: int, bit: int) -> None:
     """Add to a sum that of the thread whose number differs in one bit."""
     call("add_lanes", address(sums, index), bit)
+
+
+def pack(first: Expr, second: Expr, dtype: str = "float16") -> Expr:
+    """Two float32 as a word of two 16-bit floats."""
+    return value(_of("pack", dtype), first, second, dtype="uint32")
+
+
+def _of(name: str, dtype: str) -> str:
+    """A function's name for elements of a type."""
+    return name if dtype == "float16" else f"{name}_{dtype}"

@@ -212,7 +212,8 @@ class _SparseMatmul:
                 for i in range(VECTOR):
                     column = tirx.Cast("int32", here[i] >> T.uint32(16))
                     x = instructions.address(self.shared, base + column * words)
-                    instructions.multiply_add(self.sums, bundle * tile.each, tile.each, x, here[i])
+                    first, dtype = bundle * tile.each, p.x.dtype
+                    instructions.multiply_add(self.sums, first, tile.each, x, here[i], dtype)
                 for i in range(VECTOR):
                     T.buffer_store(here, ahead[i], [i])
 

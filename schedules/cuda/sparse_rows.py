@@ -1,8 +1,8 @@
 """Unstructured weights as rows of pairs, and how a product with them is shared out.
 
-A stored value is one word: the float16 in its lower half, its column in the upper one. Rows are cut
-into *chunks* of columns, so that what they multiply fits into shared memory a few chunks at a time,
-and a row's part of a chunk is padded with zeros to whole vectors of four pairs.
+A stored value is one word: the 16-bit float in its lower half, its column in the upper one. Rows
+are cut into *chunks* of columns, so that what they multiply fits into shared memory a few chunks at
+a time, and a row's part of a chunk is padded with zeros to whole vectors of four pairs.
 
 Rows that are multiplied at a time should be equally long. So, of every 32 neighbours, the longest
 come first, and so do the longest of the 32s (the row swizzle of Gale et al., "Sparse GPU kernels
@@ -17,6 +17,7 @@ from math import ceil
 
 import numpy as np
 
+from sparse_tvm.schedules.cuda.weights import rounded
 from sparse_tvm.sparsity.formats import CSR
 
 VECTOR = 4
@@ -44,13 +45,15 @@ def chunks_of(inputs: int) -> tuple[int, int]:
     return ceil(inputs / columns), columns
 
 
-def row_arrays(w: np.ndarray) -> dict[str, np.ndarray]:
+def row_arrays(w: np.ndarray, dtype: str = "float16") -> dict[str, np.ndarray]:
     """A weight ``[N, K]`` as rows of pairs.
 
     Parameters
     ----------
     w : np.ndarray
-        float16 values, of fewer than 65,537 columns.
+        float32, of fewer than 65,537 columns.
+    dtype : str
+        Of stored values.
 
     Returns
     -------
@@ -72,7 +75,7 @@ def row_arrays(w: np.ndarray) -> dict[str, np.ndarray]:
     vectors = np.repeat(padding << 16, np.diff(starts))[:, None].repeat(VECTOR, axis=1)
     before = np.concatenate([[0], np.cumsum(counts)])
     at = starts[part] * VECTOR + np.arange(csr.nnz) - before[part]
-    halves = csr.data.astype(np.float16).view(np.uint16)
+    halves = rounded(csr.data, dtype).view(np.uint16)
     vectors.reshape(-1)[at] = csr.indices.astype(np.uint32) << 16 | halves
     return {
         "pairs": np.concatenate([vectors, np.zeros((WINDOW, VECTOR), np.uint32)]),

@@ -1,4 +1,4 @@
-"""Functions of float32 made to read and write their tensors as float16."""
+"""Functions of float32 made to read and write their tensors as float16 or bfloat16."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from tvm_ffi import structural_map
 from sparse_tvm.schedules.cuda.weights import LARGEST_HALF
 
 HALF = "float16"
+
+LARGEST = {HALF: LARGEST_HALF, "bfloat16": 3.3895313892515355e38}
+"""The largest numbers of types that values are stored as."""
 
 
 def stored_as(function: tirx.PrimFunc, dtypes: Sequence[str]) -> tirx.PrimFunc | None:
@@ -103,9 +106,9 @@ class _Storage:
 
 
 def as_type(value: Any, dtype: Any) -> Any:
-    """A float32 as another type; float16 saturates."""
-    if str(dtype) == HALF:
-        largest = tirx.const(LARGEST_HALF, "float32")
+    """A float32 as another type, saturating."""
+    if str(dtype) in LARGEST:
+        largest = tirx.const(LARGEST[str(dtype)], "float32")
         value = tirx.max(tirx.min(value, largest), -largest)
     return tirx.Cast(str(dtype), value)
 

@@ -288,6 +288,7 @@ class _Matmul:
                         tokens,
                         column * 4,
                         places[0],
+                        p.x.dtype,
                     )
                 continue
             for half in range(2):
@@ -300,6 +301,7 @@ class _Matmul:
                         0,
                         tokens,
                         column * 4 + half * 2,
+                        p.x.dtype,
                     )
 
     def _load(self, words: Buffer, first: Expr) -> None:

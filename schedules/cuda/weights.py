@@ -7,6 +7,7 @@ import numpy as np
 from sparse_tvm.operators import Layout
 from sparse_tvm.schedules.cuda.fragments import ROWS, STEP, compress, fragments, places_of
 from sparse_tvm.sparsity.formats import BSR
+from sparse_tvm.sparsity.quantise import round_to_bf16
 
 LARGEST_HALF = 65504.0
 """Float16's largest number."""
@@ -17,8 +18,16 @@ def pieces_per_step(layout: Layout) -> int:
     return max(1, STEP // layout.block[1]) if layout.format == "bsr" else 1
 
 
-def weight_arrays(w: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
-    """A weight ``[N, K]`` in fragments, for each step of 32 columns.
+def rounded(w: np.ndarray, dtype: str) -> np.ndarray:
+    """A weight as float16, or as the bits of bfloat16 in uint16."""
+    if dtype == "bfloat16":
+        return round_to_bf16(w)
+    half: np.ndarray = np.clip(w, -LARGEST_HALF, LARGEST_HALF).astype(np.float16)
+    return half
+
+
+def weight_arrays(w: np.ndarray, layout: Layout, dtype: str = "float16") -> dict[str, np.ndarray]:
+    """A weight ``[N, K]`` in fragments of float16 or bfloat16, for each step of 32 columns.
 
     Dense: ``data`` ``[ceil(N / 16), steps, 2, 32, 4]``. 2:4: ``data`` ``[.., steps, 32, 4]``, and
     ``places`` ``[ceil(N / 16), steps, 16]``. BSR: only the steps with stored blocks, block row by
@@ -32,28 +41,27 @@ def weight_arrays(w: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
     """
     rows, columns = layout.block if layout.format == "bsr" else (ROWS, STEP)
     columns = max(columns, STEP)
-    half = np.zeros((-(-w.shape[0] // rows) * rows, -(-w.shape[1] // columns) * columns), "<f2")
-    half[: w.shape[0], : w.shape[1]] = np.clip(w, -LARGEST_HALF, LARGEST_HALF)
+    whole = np.pad(w, ((0, -w.shape[0] % rows), (0, -w.shape[1] % columns)))
     if layout.format == "bsr":
-        return _bsr_arrays(half, layout)
-    by_step = half.reshape(len(half) // ROWS, ROWS, -1, STEP).swapaxes(1, 2)
+        return _bsr_arrays(whole, layout, dtype)
+    by_step = whole.reshape(len(whole) // ROWS, ROWS, -1, STEP).swapaxes(1, 2)
     if layout.format == "2:4":
         values, places = compress(by_step)
         return {
-            "data": np.ascontiguousarray(fragments(values)[:, :, 0, 0]),
+            "data": np.ascontiguousarray(fragments(rounded(values, dtype))[:, :, 0, 0]),
             "places": np.ascontiguousarray(places_of(places)[:, :, 0, 0]),
         }
-    return {"data": np.ascontiguousarray(fragments(by_step)[:, :, 0])}
+    return {"data": np.ascontiguousarray(fragments(rounded(by_step, dtype))[:, :, 0])}
 
 
-def _bsr_arrays(half: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
-    bsr = BSR.from_dense(half.astype(np.float32), layout.block)
+def _bsr_arrays(w: np.ndarray, layout: Layout, dtype: str) -> dict[str, np.ndarray]:
+    bsr = BSR.from_dense(w, layout.block)
     rows, columns = layout.block
     pieces = pieces_per_step(layout)
     data, first, counts = [], [], []
     for group in range(len(bsr.indptr) - 1):
         start, end = bsr.indptr[group : group + 2]
-        blocks = bsr.data[start:end].astype(np.float16)
+        blocks = rounded(bsr.data[start:end], dtype)
         at = bsr.indices[start:end].astype(np.int32) * columns
         if columns > STEP:  # several steps a block
             parts = columns // STEP

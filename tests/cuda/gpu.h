@@ -37,6 +37,23 @@ VECTORS(longlong, long long)
 VECTORS(ulonglong, unsigned long long)
 VECTORS(double, double)
 VECTORS(half, half)
+// Sixteen bits of a float32, rounded to the nearest.
+struct nv_bfloat16 {
+  unsigned short bits;
+  nv_bfloat16() = default;
+  nv_bfloat16(float value) {
+    unsigned word;
+    memcpy(&word, &value, 4);
+    bits = value == value ? (word + 0x7fff + (word >> 16 & 1)) >> 16 : word >> 16 | 0x40;
+  }
+  operator float() const {
+    unsigned word = (unsigned)bits << 16;
+    float value;
+    memcpy(&value, &word, 4);
+    return value;
+  }
+};
+VECTORS(nv_bfloat16, nv_bfloat16)
 struct dim { int x, y, z; };
 struct alignas(64) CUtensorMap { const char* data; int64_t sizes[2], stride, box[2], rest[10]; };
 
@@ -234,3 +251,5 @@ inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline float exp10f(float x) { return powf(10, x); }
 inline half __float2half_rn(float x) { return (half)x; }
 inline float __half2float(half x) { return (float)x; }
+inline nv_bfloat16 __float2bfloat16_rn(float x) { return nv_bfloat16(x); }
+inline float __bfloat162float(nv_bfloat16 x) { return (float)x; }

@@ -94,6 +94,49 @@ def test_layouts_of_a_wish(tmp_path):
 
 
 @pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("target", ["cuda-sm80", "cuda-sm90"])
+def test_an_input_is_added_in_float32(tmp_path, target, precision):
+    model = build(
+        "(float[200,64] x) => (float[200,64] y) { h = MatMul(x,w) s = Add(h,x) y = MatMul(s,v) }",
+        w=drawn(64, 64),
+        v=drawn(64, 64),
+    )
+    result = sparse_tvm.compile(model, tmp_path / "model.so", target=target, precision=precision)
+    assert result.manifest["layers"][0]["epilogue"] == ["residual"]
+    assert result.manifest["verification"] is not None
+
+
+@pytest.mark.usefixtures("gpu")
+def test_bfloat16_on_request(tmp_path):
+    result = sparse_tvm.compile(
+        build_bert(TINY, sequence=16),
+        tmp_path / "model.so",
+        target="cuda-sm90",
+        precision="bf16",
+        layer_rules=["intermediate=@fp16", "query=@fp32"],
+    )
+    layers = {layer["name"]: layer["precision"] for layer in result.manifest["layers"]}
+    assert set(layers.values()) == {"bfloat16", "float16", "float32"}
+    assert layers["encoder.layer.0.output.dense"] == "bfloat16"
+    assert result.manifest["verification"]["max_abs_diff"]["last_hidden_state"] < 4e-2
+
+
+@pytest.mark.usefixtures("gpu")
+def test_numbers_beyond_float16_in_bfloat16(tmp_path):
+    w, v = 1e6 * drawn(48, 32), 1e-6 * drawn(8, 48)
+    sparse_tvm.compile(
+        mlp(w, v), tmp_path / "model.so", target="cuda-sm80", precision="bf16", verify=False
+    )
+    x = np.random.default_rng(1).standard_normal((3, 32)).astype(np.float32)
+    hidden = np.maximum(x @ w.T, 0)  # so large that GELU is ReLU
+    assert hidden.max() > 1e5
+    with sparse_tvm.load(tmp_path / "model.so") as model:
+        y = model.run({"x": x})["y"]
+    np.testing.assert_allclose(y, hidden @ v.T, atol=0.05)
+
+
+@pytest.mark.usefixtures("gpu")
 def test_float32_on_request(tmp_path):
     result = sparse_tvm.compile(
         mlp(drawn(33, 21), drawn(5, 33)),

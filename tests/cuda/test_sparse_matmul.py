@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import erf
 
+import ml_dtypes  # noqa: F401 - NumPy has bfloat16 by it
 import numpy as np
 import pytest
 from gpu_harness import run
@@ -62,6 +63,21 @@ def test_products(m, n, k):
     arrays = [x, *row_arrays(w).values()]
     found = run(sparse_matmul(problem), arrays, np.empty((m, n), np.float32))
     expected = x.astype(np.float64) @ w.T.astype(np.float64)
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("m", [1, 5, 20, 70])
+def test_bfloat16(m):
+    n, k = 40, 136
+    rng = np.random.default_rng(m)
+    w = pruned(n, k, 0.2, rng).astype(np.float32) * 1e6
+    x = rng.standard_normal((m, k)).astype("bfloat16")
+    x_extents, y_extents = Extents((m, k), "bfloat16"), Extents((m, n))
+    problem = SparseProblem(n, k, x_extents, (), y_extents, row_tile(n, k, m), ())
+    arrays = [x, *row_arrays(w, "bfloat16").values()]
+    found = run(sparse_matmul(problem), arrays, np.empty((m, n), np.float32))
+    expected = x.astype(np.float64) @ w.astype("bfloat16").astype(np.float64).T
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import erf
 
+import ml_dtypes  # noqa: F401 - NumPy has bfloat16 by it
 import numpy as np
 import pytest
 from gpu_harness import run
@@ -44,21 +45,30 @@ def gelu(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.vectorize(erf)(x * 0.5**0.5))
 
 
-def compare(layout: Layout, m: int, n: int, k: int, epilogue: Epilogue, known: bool, out: str):
+def compare(
+    layout: Layout,
+    m: int,
+    n: int,
+    k: int,
+    epilogue: Epilogue,
+    known: bool,
+    out: str,
+    dtype: str = "float16",
+):
     rng = np.random.default_rng([m, n, k])
     w = weight(layout, n, k, rng)
-    x = rng.standard_normal((m, k)).astype(np.float16)
+    x = rng.standard_normal((m, k)).astype(dtype)
     bias = rng.standard_normal(n).astype(np.float32)
-    residual = rng.standard_normal((m, n)).astype(np.float16)
+    residual = rng.standard_normal((m, n)).astype(dtype)
     operands = []
-    expected = x.astype(np.float64) @ w.astype(np.float16).astype(np.float64).T
+    expected = x.astype(np.float64) @ w.astype(dtype).astype(np.float64).T
     for step in epilogue:
         if isinstance(step, Bias):
             operands.append(bias)
             expected = expected + bias
         elif isinstance(step, Residual):
             operands.append(residual)
-            expected = expected + residual
+            expected = expected + residual.astype(np.float64)
         else:
             expected = gelu(expected)
     tile = tile_for(layout, n, m if known else None)
@@ -67,12 +77,12 @@ def compare(layout: Layout, m: int, n: int, k: int, epilogue: Epilogue, known: b
         Extents((n,) if array.ndim == 1 else (1, rows, n), str(array.dtype)) for array in operands
     )
     problem = Problem(
-        n, k, Extents((rows, k), "float16"), extras, Extents((rows, n), out), layout, tile, epilogue
+        n, k, Extents((rows, k), dtype), extras, Extents((rows, n), out), layout, tile, epilogue
     )
     operands = [array if array.ndim == 1 else array[None] for array in operands]
-    arrays = [x, *weight_arrays(w, layout).values(), *operands]
+    arrays = [x, *weight_arrays(w, layout, dtype).values(), *operands]
     found = run(tensor_matmul(problem), arrays, np.empty((m, n), out))
-    tolerance = 1e-3 if out == "float16" else 2e-5
+    tolerance = {"float32": 2e-5, "float16": 1e-3, "bfloat16": 8e-3}[out]
     scale = max(1.0, float(np.abs(expected).max()))
     np.testing.assert_allclose(found.astype(np.float64), expected, atol=tolerance * scale)
 
@@ -87,6 +97,12 @@ def test_products(name, m, n, k):
 def test_epilogues_of_any_number_of_tokens(name):
     epilogue = (Bias(), Activation("gelu"), Residual())
     compare(LAYOUTS[name], 77, 104, 96, epilogue, False, "float16")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_bfloat16(name):
+    compare(LAYOUTS[name], 33, 72, 136, (), True, "float32", "bfloat16")
+    compare(LAYOUTS[name], 9, 40, 72, (Bias(), Residual()), False, "bfloat16", "bfloat16")
 
 
 def test_a_weight_of_zeros():

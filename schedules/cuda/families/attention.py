@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from sparse_tvm.families import Extents, Kernel, KernelFamily, Work, bytes_of
-from sparse_tvm.operators import PRECISIONS, Attention
+from sparse_tvm.operators import Attention
+from sparse_tvm.schedules.cuda.families.dense import HALVES
 from sparse_tvm.targets.cuda import CudaTarget
 
 LARGEST_HEAD = 128
@@ -16,15 +17,15 @@ LARGEST_HEAD = 128
 class TensorAttentionFamily(KernelFamily[Attention]):
     """The kernel of :mod:`sparse_tvm.schedules.cuda.attention`.
 
-    Operands are q, k and v in rows of float16, and the mask in float32 if there is one.
+    Operands are q, k and v in rows of 16-bit floats, and the mask in float32 if there is one.
     """
 
     name: ClassVar[str] = "tensor_attention"
     operator: ClassVar[type[Attention]] = Attention
 
     def refuses(self, op: Attention, target: CudaTarget) -> str | None:
-        if op.types != PRECISIONS["fp16"]:
-            return f"{self.name} computes fp16 only"
+        if op.types not in HALVES:
+            return f"{self.name} computes fp16 and bf16 only"
         if op.sizes is None or any(size % 8 or size > LARGEST_HEAD for size in op.sizes):
             return f"{self.name} takes heads of 8, 16, ... {LARGEST_HEAD} features"
         return None

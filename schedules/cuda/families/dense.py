@@ -1,4 +1,4 @@
-"""Dense layers: on tensor cores in float16, and in float32."""
+"""Dense layers: on tensor cores in float16 or bfloat16, and in float32."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from sparse_tvm.targets.cuda import CudaTarget
 FUNCTIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
 """Activations that an epilogue can have."""
 
+HALVES = (PRECISIONS["fp16"], PRECISIONS["bf16"])
+"""Types that tensor cores multiply."""
+
 BLOCKS = ((16, 16), (32, 32), (64, 64))
 """Blocks that there are kernels for, rows by columns."""
 
@@ -30,8 +33,8 @@ class TensorDenseFamily(WeightedFamily[Dense]):
     operator: ClassVar[type[Dense]] = Dense
 
     def refuses(self, op: Dense, target: CudaTarget) -> str | None:
-        if op.types != PRECISIONS["fp16"]:
-            return f"{self.name} computes fp16 only"
+        if op.types not in HALVES:
+            return f"{self.name} computes fp16 and bf16 only"
         if op.matrix[1] % 8:
             return f"{self.name} reads eight inputs at a time, not {op.matrix[1]}"
         return refused_step(op)
@@ -57,7 +60,7 @@ class TensorDenseFamily(WeightedFamily[Dense]):
     def pack(
         self, op: Dense, w: np.ndarray, layout: Layout, target: CudaTarget
     ) -> dict[str, np.ndarray]:
-        return weight_arrays(w, layout)
+        return weight_arrays(w, layout, op.types.weight)
 
     def build(
         self, op: Dense, operands: Sequence[Extents], output: Extents, target: CudaTarget

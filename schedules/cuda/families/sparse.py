@@ -1,4 +1,4 @@
-"""Dense layers with unstructured weights, in float16 on CUDA cores."""
+"""Dense layers with unstructured weights, in float16 or bfloat16, on CUDA cores."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import ClassVar
 import numpy as np
 
 from sparse_tvm.families import Extents, Kernel, WeightedFamily, Wish, Work
-from sparse_tvm.operators import PRECISIONS, Dense, Layout
+from sparse_tvm.operators import Dense, Layout
 from sparse_tvm.schedules.cuda.cost import row_seconds
-from sparse_tvm.schedules.cuda.families.dense import known_tokens, layer_work, refused_step
+from sparse_tvm.schedules.cuda.families.dense import HALVES, known_tokens, layer_work, refused_step
 from sparse_tvm.schedules.cuda.sparse_rows import LARGEST_INPUTS, row_arrays, row_tile
-from sparse_tvm.schedules.cuda.weights import LARGEST_HALF
 from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.targets.cuda import CudaTarget
 
@@ -24,8 +23,8 @@ class SparseDenseFamily(WeightedFamily[Dense]):
     operator: ClassVar[type[Dense]] = Dense
 
     def refuses(self, op: Dense, target: CudaTarget) -> str | None:
-        if op.types != PRECISIONS["fp16"]:
-            return f"{self.name} computes fp16 only"
+        if op.types not in HALVES:
+            return f"{self.name} computes fp16 and bf16 only"
         if op.matrix[1] % 8:
             return f"{self.name} reads eight inputs at a time, not {op.matrix[1]}"
         if op.matrix[1] > LARGEST_INPUTS:
@@ -45,7 +44,7 @@ class SparseDenseFamily(WeightedFamily[Dense]):
     def pack(
         self, op: Dense, w: np.ndarray, layout: Layout, target: CudaTarget
     ) -> dict[str, np.ndarray]:
-        return row_arrays(np.clip(w, -LARGEST_HALF, LARGEST_HALF).astype(np.float16))
+        return row_arrays(w, op.types.weight)
 
     def build(
         self, op: Dense, operands: Sequence[Extents], output: Extents, target: CudaTarget
