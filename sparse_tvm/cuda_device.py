@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from sparse_tvm.cudart import LEGACY_STREAM, CudaRuntime
-from sparse_tvm.devices import Buffer, Cpu, Device, register_device
+from sparse_tvm.devices import Buffer, Cpu, Device, Resident, register_device
 from sparse_tvm.errors import DeviceError, OptionError
 from sparse_tvm.pinned import PinnedMemory
 
@@ -85,44 +86,58 @@ class Cuda(Device):
         return handle or LEGACY_STREAM
 
     @contextmanager
-    def submitting(self, stream: int | None = None) -> Iterator[None]:
+    def submitting(self, stream: int | None = None, after: Collection[int] = ()) -> Iterator[None]:
         """Submit to a stream, by default the device's own, after all that came before."""
-        self._stream = self._queue.stream if stream is None else stream
-        with self._queue.after_the_last(self._stream):
+        with self._queue.turn:
+            self._stream = self._queue.stream if stream is None else stream
             before = self._cudart.current_device()
-            self._cudart.use_device(self.index)
+            if before != self.index:
+                self._cudart.use_device(self.index)
+            self._queue.begin(self._stream)
+            for other in after:
+                self._queue.follow(other, self._stream)
             try:
                 with self.tvm_ffi.use_raw_stream(self._device, self._stream):
                     yield
             finally:
-                self._cudart.use_device(before)
+                self._queue.end(self._stream)
+                if before != self.index:
+                    self._cudart.use_device(before)
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:
         """Memory of the GPU, and pinned memory to write inputs into."""
         tensor = self._allocate(list(shape), self.tvm_ffi.dtype(str(dtype)), self._device, None)
-        return Buffer(shape, tensor, self._pinned.array(shape, dtype))
+        host = self._pinned.array(shape, dtype)
+        return Buffer(shape, tensor, host, (tensor.data_ptr(), _address(host)))
 
     def constant(self, array: np.ndarray) -> Any:
         """A copy on the GPU."""
         plain = np.ascontiguousarray(array)
         shape, dtype = plain.shape, self.tvm_ffi.dtype(str(plain.dtype))
         tensor = self._allocate(list(shape), dtype, self._device, None)
-        self._copy(tensor.data_ptr(), plain.ctypes.data, plain.nbytes)
+        self._copy(tensor.data_ptr(), _address(plain), plain.nbytes)
         self.wait()
         return tensor
 
-    def adopt(self, value: Any, stream: int | None) -> Any:
-        """Have the producer order its work before ours, and take its memory."""
+    def adopt(self, value: Any, stream: int | None) -> Resident:
+        """Take a tensor's memory; have its library order its work before ours, or do it later.
+
+        PyTorch would make an event for each of its tensors, which takes longer than all else here.
+        """
         if isinstance(value, self.tvm_ffi.Tensor):  # ours, ordered by the queue
-            return value
+            return Resident(value)
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(value, torch.Tensor) and _is_plain(value):
+            producer = torch.cuda.current_stream(self.index).cuda_stream
+            return Resident(self.tvm_ffi.from_dlpack(value), producer or LEGACY_STREAM)
         chosen = self._queue.stream if stream is None else stream
-        return self.tvm_ffi.from_dlpack(value.__dlpack__(stream=chosen))
+        return Resident(self.tvm_ffi.from_dlpack(value.__dlpack__(stream=chosen)))
 
     def copy_in(self, array: np.ndarray, buffer: Buffer) -> None:
         """Copy into the pinned memory, and let the GPU fetch it."""
         assert buffer.host is not None
         np.copyto(buffer.host, array)
-        self._copy(buffer.tensor.data_ptr(), buffer.host.ctypes.data, buffer.host.nbytes)
+        self._copy(*buffer.addresses, buffer.host.nbytes)
 
     def copy_within(self, tensor: Any, buffer: Buffer) -> None:
         """Copy on the GPU."""
@@ -133,20 +148,15 @@ class Cuda(Device):
         arrays = []
         for tensor in tensors:
             array = self._pinned.array(tuple(tensor.shape), np.dtype(str(tensor.dtype)))
-            self._copy(array.ctypes.data, tensor.data_ptr(), array.nbytes)
+            self._copy(_address(array), tensor.data_ptr(), array.nbytes)
             arrays.append(array)
         return arrays
 
-    def keep(self, tensors: Sequence[Any], shared: Collection[int]) -> list[Any]:
-        """Results as they are, or copies of those that are somebody else's."""
-        owned: dict[int, Any] = {}
-        for tensor in tensors:
-            if tensor.data_ptr() in shared or tensor.data_ptr() in owned:
-                copy = self._allocate(list(tensor.shape), tensor.dtype, self._device, None)
-                self._copy(copy.data_ptr(), tensor.data_ptr(), _nbytes(tensor))
-                tensor = copy
-            owned[tensor.data_ptr()] = tensor
-        return list(owned.values())
+    def duplicate(self, tensor: Any) -> Any:
+        """A copy on the GPU."""
+        copy = self._allocate(list(tensor.shape), tensor.dtype, self._device, None)
+        self._copy(copy.data_ptr(), tensor.data_ptr(), _nbytes(tensor))
+        return copy
 
     def wait(self) -> None:
         """Wait for the stream of the last submission."""
@@ -162,6 +172,15 @@ class Cuda(Device):
             self._cudart.copy(target, source, nbytes, self._stream)
 
 
+def _is_plain(tensor: Any) -> bool:
+    """Whether PyTorch would hand a tensor over: it needs no gradient, and is what it seems."""
+    return not (tensor.requires_grad or tensor.is_neg())
+
+
+def _address(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
 def _nbytes(tensor: Any) -> int:
     return int(tensor.numel()) * np.dtype(str(tensor.dtype)).itemsize
 
@@ -175,18 +194,34 @@ class _Queue:
     def __init__(self, cudart: CudaRuntime, index: int) -> None:
         before = cudart.current_device()
         cudart.use_device(index)
-        self._cudart, self._turn = cudart, threading.Lock()
-        self.stream, self._last = cudart.create_stream(), cudart.create_event()
+        self._cudart, self.turn = cudart, threading.Lock()
+        self.stream = cudart.create_stream()
+        self._last, self._others = cudart.create_event(), cudart.create_event()
+        self._was_elsewhere = False
         cudart.use_device(before)
 
-    @contextmanager
-    def after_the_last(self, stream: int) -> Iterator[None]:
-        with self._turn:
+    def begin(self, stream: int) -> None:
+        """Let a stream wait for the last turn, unless that was in the same stream of ours.
+
+        Others' streams may be gone when the next turn comes, so those are marked at once.
+        """
+        elsewhere = stream != self.stream
+        if elsewhere and not self._was_elsewhere:
+            self._cudart.record(self._last, self.stream)
+        if elsewhere or self._was_elsewhere:
             self._cudart.wait_for(self._last, stream)
-            try:
-                yield
-            finally:
-                self._cudart.record(self._last, stream)
+
+    def follow(self, other: int, stream: int) -> None:
+        """Let a stream wait for what somebody has asked of another."""
+        if other != stream:
+            self._cudart.record(self._others, other)
+            self._cudart.wait_for(self._others, stream)
+
+    def end(self, stream: int) -> None:
+        """Note where the turn was."""
+        self._was_elsewhere = stream != self.stream
+        if self._was_elsewhere:
+            self._cudart.record(self._last, stream)
 
 
 @cache

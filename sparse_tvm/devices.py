@@ -38,12 +38,25 @@ class Buffer(NamedTuple):
     tensor : tvm_ffi.Tensor
         As programs take it.
     host : np.ndarray | None
-        The same memory where NumPy can see it.
+        The same memory where NumPy can see it, or memory that is copied there.
+    addresses : tuple[int, int]
+        Of the tensor, and of the host's memory, where that is another.
     """
 
     shape: tuple[int, ...]
     tensor: Any
     host: np.ndarray | None = None
+    addresses: tuple[int, int] = (0, 0)
+
+
+class Resident(NamedTuple):
+    """A tensor that lies on the device, and the stream that it is computed in.
+
+    The stream is None where nobody has to wait for it any more.
+    """
+
+    tensor: Any
+    producer: int | None = None
 
 
 class Device(ABC):
@@ -98,8 +111,9 @@ class Device(ABC):
         """
 
     @contextmanager
-    def submitting(self, stream: int | None = None) -> Iterator[None]:
-        """Alone with the device: everything within is asked of it in one stream, in order."""
+    def submitting(self, stream: int | None = None, after: Collection[int] = ()) -> Iterator[None]:
+        """Alone with the device: everything within is asked of it in one stream, in order, and
+        after what other streams have been asked."""
         yield
 
     @abstractmethod
@@ -110,10 +124,10 @@ class Device(ABC):
     def constant(self, array: np.ndarray) -> Any:
         """A weight as a tensor that programs read; it is never written."""
 
-    def adopt(self, value: Any, stream: int | None) -> Any:
-        """A tensor over memory of the device that speaks DLPack, ready for use in a stream.
+    def adopt(self, value: Any, stream: int | None) -> Resident:
+        """Memory of the device that speaks DLPack, as a tensor for use in a stream.
 
-        This, :meth:`copy_within` and :meth:`keep` are not asked of hosts.
+        This, :meth:`copy_within` and :meth:`duplicate` are not asked of hosts.
         """
         raise NotImplementedError
 
@@ -130,9 +144,8 @@ class Device(ABC):
         """Results as arrays that belong to the caller: none shares memory with another, or with
         those in ``shared``. What is in them is there after :meth:`wait`."""
 
-    def keep(self, tensors: Sequence[Any], shared: Collection[int]) -> list[Any]:
-        """Results as tensors of the device that belong to the caller: none is at an address in
-        ``shared``, or at another's."""
+    def duplicate(self, tensor: Any) -> Any:
+        """A copy of a tensor, on the device."""
         raise NotImplementedError
 
     @abstractmethod

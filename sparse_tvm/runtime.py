@@ -18,7 +18,7 @@ from sparse_tvm.artifact import (
 )
 from sparse_tvm.collection import without_collection
 from sparse_tvm.cpu import allow_amx, architecture, cpu_model, host_features, usable_cores
-from sparse_tvm.devices import Device, open_device, parse_device
+from sparse_tvm.devices import Device, Resident, open_device, parse_device
 from sparse_tvm.errors import ArtifactError, InputError, OptionError
 from sparse_tvm.spec import LARGEST_SIZE, TensorSpec, size_of, symbols_of
 from sparse_tvm.staging import StagedInput
@@ -153,6 +153,7 @@ class Model:
         self._device = device
         self.device, self.hardware = str(device), device.hardware()
         self._staged = [StagedInput(spec, device) for spec in self.inputs]
+        self._has_open_sizes = any(symbols_of(dim) for spec in self.inputs for dim in spec.shape)
         self._memory = MemoryBound()
         self._mapped = mapped
         self._weights = _weights_tuple(mapped, manifest["weights"], device)
@@ -235,7 +236,7 @@ class Model:
         """
         handle = self._device.stream_of(stream)
         values = self._checked(self._named(inputs), handle)
-        resident = [not isinstance(value, np.ndarray) for value in values]
+        resident = [isinstance(value, Resident) for value in values]
         stays = (any(resident) if on_device is None else on_device) and not self._device.is_host
         returns = stays and handle is not None and all(resident)
         results = self._machine.call(
@@ -295,7 +296,7 @@ class Model:
         return {spec.name: value for spec, value in zip(self.inputs, inputs, strict=True)}
 
     def _checked(self, inputs: Mapping[str, Any], stream: int | None = None) -> list[Any]:
-        """Return the inputs as arrays, or tensors of the device, in the model's order."""
+        """Return the inputs as arrays, or as residents of the device, in the model's order."""
         self._refuse_if_closed()
         if len(inputs) != len(self._staged) or any(
             staged.spec.name not in inputs for staged in self._staged
@@ -344,12 +345,14 @@ class Model:
     ) -> list[Any]:
         """Run `main`; the machine sees to it that nothing else touches the staged inputs."""
         self._refuse_if_closed()  # it may have been while this run waited for its turn
-        with self._device.submitting(stream):
-            shapes = tuple(tuple(value.shape) for value in values)
-            sizes = [
-                staged.nbytes(shape) for staged, shape in zip(self._staged, shapes, strict=True)
-            ]
-            self._memory.before_run(shapes, sum(sizes))
+        residents = [value for value in values if isinstance(value, Resident)]
+        after = {value.producer for value in residents if value.producer is not None}
+        with self._device.submitting(stream, after):
+            if self._has_open_sizes:
+                shapes = tuple(
+                    v.tensor.shape if isinstance(v, Resident) else v.shape for v in values
+                )
+                self._memory.before_run(shapes, sum(map(StagedInput.nbytes, self._staged, shapes)))
             tensors = [staged.fill(v) for staged, v in zip(self._staged, values, strict=True)]
             results = self._results(main, tensors)
             owned = self._kept(main, results, tensors) if stays else self._copied(results)
@@ -371,12 +374,19 @@ class Model:
         TVM does not tell which are constants of the program. Two runs whose results all live share
         them, so the first of these runs is made twice.
         """
-        inputs = _addresses(tensors)
+        taken = _addresses(tensors)
         if self._own is None:
             again = self._results(main, tensors)
-            constants = (_addresses(results) & _addresses(again)) - inputs
+            constants = (_addresses(results) & _addresses(again)) - taken
             self._own = _addresses(self._weights) | constants
-        return self._device.keep(results, self._own | inputs)
+        owned = []
+        for result in results:
+            address = result.data_ptr()
+            if address in taken or address in self._own:
+                result = self._device.duplicate(result)
+            taken.add(address)
+            owned.append(result)
+        return owned
 
 
 def _addresses(tensors: Sequence[Any]) -> set[int]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from sparse_tvm.devices import ALIGNMENT, Device
+from sparse_tvm.devices import ALIGNMENT, Buffer, Device, Resident
 from sparse_tvm.errors import InputError
 from sparse_tvm.spec import TensorSpec
 
@@ -22,25 +23,26 @@ class StagedInput:
 
     def __init__(self, spec: TensorSpec, device: Device) -> None:
         self.spec, self._device = spec, device
-        self._dtype = np.dtype(spec.dtype)
+        self._dtype, self._name = np.dtype(spec.dtype), spec.dtype
         self._symbolic = any(isinstance(dim, str) for dim in spec.shape)
         shape = tuple(0 if isinstance(dim, str) else dim for dim in spec.shape)
         self.buffer = device.allocate(shape, self._dtype)
 
     def checked(self, value: Any, sizes: dict[str, int], stream: int | None) -> Any:
-        """Return `value` as an array, or tensor of the device, of this input's dtype and shape.
+        """Return `value` as an array, or `Resident`, of this input's dtype and shape.
 
         `sizes` holds what the symbolic dimensions stand for, and learns from this shape. A tensor
         of the device will be read in `stream`.
         """
         if not isinstance(value, np.ndarray):
-            if not _is_elsewhere(value):
-                value = self._as_array(value)
-            else:
-                value = self._as_tensor(value, stream)
-        if isinstance(value, np.ndarray):
-            self._check_dtype(value.dtype.newbyteorder("="), f".astype({self._dtype.name!r})")
-        shape = tuple(value.shape)
+            is_there = _is_elsewhere(value)
+            value = self._as_tensor(value, stream) if is_there else self._as_array(value)
+        if isinstance(value, Resident):
+            shape = value.tensor.shape
+        else:
+            shape = value.shape
+            if value.dtype not in (self._dtype, self._dtype.newbyteorder()):
+                raise self._wrong_dtype(value.dtype, f".astype({self._name!r})")
         if self._symbolic:
             self._check_symbolic(shape, sizes)
         elif shape != self.spec.shape:
@@ -54,17 +56,17 @@ class StagedInput:
     def fill(self, value: Any) -> Any:
         """Return `value` as the program may read it: copied into the buffer, unless it lies on
         the device and is aligned."""
-        is_array = isinstance(value, np.ndarray)
-        if not is_array and value.data_ptr() % ALIGNMENT == 0:
-            return value
-        shape = tuple(value.shape)
-        if shape != self.buffer.shape:
-            self.buffer = self._device.allocate(shape, self._dtype)
-        copy = self._device.copy_in if is_array else self._device.copy_within
+        copy: Callable[[Any, Buffer], None] = self._device.copy_in
+        if isinstance(value, Resident):
+            value, copy = value.tensor, self._device.copy_within
+            if value.data_ptr() % ALIGNMENT == 0:
+                return value
+        if value.shape != self.buffer.shape:
+            self.buffer = self._device.allocate(value.shape, self._dtype)
         copy(value, self.buffer)
         return self.buffer.tensor
 
-    def _as_tensor(self, value: Any, stream: int | None) -> Any:
+    def _as_tensor(self, value: Any, stream: int | None) -> Resident:
         """A tensor of the device over the memory of one that speaks DLPack."""
         kind, index = value.__dlpack_device__()
         device = self._device
@@ -73,18 +75,14 @@ class StagedInput:
             hint = f"move it to {'the host' if device.is_host else device}"
             raise self._mismatch(f"is on {place}, and the model on {device}", hint=hint)
         try:
-            tensor = device.adopt(value, stream)
+            adopted = device.adopt(value, stream)
         except (BufferError, ValueError, TypeError, RuntimeError) as error:
             raise self._mismatch(f"cannot be read: {error}") from error
-        self._check_dtype(str(tensor.dtype), f".to() {self._dtype}")
-        if not tensor.is_contiguous():
+        if adopted.tensor.dtype != self._name:
+            raise self._wrong_dtype(adopted.tensor.dtype, f".to(torch.{self._name})")
+        if not adopted.tensor.is_contiguous():
             raise self._mismatch("is not contiguous", hint="call .contiguous() on it")
-        return tensor
-
-    def _check_dtype(self, found: Any, how: str) -> None:
-        if found != self._dtype:
-            problem = f"has dtype {found}, expected {self._dtype}"
-            raise self._mismatch(problem, hint=f"convert it with {how}")
+        return adopted
 
     def _as_array(self, value: Any) -> np.ndarray:
         # Ragged lists, and tensors of another device or that need gradients, are refused.
@@ -105,6 +103,10 @@ class StagedInput:
                 raise self._wrong_shape(shape, f" where {dim} is {sizes[dim]} in another place")
             if not isinstance(dim, str) and size != dim:
                 raise self._wrong_shape(shape)
+
+    def _wrong_dtype(self, found: Any, how: str) -> InputError:
+        problem = f"has dtype {found}, expected {self._name}"
+        return self._mismatch(problem, hint=f"convert it with {how}")
 
     def _wrong_shape(self, shape: tuple[int, ...], why: str = "") -> InputError:
         found, expected = (", ".join(map(str, dims)) for dims in (shape, self.spec.shape))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,10 +114,13 @@ def test_streams(artifacts, cudart):
             assert all(tensor.streams[-1] == handle for tensor in feed.values())
             waited = [entry for entry in cudart.log if entry[0] == "synchronize"]
             assert waited == ([("synchronize", own)] if stream is None else [])
-            assert [entry[0] for entry in cudart.log if entry[-1] == handle][:2] == [
-                "wait",
-                "record",
-            ]
+            order = [entry[0] for entry in cudart.log if entry[-1] == handle]
+            if stream is None:
+                assert order == ["synchronize"]
+            else:  # after the last, wherever that was, and before the next
+                assert order == ["wait", "record"]
+        model.run(feed)
+        assert cudart.log[-2][::2] == ("wait", own)
         cudart.log.clear()
         model.run(FEED, stream=77)
         assert cudart.log[-1] == ("synchronize", 77)
@@ -315,3 +320,37 @@ def test_an_error_of_the_device(artifacts, cudart, monkeypatch):
         monkeypatch.setattr(cudart, "synchronize", fail)
         with pytest.raises(DeviceError, match="illegal memory access"):
             model.run(FEED)
+
+
+def test_a_stream_of_pytorch(artifacts, cudart, monkeypatch):
+    """What PyTorch is still computing is waited for, once for all inputs."""
+
+    class Tensor(Foreign):
+        requires_grad = False
+
+        def is_neg(self):
+            return False
+
+    current = SimpleNamespace(cuda_stream=55)
+    torch = SimpleNamespace(
+        Tensor=Tensor, cuda=SimpleNamespace(current_stream=lambda index: current)
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    with sparse_tvm.load(artifacts / "fixed.so") as model:
+        feed = {key: Tensor(on_device(array).tensor) for key, array in FEED.items()}
+        own = model._device._queue.stream
+        for stream, handle in ((55, 55), (0, 1)):
+            current.cuda_stream = stream
+            cudart.log.clear()
+            model.run(feed)
+            recorded, waiting, _ = cudart.log
+            assert recorded == ("record", waiting[1], handle)
+            assert waiting == ("wait", recorded[1], own)
+        cudart.log.clear()
+        current.cuda_stream = 77
+        model.run(feed, stream=77)
+        assert [entry[0] for entry in cudart.log] == ["record", "wait", "record"]
+        Tensor.requires_grad = True
+        cudart.log.clear()
+        model.run(feed)
+        assert all(tensor.streams == [None, None, None, own] for tensor in feed.values())
