@@ -125,8 +125,11 @@ class _FuseAttention(Rewrite):
         form, refusal = attention_form(op, (q.size, v.size), self._context)
         if form is None:
             raise _NotAttention(refusal)
-        merged = dialect.call(op, args, (q.batch, q.rows, q.heads * v.size))
-        return relax.op.reshape(self.emit(merged, "attention"), shape_of(var))
+        shape = (q.batch, q.rows, q.heads * v.size)
+        merged = self.emit(dialect.call(op, args, shape), "attention")
+        return (
+            merged if same_shape(shape, shape_of(var)) else relax.op.reshape(merged, shape_of(var))
+        )
 
     def _rows(self, heads: _Heads) -> Any:
         """The unsplit tensor as ``[B, S, H * D]``."""

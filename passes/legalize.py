@@ -7,7 +7,7 @@ operators pass through them as opaque calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tvm
@@ -21,11 +21,15 @@ Rule = Callable[[relax.BlockBuilder, relax.Call], Any]
 
 
 def legalized(
-    module: tvm.IRModule, target: Mapping[str, Any], opaque: Mapping[str, Rule]
+    module: tvm.IRModule,
+    target: Mapping[str, Any],
+    opaque: Mapping[str, Rule],
+    kept: Sequence[str] = (),
 ) -> tvm.IRModule:
     """The module in TIR for a target (as TVM takes it).
 
-    ``opaque`` has rules for operators that become no loop nests, by Relax's names.
+    ``opaque`` has rules for operators that become no loop nests, by Relax's names; those that are
+    ``kept`` stay calls of Relax where they are views.
     """
     with tvm.target.Target(dict(target)):
         lower = tvm.transform.Sequential(
@@ -44,7 +48,7 @@ def legalized(
         finish = tvm.transform.Sequential(
             [
                 # What is no loop nest can only come now: the passes above stumble over it.
-                relax.transform.LegalizeOps(dict(opaque)),
+                relax.transform.LegalizeOps(dict(opaque), skip_ops=list(kept)),
                 relax.backend.DispatchSortScan(),  # cumulative sums
                 relax.transform.DeadCodeElimination(["main"]),
             ]

@@ -403,6 +403,8 @@ class Attention(Operator):
         For an additive mask, whether it has batch, heads, queries and keys, or extent 1 there.
     sizes : tuple[int, int] | None
         Features of one head of q and k, and of v, where they decide which kernels there are.
+    starts : tuple[int, int, int]
+        The first feature of q, k and v in operands that are wider than all their heads.
     """
 
     name: ClassVar[str] = "attention"
@@ -412,6 +414,7 @@ class Attention(Operator):
     scale: float
     mask: tuple[bool, bool, bool, bool] | None = None
     sizes: tuple[int, int] | None = None
+    starts: tuple[int, int, int] = (0, 0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tvm import relax, te, tirx, topi
 
-from sparse_tvm.operators import PRECISIONS, Attention, Dense, Operator
+from sparse_tvm.operators import PRECISIONS, Attention, Dense, LayerNorm, Operator
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.graph import Rewrite, dtype_of, is_tensor, op_name, shape_of
 from sparse_tvm.passes.infrastructure import Context, graph_pass
@@ -66,6 +66,8 @@ class _HalfStorage(Rewrite):
         """An operand of an operator of ours: tensor cores read 16 bits, masks are as they were."""
         if isinstance(op, Attention):
             return self._converted(new, op.types.input if index < _MASK else "float32")
+        if isinstance(op, LayerNorm) and index > 0:
+            return self._converted(new, "float32")
         layer = isinstance(op, Dense) and op.types.input in LARGEST and index == 0
         return self._converted(new, op.types.input) if layer else new
 

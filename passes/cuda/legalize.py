@@ -19,7 +19,8 @@ from sparse_tvm.passes.program import Program
 def legalize(program: Program, context: Context) -> Program:
     """Apply the pass."""
     target = context.target.tvm_target()
-    program.module = legalized(program.module, target, {"relax.cumsum": _cumulative_sum})
+    rules = {"relax.cumsum": _cumulative_sum}
+    program.module = legalized(program.module, target, rules, kept=["relax.reshape"])
     return program
 
 

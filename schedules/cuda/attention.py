@@ -51,7 +51,8 @@ class AttentionProblem:
     op : Attention
         With the sizes of its heads.
     q, k, v : Extents
-        float16, or bfloat16, ``[batch, rows, features]``.
+        float16, or bfloat16, ``[batch, rows, features]``, features being those of all heads or
+        more.
     mask : Extents | None
         float32, extents 1 where the operator's mask has none.
     y : Extents
@@ -223,7 +224,7 @@ class _AttentionKernel:
             if chunks * 8 != size:
                 valid = tirx.all(valid, part * 8 < size)
             source = (self.batch * rows + first + row) * self.features[which]
-            source += self.head * size + part * 8
+            source += self.op.starts[which] + self.head * size + part * 8
             source = tirx.if_then_else(valid, source, 0)
             there = instructions.address(array, source)
             instructions.copy16(self._address(at + row * stride + part), there, valid)

@@ -157,11 +157,11 @@ STVM_SHUFFLED(quad_sum, 1, 2, a + b)
 STVM_SHUFFLED(warp_sum, 1, 16, a + b)
 
 // What a half of a word stands for: the lower one for columns 0, 2, ...
-STVM_FUNCTION float stvm_half_of(stvm_word word, int column) {
+STVM_FUNCTION float stvm_unpack(stvm_word word, int column) {
   unsigned short bits = (unsigned short)(word >> (16 * (column % 2)));
   return __half2float(*(const half*)&bits);
 }
-STVM_FUNCTION float stvm_bfloat16_of(stvm_word word, int column) {
+STVM_FUNCTION float stvm_unpack_bfloat16(stvm_word word, int column) {
   stvm_word bits = column % 2 ? word & 0xffff0000u : word << 16;
   return *(const float*)&bits;
 }
@@ -195,8 +195,8 @@ template <class Value> inline float stvm_a_of(Value value, const stvm_word (*a)[
     } \
   }
 #endif
-STVM_MULTIPLY(stvm_multiply, "f16", stvm_half_of)
-STVM_MULTIPLY(stvm_multiply_bfloat16, "bf16", stvm_bfloat16_of)
+STVM_MULTIPLY(stvm_multiply, "f16", stvm_unpack)
+STVM_MULTIPLY(stvm_multiply_bfloat16, "bf16", stvm_unpack_bfloat16)
 
 // D += A B with 32 columns of A, of every four of which two are stored: `a` is the A of 16 columns
 // that are left, and `places` tells which they were. Of each four threads the first two give it,
@@ -230,8 +230,8 @@ STVM_MULTIPLY(stvm_multiply_bfloat16, "bf16", stvm_bfloat16_of)
     } \
   }
 #endif
-STVM_MULTIPLY_2_OF_4(stvm_multiply_2_of_4, "f16", stvm_half_of)
-STVM_MULTIPLY_2_OF_4(stvm_multiply_2_of_4_bfloat16, "bf16", stvm_bfloat16_of)
+STVM_MULTIPLY_2_OF_4(stvm_multiply_2_of_4, "f16", stvm_unpack)
+STVM_MULTIPLY_2_OF_4(stvm_multiply_2_of_4_bfloat16, "bf16", stvm_unpack_bfloat16)
 
 // sums[i] += value x[i] for so many 16-bit floats at x, which lies in shared memory; the value is
 // the lower half of a pair. What is multiplied is exact in float32.
@@ -241,12 +241,12 @@ STVM_MULTIPLY_2_OF_4(stvm_multiply_2_of_4_bfloat16, "bf16", stvm_bfloat16_of)
     const stvm_word* words = (const stvm_word*)&all; \
     for (int i = 0; i < n; ++i) sums[i] += value(pair, 0) * value(words[i / 2], i); \
   }
-STVM_MULTIPLY_ADD(stvm_multiply_add, 2, stvm_word, stvm_half_of)
-STVM_MULTIPLY_ADD(stvm_multiply_add, 4, uint2, stvm_half_of)
-STVM_MULTIPLY_ADD(stvm_multiply_add, 8, uint4, stvm_half_of)
-STVM_MULTIPLY_ADD(stvm_multiply_add_bfloat16, 2, stvm_word, stvm_bfloat16_of)
-STVM_MULTIPLY_ADD(stvm_multiply_add_bfloat16, 4, uint2, stvm_bfloat16_of)
-STVM_MULTIPLY_ADD(stvm_multiply_add_bfloat16, 8, uint4, stvm_bfloat16_of)
+STVM_MULTIPLY_ADD(stvm_multiply_add, 2, stvm_word, stvm_unpack)
+STVM_MULTIPLY_ADD(stvm_multiply_add, 4, uint2, stvm_unpack)
+STVM_MULTIPLY_ADD(stvm_multiply_add, 8, uint4, stvm_unpack)
+STVM_MULTIPLY_ADD(stvm_multiply_add_bfloat16, 2, stvm_word, stvm_unpack_bfloat16)
+STVM_MULTIPLY_ADD(stvm_multiply_add_bfloat16, 4, uint2, stvm_unpack_bfloat16)
+STVM_MULTIPLY_ADD(stvm_multiply_add_bfloat16, 8, uint4, stvm_unpack_bfloat16)
 
 // Add to a value what the thread has whose number differs in one bit.
 STVM_FUNCTION void stvm_add_lanes(float* value, int bit) {

@@ -99,6 +99,11 @@ def pack(first: Expr, second: Expr, dtype: str = "float16") -> Expr:
     return value(_of("pack", dtype), first, second, dtype="uint32")
 
 
+def unpack(word: Expr, which: int, dtype: str = "float16") -> Expr:
+    """One of the two 16-bit floats of a word."""
+    return value(_of("unpack", dtype), word, which)
+
+
 def _of(name: str, dtype: str) -> str:
     """A function's name for elements of a type."""
     return name if dtype == "float16" else f"{name}_{dtype}"

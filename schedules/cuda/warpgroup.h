@@ -221,7 +221,7 @@ inline stvm_word stvm_pack_finite(float low, float high) {
 }
 
 inline stvm_word stvm_add_pairs(stvm_word a, stvm_word b) {
-  return stvm_pack_finite(stvm_half_of(a, 0) + stvm_half_of(b, 0), stvm_half_of(a, 1) + stvm_half_of(b, 1));
+  return stvm_pack_finite(stvm_unpack(a, 0) + stvm_unpack(b, 0), stvm_unpack(a, 1) + stvm_unpack(b, 1));
 }
 
 inline void stvm_store_matrices(void* row, stvm_word a, stvm_word b, stvm_word c, stvm_word d) {

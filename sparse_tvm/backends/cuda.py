@@ -11,6 +11,7 @@ from sparse_tvm.errors import DeviceError
 from sparse_tvm.schedules.cuda.cost import other_seconds
 from sparse_tvm.schedules.cuda.families.attention import TensorAttentionFamily
 from sparse_tvm.schedules.cuda.families.dense import CoreDenseFamily, TensorDenseFamily
+from sparse_tvm.schedules.cuda.families.row_norm import RowNormFamily
 from sparse_tvm.schedules.cuda.families.sparse import SparseDenseFamily
 from sparse_tvm.schedules.cuda.families.warpgroup import WarpgroupDenseFamily
 from sparse_tvm.targets.cuda import CUDA_TARGETS, CudaTarget
@@ -36,6 +37,7 @@ class CudaBackend(Backend):
                 SparseDenseFamily(),
                 CoreDenseFamily(),
                 TensorAttentionFamily(),
+                RowNormFamily(),
             ]
         )
 
@@ -64,11 +66,14 @@ class CudaBackend(Backend):
     def phases(self) -> Sequence[Phase]:
         from sparse_tvm.passes.cuda.half_storage import half_storage
         from sparse_tvm.passes.cuda.legalize import legalize
+        from sparse_tvm.passes.cuda.norm_rows import norm_rows
         from sparse_tvm.passes.cuda.schedule_rest import schedule_rest
+        from sparse_tvm.passes.cuda.slice_heads import slice_heads
         from sparse_tvm.passes.infrastructure import Phase
         from sparse_tvm.passes.lower_kernels import lower_kernels
 
         return (
+            Phase("rows", (norm_rows, slice_heads)),
             Phase("legalise", (legalize,)),
             Phase("half storage", (half_storage,)),
             Phase("schedule", (lower_kernels, schedule_rest)),

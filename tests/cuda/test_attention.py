@@ -131,6 +131,21 @@ def test_a_query_without_any_key():
     np.testing.assert_array_equal(found[:, 3], 0)  # as where a guard replaces NaN
 
 
+def test_parts_of_one_tensor():
+    case = Case(batch=2, queries=19, keys=19, size=24, value_size=32)
+    rng = np.random.default_rng(0)
+    q, k = rng.standard_normal((2, 2, 19, 48)).astype(np.float16)
+    v = rng.standard_normal((2, 19, 64)).astype(np.float16)
+    op = Attention(
+        heads=2, scale=0.2, types=PRECISIONS["fp16"], sizes=(24, 32), starts=(64, 112, 0)
+    )
+    packed = np.concatenate([v, q, k], axis=-1)
+    x, y = Extents((2, 19, 160), "float16"), np.empty((2, 19, 64), np.float16)
+    kernel = attention(AttentionProblem(op, x, x, x, None, Extents(y.shape, "float16")))
+    wanted = expected(case, q, k, v, None, 0.2)
+    np.testing.assert_allclose(run(kernel, [packed] * 3, y), wanted, atol=4e-3)
+
+
 @pytest.mark.parametrize("out", ["bfloat16", "float32"])
 def test_bfloat16(out):
     compare(Case(queries=40, keys=70, size=64, value_size=64, dtype="bfloat16", out=out))

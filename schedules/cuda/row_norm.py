@@ -1,0 +1,161 @@
+"""Layer norm: a warp has a row in its registers, read once and written once.
+
+Each thread reads eight neighbouring elements at a time. The mean comes first, then the variance of
+what is left of the row without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from sparse_tvm.families import Extents
+from sparse_tvm.schedules.cuda import instructions
+from sparse_tvm.schedules.cuda.build import (
+    Registers,
+    argument,
+    flat,
+    prim_func,
+    registers,
+    size_of,
+    tensor,
+)
+from sparse_tvm.schedules.cuda.storage import LARGEST
+
+Expr = Any
+Buffer = Any
+
+_WARPS = 4
+"""Rows of a thread block."""
+
+_CHUNK = 8
+"""Elements that a thread reads at a time, in float16 16 bytes."""
+
+
+def layer_norm(x: Extents, y: Extents, epsilon: float) -> tirx.PrimFunc:
+    """The kernel: x, gamma and beta of float32, y; x and y of 16-bit floats or float32."""
+    width = x.shape[-1]
+    assert width is not None
+    with prim_func() as result:
+        source = tensor("x", x)
+        gamma, beta = (argument(name, (width,), "float32") for name in ("gamma", "beta"))
+        target = tensor("y", y)
+        rows = size_of(source.shape[:-1])
+        read, written = (_vectors(array, rows * width) for array in (source, target))
+        with (
+            T.launch_thread("blockIdx.x", (rows + (_WARPS - 1)) // _WARPS) as block,
+            T.launch_thread("threadIdx.x", 32 * _WARPS) as thread,
+        ):
+            row = block * _WARPS + thread // 32
+            with T.If(row < rows), T.Then():
+                norm = _RowNorm(width, thread % 32, epsilon)
+                norm.read(read, row * width, x.dtype)
+                norm.normalise(gamma, beta)
+                norm.write(written, row * width, y.dtype)
+    return result["func"]
+
+
+class _RowNorm:
+    """The code of one warp for one row."""
+
+    def __init__(self, width: int, lane: Expr, epsilon: float) -> None:
+        self.width, self.lane, self.epsilon = width, lane, epsilon
+        self.turns = -(-width // (32 * _CHUNK))
+        self.row, self.factors, self.sums = registers("float32", self.turns * _CHUNK, 2 * _CHUNK, 2)
+
+    def read(self, source: Buffer, first: Expr, dtype: str) -> None:
+        """Read the row, zeros beyond its end."""
+        for i in range(self.turns * _CHUNK):
+            self.row.store(i, T.float32(0))
+        if dtype != "float32":
+            (words,) = registers("uint32", 4)
+        for turn, column, guard in self._chunks():
+            with guard:
+                if dtype == "float32":
+                    _load(self.row, turn * _CHUNK, source, first + column)
+                    continue
+                _load(words, 0, source, (first + column) // 2, 4)
+                for i in range(_CHUNK):
+                    value = instructions.unpack(words[i // 2], i % 2, dtype)
+                    self.row.store(turn * _CHUNK + i, value)
+
+    def normalise(self, gamma: Buffer, beta: Buffer) -> None:
+        """Leave ``(row - mean) / deviation * gamma + beta`` of the row."""
+        mean, scale = self.sums[0], self.sums[1]
+        self._average(0, lambda value: value)
+        for turn, _, guard in self._chunks():
+            with guard:
+                for i in range(turn * _CHUNK, (turn + 1) * _CHUNK):
+                    self.row.store(i, self.row[i] - mean)
+        self._average(1, lambda value: value * value)
+        self.sums.store(1, tirx.rsqrt(scale + T.float32(self.epsilon)))
+        for turn, column, guard in self._chunks():
+            with guard:
+                _load(self.factors, 0, gamma, column)
+                _load(self.factors, _CHUNK, beta, column)
+                for i in range(_CHUNK):
+                    at = turn * _CHUNK + i
+                    scaled = self.row[at] * scale * self.factors[i]
+                    self.row.store(at, scaled + self.factors[_CHUNK + i])
+
+    def write(self, target: Buffer, first: Expr, dtype: str) -> None:
+        """Write the row; what float16 cannot hold becomes its largest number."""
+        if dtype != "float32":
+            (words,) = registers("uint32", 4)
+        for turn, column, guard in self._chunks():
+            with guard:
+                if dtype == "float32":
+                    for i in range(0, _CHUNK, 4):
+                        start = self.row.first + turn * _CHUNK + i
+                        value = self.row.buffer[T.ramp(start, 1, 4)]
+                        T.buffer_store(target, value, [T.ramp(first + column + i, 1, 4)])
+                    continue
+                for i in range(4):
+                    at = turn * _CHUNK + 2 * i
+                    a, b = (_finite(self.row[at + j], dtype) for j in range(2))
+                    words.store(i, instructions.pack(a, b, dtype))
+                value = words.buffer[T.ramp(words.first, 1, 4)]
+                T.buffer_store(target, value, [T.ramp((first + column) // 2, 1, 4)])
+
+    def _average(self, which: int, term: Any) -> None:
+        """The mean of a term of the row's elements."""
+        self.sums.store(which, T.float32(0))
+        for i in range(self.turns * _CHUNK):
+            self.sums.store(which, self.sums[which] + term(self.row[i]))
+        total = instructions.value("warp_sum", self.sums[which])
+        self.sums.store(which, total * T.float32(1 / self.width))
+
+    def _chunks(self) -> Iterator[tuple[int, Expr, AbstractContextManager[None]]]:
+        """Number and first column of the chunks of a thread, and what they stand under."""
+        for turn in range(self.turns):
+            column = (turn * 32 + self.lane) * _CHUNK
+            whole = (turn + 1) * 32 * _CHUNK <= self.width
+            yield turn, column, nullcontext() if whole else _where(column < self.width)
+
+
+@contextmanager
+def _where(condition: Expr) -> Iterator[None]:
+    with T.If(condition), T.Then():
+        yield
+
+
+def _vectors(array: Buffer, size: Expr) -> Buffer:
+    """An array as words or numbers that vectors are made of."""
+    if str(array.dtype) == "float32":
+        return flat(array, size)
+    return T.decl_buffer((size // 2,), "uint32", data=array.data)
+
+
+def _load(to: Registers, index: int, source: Buffer, first: Expr, count: int = _CHUNK) -> None:
+    for i in range(0, count, 4):
+        value = source[T.ramp(first + i, 1, 4)]
+        T.buffer_store(to.buffer, value, [T.ramp(to.first + index + i, 1, 4)])
+
+
+def _finite(value: Expr, dtype: str) -> Expr:
+    largest = T.float32(LARGEST[dtype])
+    return tirx.max(tirx.min(value, largest), -largest)
