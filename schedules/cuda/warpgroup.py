@@ -122,14 +122,16 @@ def products_wait(pending: int) -> None:
     call(f"products_wait_{pending}")
 
 
-def multiply(columns: int, sums: Buffer, a: Expr, b: Expr, keep: Expr) -> None:
-    """``D = A B^T``, 64 x columns x 16, added to the sums where ``keep`` is not 0."""
-    call(f"multiply_{columns}", address(sums, 0), a, b, keep)
+def multiply(columns: int, sums: Buffer, d: int, a: Expr, b: Expr, keep: Expr) -> None:
+    """``D = A B^T``, 64 x columns x 16, added to the sums from d on where ``keep`` is not 0."""
+    call(f"multiply_{columns}", address(sums, d), a, b, keep)
 
 
-def multiply_2_of_4(columns: int, sums: Buffer, a: Expr, b: Expr, places: Expr, keep: Expr) -> None:
+def multiply_2_of_4(
+    columns: int, sums: Buffer, d: int, a: Expr, b: Expr, places: Expr, keep: Expr
+) -> None:
     """``D = A B^T``, 64 x columns x 32, A being 2:4 sparse."""
-    call(f"multiply_2_of_4_{columns}", address(sums, 0), a, b, places, keep)
+    call(f"multiply_2_of_4_{columns}", address(sums, d), a, b, places, keep)
 
 
 def pack(low: Expr, high: Expr) -> Expr:

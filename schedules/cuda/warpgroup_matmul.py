@@ -43,6 +43,9 @@ Expr = Any
 Buffer = Any
 
 _WARPGROUP = 128
+_TOGETHER = 4
+"""Chunks that a thread stores one after another, having asked for what is added to all of them."""
+
 _SWIZZLE_128, _L2_256 = 3, 3  # of the driver's CUtensorMapSwizzle and CUtensorMapL2promotion
 
 
@@ -97,6 +100,11 @@ class Problem:
     def steps(self) -> int:
         """Steps of all columns."""
         return -(-self.inputs // SIDE)
+
+    @property
+    def depth(self) -> int:
+        """Columns of the weight that one product multiplies."""
+        return 32 if self.structured else 16
 
     @property
     def staged(self) -> bool:
@@ -293,7 +301,7 @@ class _Matmul:
         self.group = self.thread // _WARPGROUP
         self.member = self.thread % _WARPGROUP
         self.warp, self.lane = self.member // 32, self.member % 32
-        self.sums = local(tile.tokens // 2, "float32")
+        self.sums = local(tile.sums, "float32")
         done = local(1, "int32")
         T.buffer_store(done, 0, [0])
         with self._each_tile() as turn:
@@ -315,7 +323,7 @@ class _Matmul:
     def _multiply_steps(self, done: Buffer, count: Expr) -> None:
         if self.problem.blocked:
             with T.If(count == 0), T.Then():
-                for i in range(self.tile.tokens // 2):
+                for i in range(self.tile.sums):
                     T.buffer_store(self.sums, T.float32(0), [i])
         with T.serial(0, count) as step:
             stage, parity = self._ring(done[0] + step)
@@ -342,108 +350,136 @@ class _Matmul:
     def _multiply(self, stage: Expr, step: Expr) -> None:
         p, tile = self.problem, self.tile
         x = self._stage(stage)
-        part = 0 if tile.alternating else self.group
-        weight = x + tile.weight_at + part * tile.weight_bytes(p.structured)
+        first = 0 if tile.alternating else self.group * tile.parts
+        steps = [(k, part) for k in range(SIDE // p.depth) for part in range(tile.parts)]
         later = tirx.Cast("int32", step > 0)
-        if not p.structured:
-            warpgroup.products_begin()
-            for k in range(SIDE // 16):
-                keep = later if k == 0 else 1
-                a, b = self._at(weight + k * 32), self._at(x + k * 32)
-                warpgroup.multiply(tile.tokens, self.sums, a, b, keep)
-            warpgroup.products_commit()
-            return
-        places = local(2, "uint32")
-        for k in range(SIDE // 32):
-            word = x + tile.places_at + part * tile.places_bytes + k * 256
-            at = word // 4 + self.warp * 16 + self.lane // 4 * 2 + self.lane % 2
-            T.buffer_store(places, self.shared[at], [k])
+        if p.structured:
+            places = local(len(steps), "uint32")
+            for i, (k, part) in enumerate(steps):
+                byte = x + tile.places_at + (first + part) * tile.places_bytes + k * 256
+                at = byte // 4 + self.warp * 16 + self.lane // 4 * 2 + self.lane % 2
+                T.buffer_store(places, self.shared[at], [i])
         warpgroup.products_begin()
-        for k in range(SIDE // 32):
-            keep = later if k == 0 else 1
-            a, b = self._at(weight + k * 32), self._at(x + k * 64)
-            warpgroup.multiply_2_of_4(tile.tokens, self.sums, a, b, places[k], keep)
+        for i, (k, part) in enumerate(steps):
+            weight = x + tile.weight_at + (first + part) * tile.weight_bytes(p.structured)
+            a, b = self._at(weight + k * 32), self._at(x + k * p.depth * 2)
+            sums, keep = part * tile.tokens // 2, later if k == 0 else 1
+            if p.structured:
+                warpgroup.multiply_2_of_4(tile.tokens, self.sums, sums, a, b, places[i], keep)
+            else:
+                warpgroup.multiply(tile.tokens, self.sums, sums, a, b, keep)
         warpgroup.products_commit()
 
     def _store(self, row_tile: Expr, token_tile: Expr) -> None:
         first = row_tile * self.tile.rows
         if not self.tile.alternating:
-            first = first + self.group * SIDE
+            first = first + self.group * (self.tile.parts * SIDE)
         if self.problem.staged:
-            self._stage_sums(first)
+            warpgroup.sync_threads(self.group + 1, _WARPGROUP)
+            for part in range(self.tile.parts):
+                self._stage_sums(first, part)
+            warpgroup.sync_threads(self.group + 1, _WARPGROUP)
             self._write_staged(first, token_tile)
         else:
-            self._write_sums(first, token_tile)
+            for part in range(self.tile.parts):
+                self._write_sums(first, token_tile, part)
 
-    def _value(self, i: Expr, output: Expr, steps: Epilogue, at: Expr = None) -> Expr:
-        """A sum behind some steps; where outputs end, what is read is another's."""
-        operands = []
+    def _load_biases(self, first: Expr, part: int) -> Expr:
+        """Read what is added to a thread's two rows of a part, once for all columns; return the
+        first row. Where outputs end, what is read is another's."""
+        output = first + part * SIDE + self.warp * 16 + self.lane // 4
+        self.biases = []
         for step, buffer in zip(self._reading(), self.extras, strict=True):
+            if isinstance(step, Bias):
+                self.biases.append(local(2, "float32"))
+                for row in range(2):
+                    at = tirx.min(output + row * 8, self.problem.outputs - 1)
+                    T.buffer_store(self.biases[-1], tirx.Cast("float32", buffer[at]), [row])
+        return output
+
+    def _value(self, i: int, steps: Epilogue, at: Expr = None) -> Expr:
+        """A sum behind some steps; ``at`` is where residuals are read."""
+        operands, biases = [], iter(self.biases)
+        for step, buffer in zip(self._reading(), self.extras, strict=True):
+            operand = next(biases)[i % 4 // 2] if isinstance(step, Bias) else buffer[at]
             if step in steps:
-                bias = isinstance(step, Bias)
-                operands.append(buffer[tirx.min(output, self.problem.outputs - 1) if bias else at])
+                operands.append(operand)
         return epilogue_value(self.sums[i], steps, operands, "float32")
 
     def _reading(self) -> list[Step]:
         return [step for step in self.problem.epilogue if step.operand]
 
-    def _staging(self, token: Expr, chunk: Expr) -> Expr:
+    def _staging(self, part: Expr, token: Expr, chunk: Expr) -> Expr:
         """Where 8 outputs of a token are staged: 128 bytes a token, chunks of 16 swizzled."""
         first = self.tile.staging_at(self.problem.structured)
-        first = first + self.group * (self.tile.tokens * 128)
+        first = first + (self.group * self.tile.parts + part) * (self.tile.tokens * 128)
         return first + token * 128 + (chunk ^ (token % 8)) * 16
 
-    def _stage_sums(self, first: Expr) -> None:
+    def _stage_sums(self, first: Expr, part: int) -> None:
         p = self.problem
         steps = p.epilogue[:-1] if p.ends_with_residual else p.epilogue
-        warpgroup.sync_threads(self.group + 1, _WARPGROUP)
-        output = first + self.warp * 16 + self.lane // 4
+        self._load_biases(first, part)
         for column in range(0, self.tile.tokens // 8, 2):
             words = []
             for matrix in range(4):  # outputs 0 to 7 and 8 to 15 of some tokens, then of the next
-                i, row = column * 4 + matrix * 2, output + matrix % 2 * 8
-                pair = [self._value(i + j, row, steps) for j in range(2)]
+                i = part * self.tile.tokens // 2 + column * 4 + matrix * 2
+                pair = [self._value(i + j, steps, 0) for j in range(2)]
                 words.append(warpgroup.pack(*pair))
             token = (column + self.lane // 16) * 8 + self.lane % 8
             chunk = self.warp * 2 + self.lane // 8 % 2
-            warpgroup.store_matrices(self._at(self._staging(token, chunk)), words)
-        warpgroup.sync_threads(self.group + 1, _WARPGROUP)
+            warpgroup.store_matrices(self._at(self._staging(part, token, chunk)), words)
 
     def _write_staged(self, first: Expr, token_tile: Expr) -> None:
         """Store what is staged, neighbouring threads neighbouring outputs."""
         p, tile = self.problem, self.tile
-        words = self.tokens * (p.outputs // 2)
-        y = T.decl_buffer((words,), "uint32", data=self.y.data)
-        lanes = T.ramp(0, 1, 4)
-        with T.serial(0, tile.tokens * 8 // _WARPGROUP) as turn:
-            number = turn * _WARPGROUP + self.member
-            token, chunk = number // 8, number % 8
-            output = first + chunk * 8
-            where = tirx.Cast("int64", token_tile * tile.tokens + token)
-            inside = tirx.all(where < self.tokens, output < p.outputs)
-            with T.If(inside), T.Then():
-                at = (where * p.outputs + output) // 2
-                staged = T.ramp(self._staging(token, chunk) // 4, 1, 4)
-                result = local(4, "uint32")
-                T.buffer_store(result, self.shared[staged], [lanes])
-                if p.ends_with_residual:
-                    added = local(4, "uint32")
-                    extra = T.decl_buffer((words,), "uint32", data=self.extras[-1].data)
-                    T.buffer_store(added, extra[T.ramp(at, 1, 4)], [lanes])
-                    for i in range(4):
-                        T.buffer_store(result, warpgroup.add_pairs(result[i], added[i]), [i])
-                T.buffer_store(y, result[lanes], [T.ramp(at, 1, 4)])
+        self.words = self.tokens * (p.outputs // 2)
+        turns = tile.tokens * tile.parts * 8 // _WARPGROUP
+        with T.serial(0, turns // _TOGETHER) as turn:
+            added = local(4 * _TOGETHER, "uint32")
+            places = [
+                self._place(first, token_tile, turn * _TOGETHER + i) for i in range(_TOGETHER)
+            ]
+            if p.ends_with_residual:  # all on their way before one is waited for
+                extra = T.decl_buffer((self.words,), "uint32", data=self.extras[-1].data)
+                for i, (inside, at, _) in enumerate(places):
+                    with T.If(inside), T.Then():
+                        T.buffer_store(added, extra[T.ramp(at, 1, 4)], [T.ramp(4 * i, 1, 4)])
+            for i, (inside, at, staged) in enumerate(places):
+                with T.If(inside), T.Then():
+                    self._write_chunk(at, staged, added, 4 * i)
 
-    def _write_sums(self, first: Expr, token_tile: Expr) -> None:
+    def _place(self, first: Expr, token_tile: Expr, turn: Expr) -> tuple[Expr, Expr, Expr]:
+        """Of a thread's chunk of eight outputs: is it there, its word in y, and where staged."""
+        p, tile = self.problem, self.tile
+        chunks = tile.parts * 8
+        number = turn * _WARPGROUP + self.member
+        token, part, chunk = number // chunks, number % chunks // 8, number % 8
+        output = first + part * SIDE + chunk * 8
+        where = tirx.Cast("int64", token_tile * tile.tokens + token)
+        inside = tirx.all(where < self.tokens, output < p.outputs)
+        at = (where * p.outputs + output) // 2
+        return inside, at, self._staging(part, token, chunk) // 4
+
+    def _write_chunk(self, at: Expr, staged: Expr, added: Buffer, first: int) -> None:
+        lanes, result = T.ramp(0, 1, 4), local(4, "uint32")
+        T.buffer_store(result, self.shared[T.ramp(staged, 1, 4)], [lanes])
+        if self.problem.ends_with_residual:
+            for i in range(4):
+                T.buffer_store(result, warpgroup.add_pairs(result[i], added[first + i]), [i])
+        y = T.decl_buffer((self.words,), "uint32", data=self.y.data)
+        T.buffer_store(y, result[lanes], [T.ramp(at, 1, 4)])
+
+    def _write_sums(self, first: Expr, token_tile: Expr, part: int) -> None:
         """Store from registers: a warp has eight outputs of four tokens at a time."""
         p, tile = self.problem, self.tile
+        row = self._load_biases(first, part)
         for i in range(tile.tokens // 2):
-            output = first + self.warp * 16 + self.lane // 4 + i % 4 // 2 * 8
+            output = row + i % 4 // 2 * 8
             token = token_tile * tile.tokens + i // 4 * 8 + self.lane % 4 * 2 + i % 2
             where = tirx.Cast("int64", token)
             with T.If(tirx.all(where < self.tokens, output < p.outputs)), T.Then():
                 at = where * p.outputs + output
-                value = self._value(i, output, p.epilogue, at)
+                value = self._value(part * tile.tokens // 2 + i, p.epilogue, at)
                 if p.y.dtype != "float32":
                     value = epilogue_value(value, (), [], p.y.dtype)
                 T.buffer_store(self.y, value, [at])

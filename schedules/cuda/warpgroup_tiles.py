@@ -63,6 +63,16 @@ class WarpgroupTile:
         """First byte of the places in a stage, behind a 2:4 weight."""
         return self.weight_at + self.rows // SIDE * self.weight_bytes(True)
 
+    @property
+    def parts(self) -> int:
+        """Products of 64 rows that one warpgroup sums up."""
+        return self.rows // SIDE // (1 if self.alternating else self.groups)
+
+    @property
+    def sums(self) -> int:
+        """Sums of one thread."""
+        return self.parts * self.tokens // 2
+
     def step_bytes(self, structured: bool) -> int:
         """What one step copies."""
         weight = self.weight_bytes(structured) + (self.places_bytes if structured else 0)
@@ -78,7 +88,7 @@ class WarpgroupTile:
 
     def barriers_at(self, structured: bool) -> int:
         """First byte of the barriers, behind what is staged."""
-        return self.staging_at(structured) + self.groups * self.tokens * 128
+        return self.staging_at(structured) + self.groups * self.parts * self.tokens * 128
 
     def turns_at(self, structured: bool) -> int:
         """First byte of the barriers of warpgroups that alternate."""
@@ -104,8 +114,8 @@ _TYPICAL_TOKENS = 1024
 """Tokens that a kernel is made for which sees any number of them."""
 
 _LAUNCH = 2.2e-6
-_STORE = 0.4e-6, 6e-9
-"""Seconds until a tile is stored: of any, and for each of its tokens."""
+_STORE = 0.5e-6, 12e-9
+"""Seconds until a tile is stored: of any, and for each token of one product's columns."""
 
 _TENSOR_SHARE = 0.79
 """Share of a warpgroup's peak that a loop reaches, at the clock that power allows."""
@@ -148,7 +158,7 @@ def _seconds(
     products = tile.rows * tile.tokens * SIDE / (2 if structured else 1)
     multiply = products / (gpu.warpgroup * gpu.ghz * 1e9 * _TENSOR_SHARE)
     step = tile.resident * max(multiply, tile.step_bytes(structured) / _COPY_RATE)
-    store = _STORE[0] + _STORE[1] * tile.tokens
+    store = _STORE[0] + _STORE[1] * tile.tokens * tile.parts
     busy = steps * max(step, _STEP_SECONDS)
     each = max(busy, (busy + store) / 2) if tile.alternating else busy + store
     return _LAUNCH + turns * each + (store if tile.alternating else 0)
@@ -158,8 +168,9 @@ def tiles(layout: Layout) -> list[WarpgroupTile]:
     """The tiles that a layout's kernels may have."""
     structured = layout.format == "2:4"
     if layout.format == "bsr":
-        sizes = [(64, n, 2, True) for n in (64, 128, 256)]
+        sizes = [(64, n, 2, True) for n in (64, 128, 192)]
     else:
         sizes = [(64, 64, 1, False), (64, 128, 1, False)]
         sizes += [(128, n, 2, False) for n in (64, 128, 192, 256)]
+        sizes += [(128, n, 2, True) for n in (64, 128)]
     return [tile_of(*size, structured) for size in sizes]
