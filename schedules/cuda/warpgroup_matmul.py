@@ -435,11 +435,12 @@ class _Matmul:
         self.words = self.tokens * (p.outputs // 2)
         turns = tile.tokens * tile.parts * 8 // _WARPGROUP
         with T.serial(0, turns // _TOGETHER) as turn:
-            added = local(4 * _TOGETHER, "uint32")
             places = [
                 self._place(first, token_tile, turn * _TOGETHER + i) for i in range(_TOGETHER)
             ]
+            added = None
             if p.ends_with_residual:  # all on their way before one is waited for
+                added = local(4 * _TOGETHER, "uint32")
                 extra = T.decl_buffer((self.words,), "uint32", data=self.extras[-1].data)
                 for i, (inside, at, _) in enumerate(places):
                     with T.If(inside), T.Then():
@@ -460,10 +461,10 @@ class _Matmul:
         at = (where * p.outputs + output) // 2
         return inside, at, self._staging(part, token, chunk) // 4
 
-    def _write_chunk(self, at: Expr, staged: Expr, added: Buffer, first: int) -> None:
+    def _write_chunk(self, at: Expr, staged: Expr, added: Buffer | None, first: int) -> None:
         lanes, result = T.ramp(0, 1, 4), local(4, "uint32")
         T.buffer_store(result, self.shared[T.ramp(staged, 1, 4)], [lanes])
-        if self.problem.ends_with_residual:
+        if added is not None:
             for i in range(4):
                 T.buffer_store(result, warpgroup.add_pairs(result[i], added[first + i]), [i])
         y = T.decl_buffer((self.words,), "uint32", data=self.y.data)
