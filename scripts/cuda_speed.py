@@ -353,8 +353,11 @@ def main() -> None:
                         path = layer_path(directory, n, k, tokens, form)
                         jobs.append((compile_layer, n, k, tokens, form, path))
         compile_all(jobs, options.jobs)
+        import torch
+
         if options.bert:
-            print("\n".join(bert_rows(directory, batches)), flush=True)
+            with torch.cuda.stream(torch.cuda.Stream()):  # every engine's
+                print("\n".join(bert_rows(directory, batches)), flush=True)
         if options.layers:
             for row in layer_rows(directory, options.sparselt):
                 print(row, flush=True)
