@@ -78,26 +78,40 @@ def weight(n: int, k: int, form: str) -> np.ndarray:
     return prune_array(w, sparsity, structure) if sparsity else w
 
 
-def compiled(n: int, k: int, tokens: int, form: str, target: str, path: Path, verify: bool):
+def compiled(
+    n: int,
+    k: int,
+    tokens: int,
+    form: str,
+    target: str,
+    path: Path,
+    verify: bool,
+    precision: str = "fp16",
+):
     """An artifact of one layer; its report and verification are the result's."""
     _, format, block = FORMS[form]
     rule = {"bsr": [f"=bsr:{block[0]}x{block[1]}"], "csr": ["=csr"]}.get(format, [])
     return sparse_tvm.compile(
-        one_layer(weight(n, k, form), tokens), path, target=target, layer_rules=rule, verify=verify
+        one_layer(weight(n, k, form), tokens),
+        path,
+        target=target,
+        layer_rules=rule,
+        verify=verify,
+        precision=precision,
     )
 
 
 def check(target: str, shapes=CHECKED) -> list[str]:
-    """Compile and verify every form at every shape; return what went wrong."""
+    """Compile and verify every form at every shape, at one in bf16; return what went wrong."""
+    cases = [(shape, "fp16") for shape in shapes] + [(shapes[len(shapes) // 2], "bf16")]
     wrong = []
     with tempfile.TemporaryDirectory() as directory:
-        for tokens, n, k in shapes:
+        for (tokens, n, k), precision in cases:
             for form in FORMS:
-                where = f"{form}, {n} x {k}, {tokens} tokens"
+                where = f"{form} in {precision}, {n} x {k}, {tokens} tokens"
+                path = Path(directory) / "layer.so"
                 try:
-                    result = compiled(
-                        n, k, tokens, form, target, Path(directory) / "layer.so", True
-                    )
+                    result = compiled(n, k, tokens, form, target, path, True, precision)
                 except SparseTvmError as error:
                     wrong.append(f"{where}: {error}")
                     continue

@@ -280,11 +280,13 @@ def _expected(choice: StructureChoice) -> list[tuple[str, str]]:
     from sparse_tvm.planning.report import milliseconds
     from sparse_tvm.report.content import human_threads
 
+    times = [choice.basis, choice.target]
+    times += [] if choice.threads is None else [human_threads(choice.threads)]
     return [
         (
             "Latency",
             f"{milliseconds(choice.seconds)}, as it is {milliseconds(choice.dense_seconds)} "
             f"({choice.dense_seconds / choice.seconds:.2f}x)",
         ),
-        ("Times", f"{choice.basis}, {choice.target}, {human_threads(choice.threads)}"),
+        ("Times", ", ".join(times)),
     ]

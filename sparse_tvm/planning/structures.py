@@ -80,8 +80,8 @@ class StructureChoice:
         For which they were chosen.
     basis : str
         Whether times are ``measured`` or ``predicted``.
-    threads : int
-        How many run.
+    threads : int | None
+        How many run; None on a device of its own.
     seconds, dense_seconds : float
         Of a run, pruned and as it is.
     layers : Sequence[LayerChoice]
@@ -90,7 +90,7 @@ class StructureChoice:
 
     target: str
     basis: str
-    threads: int
+    threads: int | None
     seconds: float
     dense_seconds: float
     layers: Sequence[LayerChoice]
@@ -178,7 +178,7 @@ def choose_structures(
     return StructureChoice(
         subject.context.target.name,
         "predicted" if prediction.cpu is None else "measured",
-        prediction.threads,
+        prediction.threads if subject.context.backend.device == "cpu" else None,
         prediction.seconds(settings),
         prediction.seconds({}),
         choices,
