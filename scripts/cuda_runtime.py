@@ -42,7 +42,8 @@ LAYERS = {"deep": 12}
 RUNS, TURNS, ROUNDS = 200, 100, 6
 """Timed runs, runs of each thread, and how often models are loaded and closed."""
 
-LOAD_SECONDS = 8.0
+VERSIONS, PAUSE = 4, 1.0
+"""How many versions follow each other in a server, and seconds of load on each."""
 
 
 def build(directory: Path, target: str = "cuda") -> None:
@@ -318,7 +319,7 @@ def serving(directory: Path) -> str:
         served, names = 1, ("one", "two")
         _publish(directory / "one.so", repository / "bert" / "1")
         before = gpu_processes()
-        options = ("--device", "cuda:0", "--poll", "0.2", "--grpc-port", "-1")
+        options = ("--device", "cuda:0", "--poll", "0.2")
         with running([repository], *options) as server:
             url = f"{server.url}/v2/models/bert/infer"
             answered, wrong, stop = [0, 0], [], threading.Event()
@@ -340,14 +341,13 @@ def serving(directory: Path) -> str:
             clients = [threading.Thread(target=ask) for _ in range(4)]
             for client in clients:
                 client.start()
-            deadline = time.monotonic() + LOAD_SECONDS
-            while time.monotonic() < deadline:
-                time.sleep(LOAD_SECONDS / 4)
+            while served < VERSIONS:
+                time.sleep(PAUSE)
                 served += 1
                 source = directory / f"{names[(served - 1) % 2]}.so"
                 _publish(source, repository / "bert" / str(served))
                 server.wait_for("model loaded", served)
-            time.sleep(LOAD_SECONDS / 4)  # until the version before is gone
+            time.sleep(2 * PAUSE)  # until the version before is gone
             (worker, *_) = server.worker_pids()
             with_worker, taken = gpu_processes(), free_memory()
             os.kill(worker, signal.SIGKILL)
@@ -355,7 +355,7 @@ def serving(directory: Path) -> str:
             while time.monotonic() < killed + 2:  # another one takes its place meanwhile
                 returned = max(returned, (free_memory() - taken) >> 20)
                 time.sleep(0.005)
-            time.sleep(LOAD_SECONDS / 4)
+            time.sleep(2 * PAUSE)
             stop.set()
             for client in clients:
                 client.join()

@@ -14,6 +14,7 @@ from emulated_gpu import emulated_gpu
 
 import sparse_tvm
 from sparse_tvm import cuda_device
+from sparse_tvm.cli import main
 from sparse_tvm.devices import parse_device
 from sparse_tvm.errors import DeviceError, InputError, OptionError
 from sparse_tvm.models.bert import BertConfig, build_bert
@@ -354,3 +355,12 @@ def test_a_stream_of_pytorch(artifacts, cudart, monkeypatch):
         cudart.log.clear()
         model.run(feed)
         assert all(tensor.streams == [None, None, None, own] for tensor in feed.values())
+
+
+def test_command_line(artifacts, gpu, capsys):
+    path = str(artifacts / "fixed.so")
+    assert main(["run", path, "--random", "--device", "cuda:1"]) == 0
+    assert main(["run", path, "--random", "--device", "cpu"]) == 2
+    assert "was compiled for cuda, not for cpu" in capsys.readouterr().err
+    assert main(["bench", path, "--device", "cuda:1", "--warmup", "0", "--duration", "0.02"]) == 0
+    assert "fixed.so, cuda:1, emulated GPU, 1 thread" in capsys.readouterr().out.replace("\n", "")
