@@ -39,12 +39,19 @@ def call(
 
     Its elements are of the operator's output type, unless they are packed as ``dtype``.
     """
+    return _call(op, args, relax.TensorType(tuple(shape), dtype or op.types.output))
+
+
+def call_several(
+    op: Operator, args: Sequence[Any], shape: Sequence[Any], dtypes: Sequence[str]
+) -> relax.Call:
+    """Build a call that returns a tuple of tensors of one shape."""
+    return _call(op, args, [relax.TensorType(tuple(shape), dtype) for dtype in dtypes])
+
+
+def _call(op: Operator, args: Sequence[Any], types: Any) -> relax.Call:
     text = tvm.ir.StringImm(json.dumps(to_json(op), sort_keys=True))
-    return relax.call_dps_packed(
-        PREFIX + op.name,
-        relax.Tuple([*args, text]),
-        relax.TensorType(tuple(shape), dtype or op.types.output),
-    )
+    return relax.call_dps_packed(PREFIX + op.name, relax.Tuple([*args, text]), types)
 
 
 def match(expr: Any, kind: type[Op]) -> OperatorCall[Op] | None:

@@ -17,7 +17,7 @@ from sparse_tvm.families import Extents, Kernel
 from sparse_tvm.operators import Operator, WeightedOperator, to_json
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.dense_to_sparse import WEIGHTS_STORED
-from sparse_tvm.passes.graph import OPAQUE, Rewrite, dtype_of, shape_of
+from sparse_tvm.passes.graph import OPAQUE, Rewrite
 from sparse_tvm.passes.infrastructure import Context, Property, graph_pass
 from sparse_tvm.passes.program import Program
 
@@ -49,7 +49,9 @@ class _LowerKernels(Rewrite):
             return None
         family = self._context.backend.family_for(found.op, self._context.target)
         operands = [_extents(arg) for arg in found.args]
-        built = family.build(found.op, operands, _extents(var), self._context.target)
+        several = isinstance(var.ty, relax.TupleType)
+        types = list(var.ty.fields) if several else [var.ty]
+        built = family.build(found.op, operands, _tensor_extents(types[0]), self._context.target)
         name = found.op.name
         marked = built.function.with_attrs({KERNEL_ATTRIBUTE: name, "op_pattern": OPAQUE})
         kernel = self.builder.add_func(marked, built.title)  # the one there is, if it is the same
@@ -60,7 +62,7 @@ class _LowerKernels(Rewrite):
                 args += [dim for dim in arg.values if not isinstance(dim, tirx.IntImm)]
             else:
                 args.append(self.new(arg))
-        return relax.call_tir(kernel, args, var.ty)
+        return relax.call_tir(kernel, args, types)
 
     def _note(self, function: str, family: str, op: Operator, built: Kernel) -> None:
         """Remember what the function computes, and which layer this call serves."""
@@ -81,9 +83,13 @@ class _LowerKernels(Rewrite):
 
 
 def _extents(expr: Any) -> Extents:
-    """What a family needs to know of an operand, or of the output."""
+    """What a family needs to know of an operand."""
     if isinstance(expr, relax.ShapeExpr):
         known = [int(dim) if isinstance(dim, tirx.IntImm) else None for dim in expr.values]
         return Extents(tuple(known), "int64", numbers=True)
-    shape = tuple(dim if isinstance(dim, int) else None for dim in shape_of(expr))
-    return Extents(shape, dtype_of(expr))
+    return _tensor_extents(expr.ty)
+
+
+def _tensor_extents(type_: relax.TensorType) -> Extents:
+    known = [int(dim) if isinstance(dim, tirx.IntImm) else None for dim in type_.shape.values]
+    return Extents(tuple(known), str(type_.dtype))

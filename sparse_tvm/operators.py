@@ -419,12 +419,16 @@ class Attention(Operator):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerNorm(Operator):
-    """``(x - mean) / sqrt(variance + epsilon) * gamma + beta`` over the last axis."""
+    """``(x - mean) / sqrt(variance + epsilon) * gamma + beta`` over the last axis.
+
+    ``both`` tells that it returns two tensors: its output, and the same in float32.
+    """
 
     name: ClassVar[str] = "layer_norm"
     operands: ClassVar[str] = "x, gamma, beta"
 
     epsilon: float
+    both: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ Matches whatever ``main`` computes in float32 once it is legalised. They are flo
 where that is the precision. Loads become conversions from it and stores conversions to it, inside
 of the functions that TVM's lowering made; what a function accumulates stays float32 until it is
 complete. Weights of two and more dimensions that such functions read are stored as float16;
-vectors stay as they are, and so do the model's inputs and outputs. Numbers beyond a type's range
-become its largest ones, so that a mask's ``-3e38`` does not turn into an infinity whose product
-with 0 is no number.
+vectors stay as they are, and so do the model's inputs and outputs, and what :mod:`.stored_forms`
+says. Numbers beyond a type's range become its largest ones, so that a mask's ``-3e38`` does not
+turn into an infinity whose product with 0 is no number.
 
 Leaves everything alone where the user asks for fp32.
 """
@@ -14,23 +14,20 @@ Leaves everything alone where the user asks for fp32.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from tvm import relax, te, tirx, topi
 
-from sparse_tvm.operators import PRECISIONS, Attention, Dense, LayerNorm, Operator
+from sparse_tvm.operators import PRECISIONS, Operator
 from sparse_tvm.passes import dialect
-from sparse_tvm.passes.graph import Rewrite, dtype_of, is_tensor, op_name, shape_of
+from sparse_tvm.passes.cuda.stored_forms import VIEWS, StoredForms, wanted_forms
+from sparse_tvm.passes.graph import Rewrite, dtype_of, is_tensor, op_name, same_shape, shape_of
 from sparse_tvm.passes.infrastructure import Context, graph_pass
 from sparse_tvm.passes.program import Program
 from sparse_tvm.schedules.cuda.storage import LARGEST, stored_as
 from sparse_tvm.schedules.cuda.weights import LARGEST_HALF
-
-_VIEWS = {"relax.reshape", "relax.memory.view"}
-
-_MASK = 3
-"""Where an attention's mask is among its operands."""
 
 
 @graph_pass()
@@ -48,28 +45,44 @@ class _HalfStorage(Rewrite):
     def __init__(self, program: Program, storage: str) -> None:
         super().__init__(program)
         self._storage = storage
-        self._wide = self._kept_wide()
+        self._forms = StoredForms(self.graph, storage)
+        self._both: dict[Any, dict[str | None, Any]] = {}  # by variable and type
         self._variants: dict[tuple[str, tuple[str, ...]], Any] = {}
 
     def rewrite(self, var: relax.Var, value: Any) -> Any:
         ours = dialect.match(value, Operator)
         if ours is not None:
-            args = [self._operand(ours.op, i, self.new(arg)) for i, arg in enumerate(ours.args)]
-            return dialect.call(ours.op, args, shape_of(var), self._dtype(var, var.ty))
+            return self._ours(ours, var)
         if op_name(value) == "relax.call_tir":
             return self._call(var, value)
-        if isinstance(value, relax.Var | relax.TupleGetItem) or op_name(value) in _VIEWS:
+        if isinstance(value, relax.Var | relax.TupleGetItem) or op_name(value) in VIEWS:
             return None
         return self._in_float32(value)
 
-    def _operand(self, op: Operator, index: int, new: Any) -> Any:
-        """An operand of an operator of ours: tensor cores read 16 bits, masks are as they were."""
-        if isinstance(op, Attention):
-            return self._converted(new, op.types.input if index < _MASK else "float32")
-        if isinstance(op, LayerNorm) and index > 0:
-            return self._converted(new, "float32")
-        layer = isinstance(op, Dense) and op.types.input in LARGEST and index == 0
-        return self._converted(new, op.types.input) if layer else new
+    def _ours(self, call: dialect.OperatorCall[Any], var: relax.Var) -> Any:
+        """A call of an operator of ours, with its operands and results in their forms."""
+        wanted = wanted_forms(call.op, len(call.args))
+        args = [self._operand(arg, form) for arg, form in zip(call.args, wanted, strict=True)]
+        forms = self._forms.of(var) if dtype_of(var) == "float32" else [dtype_of(var)]
+        if len(forms) == 1:
+            return dialect.call(call.op, args, shape_of(var), forms[0])
+        types = (self._storage, "float32")
+        both = dialect.call_several(replace(call.op, both=True), args, shape_of(var), types)
+        stored = self.emit(both)
+        found: dict[str | None, Any] = {
+            dtype: self.emit(relax.TupleGetItem(stored, index)) for index, dtype in enumerate(types)
+        }
+        self._both[var] = found
+        return found[forms[0]]
+
+    def _operand(self, arg: Any, form: str | None) -> Any:
+        """An operand in the form that is wanted: layers have no other, the rest take any."""
+        known = self._both.get(self._forms.root(arg), {}).get(form)
+        if known is not None:
+            same = same_shape(shape_of(known), shape_of(arg))
+            return known if same else self.emit(relax.op.reshape(known, shape_of(arg)))
+        new = self.new(arg)
+        return self._converted(new, form) if form in LARGEST else new
 
     def _call(self, var: relax.Var, value: Any) -> Any:
         function, operands = value.args[0], value.args[1]
@@ -134,31 +147,9 @@ class _HalfStorage(Rewrite):
         return self.builder.emit_te(_convert, arg, dtype, primfunc_name_hint=f"to_{dtype}")
 
     def _dtype(self, var: relax.Var, type_: Any) -> str:
-        """How a result is stored: outputs of the model, and masks, as they are."""
+        """How a result of a function is stored."""
         dtype = str(type_.dtype)
-        return self._storage if dtype == "float32" and var not in self._wide else dtype
-
-    def _kept_wide(self) -> set[Any]:
-        """The variables that ``main`` returns, masks, and what they are other names or views of.
-
-        A query without any key attends to all alike because masks are as low as numbers go.
-        """
-        result = self.graph.result
-        found = list(result.fields) if isinstance(result, relax.Tuple) else [result]
-        for attention in dialect.calls(self.program, Attention):
-            found += attention.args[_MASK:]
-        bound = {binding.var: binding.value for binding in self.graph.bindings}
-        for var in found:
-            value: Any = bound.get(var)
-            if isinstance(value, relax.Var):
-                found.append(value)
-            elif isinstance(value, relax.Tuple):
-                found += value.fields
-            elif isinstance(value, relax.TupleGetItem):
-                found.append(value.tuple_value)
-            elif op_name(value) in _VIEWS:
-                found.append(value.args[0])
-        return set(found)
+        return self._forms.of(var)[0] if dtype == "float32" else dtype
 
 
 def _convert(x: te.Tensor, dtype: str) -> te.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from tvm import tirx
@@ -36,16 +37,21 @@ _CHUNK = 8
 """Elements that a thread reads at a time, in float16 16 bytes."""
 
 
-def layer_norm(x: Extents, y: Extents, epsilon: float) -> tirx.PrimFunc:
-    """The kernel: x, gamma and beta of float32, y; x and y of 16-bit floats or float32."""
+def layer_norm(x: Extents, y: Extents, epsilon: float, both: bool = False) -> tirx.PrimFunc:
+    """The kernel: x, gamma and beta of float32, y; x and y of 16 bits or float32.
+
+    Behind y comes the same in float32 if ``both`` are asked for.
+    """
     width = x.shape[-1]
     assert width is not None
     with prim_func() as result:
         source = tensor("x", x)
         gamma, beta = (argument(name, (width,), "float32") for name in ("gamma", "beta"))
-        target = tensor("y", y)
+        targets = [tensor("y", y)]
+        if both:
+            targets.append(tensor("wide", replace(y, dtype="float32")))
         rows = size_of(source.shape[:-1])
-        read, written = (_vectors(array, rows * width) for array in (source, target))
+        read, *written = (_vectors(array, rows * width) for array in (source, *targets))
         with (
             T.launch_thread("blockIdx.x", (rows + (_WARPS - 1)) // _WARPS) as block,
             T.launch_thread("threadIdx.x", 32 * _WARPS) as thread,
@@ -55,7 +61,8 @@ def layer_norm(x: Extents, y: Extents, epsilon: float) -> tirx.PrimFunc:
                 norm = _RowNorm(width, thread % 32, epsilon)
                 norm.read(read, row * width, x.dtype)
                 norm.normalise(gamma, beta)
-                norm.write(written, row * width, y.dtype)
+                for target, vectors in zip(targets, written, strict=True):
+                    norm.write(vectors, row * width, str(target.dtype))
     return result["func"]
 
 
@@ -103,7 +110,7 @@ class _RowNorm:
                     self.row.store(at, scaled + self.factors[_CHUNK + i])
 
     def write(self, target: Buffer, first: Expr, dtype: str) -> None:
-        """Write the row; what float16 cannot hold becomes its largest number."""
+        """Write the row; what a type cannot hold becomes its largest number."""
         if dtype != "float32":
             (words,) = registers("uint32", 4)
         for turn, column, guard in self._chunks():

@@ -47,3 +47,14 @@ def test_beyond_float16_saturates():
     extents = Extents((1, 16), "float16")
     found = run(layer_norm(extents, extents, 0.0), [x, gamma, beta], np.empty_like(x))
     np.testing.assert_array_equal(found, x * np.float16(65504))
+
+
+def test_both():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((6, 72)).astype(np.float32)
+    gamma, beta = np.ones(72, np.float32), np.zeros(72, np.float32)
+    kernel = layer_norm(Extents((6, 72)), Extents((6, 72), "float16"), 1e-5, both=True)
+    narrow = np.full((6, 72), np.nan, np.float16)
+    wide = run(kernel, [x, gamma, beta, narrow], np.empty((6, 72), np.float32))
+    expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(wide, expected, atol=1e-5)

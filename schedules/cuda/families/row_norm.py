@@ -16,7 +16,7 @@ LARGEST_WIDTH = 4096
 class RowNormFamily(KernelFamily[LayerNorm]):
     """The kernel of :mod:`sparse_tvm.schedules.cuda.row_norm`.
 
-    Operands are x in rows of 16-bit floats or float32, gamma and beta in float32.
+    Operands are x in rows of float16, bfloat16 or float32, gamma and beta in float32.
     """
 
     name: ClassVar[str] = "row_norm"
@@ -28,7 +28,8 @@ class RowNormFamily(KernelFamily[LayerNorm]):
         from sparse_tvm.schedules.cuda.row_norm import layer_norm
 
         x = operands[0]
-        return Kernel(f"layer_norm_{x.shape[-1]}", layer_norm(x, output, op.epsilon))
+        title = f"layer_norm_{x.shape[-1]}" + ("_both" if op.both else "")
+        return Kernel(title, layer_norm(x, output, op.epsilon, op.both))
 
     def work(
         self,
