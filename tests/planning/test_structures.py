@@ -92,14 +92,13 @@ def test_on_a_gpu_its_own_structures_are_compared(tmp_path: Path) -> None:
     found = choose_structures(model, 0.75, target="cuda-sm90", threads=8)
     assert (found.target, found.basis, found.threads) == ("cuda-sm90", "predicted", None)
     assert 0 < found.seconds < found.dense_seconds
+    blocks = {"16x16", "32x32", "64x64"}
     for layer in found.layers:
-        best = layer.candidates[0].setting
-        assert best.structure in ("16x16", "32x32", "64x64")
-        assert {one.setting.structure for one in layer.candidates} >= {"32x32", "64x64"}
+        assert layer.candidates[0].setting.structure in blocks
+        assert all(one.faster > 1 for one in layer.candidates)
+        assert {one.setting.structure for one in layer.candidates} <= blocks | {"unstructured"}
     half = choose_structures(model, 0.5, target="cuda-sm90")
-    assert all(
-        "2:4" in [one.setting.structure for one in layer.candidates] for layer in half.layers
-    )
+    assert "2:4" in {one.setting.structure for layer in half.layers for one in layer.candidates}
     options = {"sparsity": 0.75, "structure": "auto", "target": "cuda-sm90"}
     report = prune(model, tmp_path / "pruned.onnx", **options)
     chosen = {layer.name: layer.candidates[0].setting.structure for layer in found.layers}
