@@ -1,9 +1,9 @@
 """Build ``sparse-tvm-runtime``: a wheel that loads, runs and serves artifacts, and compiles none.
 
 ``pip install sparse-tvm`` brings TVM's compiler, 250 MB, of which running needs one library of
-3 MB. This wheel has the same Python files and that library, from the TVM that is installed here,
-and leaves out the compiler's requirements. Where both distributions are installed the files are the
-same, and TVM's own library is loaded.
+3 MB. This wheel has the same Python files and that library, with its part for CUDA, from the TVM
+that is installed here, and leaves out the compiler's requirements. Where both distributions are
+installed the files are the same, and TVM's own library is loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from typing import Annotated, Any
 import typer
 
 ROOT = Path(__file__).parents[1]
-LIBRARY = "libtvm_runtime.so"
+LIBRARIES = ("libtvm_runtime.so", "libtvm_runtime_cuda.so")
+"""The second where TVM's wheel has it: on x86-64."""
+
 COMPILING = ("apache-tvm==", "onnx>=", "onnxruntime>=", "onnxsim>=")
 """Requirements that only a compiler has."""
 
@@ -71,7 +73,8 @@ def main(
         for name in ("README.md", "LICENSE"):
             shutil.copy(ROOT / name, stage)
         (stage / "sparse_tvm/lib").mkdir()
-        shutil.copy(_tvm_library(), stage / "sparse_tvm/lib")
+        for library in _tvm_libraries():
+            shutil.copy(library, stage / "sparse_tvm/lib")
         (stage / "pyproject.toml").write_text(_project())
         (stage / "setup.cfg").write_text(f"[bdist_wheel]\nplat_name = {_platform()}\n")
         subprocess.run(
@@ -103,11 +106,12 @@ def _project() -> str:
     )
 
 
-def _tvm_library() -> Path:
+def _tvm_libraries() -> list[Path]:
     spec = find_spec("tvm")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("TVM is not installed: bash scripts/setup.sh dev")
-    return Path(spec.submodule_search_locations[0]) / "lib" / LIBRARY
+    directory = Path(spec.submodule_search_locations[0]) / "lib"
+    return [directory / name for name in LIBRARIES if (directory / name).exists()]
 
 
 def _platform() -> str:

@@ -18,6 +18,7 @@ from sparse_tvm.cudart import LEGACY_STREAM, CudaRuntime
 from sparse_tvm.devices import Buffer, Cpu, Device, Resident, register_device
 from sparse_tvm.errors import DeviceError, OptionError
 from sparse_tvm.pinned import PinnedMemory
+from sparse_tvm.vm import tvm_library
 
 _DRIVER = "libcuda.so.1"
 _CUDA_RUNTIME = "libcudart.so.13"
@@ -295,14 +296,14 @@ def cuda_runtime() -> CudaRuntime:
             continue
     else:
         raise DeviceError(f"{_CUDA_RUNTIME} is not installed", hint=_INSTALL_RUNTIME)
-    parts = _installed("tvm", "lib/libtvm_runtime_cuda.so")
-    if not parts:
+    part = tvm_library("libtvm_runtime_cuda.so")
+    if part is None:
         raise DeviceError(
             "TVM's runtime here has no part for CUDA (libtvm_runtime_cuda.so)",
             hint="pip install apache-tvm, whose wheel for Linux on x86-64 has it",
         )
     try:
-        ctypes.CDLL(str(parts[0]), ctypes.RTLD_LOCAL)
+        ctypes.CDLL(str(part), ctypes.RTLD_LOCAL)
     except OSError as error:
         raise DeviceError(f"TVM's part for CUDA cannot be loaded: {error}") from error
     return CudaRuntime(library)

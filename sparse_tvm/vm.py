@@ -39,7 +39,7 @@ _WORKERS_END = 1.0
 _TVM = "0.27.0.post1"
 _INSTALL = f"pip install apache-tvm=={_TVM}"
 _BUNDLED = Path(__file__).with_name("lib")
-"""TVM's library in the light distribution, see ``scripts/build_runtime.py``."""
+"""TVM's libraries in the light distribution, see ``scripts/build_runtime.py``."""
 
 _SPIN_COUNT = 5000
 """Yields of an idle worker before it sleeps: about 2 ms, where TVM's default takes 170 ms of
@@ -65,13 +65,19 @@ def runtime() -> Any:
             import tvm_ffi
     except ImportError as error:
         raise ArtifactError(f"TVM's runtime cannot be loaded: {error}", hint=_INSTALL) from error
-    spec = find_spec("tvm")
-    if spec is None and not _BUNDLED.is_dir():
+    library = tvm_library("libtvm_runtime.so")
+    if library is None:
         raise ArtifactError("TVM's runtime is not installed", hint=_INSTALL)
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    return tvm_ffi
+
+
+def tvm_library(name: str) -> Path | None:
+    """Where one of TVM's libraries is: in the installed apache-tvm, or beside this file."""
+    spec = find_spec("tvm")
     found = [] if spec is None else spec.submodule_search_locations or ()
     places = [Path(place) / "lib" for place in found] or [_BUNDLED]
-    ctypes.CDLL(str(places[0] / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
-    return tvm_ffi
+    return next((place / name for place in places if (place / name).exists()), None)
 
 
 @contextmanager

@@ -48,9 +48,11 @@ def test_what_an_artifact_is_for_works(
 
 def test_its_package_loads_and_runs(command: list[str], artifact: str, tmp_path: Path) -> None:
     code = """
-import sys, numpy as np, sparse_tvm
+import platform, sys, numpy as np, sparse_tvm
 inputs = {"x": np.zeros((8, 64), "float32"), "ids": np.zeros(8, "int64")}
 assert sparse_tvm.load(sys.argv[1], threads=2).run(inputs)["y"].shape == (8, 64)
+from sparse_tvm.vm import tvm_library
+assert platform.machine() != "x86_64" or tvm_library("libtvm_runtime_cuda.so") is not None
 assert "tvm" not in sys.modules and sparse_tvm.__version__[0].isdigit()
 """
     python = str(Path(command[0]).with_name("python"))
