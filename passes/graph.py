@@ -21,6 +21,9 @@ Expr = Any
 
 _ANALYZER = Analyzer()
 
+INJECTIVE = 2
+"""Relax's ``op_pattern`` of functions each of whose outputs is made of a few elements."""
+
 OPAQUE = 8
 """Relax's ``op_pattern`` of functions into which nothing may be fused."""
 

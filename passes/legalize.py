@@ -25,16 +25,20 @@ def legalized(
     target: Mapping[str, Any],
     opaque: Mapping[str, Rule],
     kept: Sequence[str] = (),
+    nests: Mapping[str, Rule] | None = None,
 ) -> tvm.IRModule:
     """The module in TIR for a target (as TVM takes it).
 
     ``opaque`` has rules for operators that become no loop nests, by Relax's names; those that are
-    ``kept`` stay calls of Relax where they are views.
+    ``kept`` stay calls of Relax where they are views. ``nests`` has rules for loop nests that take
+    the place of TVM's.
     """
     with tvm.target.Target(dict(target)):
         lower = tvm.transform.Sequential(
             [
-                relax.transform.LegalizeOps({"relax.max": _largest, "relax.min": _smallest}),
+                relax.transform.LegalizeOps(
+                    {"relax.max": _largest, "relax.min": _smallest, **(nests or {})}
+                ),
                 relax.transform.AnnotateTIROpPattern(),
             ]
         )

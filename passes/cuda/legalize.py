@@ -1,15 +1,16 @@
-"""Legalise: TVM's lowering of what is left, with a cumulative sum of ours.
+"""Legalise: TVM's lowering of what is left, with a cumulative sum and gathers of ours.
 
-TVM's own for GPUs relies on the threads of a warp running in step, which they need not.
+TVM's own sum for GPUs relies on the threads of a warp running in step, which they need not; and it
+fuses no gathers.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from tvm import relax, te, tirx
+from tvm import relax, te, tirx, topi
 
-from sparse_tvm.passes.graph import dtype_of, shape_of
+from sparse_tvm.passes.graph import INJECTIVE, dtype_of, shape_of
 from sparse_tvm.passes.infrastructure import Context, graph_pass
 from sparse_tvm.passes.legalize import legalized
 from sparse_tvm.passes.program import Program
@@ -20,8 +21,24 @@ def legalize(program: Program, context: Context) -> Program:
     """Apply the pass."""
     target = context.target.tvm_target()
     rules = {"relax.cumsum": _cumulative_sum}
-    program.module = legalized(program.module, target, rules, kept=["relax.reshape"])
+    program.module = legalized(
+        program.module, target, rules, kept=["relax.reshape"], nests={"relax.take": _take}
+    )
     return program
+
+
+def _take(builder: relax.BlockBuilder, call: relax.Call) -> Any:
+    """A gather that is fused with what reads it: an embedding's sum is one kernel."""
+    x, indices = call.args
+    attributes = call.attrs
+    return builder.call_te(
+        topi.take,
+        x,
+        indices,
+        attributes.axis,
+        mode=attributes.mode,
+        primfunc_attrs={"op_pattern": INJECTIVE},
+    )
 
 
 def _cumulative_sum(builder: relax.BlockBuilder, call: relax.Call) -> Any:

@@ -232,3 +232,15 @@ def test_attention_is_one_kernel(tmp_path, sequence):
     kinds = [kernel["kind"] for kernel in result.manifest["kernels"].values()]
     assert kinds.count("attention") == 1
     assert not any("softmax" in name for name in result.manifest["kernels"])
+
+
+def test_an_encoder_layer_is_nine_kernels(tmp_path):
+    result = sparse_tvm.compile(
+        build_bert(TINY, batch=2, sequence=16),
+        tmp_path / "model.so",
+        target="cuda-sm80",
+        verify=False,
+    )
+    calls = [len(kernel["layers"]) for kernel in result.manifest["kernels"].values()]
+    # Six dense layers, attention, three norms; besides, the mask's and the embedding's are TVM's.
+    assert sum(calls) == 10
