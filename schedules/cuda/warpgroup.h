@@ -24,6 +24,8 @@ STVM_FUNCTION void stvm_copy_bytes(void* shared, const void* global, int bytes, 
 // Copy the map's box that begins at this column and row; what is outside of the matrix is 0.
 STVM_FUNCTION void stvm_copy_box(void* shared, unsigned long long map, int column, int row,
                                  void* barrier);
+// Fetch a map before the first copy of one of its boxes.
+STVM_FUNCTION void stvm_prefetch_map(unsigned long long map);
 // Wait for so many threads at the block's barrier of this number.
 STVM_FUNCTION void stvm_sync_threads(int number, int threads);
 // Leave registers to other warpgroups, or take them: so many a thread, a multiple of eight.
@@ -91,6 +93,10 @@ STVM_FUNCTION void stvm_copy_box(void* shared, unsigned long long map, int colum
                "[%0], [%1, {%2, %3}], [%4];"
                :: "r"(stvm_shared(shared)), "l"(map), "r"(column), "r"(row),
                   "r"(stvm_shared(barrier)) : "memory");
+}
+
+STVM_FUNCTION void stvm_prefetch_map(unsigned long long map) {
+  asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory");
 }
 
 STVM_FUNCTION void stvm_sync_threads(int number, int threads) {
@@ -203,6 +209,7 @@ inline void stvm_copy_box(void* shared, unsigned long long address, int column, 
   stvm_received(barrier, bytes * map->box[1]);
 }
 
+inline void stvm_prefetch_map(unsigned long long) {}
 inline void stvm_products_begin() {}
 inline void stvm_products_commit() {}
 // The four warps multiply together: none is done before all are.

@@ -92,6 +92,11 @@ def copy_box(shared: Expr, tensor_map: Expr, column: Expr, row: Expr, barrier: E
     call("copy_box", shared, tirx.address_of(tensor_map), column, row, barrier)
 
 
+def prefetch_map(tensor_map: Expr) -> None:
+    """Fetch a map before the first copy of one of its boxes."""
+    call("prefetch_map", tirx.address_of(tensor_map))
+
+
 def sync_threads(number: Expr, threads: int) -> None:
     """Wait for so many threads."""
     call("sync_threads", number, threads)

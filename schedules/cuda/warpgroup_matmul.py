@@ -262,6 +262,7 @@ class _Matmul:
 
     def _copy_all(self) -> None:
         """What the copying thread does: for each step of each tile, fill a stage."""
+        warpgroup.prefetch_map(self.x_map)
         done = local(1, "int32")
         T.buffer_store(done, 0, [0])
         with self._each_tile() as turn:
@@ -404,7 +405,7 @@ class _Matmul:
             operand = next(biases)[i % 4 // 2] if isinstance(step, Bias) else buffer[at]
             if step in steps:
                 operands.append(operand)
-        return epilogue_value(self.sums[i], steps, operands, "float32")
+        return epilogue_value(self.sums[i], steps, operands, "float32", self.problem.y.dtype)
 
     def _reading(self) -> list[Step]:
         return [step for step in self.problem.epilogue if step.operand]
