@@ -421,13 +421,15 @@ class Attention(Operator):
 class LayerNorm(Operator):
     """``(x - mean) / sqrt(variance + epsilon) * gamma + beta`` over the last axis.
 
-    ``both`` tells that it returns two tensors: its output, and the same in float32.
+    ``residual`` tells that another tensor is added to x before; ``both``, that there are two
+    results: the output, and the same in float32.
     """
 
     name: ClassVar[str] = "layer_norm"
-    operands: ClassVar[str] = "x, gamma, beta"
+    operands: ClassVar[str] = "x, gamma, beta, residual?"
 
     epsilon: float
+    residual: bool = False
     both: bool = False
 
 

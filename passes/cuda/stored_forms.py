@@ -29,7 +29,8 @@ def wanted_forms(op: Operator, operands: int) -> list[str | None]:
     if isinstance(op, Attention):
         return [op.types.input if index < MASK else "float32" for index in range(operands)]
     if isinstance(op, LayerNorm):
-        return ["float32"] * operands
+        # What is still to be added to the residual is small, and may have been rounded.
+        return [None if op.residual else "float32", *["float32"] * (operands - 1)]
     if isinstance(op, Dense):
         reading = [step for step in op.epilogue if step.operand]
         extras = ["float32" if isinstance(step, Residual) else None for step in reading]

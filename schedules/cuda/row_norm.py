@@ -1,4 +1,4 @@
-"""Layer norm: a warp has a row in its registers, read once and written once.
+"""Layer norm, of a sum if there is a residual: a warp has a row in its registers.
 
 Each thread reads eight neighbouring elements at a time. The mean comes first, then the variance of
 what is left of the row without it.
@@ -37,21 +37,27 @@ _CHUNK = 8
 """Elements that a thread reads at a time, in float16 16 bytes."""
 
 
-def layer_norm(x: Extents, y: Extents, epsilon: float, both: bool = False) -> tirx.PrimFunc:
-    """The kernel: x, gamma and beta of float32, y; x and y of 16 bits or float32.
+def layer_norm(
+    x: Extents, y: Extents, epsilon: float, both: bool = False, residual: Extents | None = None
+) -> tirx.PrimFunc:
+    """The kernel: x, gamma and beta of float32, the residual if any, y.
 
-    Behind y comes the same in float32 if ``both`` are asked for.
+    Rows are of 16 bits or float32. Behind y comes the same in float32 if ``both`` are asked for.
     """
     width = x.shape[-1]
     assert width is not None
     with prim_func() as result:
         source = tensor("x", x)
         gamma, beta = (argument(name, (width,), "float32") for name in ("gamma", "beta"))
+        sources = [source] if residual is None else [source, tensor("residual", residual)]
         targets = [tensor("y", y)]
         if both:
             targets.append(tensor("wide", replace(y, dtype="float32")))
         rows = size_of(source.shape[:-1])
-        read, *written = (_vectors(array, rows * width) for array in (source, *targets))
+        read, written = (
+            [(_vectors(array, rows * width), str(array.dtype)) for array in arrays]
+            for arrays in (sources, targets)
+        )
         with (
             T.launch_thread("blockIdx.x", (rows + (_WARPS - 1)) // _WARPS) as block,
             T.launch_thread("threadIdx.x", 32 * _WARPS) as thread,
@@ -59,10 +65,11 @@ def layer_norm(x: Extents, y: Extents, epsilon: float, both: bool = False) -> ti
             row = block * _WARPS + thread // 32
             with T.If(row < rows), T.Then():
                 norm = _RowNorm(width, thread % 32, epsilon)
-                norm.read(read, row * width, x.dtype)
+                for vectors, dtype in read:
+                    norm.add(vectors, row * width, dtype)
                 norm.normalise(gamma, beta)
-                for target, vectors in zip(targets, written, strict=True):
-                    norm.write(vectors, row * width, str(target.dtype))
+                for vectors, dtype in written:
+                    norm.write(vectors, row * width, dtype)
     return result["func"]
 
 
@@ -74,21 +81,27 @@ class _RowNorm:
         self.turns = -(-width // (32 * _CHUNK))
         self.row, self.factors, self.sums = registers("float32", self.turns * _CHUNK, 2 * _CHUNK, 2)
 
-    def read(self, source: Buffer, first: Expr, dtype: str) -> None:
-        """Read the row, zeros beyond its end."""
         for i in range(self.turns * _CHUNK):
             self.row.store(i, T.float32(0))
+
+    def add(self, source: Buffer, first: Expr, dtype: str) -> None:
+        """Add a row to what was added before."""
         if dtype != "float32":
             (words,) = registers("uint32", 4)
         for turn, column, guard in self._chunks():
             with guard:
                 if dtype == "float32":
-                    _load(self.row, turn * _CHUNK, source, first + column)
-                    continue
-                _load(words, 0, source, (first + column) // 2, 4)
+                    _load(self.factors, 0, source, first + column)
+                else:
+                    _load(words, 0, source, (first + column) // 2, 4)
                 for i in range(_CHUNK):
-                    value = instructions.unpack(words[i // 2], i % 2, dtype)
-                    self.row.store(turn * _CHUNK + i, value)
+                    value = (
+                        self.factors[i]
+                        if dtype == "float32"
+                        else instructions.unpack(words[i // 2], i % 2, dtype)
+                    )
+                    at = turn * _CHUNK + i
+                    self.row.store(at, self.row[at] + value)
 
     def normalise(self, gamma: Buffer, beta: Buffer) -> None:
         """Leave ``(row - mean) / deviation * gamma + beta`` of the row."""

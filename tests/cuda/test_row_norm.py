@@ -58,3 +58,20 @@ def test_both():
     wide = run(kernel, [x, gamma, beta, narrow], np.empty((6, 72), np.float32))
     expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     np.testing.assert_allclose(wide, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["float16", "float32"])
+@pytest.mark.parametrize("width", [72, 768])
+def test_a_residual(source, width):
+    rng = np.random.default_rng(width)
+    x = rng.standard_normal((6, width)).astype(np.float16)
+    residual = rng.standard_normal((6, width)).astype(source)
+    gamma, beta = np.ones(width, np.float32), np.zeros(width, np.float32)
+    extents = Extents(x.shape, "float16")
+    kernel = layer_norm(extents, extents, 1e-5, True, Extents(x.shape, source))
+    arrays = [x, gamma, beta, residual, np.zeros_like(x)]
+    total = x.astype(np.float64) + residual
+    centred = total - total.mean(-1, keepdims=True)
+    expected = centred / np.sqrt(total.var(-1, keepdims=True) + 1e-5)
+    found = run(kernel, arrays, np.empty(x.shape, np.float32))
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -16,7 +16,8 @@ LARGEST_WIDTH = 4096
 class RowNormFamily(KernelFamily[LayerNorm]):
     """The kernel of :mod:`sparse_tvm.schedules.cuda.row_norm`.
 
-    Operands are x in rows of float16, bfloat16 or float32, gamma and beta in float32.
+    Operands are x in rows of float16, bfloat16 or float32, gamma and beta in float32, and another
+    tensor of rows if there is a residual.
     """
 
     name: ClassVar[str] = "row_norm"
@@ -27,9 +28,9 @@ class RowNormFamily(KernelFamily[LayerNorm]):
     ) -> Kernel:
         from sparse_tvm.schedules.cuda.row_norm import layer_norm
 
-        x = operands[0]
-        title = f"layer_norm_{x.shape[-1]}" + ("_both" if op.both else "")
-        return Kernel(title, layer_norm(x, output, op.epsilon, op.both))
+        x, _, _, *residual = operands
+        title = f"layer_norm_{x.shape[-1]}" + "_residual" * op.residual + "_both" * op.both
+        return Kernel(title, layer_norm(x, output, op.epsilon, op.both, *residual))
 
     def work(
         self,
