@@ -2,8 +2,8 @@
 
 What takes longest decides: tensor cores, shared memory, the second cache, or device memory; they
 overlap. Thread blocks fill the device in waves, of which the last is rarely full. Launching a
-kernel, and filling its pipeline, takes a while that no layout avoids. Nothing of this was
-measured on hardware yet.
+kernel, and filling its pipeline, takes a while that no layout avoids. Rows of pairs are fitted to
+what an H200 took for 95 % of zeros, 128 to 4,096 tokens: within a fifth.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ _CORE_EFFICIENCY = 0.7
 
 _OTHERS_EFFICIENCY = 0.4
 """Share of the CUDA cores' rate that TVM's schedules of products reach."""
+
+_ROW_LATENCY = 2.5e-6
+"""Seconds until a thread block has transposed its first activations."""
+
+_ALONE = 0.7
+"""Share of a multiprocessor's rate that one of these thread blocks reaches, where two reach all."""
 
 _PAIR_INSTRUCTIONS = 7
 """Instructions for a pair, beside two for each of a lane's tokens."""
@@ -87,11 +93,11 @@ def row_seconds(matrix: tuple[int, int], nonzeros: int, tokens: int, gpu: Gpu) -
     multiply = columns * pairs * max(_issue_cycles(tile), _gather_cycles(tile)) / rate
     l2 = groups * columns * (k * tile.tokens * 2 + 4 * pairs / groups) / gpu.l2
     memory = (4 * pairs + 2 * tokens * (n + k)) / gpu.memory
-    resident = max(1, min(2048 // tile.threads, gpu.shared_bytes // (tile.shared_bytes + 1024)))
-    at_once = gpu.processors * min(resident, 2)
-    blocks = groups * columns
-    tail = ceil(blocks / at_once) * at_once / blocks
-    return _LAUNCH + _STEP_LATENCY + (multiply / _CORE_EFFICIENCY + l2) * tail + memory
+    turns = ceil(groups * columns / gpu.processors)
+    shared = gpu.shared_bytes >= 2 * (tile.shared_bytes + 1024)
+    alone = turns % 2 if shared else turns  # others come in pairs
+    tail = (turns + alone * (1 / _ALONE - 1)) * gpu.processors / (groups * columns)
+    return _LAUNCH + _ROW_LATENCY + (multiply / _CORE_EFFICIENCY + l2) * tail + memory
 
 
 def other_seconds(values: float, multiplications: float, gpu: Gpu) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from tvm import tirx
@@ -30,7 +31,7 @@ from sparse_tvm.schedules.cuda.build import (
     tensor,
 )
 from sparse_tvm.schedules.cuda.epilogue import epilogue_value
-from sparse_tvm.schedules.cuda.sparse_rows import VECTOR, WINDOW, RowTile, chunks_of
+from sparse_tvm.schedules.cuda.sparse_rows import AHEAD, VECTOR, WINDOW, RowTile, chunks_of
 
 Expr = Any
 Buffer = Any
@@ -195,7 +196,7 @@ class _SparseMatmul:
         part = tirx.min(slot, p.slots - 1) * p.chunks + chunk
         start, end = self.starts[part], self.starts[part + count]
         steps = (end - start - self.value_lane + (tile.value_lanes - 1)) // tile.value_lanes
-        here, ahead = local(VECTOR, "uint32"), local(VECTOR, "uint32")
+        loaded = [local(VECTOR, "uint32") for _ in range(AHEAD + 1)]
         # Offsets in words: of the tokens of a lane, and of a column from the first that is there.
         words, each = tile.tokens // 2, tile.each // 2
         base = self.token_lane * each - chunk * tile.columns * words
@@ -206,16 +207,19 @@ class _SparseMatmul:
             T.buffer_store(to, self.pairs[T.ramp(at, 1, VECTOR)], [lanes])
 
         with T.If(slot < p.slots), T.Then():
-            load(here, 0)
+            for i in range(AHEAD):
+                load(loaded[i], i)
             with T.serial(0, tirx.max(steps, 0)) as step:
-                load(ahead, step + 1)
+                load(loaded[AHEAD], step + AHEAD)
                 for i in range(VECTOR):
-                    column = tirx.Cast("int32", here[i] >> T.uint32(16))
+                    pair = loaded[0][i]
+                    column = tirx.Cast("int32", pair >> T.uint32(16))
                     x = instructions.address(self.shared, base + column * words)
                     first, dtype = bundle * tile.each, p.x.dtype
-                    instructions.multiply_add(self.sums, first, tile.each, x, here[i], dtype)
-                for i in range(VECTOR):
-                    T.buffer_store(here, ahead[i], [i])
+                    instructions.multiply_add(self.sums, first, tile.each, x, pair, dtype)
+                for here, ahead in pairwise(loaded):
+                    for i in range(VECTOR):
+                        T.buffer_store(here, ahead[i], [i])
 
     def _keep_sums(self) -> None:
         """Store the sums as ``[token, slot]`` in shared memory."""

@@ -23,6 +23,9 @@ from sparse_tvm.sparsity.formats import CSR
 VECTOR = 4
 """Pairs that a thread loads at a time."""
 
+AHEAD = 2
+"""Vectors of a lane that are on their way from memory while it multiplies one."""
+
 WINDOW = 32
 """Neighbouring rows that are sorted by length."""
 
@@ -36,6 +39,8 @@ _SHARED_BYTES = 96 * 1024
 _PROCESSORS = 108
 _BUNDLES = (8, 4, 2, 1)
 _TYPICAL_TOKENS = 128
+_WIDE = 2048
+"""Outputs that keep a usual device busy with 32 a thread block."""
 
 
 def chunks_of(inputs: int) -> tuple[int, int]:
@@ -58,8 +63,8 @@ def row_arrays(w: np.ndarray, dtype: str = "float16") -> dict[str, np.ndarray]:
     Returns
     -------
     dict[str, np.ndarray]
-        ``pairs`` uint32 ``[vectors, 4]``, row by row, followed by 32 vectors of zeros that a loop
-        may read ahead of itself; ``order`` int32 ``[slots]``, which row is in each slot, N and more
+        ``pairs`` uint32 ``[vectors, 4]``, row by row, followed by vectors of zeros that a loop may
+        read ahead of itself; ``order`` int32 ``[slots]``, which row is in each slot, N and more
         for none; ``starts`` int32 ``[slots * chunks + 1]``, the first vector of every chunk of
         every slot.
     """
@@ -78,7 +83,7 @@ def row_arrays(w: np.ndarray, dtype: str = "float16") -> dict[str, np.ndarray]:
     halves = rounded(csr.data, dtype).view(np.uint16)
     vectors.reshape(-1)[at] = csr.indices.astype(np.uint32) << 16 | halves
     return {
-        "pairs": np.concatenate([vectors, np.zeros((WINDOW, VECTOR), np.uint32)]),
+        "pairs": np.concatenate([vectors, np.zeros((32 * AHEAD, VECTOR), np.uint32)]),
         "order": order.astype(np.int32),
         "starts": starts.astype(np.int32),
     }
@@ -122,7 +127,7 @@ class RowTile:
     bundles: int
     chunks: int
     columns: int
-    warps: int = 8
+    warps: int
 
     @property
     def threads(self) -> int:
@@ -162,11 +167,13 @@ def row_tile(outputs: int, inputs: int, tokens: int | None) -> RowTile:
     size = min(64, max(2, 1 << (count - 1).bit_length()))
     row_lanes, token_lanes = 4 if size == 64 else 2, max(1, size // 8)
     value_lanes = 32 // row_lanes // token_lanes
-    rows = row_lanes * RowTile.warps
+    # Few tokens wait for memory more than they compute, and more warps wait for more of it.
+    warps = 16 if size < 64 and outputs >= _WIDE else 8
+    rows = row_lanes * warps
     groups = ceil(count / size)
     bundles = next(
         (b for b in _BUNDLES if ceil(outputs / (rows * b)) * groups >= _PROCESSORS), _BUNDLES[-1]
     )
     chunks, columns = chunks_of(inputs)
     at_once = min(chunks, _SHARED_BYTES // (columns * size * 2))
-    return RowTile(size, row_lanes, value_lanes, bundles, at_once, columns)
+    return RowTile(size, row_lanes, value_lanes, bundles, at_once, columns, warps)

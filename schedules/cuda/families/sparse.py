@@ -15,6 +15,9 @@ from sparse_tvm.schedules.cuda.sparse_rows import LARGEST_INPUTS, row_arrays, ro
 from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.targets.cuda import CudaTarget
 
+_LEAST = 0.8
+"""Share of zeros from which kernels are compared: with fewer of them nothing was measured."""
+
 
 class SparseDenseFamily(WeightedFamily[Dense]):
     """Kernels of :mod:`sparse_tvm.schedules.cuda.sparse_matmul`."""
@@ -34,7 +37,8 @@ class SparseDenseFamily(WeightedFamily[Dense]):
     def candidates(
         self, op: Dense, weight: WeightStatistics, target: CudaTarget, wish: Wish | None = None
     ) -> Sequence[Layout]:
-        return [Layout(self.name, "csr")] if wish is None or wish.format == "csr" else []
+        offered = weight.sparsity >= _LEAST if wish is None else wish.format == "csr"
+        return [Layout(self.name, "csr")] if offered else []
 
     def cost(
         self, op: Dense, layout: Layout, weight: WeightStatistics, tokens: int, target: CudaTarget
