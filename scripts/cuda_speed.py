@@ -31,15 +31,17 @@ from onnx import TensorProto, helper, numpy_helper
 
 TARGET = "cuda-sm90"
 
-LAYERS = ((2304, 768), (768, 768), (3072, 768), (768, 3072), (4096, 4096))
-TOKENS = (128, 1024, 2048, 4096)
+LAYERS = ((768, 768), (3072, 768), (768, 3072), (4096, 4096))
+TOKENS = (1, 16, 128, 1024, 4096)
 FORMS = {
     "dense": (0.0, "", "=dense"),
     "2:4": (0.5, "2:4", ""),
     "32x32 75 %": (0.75, "32x32", "=bsr:32x32"),
     "32x32 90 %": (0.9, "32x32", "=bsr:32x32"),
     "64x64 90 %": (0.9, "64x64", "=bsr:64x64"),
+    "csr 90 %": (0.9, "unstructured", "=csr"),
     "csr 95 %": (0.95, "unstructured", "=csr"),
+    "csr 98 %": (0.98, "unstructured", "=csr"),
 }
 """Zeros, structure, and the layer rule that keeps to it."""
 
@@ -357,7 +359,8 @@ def main() -> None:
 
         if options.bert:
             with torch.cuda.stream(torch.cuda.Stream()):  # every engine's
-                print("\n".join(bert_rows(directory, batches)), flush=True)
+                for row in bert_rows(directory, batches):
+                    print(row, flush=True)
         if options.layers:
             for row in layer_rows(directory, options.sparselt):
                 print(row, flush=True)
