@@ -77,9 +77,10 @@ class _LowerKernels(Rewrite):
                 "layers": [],
             },
         )
-        kernel["layers"].append(layer)
-        if layer in self.program.reports:
-            self.program.reports[layer].kernel = built.title
+        for each in self.program.merged.get(layer, (layer,)):
+            kernel["layers"].append(each)
+            if each in self.program.reports:
+                self.program.reports[each].kernel = built.title
 
 
 def _extents(expr: Any) -> Extents:

@@ -94,6 +94,8 @@ class Program:
         order of execution.
     notes : list[str]
         Patterns a pass saw and left alone, and why.
+    merged : dict[str, tuple[str, ...]]
+        The layers that one layer of a name of its own does the work of.
     """
 
     module: tvm.IRModule
@@ -102,6 +104,7 @@ class Program:
     reports: dict[str, LayerReport] = field(default_factory=dict)
     kernels: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    merged: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def copy(self) -> Program:
         """The same program, to be changed without changing this one; arrays are shared."""
@@ -113,6 +116,7 @@ class Program:
             reports={name: replace(report) for name, report in self.reports.items()},
             kernels={name: copy.deepcopy(kernel) for name, kernel in self.kernels.items()},
             notes=list(self.notes),
+            merged=dict(self.merged),
         )
 
     @property

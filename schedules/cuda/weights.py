@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from sparse_tvm.operators import Layout
@@ -84,3 +86,31 @@ def _bsr_arrays(w: np.ndarray, layout: Layout, dtype: str) -> dict[str, np.ndarr
         "columns": np.ascontiguousarray(places, np.int32),
         "indptr": np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
     }
+
+
+def stacked(
+    layers: Sequence[Sequence[np.ndarray | None]], layout: Layout
+) -> list[np.ndarray] | None:
+    """The stored weights of several layers, one below the other, as those of one layer.
+
+    Arrays are what families store, in order; None where a layout has no such form.
+    """
+    if any(array is None for arrays in layers for array in arrays):
+        return None
+    known = [[array for array in arrays if array is not None] for arrays in layers]
+    if layout.format in ("dense", "2:4"):
+        return [np.concatenate(arrays) for arrays in zip(*known, strict=True)]
+    if layout.format != "bsr" or any(len(arrays) != 3 for arrays in known):
+        return None
+    counts = [int(indptr[-1]) for _, _, indptr in known]
+    starts = np.cumsum([0, *counts])
+    data = [array[: max(count, 1)] for (array, _, _), count in zip(known, counts, strict=True)]
+    if min(counts) == 0:  # what stands for no blocks at all would shift those behind it
+        return None
+    columns = [array[:count] for (_, array, _), count in zip(known, counts, strict=True)]
+    pointers = [known[0][2][:1]]
+    pointers += [
+        indptr[1:] + start for (_, _, indptr), start in zip(known, starts[:-1], strict=True)
+    ]
+    joined = np.concatenate(pointers).astype(np.int32)
+    return [np.concatenate(data), np.concatenate(columns), joined]

@@ -68,6 +68,7 @@ class CudaBackend(Backend):
     def phases(self) -> Sequence[Phase]:
         from sparse_tvm.passes.cuda.half_storage import half_storage
         from sparse_tvm.passes.cuda.legalize import legalize
+        from sparse_tvm.passes.cuda.merge_projections import merge_projections
         from sparse_tvm.passes.cuda.norm_rows import norm_rows
         from sparse_tvm.passes.cuda.schedule_rest import schedule_rest
         from sparse_tvm.passes.cuda.slice_heads import slice_heads
@@ -75,7 +76,7 @@ class CudaBackend(Backend):
         from sparse_tvm.passes.lower_kernels import lower_kernels
 
         return (
-            Phase("rows", (norm_rows, slice_heads)),
+            Phase("rows", (norm_rows, merge_projections, slice_heads)),
             Phase("legalise", (legalize,)),
             Phase("half storage", (half_storage,)),
             Phase("schedule", (lower_kernels, schedule_rest)),
