@@ -32,7 +32,7 @@ from onnx import TensorProto, helper, numpy_helper
 TARGET = "cuda-sm90"
 
 LAYERS = ((768, 768), (3072, 768), (768, 3072), (4096, 4096))
-TOKENS = (1, 16, 128, 1024, 4096)
+TOKENS = (16, 128, 1024, 4096)
 FORMS = {
     "dense": (0.0, "", "=dense"),
     "2:4": (0.5, "2:4", ""),
@@ -47,6 +47,9 @@ FORMS = {
 
 MODELS = ("dense", "2:4", "32x32 90 %", "64x64 90 %")
 SEQUENCE = 128
+_SPARSELT_TOKENS = 1024
+"""From which on cuSPARSELt is asked: below, launching decides."""
+
 _REFERENCE_BATCH = 16
 _GRAPHS_BATCH = 16
 """Up to which launches may decide, so that PyTorch is also timed with CUDA graphs."""
@@ -218,7 +221,8 @@ def layer_rows(directory: Path, sparselt: bool) -> Iterator[str]:
         for tokens in TOKENS:
             times = [cublas_seconds(n, k, tokens)]
             if sparselt:
-                times.append(sparselt_seconds(n, k, tokens))
+                few = tokens < _SPARSELT_TOKENS
+                times.append(float("nan") if few else sparselt_seconds(n, k, tokens))
             for form in FORMS:
                 path = layer_path(directory, n, k, tokens, form)
                 if not path.exists():
