@@ -10,8 +10,10 @@ from test_tensor_matmul import gelu, weight
 from sparse_tvm.families import Extents
 from sparse_tvm.operators import Activation, Bias, Epilogue, Layout, Residual
 from sparse_tvm.schedules.cuda.band_matmul import BandProblem, band_matmul
-from sparse_tvm.schedules.cuda.band_tiles import BandTile, tile_of
+from sparse_tvm.schedules.cuda.band_tiles import TILES as BAND_TILES
+from sparse_tvm.schedules.cuda.band_tiles import BandTile, band_seconds, tile_for, tile_of
 from sparse_tvm.schedules.cuda.band_weights import band_arrays, choose_bands
+from sparse_tvm.schedules.cuda.cost import tensor_seconds
 
 pytestmark = pytest.mark.usefixtures("gpu")
 
@@ -109,3 +111,17 @@ def test_bands_share_columns_and_have_equally_much():
     columns = [int(occupied[band].any(axis=0).sum()) for band in bands]
     before = [int(occupied[first : first + 6].any(axis=0).sum()) for first in range(0, 24, 6)]
     assert sum(columns) < 0.75 * sum(before)
+
+
+def test_blocks_pay_on_warpgroups_where_tokens_are_many():
+    matrix, blocks, gpu = (768, 3072), 230, SM90.gpu
+    few, many = (
+        (
+            band_seconds(matrix, blocks, tokens, gpu),
+            tensor_seconds(matrix, BLOCKS, blocks, tokens, gpu),
+        )
+        for tokens in (16, 4096)
+    )
+    assert few[0] > few[1]
+    assert many[0] < many[1]
+    assert tile_for(matrix, 4096, gpu) in BAND_TILES
