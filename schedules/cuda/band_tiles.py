@@ -89,8 +89,8 @@ _LAUNCH = 2.2e-6
 _STEP = 0.05e-6, 1.05e-9
 """Seconds of a step: of any, and for each token."""
 
-_STORE = 2e-6
-"""Seconds until the sums of a tile are stored, and the next is begun."""
+_STORE = 4e-6
+"""Seconds until the sums of a tile are stored and the next is begun; others multiply meanwhile."""
 
 
 def tile_for(matrix: tuple[int, int], tokens: int | None, gpu: Gpu) -> BandTile:
@@ -111,4 +111,4 @@ def _seconds(matrix: tuple[int, int], blocks: int, tokens: int, gpu: Gpu, tile: 
     steps = columns * (1 - (1 - min(1.0, blocks / (rows * columns))) ** tile.height)
     turns = bands * ceil(tokens / tile.tokens) / (gpu.processors * tile.resident)
     step = tile.resident * (_STEP[0] + _STEP[1] * tile.tokens)
-    return _LAUNCH + max(1.0, turns) * (steps * step + _STORE)
+    return _LAUNCH + max(1.0, turns) * (steps * step + _STORE / tile.resident)
