@@ -383,8 +383,10 @@ def _publish(source: Path, version: Path) -> None:
 
 
 def gpu_processes() -> dict[int, int]:
-    """MiB of GPU memory by process, as nvidia-smi has it; key 0 is all that the GPU has in use."""
-    found = {}
+    """MiB of GPU memory by process, as nvidia-smi has it, if it is there; key 0 is the GPU's."""
+    found: dict[int, int] = {}
+    if shutil.which("nvidia-smi") is None:
+        return found
     for kind in ("--query-compute-apps=pid,used_memory", "--query-gpu=index,memory.used"):
         command = ["nvidia-smi", kind, "--format=csv,noheader,nounits"]
         for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines():
