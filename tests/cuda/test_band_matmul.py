@@ -7,7 +7,9 @@ import pytest
 from gpu_harness import SM90, run
 from test_tensor_matmul import gelu, weight
 
+from sparse_tvm.backends.cuda_codegen import compile_kernel, device_source
 from sparse_tvm.families import Extents
+from sparse_tvm.nvrtc import compile_source
 from sparse_tvm.operators import Activation, Bias, Epilogue, Layout, Residual
 from sparse_tvm.schedules.cuda.band_matmul import BandProblem, band_matmul
 from sparse_tvm.schedules.cuda.band_tiles import TILES as BAND_TILES
@@ -125,3 +127,15 @@ def test_blocks_pay_on_warpgroups_where_tokens_are_many():
     assert few[0] > few[1]
     assert many[0] < many[1]
     assert tile_for(matrix, 4096, gpu) in BAND_TILES
+
+
+@pytest.mark.parametrize("tile", BAND_TILES, ids=str)
+@pytest.mark.parametrize("epilogue", [(Bias(),), (Bias(), Activation("gelu"), Residual())])
+def test_products_overlap_and_no_register_spills(tile, epilogue):
+    x, y = Extents((4096, 3072), "float16"), Extents((4096, 768), "float16")
+    extras = (Extents((768,), "float32"), y)[: sum(1 for step in epilogue if step.operand)]
+    problem = BandProblem(768, 3072, x, extras, y, tile, epilogue, 132)
+    source = device_source(compile_kernel(band_matmul(problem), SM90))
+    log = compile_source(source, "sm_90a").log
+    assert " 0 bytes spill stores" in log
+    assert "serialized" not in log
