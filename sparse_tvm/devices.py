@@ -9,8 +9,8 @@ that lie on a GPU already are neither copied when they come in nor when they go 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,6 +26,9 @@ _POOLED_ALLOCATOR = 2
 _COPIED_BYTES = 64 * 1024
 """Outputs up to this size are copied, which costs nothing and covers outputs that are constants
 of the program; larger ones are handed over as the program allocated them."""
+
+
+_NOBODY_ELSE = nullcontext()
 
 
 class Buffer(NamedTuple):
@@ -110,11 +113,12 @@ class Device(ABC):
             When it is none, or the device has none.
         """
 
-    @contextmanager
-    def submitting(self, stream: int | None = None, after: Collection[int] = ()) -> Iterator[None]:
+    def submitting(
+        self, stream: int | None = None, after: Collection[int] = ()
+    ) -> AbstractContextManager[None]:
         """Alone with the device: everything within is asked of it in one stream, in order, and
         after what other streams have been asked."""
-        yield
+        return _NOBODY_ELSE
 
     @abstractmethod
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:

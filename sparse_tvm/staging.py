@@ -24,6 +24,7 @@ class StagedInput:
     def __init__(self, spec: TensorSpec, device: Device) -> None:
         self.spec, self._device = spec, device
         self._dtype, self._name = np.dtype(spec.dtype), spec.dtype
+        self._dtypes = self._dtype, self._dtype.newbyteorder()
         self._symbolic = any(isinstance(dim, str) for dim in spec.shape)
         shape = tuple(0 if isinstance(dim, str) else dim for dim in spec.shape)
         self.buffer = device.allocate(shape, self._dtype)
@@ -41,7 +42,7 @@ class StagedInput:
             shape = value.tensor.shape
         else:
             shape = value.shape
-            if value.dtype not in (self._dtype, self._dtype.newbyteorder()):
+            if value.dtype not in self._dtypes:
                 raise self._wrong_dtype(value.dtype, f".astype({self._name!r})")
         if self._symbolic:
             self._check_symbolic(shape, sizes)
