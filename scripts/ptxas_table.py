@@ -32,6 +32,7 @@ from sparse_tvm.operators import (
 from sparse_tvm.schedules.cuda.attention import AttentionProblem, attention
 from sparse_tvm.schedules.cuda.families.dense import BLOCKS, CoreDenseFamily, TensorDenseFamily
 from sparse_tvm.schedules.cuda.families.sparse import SparseDenseFamily
+from sparse_tvm.schedules.cuda.row_norm import layer_norm
 from sparse_tvm.schedules.cuda.sparse_rows import row_tile
 from sparse_tvm.schedules.cuda.tiles import tile_for
 from sparse_tvm.targets.cuda import CUDA_TARGETS, Gpu
@@ -46,6 +47,9 @@ ATTENTIONS = (
     *((None, None, size, mask) for size in (64, 128) for mask in (_KEYS, _ALL)),
 )
 """Batch, rows, features of a head, and mask."""
+
+NORMS = (768, 1024, 4096)
+"""Features of a row."""
 
 THREADS = {89: 1536}
 REGISTERS, GRANULE = 65536, 256
@@ -126,6 +130,15 @@ def kernels() -> Iterator[Kernel]:
     yield Kernel("dense in fp32", source, 256, 2 * 16 * 68 * 4)
     for batch, rows, size, mask in ATTENTIONS:
         yield _attention(batch, rows, size, mask)
+    for width in NORMS:
+        yield _norm(width)
+
+
+def _norm(width: int) -> Kernel:
+    x, residual = Extents((4096, width), "float16"), Extents((4096, width))
+    kernel = layer_norm(x, x, 1e-5, both=True, residual=residual)
+    source = device_source(compile_kernel(kernel, CUDA_TARGETS[0]))
+    return Kernel(f"layer norm of {width}, residual", source, 128, 0)
 
 
 def _attention(

@@ -48,8 +48,8 @@ class _MergeProjections(Rewrite):
         merged = self._merged([layer for layer in layers if layer is not None], found.args[:3])
         if merged is None:
             return None
-        starts = np.cumsum([0, *(layer.op.matrix[0] for layer in layers if layer is not None)])
-        op = replace(found.op, starts=tuple(int(start) for start in starts[:3]))
+        q, k, _ = (layer.op.matrix[0] for layer in layers if layer is not None)
+        op = replace(found.op, starts=(0, q, q + k))
         args = [merged] * 3 + [self.new(mask) for mask in found.args[3:]]
         return dialect.call(op, args, shape_of(var))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cuda_attention
 import cuda_device
 import pytest
 
@@ -30,3 +31,9 @@ def test_without_a_device(capsys, monkeypatch):
 def test_predictions():
     rows = list(cuda_device.predicted_rows(CudaTarget("one", "", (H100,))))
     assert len(rows) == 2 + len(cuda_device.LAYERS) * len(cuda_device.TOKENS)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_it_times_attention():
+    table = list(cuda_attention.rows("cuda-sm90", float("inf"), [(1, 2, 16, 16)], repeats=1))
+    assert table[-1].startswith("| 1 | 2 | 16 | 16 |")
