@@ -42,8 +42,6 @@ STVM_FUNCTION void stvm_products_begin();
 STVM_FUNCTION void stvm_products_commit();
 STVM_FUNCTION void stvm_products_wait_0();
 STVM_FUNCTION void stvm_products_wait_1();
-// A word that all threads of a warp have, as the compiler then knows.
-STVM_FUNCTION stvm_word stvm_uniform(stvm_word word) { return __shfl_sync(~0u, word, 0); }
 // Two floats as float16, beyond whose range they become its largest.
 STVM_FUNCTION stvm_word stvm_pack_finite(float low, float high);
 // The sums of two pairs of float16, added in float32.
@@ -254,12 +252,12 @@ inline float stvm_element(const void* tile, int row, int column, int row_bytes) 
 inline int stvm_row(int i) { return stvm_thread() / 32 % 4 * 16 + stvm_lane() / 4 + i % 4 / 2 * 8; }
 inline int stvm_column(int i) { return i / 4 * 8 + stvm_lane() % 4 * 2 + i % 2; }
 
-template <int Columns, int RowBytes = 128>
+template <int Columns>
 inline void stvm_products(float* d, const void* a, const void* b, int keep) {
   for (int i = 0; i < Columns / 2; ++i) {
     float sum = keep ? d[i] : 0;
     for (int k = 0; k < 16; ++k)
-      sum += stvm_element(a, stvm_row(i), k, RowBytes) * stvm_element(b, stvm_column(i), k, RowBytes);
+      sum += stvm_element(a, stvm_row(i), k, 128) * stvm_element(b, stvm_column(i), k, 128);
     d[i] = sum;
   }
 }

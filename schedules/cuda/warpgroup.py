@@ -46,26 +46,9 @@ STVM_FUNCTION void {name}(float* d, const void* a, const void* b{places}, int ke
 """
 
 
-_BLOCK_PRODUCT = """
-STVM_FUNCTION void stvm_multiply_block(float* d, const void* a, const void* b) {{
-#ifdef __CUDACC__
-  asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-               "{{{registers}}}, %16, %17, 1, 1, 1, 0, 0;"
-               : {results} : "l"(stvm_tile<64>(a)), "l"(stvm_tile<64>(b)));
-#else
-  stvm_products<32, 64>(d, a, b, 1);
-#endif
-}}
-""".format(
-    registers=", ".join(f"%{i}" for i in range(16)),
-    results=", ".join(f'"+f"(d[{i}])' for i in range(16)),
-)
-"""The function of products of 64 rows by 32 columns, both factors of 16 of rows of 64 bytes."""
-
 PRELUDE = Path(__file__).with_suffix(".h").read_text(encoding="utf-8") + "".join(
     _product(columns, structured) for columns in COLUMNS for structured in (False, True)
 )
-PRELUDE += _BLOCK_PRODUCT
 """What stands before the code of modules that call these, after that of ``instructions.py``."""
 
 
@@ -99,7 +82,7 @@ def fence_shared() -> None:
     call("fence_shared")
 
 
-def copy_bytes(shared: Expr, source: Expr, count: Expr, barrier: Expr) -> None:
+def copy_bytes(shared: Expr, source: Expr, count: int, barrier: Expr) -> None:
     """Copy ``count`` bytes to shared memory; the barrier gets them."""
     call("copy_bytes", shared, source, count, barrier)
 
@@ -154,16 +137,6 @@ def multiply_2_of_4(
 ) -> None:
     """``D = A B^T``, 64 x columns x 32, A being 2:4 sparse."""
     call(f"multiply_2_of_4_{columns}", address(sums, d), a, b, places, keep)
-
-
-def multiply_block(sums: Buffer, first: int, a: Expr, b: Expr) -> None:
-    """``D += A B^T``, 64 x 32 x 16, of sums from the first on; factors have rows of 64 bytes."""
-    call("multiply_block", address(sums, first), a, b)
-
-
-def uniform(word: Expr) -> Expr:
-    """A word that all threads of a warp have: what it decides, they do together."""
-    return tirx.call_extern("uint32", "stvm_uniform", word)
 
 
 def pack(low: Expr, high: Expr) -> Expr:

@@ -10,7 +10,6 @@ from sparse_tvm.backends.base import Backend, BackendTarget
 from sparse_tvm.errors import DeviceError
 from sparse_tvm.schedules.cuda.cost import other_seconds
 from sparse_tvm.schedules.cuda.families.attention import TensorAttentionFamily
-from sparse_tvm.schedules.cuda.families.band import BandDenseFamily
 from sparse_tvm.schedules.cuda.families.dense import CoreDenseFamily, TensorDenseFamily
 from sparse_tvm.schedules.cuda.families.row_norm import RowNormFamily
 from sparse_tvm.schedules.cuda.families.sparse import SparseDenseFamily
@@ -34,7 +33,6 @@ class CudaBackend(Backend):
         super().__init__(
             [
                 WarpgroupDenseFamily(),
-                BandDenseFamily(),
                 TensorDenseFamily(),
                 SparseDenseFamily(),
                 CoreDenseFamily(),

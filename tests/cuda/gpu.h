@@ -223,7 +223,6 @@ inline void stvm_sync_threads(int number, int threads) {
 }
 inline void __syncthreads() { gpu::barrier(); }
 inline void __syncwarp(unsigned = 0) { int none = 0, all[32]; gpu::gather(&none, all, 4); }
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline unsigned __activemask() { return ~0u; }
 
 template <class T> T __shfl_sync(unsigned, T v, int lane, int width = 32) {

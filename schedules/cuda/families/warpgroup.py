@@ -28,7 +28,13 @@ class WarpgroupDenseFamily(WeightedFamily[Dense]):
     operator: ClassVar[type[Dense]] = Dense
 
     def refuses(self, op: Dense, target: CudaTarget) -> str | None:
-        return refused_on_warpgroups(self.name, op, target)
+        if {gpu.capability for gpu in target.gpus} != {_CAPABILITY}:
+            return f"{self.name} needs a target of compute capability 9.0 alone"
+        if op.types != PRECISIONS["fp16"]:
+            return f"{self.name} computes fp16 only"
+        if op.matrix[0] % 8 or op.matrix[1] % 8:
+            return f"{self.name} takes eight inputs and outputs at a time, not {op.matrix}"
+        return refused_step(op)
 
     def candidates(
         self, op: Dense, weight: WeightStatistics, target: CudaTarget, wish: Wish | None = None
@@ -74,17 +80,6 @@ class WarpgroupDenseFamily(WeightedFamily[Dense]):
         self, op: Dense, operands: Sequence[Extents], output: Extents, nonzeros: int | None = None
     ) -> Work:
         return layer_work(op, operands, output, nonzeros)
-
-
-def refused_on_warpgroups(name: str, op: Dense, target: CudaTarget) -> str | None:
-    """Why a family of this name has no kernel for a layer; None if it has."""
-    if {gpu.capability for gpu in target.gpus} != {_CAPABILITY}:
-        return f"{name} needs a target of compute capability 9.0 alone"
-    if op.types != PRECISIONS["fp16"]:
-        return f"{name} computes fp16 only"
-    if op.matrix[0] % 8 or op.matrix[1] % 8:
-        return f"{name} takes eight inputs and outputs at a time, not {op.matrix}"
-    return refused_step(op)
 
 
 def _made_of_blocks(wish: Wish) -> bool:
