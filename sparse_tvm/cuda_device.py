@@ -24,6 +24,9 @@ _DRIVER = "libcuda.so.1"
 _CUDA_RUNTIME = "libcudart.so.13"
 _INSTALL_RUNTIME = "pip install 'nvidia-cuda-runtime>=13.0,<14'"
 _NAME_BYTES = 256
+_HOPPER = 90
+"""Artifacts for it alone use instructions that no other device has."""
+
 _MAJOR, _MINOR = 75, 76  # of CUdevice_attribute: compute capability
 
 
@@ -63,13 +66,19 @@ class Cuda(Device):
         return [*pooled, Cpu.code, 0, pooled[-1]]
 
     def check(self, target: Mapping[str, Any]) -> None:
-        """Refuse devices older than all architectures of the target."""
+        """Refuse devices older than all of the target's, and any but Hopper where it is alone."""
         made_for = [int(name.removeprefix("sm_")) for name in target.get("architectures", ())]
         if made_for and self.capability < min(made_for):
             raise DeviceError(
                 f"the artifact is for GPUs of compute capability {min(made_for) / 10} and newer; "
                 f"cuda:{self.index} has {self.capability / 10}",
                 hint="compile for an older --target, or for the CPU",
+            )
+        if made_for == [_HOPPER] and self.capability // 10 != _HOPPER // 10:
+            raise DeviceError(
+                f"the artifact is for GPUs of compute capability 9.0 alone; cuda:{self.index} has "
+                f"{self.capability / 10}",
+                hint="compile with --target cuda, or for the device's own architecture",
             )
 
     def stream_of(self, stream: Any) -> int | None:

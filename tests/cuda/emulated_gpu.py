@@ -55,7 +55,7 @@ def emulated_gpu(patch: pytest.MonkeyPatch) -> Iterator[None]:
     ffi.register_global_func("ffi.Module.load_from_bytes.cuda", _load, True)
     ffi.register_global_func("runtime.cuTensorMapEncodeTiled", _encode_tensor_map, True)
     patch.setattr(cuda_codegen, "fat_binary", lambda source, _capabilities: source.encode())
-    patch.setattr(cuda_device, "capability_of", lambda _index: 120)
+    patch.setattr(cuda_device, "capability_of", lambda _index: 90)
     patch.setattr(cuda_device, "name_of", lambda _index: "emulated GPU")
     cudart = EmulatedCudart()
     patch.setattr(cuda_device, "cuda_runtime", lambda: cudart)
