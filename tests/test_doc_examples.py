@@ -43,7 +43,7 @@ NOT_RUN = {
     r"pip install": "changes the environment",
     r"bash scripts/(setup|test\w*)\.sh": "is what runs this test, or sets up for it",
     r"bash scripts/quickstart\.sh": "sets up .venv and takes minutes; check_pythons.py runs it",
-    r"python scripts/cuda_(device|runtime)\.py": "needs a GPU",
+    r"python scripts/cuda_(device|runtime|speed|attention)\.py": "needs a GPU",
     r'.*device="cuda:0"': "needs a GPU",
     r"python scripts/mca\.py": "needs llvm-mca",
     r"python scripts/zoo\.py": "takes hours, and needs torchvision and timm",

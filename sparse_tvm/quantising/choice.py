@@ -44,8 +44,15 @@ def ladder_of(context: Context) -> list[str]:
     Raises
     ------
     OptionError
-        When the target has nothing below float32.
+        When the target has nothing below float32, or does not compute in it as it is.
     """
+    usual = context.backend.precision
+    if usual != "fp32":
+        raise OptionError(
+            f"target {context.target.name} computes in {usual} as it is; auto chooses what to "
+            "compute in less than fp32",
+            hint="leave --precision away, or ask for one",
+        )
     able = [name for name in ("int8", "bf16") if has_kernels(context, name)]
     if not able:
         others = [name for name in PRECISIONS if has_kernels(context, name)]
