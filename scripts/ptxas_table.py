@@ -4,7 +4,8 @@
 
 For each architecture there are the assembler's registers, bytes spilled if there are any, and the
 occupancy: the share of a multiprocessor's threads that registers and shared memory let be there at
-once. Shared memory is what a thread block asks for. ``--check`` prints nothing but what spills, and
+once, kernels of Hopper's own instructions on it alone. Shared memory is what a thread block asks
+for. ``--check`` prints nothing but what spills, and
 fails if anything does. No device is needed.
 """
 
@@ -32,9 +33,13 @@ from sparse_tvm.operators import (
 from sparse_tvm.schedules.cuda.attention import AttentionProblem, attention
 from sparse_tvm.schedules.cuda.families.dense import BLOCKS, CoreDenseFamily, TensorDenseFamily
 from sparse_tvm.schedules.cuda.families.sparse import SparseDenseFamily
+from sparse_tvm.schedules.cuda.families.warpgroup import WarpgroupDenseFamily
 from sparse_tvm.schedules.cuda.row_norm import layer_norm
 from sparse_tvm.schedules.cuda.sparse_rows import row_tile
 from sparse_tvm.schedules.cuda.tiles import tile_for
+from sparse_tvm.schedules.cuda.warpgroup import uses_warpgroups
+from sparse_tvm.schedules.cuda.warpgroup_matmul import Problem, warpgroup_matmul
+from sparse_tvm.schedules.cuda.warpgroup_tiles import tiles
 from sparse_tvm.targets.cuda import CUDA_TARGETS, Gpu
 
 N, K = 3072, 768
@@ -107,6 +112,8 @@ def kernels() -> Iterator[Kernel]:
                 tile.threads,
                 tile.shared_bytes(format == "2:4"),
             )
+    for format, block in (("dense", (1, 1)), ("bsr", (64, 64)), ("2:4", (1, 4))):
+        yield from _warpgroups(Layout(WarpgroupDenseFamily.name, format, block))
     for n, k, tokens in ((N, K, 1), (N, K, 16), (N, K, 128), (N, K, 4096), (K, N, 4096)):
         layout = Layout(SparseDenseFamily.name, "csr")
         op = Dense(
@@ -132,6 +139,21 @@ def kernels() -> Iterator[Kernel]:
         yield _attention(batch, rows, size, mask)
     for width in NORMS:
         yield _norm(width)
+
+
+def _warpgroups(layout: Layout) -> Iterator[Kernel]:
+    """All tiles of a layout."""
+    x, y = Extents((4096, K), "float16"), Extents((4096, N), "float16")
+    for tile in tiles(layout):
+        problem = Problem(N, K, x, (Extents((N,)), y), y, layout, tile, EPILOGUE, 132)
+        name = "bsr 64x64" if layout.format == "bsr" else layout.format
+        turns = ", in turns" if tile.alternating else ""
+        yield Kernel(
+            f"{name}, {tile.rows} x {tile.tokens} tile of warpgroups{turns}",
+            device_source(compile_kernel(warpgroup_matmul(problem), CUDA_TARGETS[2])),
+            tile.threads,
+            tile.shared_bytes(layout.format == "2:4"),
+        )
 
 
 def _norm(width: int) -> Kernel:
@@ -175,8 +197,11 @@ def rows() -> Iterator[Row]:
         if kernel.name in seen:
             continue
         seen.add(kernel.name)
+        own = uses_warpgroups(kernel.source)
         for gpu in gpus:
-            log = compile_source(kernel.source, gpu.architecture).log
+            if own and gpu.capability != 90:
+                continue
+            log = compile_source(kernel.source, gpu.architecture + ("a" if own else "")).log
             spilled = sum(map(int, _SPILLS.search(log).groups()))
             yield Row(kernel, gpu, int(_REGISTERS.search(log)[1]), spilled)
 
@@ -200,7 +225,8 @@ def main() -> int:
     print(f"| kernel | threads | shared memory | {' | '.join(gpus)} |")
     print("|---" * (3 + len(gpus)) + "|")
     for kernel in dict.fromkeys(row.kernel for row in found):
-        cells = [_cell(row) for row in found if row.kernel == kernel]
+        by_gpu = {row.gpu.architecture: _cell(row) for row in found if row.kernel == kernel}
+        cells = [by_gpu.get(gpu, "") for gpu in gpus]
         size = f"{kernel.shared / 1024:.0f} KiB"
         print(f"| {kernel.name} | {kernel.threads} | {size} | {' | '.join(cells)} |")
     return 0
