@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,9 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+from sparse_tvm.cuda_device import capability_of
+from sparse_tvm.errors import DeviceError
 
 TARGET = "cuda-sm90"
 
@@ -336,7 +340,7 @@ def interleaved(calls: list[Callable[[], Any]], repeats: int) -> list[float]:
     return [median(mine) for mine in times]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--layers", action="store_true")
     parser.add_argument("--bert", action="store_true")
@@ -344,6 +348,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--batches", default="1,16,64,256")
     options = parser.parse_args()
+    try:
+        capability_of(0)
+        import torch
+    except (ImportError, DeviceError) as error:
+        print(error)
+        return 1
     batches = [int(batch) for batch in options.batches.split(",")]
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -359,8 +369,6 @@ def main() -> None:
                         path = layer_path(directory, n, k, tokens, form)
                         jobs.append((compile_layer, n, k, tokens, form, path))
         compile_all(jobs, options.jobs)
-        import torch
-
         if options.bert:
             with torch.cuda.stream(torch.cuda.Stream()):  # every engine's
                 for row in bert_rows(directory, batches):
@@ -368,7 +376,8 @@ def main() -> None:
         if options.layers:
             for row in layer_rows(directory, options.sparselt):
                 print(row, flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

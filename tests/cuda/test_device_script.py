@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import cuda_attention
 import cuda_device
+import cuda_speed
 import pytest
 
+from sparse_tvm.artifact import read_manifest
 from sparse_tvm.targets.cuda import H100, CudaTarget
 
 
@@ -22,10 +24,20 @@ def test_it_times_a_layer(tmp_path):
     assert 0 < cuda_device.layer_seconds(path, repeats=1) < 10
 
 
-def test_without_a_device(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["cuda_device.py"])
-    assert cuda_device.main() == 1
+@pytest.mark.parametrize("script", [cuda_device, cuda_speed])
+def test_without_a_device(capsys, monkeypatch, script):
+    monkeypatch.setattr("sys.argv", [script.__name__])
+    assert script.main() == 1
     assert "no driver here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", cuda_speed.FORMS)
+def test_layers_whose_speed_is_measured(tmp_path, form):
+    path = tmp_path / "layer.so"
+    cuda_speed.compile_layer(128, 128, 16, form, path)
+    stored = {layer["name"]: layer["format"] for layer in read_manifest(path)["layers"]}
+    wanted = cuda_speed.FORMS[form][2]
+    assert not wanted or stored["w"] == wanted.lstrip("=").partition(":")[0]
 
 
 def test_predictions():
