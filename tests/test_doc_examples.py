@@ -72,7 +72,7 @@ SUITES = {
 }
 """What runs in another environment than the compiler's, by how it begins, or has it in a line."""
 
-NEEDS = {"cuda": "cuda.bindings", "serving": "tritonclient.http", "sources": "transformers"}
+NEEDS = {"cuda": "cuda.bindings", "serving": "gevent", "sources": "transformers"}
 
 QUICKLY = {
     "bench": ["--warmup", "0", "--duration", "0.1"],

@@ -25,7 +25,7 @@ def test_the_first_model_becomes_sparse_and_is_compared() -> None:
     assert re.search(r"[\d.]+x the speed of ONNX Runtime", said)
 
 
-@pytest.mark.skipif(not find_spec("tritonclient"), reason="scripts/test_serving.sh runs it")
+@pytest.mark.skipif(not find_spec("gevent"), reason="scripts/test_serving.sh runs it")
 def test_a_served_model_answers() -> None:
     said = said_by("serve_a_model.py")
     assert "(1, 3, 64)" in said

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("tritonclient.grpc")
+pytest.importorskip("gevent")  # of the extra for tests, beyond the server's own
 pytest.importorskip("uvicorn")
 
 from google.protobuf.message import DecodeError

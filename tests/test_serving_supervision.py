@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("tritonclient.grpc")
+pytest.importorskip("gevent")  # of the extra for tests, beyond the server's own
 pytest.importorskip("uvicorn")
 
 import grpc
