@@ -149,14 +149,13 @@ class _Matmul:
             self.x_map = self._tensor_map(x, tokens)
             self.tiles = tirx.Cast("int32", (tokens + (tile.tokens - 1)) // tile.tokens)
             self.tiles = self.tiles * p.row_tiles
-            most = p.processors * tile.resident
             with (
-                T.launch_thread("blockIdx.x", tirx.min(self.tiles, most)) as block,
+                T.launch_thread("blockIdx.x", tirx.min(self.tiles, p.processors)) as block,
                 T.launch_thread("threadIdx.x", tile.threads) as thread,
                 # Without it, registers cannot be handed on.
-                T.attr({"tirx.launch_bounds_min_blocks_per_sm": tile.resident}),
+                T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1}),
             ):
-                self.blocks = tirx.min(self.tiles, most)
+                self.blocks = tirx.min(self.tiles, p.processors)
                 self._body(block, thread)
         return result["func"]
 
