@@ -146,6 +146,15 @@ class WeightedFamily(KernelFamily[Weighted]):
     ) -> Sequence[Layout]:
         """Layouts that the weight may have: all worth comparing, or those nearest to a wish."""
 
+    def stacked(
+        self, layers: Sequence[Sequence[np.ndarray]], layout: Layout
+    ) -> list[np.ndarray] | None:
+        """The packed weights of several layers, one below the other, as those of one layer.
+
+        Arrays are as :meth:`pack` makes them, in order; None where the family has no such form.
+        """
+        return None
+
     def variants(
         self, op: Weighted, weight: WeightStatistics, target: AnyTarget, wish: Wish | None = None
     ) -> Sequence[Layout]:

@@ -5,8 +5,8 @@ the same input, with weights in one layout and no more than a bias behind them. 
 are put one below the other, and attention reads its parts out of the one output: three kernels that
 each fill little of a device become one. Layers keep their own reports.
 
-Leaves alone families that say no, outputs that are not a multiple of 64, and layers of which one
-has a bias and another has none.
+Leaves alone families that cannot put packed weights together, biases of run time, outputs that are
+not a multiple of 64, and layers of which one has a bias and another has none.
 """
 
 from __future__ import annotations
@@ -22,24 +22,22 @@ from sparse_tvm.passes import dialect
 from sparse_tvm.passes.graph import Rewrite, shape_of
 from sparse_tvm.passes.infrastructure import Context, graph_pass
 from sparse_tvm.passes.program import Program
-from sparse_tvm.schedules.cuda.families.dense import TensorDenseFamily
-from sparse_tvm.schedules.cuda.families.warpgroup import WarpgroupDenseFamily
-from sparse_tvm.schedules.cuda.weights import stacked
-
-_FAMILIES = (TensorDenseFamily.name, WarpgroupDenseFamily.name)
-"""Whose stored weights can be put one below the other."""
 
 _ROWS = 64
-"""Outputs of each layer come in tiles of so many, so that tiles do not mix layers."""
+"""Outputs of each layer come in so many, which families pack at most together."""
 
 
 @graph_pass()
 def merge_projections(program: Program, context: Context) -> Program:
     """Apply the pass."""
-    return _MergeProjections(program).run()
+    return _MergeProjections(program, context).run()
 
 
 class _MergeProjections(Rewrite):
+    def __init__(self, program: Program, context: Context) -> None:
+        super().__init__(program)
+        self._context = context
+
     def rewrite(self, var: relax.Var, value: Any) -> Any:
         found = dialect.match(value, Attention)
         if found is None or any(found.op.starts):
@@ -65,13 +63,17 @@ class _MergeProjections(Rewrite):
             for layer in layers
         }
         whole = all(layer.op.matrix[0] % _ROWS == 0 for layer in layers)
-        if first.stored.family not in _FAMILIES or len(alike) > 1 or not whole:
-            return None
-        if any(not isinstance(s, Bias) for s in first.epilogue):
+        if len(alike) > 1 or not whole or any(not isinstance(s, Bias) for s in first.epilogue):
             return None
         count = len(layers[0].args) - 1 - len(first.epilogue)
-        arrays = [[self.array(arg) for arg in layer.args[1:]] for layer in layers]
-        weights = stacked([each[:count] for each in arrays], first.stored)
+        arrays = [
+            [array for arg in layer.args[1:] if (array := self.array(arg)) is not None]
+            for layer in layers
+        ]
+        if any(len(each) < len(layer.args) - 1 for each, layer in zip(arrays, layers, strict=True)):
+            return None  # a bias that only run time brings
+        family = self._context.backend.weighted_family(first.stored)
+        weights = family.stacked([each[:count] for each in arrays], first.stored)
         if weights is None:
             return None
         names = tuple(layer.op.layer for layer in layers)

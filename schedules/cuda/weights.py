@@ -88,29 +88,21 @@ def _bsr_arrays(w: np.ndarray, layout: Layout, dtype: str) -> dict[str, np.ndarr
     }
 
 
-def stacked(
-    layers: Sequence[Sequence[np.ndarray | None]], layout: Layout
-) -> list[np.ndarray] | None:
-    """The stored weights of several layers, one below the other, as those of one layer.
+def stacked(layers: Sequence[Sequence[np.ndarray]], layout: Layout) -> list[np.ndarray] | None:
+    """The arrays of several layers, one below the other, as those of one layer.
 
-    Arrays are what families store, in order; None where a layout has no such form.
+    None where one has no blocks: what stands for them would shift those behind it.
     """
-    if any(array is None for arrays in layers for array in arrays):
+    if layout.format != "bsr":
+        return [np.concatenate(arrays) for arrays in zip(*layers, strict=True)]
+    data, columns, pointers = zip(*layers, strict=True)
+    counts = [int(pointer[-1]) for pointer in pointers]
+    if min(counts) == 0:
         return None
-    known = [[array for array in arrays if array is not None] for arrays in layers]
-    if layout.format in ("dense", "2:4"):
-        return [np.concatenate(arrays) for arrays in zip(*known, strict=True)]
-    if layout.format != "bsr" or any(len(arrays) != 3 for arrays in known):
-        return None
-    counts = [int(indptr[-1]) for _, _, indptr in known]
-    starts = np.cumsum([0, *counts])
-    data = [array[: max(count, 1)] for (array, _, _), count in zip(known, counts, strict=True)]
-    if min(counts) == 0:  # what stands for no blocks at all would shift those behind it
-        return None
-    columns = [array[:count] for (_, array, _), count in zip(known, counts, strict=True)]
-    pointers = [known[0][2][:1]]
-    pointers += [
-        indptr[1:] + start for (_, _, indptr), start in zip(known, starts[:-1], strict=True)
+    starts = np.cumsum([0, *counts[:-1]])
+    ends = [pointer[1:] + start for pointer, start in zip(pointers, starts, strict=True)]
+    return [
+        np.concatenate(data),
+        np.concatenate(columns),
+        np.concatenate([[0], *ends]).astype(np.int32),
     ]
-    joined = np.concatenate(pointers).astype(np.int32)
-    return [np.concatenate(data), np.concatenate(columns), joined]

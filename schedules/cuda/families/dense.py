@@ -12,7 +12,7 @@ from sparse_tvm.families import Extents, Kernel, WeightedFamily, Wish, Work, byt
 from sparse_tvm.operators import FLOAT32, PRECISIONS, Activation, Bias, Dense, Layout, Residual
 from sparse_tvm.schedules.cuda.cost import core_seconds, tensor_seconds
 from sparse_tvm.schedules.cuda.tiles import tile_for
-from sparse_tvm.schedules.cuda.weights import weight_arrays
+from sparse_tvm.schedules.cuda.weights import stacked, weight_arrays
 from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.targets.cuda import CudaTarget
 
@@ -61,6 +61,11 @@ class TensorDenseFamily(WeightedFamily[Dense]):
         self, op: Dense, w: np.ndarray, layout: Layout, target: CudaTarget
     ) -> dict[str, np.ndarray]:
         return weight_arrays(w, layout, op.types.weight)
+
+    def stacked(
+        self, layers: Sequence[Sequence[np.ndarray]], layout: Layout
+    ) -> list[np.ndarray] | None:
+        return stacked(layers, layout)
 
     def build(
         self, op: Dense, operands: Sequence[Extents], output: Extents, target: CudaTarget

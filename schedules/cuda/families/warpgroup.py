@@ -12,6 +12,7 @@ from sparse_tvm.operators import PRECISIONS, Dense, Layout
 from sparse_tvm.schedules.cuda.families.dense import known_tokens, layer_work, refused_step
 from sparse_tvm.schedules.cuda.warpgroup_tiles import tile_for, warpgroup_seconds
 from sparse_tvm.schedules.cuda.warpgroup_weights import SIDE, warpgroup_arrays
+from sparse_tvm.schedules.cuda.weights import stacked
 from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.targets.cuda import CudaTarget
 
@@ -58,6 +59,11 @@ class WarpgroupDenseFamily(WeightedFamily[Dense]):
         self, op: Dense, w: np.ndarray, layout: Layout, target: CudaTarget
     ) -> dict[str, np.ndarray]:
         return warpgroup_arrays(w, layout)
+
+    def stacked(
+        self, layers: Sequence[Sequence[np.ndarray]], layout: Layout
+    ) -> list[np.ndarray] | None:
+        return stacked(layers, layout)
 
     def build(
         self, op: Dense, operands: Sequence[Extents], output: Extents, target: CudaTarget
