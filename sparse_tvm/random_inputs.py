@@ -22,8 +22,8 @@ def random_inputs(
     """Return one random array per input.
 
     Floating-point inputs are standard normal, and integers spread over the values that the model
-    can take, where it says so; else they are 0 or 1. Masks (``mask`` in the name) are ones, but
-    rows of two-dimensional masks may end in zeros, at most half of them; segment ids
+    can take, or tells apart, where it says so; else they are 0 or 1. Masks (``mask`` in the name)
+    are ones, but rows of two-dimensional masks may end in zeros, at most half of them; segment ids
     (``token_type``) of unknown range are zeros, as there may be one segment only.
 
     Parameters
@@ -124,9 +124,10 @@ def _random(spec: TensorSpec, sizes: Mapping[str, int], rng: np.random.Generator
         return rng.standard_normal(shape).astype(dtype)
     if "mask" in spec.name.lower():
         return _mask(shape, rng).astype(dtype)
-    if "token_type" in spec.name.lower() and spec.values is None:
+    values = spec.values or spec.typical
+    if "token_type" in spec.name.lower() and values is None:
         return np.zeros(shape, dtype)
-    low, high = spec.values or _UNKNOWN_RANGE
+    low, high = values or _UNKNOWN_RANGE
     return rng.integers(low, high, shape).astype(dtype)
 
 

@@ -28,12 +28,15 @@ class TensorSpec:
     values : tuple[int, int] | None
         For an integer input whose elements are indices into a table: the smallest, and one more
         than the largest.
+    typical : tuple[int, int] | None
+        For an integer input that may have any value but is meant to have these: the same.
     """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
     values: tuple[int, int] | None = field(default=None, compare=False)
+    typical: tuple[int, int] | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype}[{', '.join(map(str, self.shape))}]"
@@ -41,13 +44,16 @@ class TensorSpec:
     def as_json(self) -> dict[str, Any]:
         """Return the entry of a manifest."""
         entry = {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
-        return entry if self.values is None else {**entry, "range": list(self.values)}
+        ranges = {"range": self.values, "typical": self.typical}
+        return entry | {name: list(found) for name, found in ranges.items() if found is not None}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> TensorSpec:
         """Read the entry of a manifest."""
-        values = tuple(entry["range"]) if "range" in entry else None
-        return cls(entry["name"], entry["dtype"], tuple(entry["shape"]), values)
+        values, typical = (
+            tuple(entry[name]) if name in entry else None for name in ("range", "typical")
+        )
+        return cls(entry["name"], entry["dtype"], tuple(entry["shape"]), values, typical)
 
 
 def symbols_of(dim: int | str) -> list[str]:

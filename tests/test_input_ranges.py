@@ -8,6 +8,8 @@ from onnx_models import build, normal
 
 from sparse_tvm.frontends.importer.model import import_onnx
 from sparse_tvm.models.bert import BertConfig, build_bert
+from sparse_tvm.random_inputs import random_inputs
+from sparse_tvm.spec import TensorSpec
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,37 @@ def test_indices_of_a_table(nodes, expected):
     )
     [spec] = import_onnx(model).inputs
     assert spec.values == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ("same = Equal(column, row)", (-1, 6)),
+        ("same = Equal(row, column)", (-1, 6)),
+        ("wide = Expand(column, shape)  same = Equal(wide, row)", (-1, 6)),
+        ("more = Add(column, one)  same = Equal(more, row)", (-2, 5)),
+        ("same = Equal(column, one)", None),
+        ("hot = OneHot(column, seven, values)  same = Cast<to=9>(hot)", (0, 7)),
+    ],
+)
+def test_one_hot_encodings_tell_what_is_meant(nodes, expected):
+    """Other values are allowed, and are no number of the row."""
+    model = build(
+        f"(int64[n,1] column) => (float y) {{ {nodes}"
+        "  ones = Cast<to=1>(same)  y = ReduceSum<keepdims=0>(ones) }",
+        row=np.array([[-1, 3, 5]]),
+        shape=np.array([1, 3]),
+        one=np.array(1),
+        seven=np.array(7),
+        values=np.array([0, 1]),
+    )
+    [spec] = import_onnx(model).inputs
+    assert spec.values is None
+    assert spec.typical == expected
+    assert TensorSpec.from_json(spec.as_json()).typical == expected
+    low, high = expected or (0, 2)
+    drawn = random_inputs([spec], sizes={"n": 1000})["column"]
+    assert (drawn.min(), drawn.max() + 1) == (low, high)
 
 
 def test_positions_counted_from_a_mask_bound_the_sequence():

@@ -1,10 +1,16 @@
-"""Which values a model's integer inputs may have: those that its tables have rows for."""
+"""Which values a model's integer inputs may have: those that its tables have rows for.
+
+And which they are meant to have: those that they are compared with, as one-hot encodings do.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 
+import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from sparse_tvm.frontends.importer.graph import Importer
 
@@ -20,40 +26,61 @@ Range = tuple[int, int]
 """The smallest value, and one more than the largest."""
 
 
-def input_ranges(graph: onnx.GraphProto, importer: Importer) -> dict[str, Range]:
+def input_ranges(importer: Importer) -> dict[str, Range]:
     """Find the values that integer inputs may have, by the tables that they index.
 
     Parameters
     ----------
-    graph : onnx.GraphProto
-        As imported.
     importer : Importer
-        What imported it. Where positions are counted from a mask, as RoBERTa's are, a symbolic
-        dimension is bounded by the table of positions.
+        What imported the graph. Where positions are counted from a mask, as RoBERTa's are, a
+        symbolic dimension is bounded by the table of positions.
 
     Returns
     -------
     dict[str, tuple[int, int]]
         By input; those that are no indices are left out.
     """
-    search = _Search(graph, importer)
-    for node in reversed(graph.node):
-        search.visit(node)
-    return {
-        value.name: search.found[value.name] for value in graph.input if value.name in search.found
-    }
+    return _Search(importer).ranges()
+
+
+def typical_ranges(importer: Importer) -> dict[str, Range]:
+    """Find the values that integer inputs are meant to have, but need not.
+
+    Parameters
+    ----------
+    importer : Importer
+        What imported the graph.
+
+    Returns
+    -------
+    dict[str, tuple[int, int]]
+        By input; those that are compared with no row of numbers are left out.
+    """
+    return _Comparisons(importer).ranges()
 
 
 class _Search:
     """Carries what outputs may be back to what inputs may be."""
 
-    def __init__(self, graph: onnx.GraphProto, importer: Importer) -> None:
+    def __init__(self, importer: Importer) -> None:
         self.importer = importer
-        self.producers = {output: node for node in graph.node for output in node.output}
+        nodes = importer.graph.node
+        self.producers = {output: node for node in nodes for output in node.output}
         self.found: dict[str, Range] = {}
 
-    def visit(self, node: onnx.NodeProto) -> None:
-        """Narrow a node's inputs by what it indexes, and by what its outputs may be."""
+    def ranges(self) -> dict[str, Range]:
+        """Return what is found of the graph's inputs."""
+        graph = self.importer.graph
+        for node in reversed(graph.node):
+            self.demand(node)
+            for output in node.output:
+                if output in self.found:
+                    self.carry(node, *self.found[output])
+        names = [value.name for value in graph.input]
+        return {name: self.found[name] for name in names if name in self.found}
+
+    def demand(self, node: onnx.NodeProto) -> None:
+        """Narrow a node's inputs by what it indexes."""
         if node.op_type in ("Gather", "GatherElements"):
             axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
             rows = self.importer.shape(node.input[0])[axis]
@@ -63,9 +90,6 @@ class _Search:
             steps = self.importer.shape(node.input[0])[self.step_axis(node)]
             if isinstance(steps, int):
                 self.narrow(node.input[4], 1, steps + 1)
-        for output in node.output:
-            if output in self.found:
-                self.carry(node, *self.found[output])
 
     def step_axis(self, node: onnx.NodeProto) -> int:
         """Which axis of its input a recurrent operator steps along."""
@@ -124,6 +148,37 @@ class _Search:
             node = self.producers.get(name)
         is_mask = node is None and "mask" in name.lower()
         return is_mask or self.importer.dtype(name) == "bool"
+
+
+class _Comparisons(_Search):
+    """Finds what is compared with a row of numbers, and what of that inputs are meant to be."""
+
+    def demand(self, node: onnx.NodeProto) -> None:
+        """Narrow what a one-hot encoding tells apart."""
+        if node.op_type == "OneHot" and (depth := self.number(node.input[1])) is not None:
+            self.narrow(node.input[0], 0, depth)
+        elif node.op_type == "Equal":
+            for name, other in (node.input, reversed(node.input)):
+                if other in self.constants and (row := self.row(other)) is not None:
+                    self.narrow(name, *row)
+
+    def carry(self, node: onnx.NodeProto, low: int, high: int) -> None:
+        """As for indices, but sums limit no sizes."""
+        if node.op_type != "CumSum":
+            super().carry(node, low, high)
+
+    @cached_property
+    def constants(self) -> dict[str, onnx.TensorProto]:
+        """The constants of the graph."""
+        return {tensor.name: tensor for tensor in self.importer.graph.initializer}
+
+    def row(self, name: str) -> Range | None:
+        """Return the range of a constant's integers, if they differ."""
+        numbers = numpy_helper.to_array(self.constants[name])
+        if not np.issubdtype(numbers.dtype, np.integer) or numbers.size < 2:
+            return None
+        low, high = int(numbers.min()), int(numbers.max())
+        return (low, high + 1) if low < high else None
 
 
 _ARITHMETIC: Mapping[str, Callable[[int, int, int], Range]] = {

@@ -16,7 +16,7 @@ from tvm import relax
 from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.frontends.guard import bounded_memory
 from sparse_tvm.frontends.importer.graph import SUPPORTED_OPS, Importer, NodeError, SameSize
-from sparse_tvm.frontends.importer.input_ranges import Range, input_ranges
+from sparse_tvm.frontends.importer.input_ranges import Range, input_ranges, typical_ranges
 from sparse_tvm.frontends.importer.least_sizes import demand_windows_fit
 from sparse_tvm.frontends.importer.sizes import as_text
 from sparse_tvm.frontends.importer.tvm_adapter import abandon
@@ -151,11 +151,14 @@ def _import(
     shapes = choose_shapes(input_specs(proto), input_shapes or {})
     program, tensors = simplify(proto, shapes.specs, definitions=_defined_only())
     _check_operators(program)
-    module, ranges = _import_program(program, shapes)
+    module, ranges, typical = _import_program(program, shapes)
     return ImportedModel(
         module=module,
         weights={name: as_array(tensor) for name, tensor in tensors.items()},
-        inputs=[replace(spec, values=ranges.get(spec.name)) for spec in shapes.specs],
+        inputs=[
+            replace(spec, values=ranges.get(spec.name), typical=typical.get(spec.name))
+            for spec in shapes.specs
+        ],
         outputs=_output_specs(module, program),
         layers=_layers(proto, program, tensors),
         source=source,
@@ -204,8 +207,9 @@ def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 def _import_program(
     program: onnx.ModelProto, shapes: Shapes
-) -> tuple[tvm.IRModule, dict[str, Range]]:
-    """Translate the graph, whose last inputs are the weights, and find its inputs' ranges.
+) -> tuple[tvm.IRModule, dict[str, Range], dict[str, Range]]:
+    """Translate the graph, whose last inputs are the weights, and find its inputs' ranges:
+    those that they must keep to, and those that they are meant to be in.
 
     Symbolic dimensions that an operator demands to be the same become one in `shapes`, and what
     the graph demands of them is added to its bounds.
@@ -220,7 +224,7 @@ def _import_program(
         except SameSize as same:
             shapes.merge(*same.names)
             continue
-        ranges = input_ranges(program.graph, importer)
+        ranges, typical = input_ranges(importer), typical_ranges(importer)
         _check_windows(module, importer)
         _check_bounds(given, shapes)
         main = module["main"].with_attr("num_input", len(shapes.specs))
@@ -229,7 +233,7 @@ def _import_program(
         module = relax.transform.DeadCodeElimination()(module)
         if _has_constant_calls(module):
             module = relax.transform.FoldConstant()(module)
-        return module, ranges
+        return module, ranges, typical
 
 
 def _build(importer: Importer) -> tvm.IRModule:
