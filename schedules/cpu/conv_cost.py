@@ -66,9 +66,7 @@ def dense_rows(op: Convolution, target: Target) -> int:
 
     def per_load(rows: int) -> float:
         vectors = min(plane_vectors(op, simd), _group("dense", rows, simd))
-        if rows * vectors > simd.accumulators:
-            return 0.0
-        return rows * vectors / (rows + vectors)
+        return rows * vectors / (rows + vectors) if simd.fits(rows, vectors) else 0.0
 
     return min(op.out_channels, max(range(1, 17), key=per_load))
 

@@ -225,6 +225,16 @@ class Registers:
                 for row in range(self.rows):
                     self._add_product(row, vector, weights[row], x(vector))
             return
+        if self.rows < self.vectors and not self.simd.fits(self.rows, self.vectors):
+            # Vector by vector, as many weights are live as there are rows.
+            scales, operand = Registers(self.rows, 1, self.simd), Registers(1, 1, self.simd)
+            scales.fill(lambda row, _: splat(weight(row), self.simd))
+            for vector in range(self.vectors):
+                operand.set(0, 0, x(vector))
+                for row in range(self.rows):
+                    product = scales.get(row, 0) * operand.get(0, 0)
+                    self.set(row, vector, self.get(row, vector) + product)
+            return
         # Row by row, one weight at a time is live: the other order spills at 24 accumulators.
         operands = [x(vector) for vector in range(self.vectors)]
         for row in range(self.rows):

@@ -47,6 +47,11 @@ class Simd:
         """
         return self.registers - max(4, self.registers // 4, self.per_tile + 2)
 
+    def fits(self, rows: int, vectors: int) -> bool:
+        """Whether a block's sums stay in registers, beside all its vectors and one weight."""
+        sums = rows * vectors
+        return sums <= self.accumulators and sums + vectors < self.registers
+
     @property
     def per_tile(self) -> int:
         """Vectors in one tile."""
