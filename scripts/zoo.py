@@ -83,6 +83,8 @@ def outcome(family: Family, folder: Path) -> Result:
     """Build, compile and compare a family: how it ends, why, and by how much it differs."""
     import sparse_tvm
     from sparse_tvm.errors import BuildError, SparseTvmError, VerificationError
+    from sparse_tvm.frontends.detect import open_source
+    from sparse_tvm.frontends.source import SourceOptions
 
     try:
         with quietly():
@@ -92,10 +94,10 @@ def outcome(family: Family, folder: Path) -> Result:
     try:
         started = time.perf_counter()
         path = folder / "model.so"
-        compiled = sparse_tvm.compile(subject.model, path, threads=1, **subject.options)
+        source = open_source(subject.model, SourceOptions(**subject.options))
+        compiled = sparse_tvm.compile(source, path, threads=1, **subject.options)
         seconds = time.perf_counter() - started
-        model = sparse_tvm.load(path)
-        found = compare(subject, model)
+        found = compare(subject, sparse_tvm.load(path), source.reference(threads=1))
     except Unbuilt as error:
         return {"end": "unbuilt", "why": _one_line(error)}
     except VerificationError as error:
@@ -113,14 +115,10 @@ def outcome(family: Family, folder: Path) -> Result:
     return {**found, "layers": len(layers), "seconds": round(seconds, 1)}
 
 
-def compare(subject: Subject, model: Any) -> Result:
+def compare(subject: Subject, model: Any, reference: Any) -> Result:
     """Run the artifact and the framework on other inputs."""
     from sparse_tvm.errors import InputError
-    from sparse_tvm.frontends.detect import open_source
-    from sparse_tvm.frontends.source import SourceOptions
 
-    source = open_source(subject.model, SourceOptions(**subject.options))
-    reference = source.reference(threads=1)
     largest, moved, previous = 0.0, False, None
     compared = 0
     for sizes, feeds in _other_inputs(model, subject):
@@ -301,6 +299,16 @@ def _import_once() -> None:
     for module in ("torch", "transformers", "onnxruntime", "tvm", "sparse_tvm.compiler"):
         importlib.import_module(module)
     torchvision()
+    _export_once()
+
+
+def _export_once() -> None:
+    """Export a model, as exporters build their tables of operators at the first."""
+    import torch
+
+    with quietly(), tempfile.TemporaryDirectory() as folder:
+        program = torch.export.export(torch.nn.Linear(1, 1), (torch.ones(1, 1),))
+        torch.onnx.export(program, f=f"{folder}/model.onnx", dynamo=True, verbose=False)
 
 
 def page(results: dict[str, Result], listed: dict[str, Family]) -> str:
