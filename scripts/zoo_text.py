@@ -326,8 +326,8 @@ def tokens(config: str, head: str, options: dict[str, Any]) -> TorchModel:
     return TorchModel(Tokens(), (ones, ones), list(axes), axes)
 
 
-def torch_encoder() -> TorchModel:
-    """PyTorch's own encoder, with padding masks."""
+def torch_encoder(*, length: bool) -> TorchModel:
+    """PyTorch's own encoder, with padding masks; the legacy exporter fixes its length anyway."""
     import torch
     from torch import nn
 
@@ -345,7 +345,8 @@ def torch_encoder() -> TorchModel:
             return self.scores(found)
 
     ones = torch.ones(2, 8, dtype=torch.int64)
-    axes = {"input_ids": BATCH_AND_LENGTH, "attention_mask": BATCH_AND_LENGTH}
+    symbolic = BATCH_AND_LENGTH if length else {0: "batch"}
+    axes = {"input_ids": symbolic, "attention_mask": symbolic}
     return TorchModel(Encoder(), (ones, ones), list(axes), axes)
 
 
@@ -415,7 +416,17 @@ FAMILIES: list[Family] = [
             ("modernbert", "dynamo", DYNAMO),
         )
     ),
-    Family("torch-encoder", "text encoder", LEGACY, torch_door(LEGACY, torch_encoder)),
-    Family("torch-encoder-dynamo", "text encoder", DYNAMO, torch_door(DYNAMO, torch_encoder)),
+    Family(
+        "torch-encoder",
+        "text encoder",
+        LEGACY,
+        torch_door(LEGACY, partial(torch_encoder, length=False)),
+    ),
+    Family(
+        "torch-encoder-dynamo",
+        "text encoder",
+        DYNAMO,
+        torch_door(DYNAMO, partial(torch_encoder, length=True)),
+    ),
     Family("text-cnn", "text encoder", DYNAMO, torch_door(DYNAMO, text_convolution)),
 ]

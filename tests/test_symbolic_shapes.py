@@ -292,3 +292,15 @@ def test_the_largest_number_may_stand_beside_sizes():
         y = Concat<axis=0>(shape, largest)
     }"""
     check(graph, ["arange", "arange", "concat", "reshape"], largest=np.array([2**63 - 1]))
+
+
+def test_shapes_that_fit_for_some_sizes_only():
+    """PyTorch's legacy exporter writes the length that it saw into the middle of attention."""
+    graph = """(float[n,4,m] x) => (float[n,4,m] y) {
+        a = Reshape(x, shape)
+        y = Add(x, a)
+    }"""
+    model = build(graph, shape=np.array([-1, 4, 8]))
+    with pytest.raises(ModelError, match=r"\[n, 4, m\] and \[.*, 4, 8\] fit each other for some"):
+        import_onnx(model)
+    assert import_onnx(model, {"x": ("n", 4, 8)}).outputs[0].shape == ("n", 4, 8)

@@ -15,7 +15,7 @@ from sparse_tvm.frontends.importer import index_expressions, operators, rules
 from sparse_tvm.frontends.importer.branches import branch
 from sparse_tvm.frontends.importer.index_expressions import Coordinates, IndexExpression
 from sparse_tvm.frontends.importer.known import MAX_ELEMENTS, Known
-from sparse_tvm.frontends.importer.sizes import Size, Sizes
+from sparse_tvm.frontends.importer.sizes import Size, Sizes, as_text
 from sparse_tvm.frontends.importer.tensors import Tensor, materialise, shape_of
 from sparse_tvm.frontends.importer.tvm_adapter import OPERATORS, TvmConverter, input_variables
 from sparse_tvm.frontends.onnx.detach import size_of
@@ -238,4 +238,10 @@ class Importer:
                 symbols = [size.name for size in (one, other) if isinstance(size, tirx.Var)]
                 if len(set(symbols)) == 2:
                     raise SameSize(*symbols)
+        texts = [f"[{', '.join(str(as_text(n)) for n in shape)}]" for shape in shapes if shape]
+        if len(texts) > 1 and any(not isinstance(size, int) for shape in shapes for size in shape):
+            raise ValueError(
+                f"{' and '.join(texts)} fit each other for some sizes only, which --input-shape "
+                "can give"
+            )
         raise ValueError("the shape of its output depends on the values of tensors")

@@ -11,6 +11,7 @@ import onnxsim
 
 from sparse_tvm.errors import ModelError
 from sparse_tvm.frontends.guard import check_sizes
+from sparse_tvm.frontends.onnx.bags import sum_bags
 from sparse_tvm.frontends.onnx.detach import (
     detach_weights,
     is_weight,
@@ -68,7 +69,7 @@ def simplify(
     _set_shapes(skeleton, specs)
     check_sizes(skeleton)
     try:
-        skeleton = expand(modernise(skeleton), definitions)
+        skeleton = expand(sum_bags(modernise(skeleton)), definitions)
         # It prints when it falls back to a slower way, and warns of each node it does not fold.
         with contextlib.redirect_stdout(io.StringIO()), silent_stderr():
             simplified, valid = onnxsim.simplify(skeleton)
