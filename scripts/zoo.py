@@ -58,7 +58,7 @@ page is made by `python scripts/zoo.py --page` from what `python scripts/zoo.py`
 is {count} of the {listed} families that it lists, {unbuilt} more that their framework could not
 export not counted. {passed} of them compile, are verified, and equal their own framework on other
 inputs too: other batches and lengths, masks that end early or begin late, other magnitudes.
-{together} of the rows were run on the same commit.
+{runs}
 *Difference* is the largest from the framework, relative to an output's largest value.
 
 | family | kind | door | ends | difference |
@@ -329,9 +329,16 @@ def page(results: dict[str, Result], listed: dict[str, Family]) -> str:
         listed=len(listed),
         unbuilt=counted["unbuilt"],
         passed=counted["pass"],
-        together=max((n for name, n in commits.items() if name), default=0),
+        runs=_runs(commits),
     )
     return head + "\n".join(rows) + "\n"
+
+
+def _runs(commits: collections.Counter[str]) -> str:
+    """Say how many rows are of which commit, those that do not tell last."""
+    named = [f"{count} on `{name}`" for name, count in commits.most_common() if name]
+    before = [f"{commits['']} before"] if commits[""] else []
+    return f"By the commit that was run: {', '.join([*named, *before])}."
 
 
 def _counted(results: dict[str, Result], listed: dict[str, Family]) -> collections.Counter[str]:

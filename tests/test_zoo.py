@@ -73,3 +73,16 @@ def test_a_process_that_ends_is_a_crash(tmp_path: Path, monkeypatch: pytest.Monk
     assert (result["end"], result["why"]) == ("crash", "6: about to end")
     assert "about to end" in (tmp_path / "crashes.log").read_text()
     assert json.dumps(result)
+
+
+def test_the_page_tells_which_commit_its_rows_are_of() -> None:
+    listed = {name: zoo_doors.Family(name, "vision", zoo_doors.PT2, Path) for name in "abcde"}
+    ends = {"a": "4f", "b": "4f", "c": "2e", "d": "", "e": "4f"}
+    results = {
+        name: {"end": "pass", "why": "", "difference": 1e-7, "commit": commit}
+        for name, commit in ends.items()
+    }
+    results["e"]["end"] = "unbuilt"
+    text = zoo.page(results, listed)
+    assert "By the commit that was run: 2 on `4f`, 1 on `2e`, 1 before." in text
+    assert "4 of the 5 families" in text
