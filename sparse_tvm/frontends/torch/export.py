@@ -20,6 +20,7 @@ from sparse_tvm.frontends.onnx.in_memory import InMemoryTensors
 from sparse_tvm.frontends.onnx.read import first_few, one_line
 from sparse_tvm.frontends.onnx.weights import RECURRENT
 from sparse_tvm.frontends.source import require
+from sparse_tvm.frontends.torch.bags import with_summed_bags
 from sparse_tvm.frontends.torch.decompose import without_second_trace
 from sparse_tvm.frontends.torch.quantised import with_real_numbers
 
@@ -68,7 +69,7 @@ def to_onnx(
     try:
         with quiet(), without_collection():
             exported = torch.onnx.export(
-                without_second_trace(with_real_numbers(program)),
+                without_second_trace(with_summed_bags(with_real_numbers(program))),
                 dynamo=True,
                 optimize=False,
                 verbose=False,
