@@ -24,6 +24,7 @@ from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.cli.tables import plain_table
 from sparse_tvm.operators import Layout
 from sparse_tvm.schedules.cpu.attention import attention
+from sparse_tvm.schedules.cpu.attention_operands import AttentionProblem, InTiles
 from sparse_tvm.schedules.cpu.cost import dense_rows
 from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
 from sparse_tvm.schedules.cpu.lane_tiles import Tiles
@@ -102,7 +103,9 @@ def shares(target: Target) -> Iterator[tuple[str, str]]:
         loop = max(inner_loops(assembly(kernel, target)), key=lambda loop: loop.fmas)
         yield title, cell([loop], target)
     size = HIDDEN // HEADS
-    kernel = attention(tiles, tiles, TOKENS, HEADS, size, size, size**-0.5, None, simd)
+    rows = InTiles(tiles, HEADS, size)
+    problem = AttentionProblem(rows, rows, rows, tiles, None, TOKENS, size**-0.5, None)
+    kernel = attention(problem, simd)
     loops = [loop for loop in inner_loops(assembly(kernel, target)) if loop.fmas]
     exponentials = max(range(len(loops)), key=lambda i: loops[i].others)  # between the two
     yield "attention, scores", cell(loops[:exponentials], target)

@@ -28,6 +28,7 @@ from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.layout_choice import choose
 from sparse_tvm.report.tables import human_bytes
 from sparse_tvm.schedules.cpu.attention import attention
+from sparse_tvm.schedules.cpu.attention_operands import AttentionProblem, InTiles
 from sparse_tvm.schedules.cpu.lane_tiles import Tiles
 from sparse_tvm.schedules.cpu.normalize import layer_norm
 from sparse_tvm.schedules.cpu.simd import LANES, group_limit
@@ -130,7 +131,9 @@ def works(machine: Machine) -> Iterator[Work]:
     tiles, shape = Tiles(1, TOKENS // LANES), (1, TOKENS // LANES, HIDDEN, LANES)
     x = [rng.standard_normal(shape, np.float32) for _ in range(4)]
     size = HIDDEN // HEADS
-    function = attention(tiles, tiles, TOKENS, HEADS, size, size, size**-0.5, None, simd)
+    rows = InTiles(tiles, HEADS, size)
+    problem = AttentionProblem(rows, rows, rows, tiles, None, TOKENS, size**-0.5, None)
+    function = attention(problem, simd)
     yield Work(
         f"attention, {HEADS} x {size}",
         build(function, x, machine.target),

@@ -2,8 +2,9 @@
 
 A backend names its device, and so does the manifest. Memory for inputs is allocated here, arrays
 are copied in and out, and whoever reads a result waits for it first. The CPU copies inputs into
-aligned memory, maps weights where they lie in the file, and hands outputs over as they are. Tensors
-that lie on a GPU already are neither copied when they come in nor when they go out.
+aligned memory, but for large ones that are so already, maps weights where they lie in the file, and
+hands outputs over as they are. Tensors that lie on a GPU already are neither copied when they come
+in nor when they go out.
 """
 
 from __future__ import annotations
@@ -124,6 +125,10 @@ class Device(ABC):
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:
         """Memory for an input."""
 
+    def in_place(self, array: np.ndarray) -> Any:
+        """An array as a tensor that programs read where it is; None where it has to be copied."""
+        return None
+
     @abstractmethod
     def constant(self, array: np.ndarray) -> Any:
         """A weight as a tensor that programs read; it is never written."""
@@ -187,6 +192,21 @@ class Cpu(Device):
         start = -memory.ctypes.data % ALIGNMENT
         host = memory[start : start + nbytes].view(dtype).reshape(shape)
         return Buffer(shape, self.tvm_ffi.from_dlpack(host), host)
+
+    def in_place(self, array: np.ndarray) -> Any:
+        """Large arrays that are aligned, as outputs of ours are: a decoder's caches come back.
+
+        Indices are copied, for what is checked of them has to hold until they are read.
+        """
+        suits = (
+            array.dtype.kind == "f"
+            and array.nbytes > _COPIED_BYTES
+            and array.ctypes.data % ALIGNMENT == 0
+            and array.flags.c_contiguous
+            and array.flags.writeable  # others cannot be handed over
+            and array.dtype.isnative
+        )
+        return self.tvm_ffi.from_dlpack(array) if suits else None
 
     def constant(self, array: np.ndarray) -> Any:
         """The array itself."""

@@ -405,6 +405,10 @@ class Attention(Operator):
         Features of one head of q and k, and of v, where they decide which kernels there are.
     starts : tuple[int, int, int]
         The first feature of q, k and v in operands that are wider than all their heads.
+    by_heads : tuple[bool, bool, bool]
+        Which of q, k and v are ``[batch, heads, rows, features of a head]`` instead.
+    key_heads : int | None
+        Heads of k and v, where they are fewer than q's: each serves as many of those, in order.
     """
 
     name: ClassVar[str] = "attention"
@@ -415,6 +419,8 @@ class Attention(Operator):
     mask: tuple[bool, bool, bool, bool] | None = None
     sizes: tuple[int, int] | None = None
     starts: tuple[int, int, int] = (0, 0, 0)
+    by_heads: tuple[bool, bool, bool] = (False, False, False)
+    key_heads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -355,7 +355,7 @@ class Model:
                 self._memory.before_run(shapes, sum(map(StagedInput.nbytes, self._staged, shapes)))
             tensors = [staged.fill(v) for staged, v in zip(self._staged, values, strict=True)]
             results = self._results(main, tensors)
-            owned = self._kept(main, results, tensors) if stays else self._copied(results)
+            owned = self._kept(main, results, tensors) if stays else self._copied(results, values)
         if waits:
             self._device.wait()
         return owned
@@ -364,9 +364,10 @@ class Model:
         result = main(*tensors, self._weights)
         return [result] if hasattr(result, "__dlpack__") else result
 
-    def _copied(self, results: Sequence[Any]) -> list[np.ndarray]:
+    def _copied(self, results: Sequence[Any], values: Sequence[Any]) -> list[np.ndarray]:
         staged = [s.buffer.host for s in self._staged if s.buffer.host is not None]
-        return self._device.copy_out(results, [self._mapped, *staged])
+        given = [value for value in values if isinstance(value, np.ndarray)]  # read in place, maybe
+        return self._device.copy_out(results, [self._mapped, *staged, *given])
 
     def _kept(self, main: Any, results: Sequence[Any], tensors: Sequence[Any]) -> list[Any]:
         """Results on the device that belong to the caller: neither inputs, weights nor constants.

@@ -57,6 +57,10 @@ class StagedInput:
     def fill(self, value: Any) -> Any:
         """Return `value` as the program may read it: copied into the buffer, unless it lies on
         the device and is aligned."""
+        if isinstance(value, np.ndarray):
+            there = self._device.in_place(value)
+            if there is not None:
+                return there
         copy: Callable[[Any, Buffer], None] = self._device.copy_in
         if isinstance(value, Resident):
             value, copy = value.tensor, self._device.copy_within

@@ -56,6 +56,7 @@ def _not_in_tiles(program: Program) -> Iterable[str]:
         found
         for found in dialect.calls(program, Operator)
         if isinstance(found.op, Dense | Attention) and not _is_tiled(found.args[0])
+        if not (isinstance(found.op, Attention) and found.op.by_heads[0])
     )
 
 
@@ -181,11 +182,11 @@ class _LaneLayout(Rewrite):
     def _attention(self, found: dialect.OperatorCall[Attention], var: relax.Var) -> _Tiled:
         q, k, v, *mask = found.args
         batch, rows, features = shape_of(var)
-        key_rows = shape_of(k)[1]
+        by_heads = found.op.by_heads
+        key_rows = shape_of(k)[2 if by_heads[1] else 1]
         operands = [
-            self._tiles_of(q, (batch, rows)).expr,
-            self._tiles_of(k, (batch, key_rows)).expr,
-            self._tiles_of(v, (batch, key_rows)).expr,
+            self.new(x) if as_is else self._tiles_of(x, (batch, count)).expr
+            for x, count, as_is in zip((q, k, v), (rows, key_rows, key_rows), by_heads, strict=True)
         ]
         if found.op.mask is not None:
             lead, heads, *_ = shape_of(mask[0])
@@ -195,7 +196,8 @@ class _LaneLayout(Rewrite):
                 if has_queries
                 else self.new(mask[0])
             )
-        operands.append(relax.ShapeExpr([key_rows]))
+        few = [rows] if by_heads[1] and by_heads[2] else []
+        operands.append(relax.ShapeExpr([key_rows, *few]))
         return self._emit_tiled(found.op, operands, batch, rows, features)
 
     def _layer_norm(self, value: Any) -> _Tiled | None:

@@ -1,9 +1,13 @@
-"""Scaled dot-product attention on lane tiles, scores never leaving the core's cache.
+"""Scaled dot-product attention, scores never leaving the core's cache.
 
 One job is one (group of query tiles, head). Keys are the rows of a small matmul whose vectors are
 query lanes: scores[key, lanes] = sum_d K[d, key] Q[d, lanes]. Soft-max then runs down the keys,
 lane by lane, and the same register-blocked product gives O[d, lanes] = sum_key V[d, key]
-P[key, lanes]. Heads are slices of the feature axis, so nothing is ever transposed.
+P[key, lanes]. Heads are slices of the feature axis, so nothing is ever transposed; or q, k, v lie
+by heads, as after rotary positions and in a cache, and are read there
+(:mod:`sparse_tvm.schedules.cpu.attention_operands`). A few queries of such keys have a kernel of
+their own, :mod:`sparse_tvm.schedules.cpu.row_attention`, chosen at run time where only that knows
+how many there are.
 """
 
 from __future__ import annotations
@@ -16,11 +20,16 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.cpu import vector_math
+from sparse_tvm.schedules.cpu.attention_operands import (
+    AttentionProblem,
+    ByHeads,
+    mask_argument,
+    mask_at,
+)
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
     Registers,
-    Tiles,
     TileVectors,
     argument,
     for_group_sizes,
@@ -29,9 +38,9 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     ramp,
     scalar,
     splat,
-    symbol,
     zero,
 )
+from sparse_tvm.schedules.cpu.row_attention import FEW_QUERIES, few_queries, takes_few_queries
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 
 _LOWEST = float(np.finfo(np.float32).min)
@@ -40,178 +49,233 @@ _MAX_GROUP = 2
 """Query tiles per job: their scores, keys x 32 floats, stay within L1 for a few hundred keys."""
 
 
-@dataclass(frozen=True)
-class Mask:
-    """An additive attention mask ``[B, H, Sq, Sk]``, by the axes it really has.
+def attention(problem: AttentionProblem, simd: Simd) -> tirx.PrimFunc:
+    """Build the kernel.
 
-    Attributes
-    ----------
-    lead, heads, queries, keys : bool
-        False where the mask has extent 1 and broadcasts. A mask with queries is given lane-tiled
-        over them, ``[B * H, tiles, Sk, LANES]``; any other as it is, ``[B, H, 1, Sk]``.
-    """
-
-    lead: bool
-    heads: bool
-    queries: bool
-    keys: bool
-
-
-def attention(
-    queries: Tiles,
-    keys: Tiles,
-    key_rows: Expr | None,
-    heads: int,
-    head_size: int,
-    value_size: int,
-    scale: float,
-    mask: Mask | None,
-    simd: Simd,
-) -> tirx.PrimFunc:
-    """Build the kernel: ``softmax(scale * Q K^T + mask) V`` for every head.
-
-    Arguments of the PrimFunc, in order: Q ``[lead, tiles, heads * head_size, LANES]``,
-    K likewise over the keys' tiles, V ``[lead, tiles, heads * value_size, LANES]``, the mask if
-    any, the number of keys as an int64 unless ``key_rows`` is a number, and the output
+    Arguments of the PrimFunc, in order: q, k, v as the problem has them, the mask if any, then as
+    int64 whatever of the numbers of keys and of queries is not known, and the output
     ``[lead, tiles, heads * value_size, LANES]`` over the queries' tiles.
     """
-    group = max(1, min(_MAX_GROUP, simd.accumulators // (4 * simd.per_tile)))
-    block = min(_KEY_BLOCK, simd.accumulators // (group * simd.per_tile))
-    while LANES % block:
-        block -= 1
-    width = group * LANES
-
+    out_shape = problem.queries.shape(problem.heads * problem.v.size)
+    numbers = {"key_rows": problem.key_rows, "query_rows": problem.query_rows}
     with prim_func() as result:
-        q = argument("q", queries.shape(heads * head_size))
-        k = argument("k", keys.shape(heads * head_size))
-        v = argument("v", keys.shape(heads * value_size))
-        m = mask_argument(mask, queries) if mask else None
-        count = key_rows if isinstance(key_rows, int) else T.arg("key_rows", symbol("key_rows"))
-        out = argument("out", queries.shape(heads * value_size))
-        groups = groups_of(queries.per_lead, group)
-
-        def job_kernel(lead: Expr, head: Expr, scores: Buffer, first: Expr, size: int) -> None:
-            vectors = TileVectors(first, size, simd)
-
-            def score_at(key: Expr, vector: int) -> list[Expr]:
-                return [key, ramp(vector * simd.lanes, simd)]
-
-            def score_block(key_tile: Expr, first_key: Expr) -> None:
-                acc = Registers(block, vectors.count, simd)
-                acc.fill(lambda row, vector: zero(simd))
-                with T.serial(0, head_size) as d:
-                    feature = head * head_size + d
-
-                    def query(vector: int) -> Expr:
-                        tile, lanes = vectors.at(vector)
-                        return q[lead, tile, feature, lanes]
-
-                    acc.multiply_add(lambda row: k[lead, key_tile, feature, first_key + row], query)
-                for row in range(block):
-                    for vector in range(vectors.count):
-                        key = key_tile * LANES + first_key + row
-                        T.buffer_store(scores, acc.get(row, vector), score_at(key, vector))
-
-            with T.serial(0, keys.per_lead) as key_tile, T.serial(0, LANES // block) as i:
-                score_block(key_tile, i * block)
-
-            top = Registers(1, vectors.count, simd)
-            top.fill(lambda _, vector: splat(T.float32(_LOWEST), simd))
-            with T.serial(0, count) as key:
-                for vector in range(vectors.count):
-                    at = score_at(key, vector)
-                    score = scores[tuple(at)] * splat(T.float32(scale), simd)
-                    if mask is not None and m is not None:
-                        tile, lanes = vectors.at(vector)
-                        score += mask_at(m, mask, lead, head, heads, tile, key, lanes)
-                    masked = Registers(1, 1, simd)
-                    masked.set(0, 0, score)
-                    T.buffer_store(scores, masked.get(0, 0), at)
-                    top.set(0, vector, tirx.max(top.get(0, vector), masked.get(0, 0)))
-
-            total = Registers(1, vectors.count, simd)
-            total.fill(lambda _, vector: zero(simd))
-            with T.serial(0, count) as key:
-                for vector in range(vectors.count):
-                    at = score_at(key, vector)
-                    weight = Registers(1, 1, simd)
-                    weight.set(0, 0, vector_math.exp(scores[tuple(at)] - top.get(0, vector)))
-                    total.set(0, vector, total.get(0, vector) + weight.get(0, 0))
-                    T.buffer_store(scores, weight.get(0, 0), at)
-            # The largest score has weight 1, so only a query without any key has a sum of 0.
-            total.fill(
-                lambda _, vector: (
-                    splat(T.float32(1), simd)
-                    / tirx.max(total.get(0, vector), splat(T.float32(1e-30), simd))
-                )
-            )
-
-            def value_block(first_row: Expr, live: int) -> None:
-                acc = Registers(live, vectors.count, simd)
-                acc.fill(lambda row, vector: zero(simd))
-                together = simd.lanes if simd.by_element else 1
-                with T.serial(0, keys.per_lead) as key_tile:
-                    live_keys = tirx.min(LANES, count - key_tile * LANES)
-
-                    def add(key: Expr, keys: int) -> None:
-                        feature = head * value_size + first_row
-                        acc.multiply_add_steps(
-                            keys,
-                            lambda row, step: v[lead, key_tile, feature + row, key + step],
-                            lambda vector, step: scores[
-                                tuple(score_at(key_tile * LANES + key + step, vector))
-                            ],
-                        )
-
-                    with T.serial(0, live_keys // together) as j:
-                        add(j * together, together)
-                    if together > 1:
-                        with T.serial(0, live_keys % together) as j:
-                            add(live_keys // together * together + j, 1)
-                for row in range(live):
-                    for vector in range(vectors.count):
-                        tile, lanes = vectors.at(vector)
-                        T.buffer_store(
-                            out,
-                            acc.get(row, vector) * total.get(0, vector),
-                            [lead, tile, head * value_size + first_row + row, lanes],
-                        )
-
-            _blocks(value_size, block, value_block)
-
-        with T.parallel(0, queries.lead * groups * heads) as job:
-            head = scalar(job % heads)
-            lead = scalar(job // heads // groups)
-            scores = T.alloc_buffer((keys.per_lead * LANES, width), "float32")
-
-            def body(first: Expr, size: int) -> None:
-                job_kernel(lead, head, scores, first, size)
-
-            for_group_sizes(queries.per_lead, group, job // heads % groups, body)
+        q = argument("q", problem.q.shape)
+        k = argument("k", problem.k.shape)
+        v = argument("v", problem.v.shape)
+        mask = mask_argument(problem.mask, problem.queries) if problem.mask else None
+        for name, number in numbers.items():
+            if isinstance(number, tirx.Var):
+                T.arg(name, number)
+        out = argument("out", out_shape)
+        kernel = _Attention(problem, q, k, v, mask, out, simd)
+        rows = problem.query_rows if takes_few_queries(problem, simd) else None
+        if rows is None or (isinstance(rows, int) and rows > FEW_QUERIES):
+            kernel.run()
+        elif isinstance(rows, int):
+            few_queries(problem, q, k, v, mask, out, simd)
+        else:
+            with T.If(rows <= FEW_QUERIES):
+                with T.Then():
+                    few_queries(problem, q, k, v, mask, out, simd)
+                with T.Else():
+                    kernel.run()
     return result["func"]
 
 
-def mask_argument(mask: Mask, queries: Tiles) -> Buffer:
-    """Declare the mask; extents it broadcasts over are 1."""
-    lead = symbol("mask_lead") if mask.lead else 1
-    heads = symbol("mask_heads") if mask.heads else 1
-    keys = symbol("mask_keys") if mask.keys else 1
-    if mask.queries:
-        lead_and_heads = symbol("mask_lead") if mask.lead or mask.heads else 1
-        return argument("mask", (lead_and_heads, queries.per_lead, keys, LANES))
-    return argument("mask", (lead, heads, 1, keys))
+@dataclass(frozen=True)
+class _Attention:
+    """The kernel whose lanes are queries."""
 
+    problem: AttentionProblem
+    q: Buffer
+    k: Buffer
+    v: Buffer
+    mask: Buffer | None
+    out: Buffer
+    simd: Simd
 
-def mask_at(
-    m: Buffer, mask: Mask, lead: Expr, head: Expr, heads: int, tile: Expr, key: Expr, lanes: Expr
-) -> Expr:
-    """The mask of one key for one vector of queries."""
-    lead = lead if mask.lead else 0
-    head = head if mask.heads else 0
-    key = key if mask.keys else 0
-    if mask.queries:
-        return m[lead * (heads if mask.heads else 1) + head, tile, key, lanes]
-    return T.broadcast(m[lead, head, 0, key], int(lanes.ty.dtype.lanes))
+    @property
+    def group(self) -> int:
+        """Query tiles per job."""
+        return max(1, min(_MAX_GROUP, self.simd.accumulators // (4 * self.simd.per_tile)))
+
+    @property
+    def block(self) -> int:
+        """Keys, or features of the result, that are summed up together."""
+        block = min(_KEY_BLOCK, self.simd.accumulators // (self.group * self.simd.per_tile))
+        while LANES % block:
+            block -= 1
+        return block
+
+    def run(self) -> None:
+        """Emit the jobs, in parallel."""
+        problem, queries = self.problem, self.problem.queries
+        heads, groups = problem.heads, groups_of(queries.per_lead, self.group)
+        with T.parallel(0, queries.lead * groups * heads) as job:
+            head = scalar(job % heads)
+            lead = scalar(job // heads // groups)
+            width = self.group * LANES
+            scores = T.alloc_buffer((problem.key_tiles * LANES, width), "float32")
+            packed = None
+            if isinstance(problem.q, ByHeads):
+                packed = T.alloc_buffer((problem.q.size, width), "float32")
+
+            def body(first: Expr, size: int) -> None:
+                vectors = TileVectors(first, size, self.simd)
+                key_head = scalar(problem.key_head(head))
+                if packed is not None:
+                    self._pack_queries(packed, lead, head, first, size)
+                self._score(scores, packed, lead, head, key_head, vectors)
+                total = self._soft_max(scores, lead, head, vectors)
+                self._weigh(scores, total, lead, head, key_head, vectors)
+
+            for_group_sizes(queries.per_lead, self.group, job // heads % groups, body)
+
+    def _place(self, key: Expr, vector: int) -> list[Expr]:
+        """Where the scores of a key are, for one vector of queries."""
+        return [key, ramp(vector * self.simd.lanes, self.simd)]
+
+    def _pack_queries(self, packed: Buffer, lead: Expr, head: Expr, first: Expr, size: int) -> None:
+        """Copy some tiles of queries that lie by heads to ``[features, lanes]``."""
+        q = self.problem.q
+        assert isinstance(q, ByHeads)
+        with T.serial(0, size) as tile, T.serial(0, LANES) as lane, T.serial(0, q.size) as d:
+            value = self.q[q.at_most(lead, head, first + tile, lane, d)]
+            T.buffer_store(packed, value, [d, tile * LANES + lane])
+
+    def _score(
+        self,
+        scores: Buffer,
+        packed: Buffer | None,
+        lead: Expr,
+        head: Expr,
+        key_head: Expr,
+        vectors: TileVectors,
+    ) -> None:
+        """Keys times queries."""
+        q, k = self.problem.q, self.problem.k
+
+        def query(vector: int, d: Expr) -> Expr:
+            tile, lanes = vectors.at(vector)
+            if packed is not None:
+                return packed[d, ramp(vector * self.simd.lanes, self.simd)]
+            return self.q[(*q.at(lead, head, tile, 0, d)[:-1], lanes)]
+
+        def blocks(tile: Expr, at: Callable[..., tuple[Expr, ...]]) -> None:
+            with T.serial(0, LANES // self.block) as i:
+                acc = Registers(self.block, vectors.count, self.simd)
+                acc.fill(lambda row, vector: zero(self.simd))
+
+                def key(row: int, d: Expr) -> Expr:
+                    return self.k[at(lead, key_head, tile, i * self.block + row, d)]
+
+                self._add_products(acc, k.size, k.neighbours == "features", key, query)
+                for row in range(self.block):
+                    for vector in range(vectors.count):
+                        place = self._place(tile * LANES + i * self.block + row, vector)
+                        T.buffer_store(scores, acc.get(row, vector), place)
+
+        with T.serial(0, k.full_tiles) as tile:
+            blocks(tile, k.at)
+        if isinstance(k, ByHeads) and not (isinstance(k.rows, int) and k.rows % LANES == 0):
+            with T.serial(0, self.problem.key_tiles - k.full_tiles):
+                blocks(k.full_tiles, k.at_most)
+
+    def _add_products(
+        self,
+        acc: Registers,
+        extent: Expr,
+        together: bool,
+        left: Callable[[int, Expr], Expr],
+        right: Callable[[int, Expr], Expr],
+    ) -> None:
+        """Add ``left(row, i) * right(vector, i)`` for all i below ``extent``.
+
+        ``together`` tells that ``left`` has neighbours in memory from i to i + 1.
+        """
+        steps = self.simd.lanes if together and self.simd.by_element else 1
+
+        def add(first: Expr, count: int) -> None:
+            acc.multiply_add_steps(
+                count,
+                lambda row, step: left(row, first + step),
+                lambda vector, step: right(vector, first + step),
+            )
+
+        with T.serial(0, extent // steps) as i:
+            add(i * steps, steps)
+        if steps > 1 and not (isinstance(extent, int) and extent % steps == 0):
+            with T.serial(0, extent % steps) as i:
+                add(extent // steps * steps + i, 1)
+
+    def _soft_max(self, scores: Buffer, lead: Expr, head: Expr, vectors: TileVectors) -> Registers:
+        """Turn scores into weights; return what makes them sum up to one."""
+        problem, simd, count = self.problem, self.simd, self.problem.key_rows
+        top = Registers(1, vectors.count, simd)
+        top.fill(lambda _, vector: splat(T.float32(_LOWEST), simd))
+        with T.serial(0, count) as key:
+            for vector in range(vectors.count):
+                at = self._place(key, vector)
+                score = scores[tuple(at)] * splat(T.float32(problem.scale), simd)
+                if self.mask is not None and problem.mask is not None:
+                    of_query = (problem.heads, vectors.at(vector)[0], key, vectors.at(vector)[1])
+                    score += mask_at(self.mask, problem.mask, lead, head, *of_query)
+                masked = Registers(1, 1, simd)
+                masked.set(0, 0, score)
+                T.buffer_store(scores, masked.get(0, 0), at)
+                top.set(0, vector, tirx.max(top.get(0, vector), masked.get(0, 0)))
+
+        total = Registers(1, vectors.count, simd)
+        total.fill(lambda _, vector: zero(simd))
+        with T.serial(0, count) as key:
+            for vector in range(vectors.count):
+                at = self._place(key, vector)
+                weight = Registers(1, 1, simd)
+                weight.set(0, 0, vector_math.exp(scores[tuple(at)] - top.get(0, vector)))
+                total.set(0, vector, total.get(0, vector) + weight.get(0, 0))
+                T.buffer_store(scores, weight.get(0, 0), at)
+        # The largest score has weight 1, so only a query without any key has a sum of 0.
+        total.fill(
+            lambda _, vector: (
+                splat(T.float32(1), simd)
+                / tirx.max(total.get(0, vector), splat(T.float32(1e-30), simd))
+            )
+        )
+        return total
+
+    def _weigh(
+        self,
+        scores: Buffer,
+        total: Registers,
+        lead: Expr,
+        head: Expr,
+        key_head: Expr,
+        vectors: TileVectors,
+    ) -> None:
+        """Values times weights."""
+        problem, v = self.problem, self.problem.v
+
+        def block(first: Expr, live: int) -> None:
+            acc = Registers(live, vectors.count, self.simd)
+            acc.fill(lambda row, vector: zero(self.simd))
+            with T.serial(0, problem.key_tiles) as tile:
+                keys = tirx.min(LANES, problem.key_rows - tile * LANES)
+
+                def value(row: int, key: Expr) -> Expr:
+                    return self.v[v.at(lead, key_head, tile, key, first + row)]
+
+                def weight(vector: int, key: Expr) -> Expr:
+                    return scores[tuple(self._place(tile * LANES + key, vector))]
+
+                self._add_products(acc, keys, v.neighbours == "rows", value, weight)
+            for row in range(live):
+                for vector in range(vectors.count):
+                    tile, lanes = vectors.at(vector)
+                    result = acc.get(row, vector) * total.get(0, vector)
+                    feature = head * v.size + first + row
+                    T.buffer_store(self.out, result, [lead, tile, feature, lanes])
+
+        _blocks(v.size, self.block, block)
 
 
 def _blocks(extent: int, block: int, body: Callable[[Expr, int], None]) -> None:

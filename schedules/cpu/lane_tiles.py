@@ -122,6 +122,11 @@ def splat(value: Expr, simd: Simd) -> Expr:
     return T.broadcast(value, simd.lanes)
 
 
+def broadcast(value: Expr, lanes: int) -> Expr:
+    """A scalar in each of so many lanes."""
+    return T.broadcast(value, lanes) if lanes > 1 else value
+
+
 def ramp(base: Expr, simd: Simd) -> Expr:
     """Indices of one vector of consecutive elements."""
     return T.ramp(base, 1, simd.lanes)

@@ -1,4 +1,4 @@
-"""Operators that only the CPU backend has: into its layouts of activations, and out of them."""
+"""Operators that only the CPU backend has: in and out of its layouts, and onto caches."""
 
 from __future__ import annotations
 
@@ -33,3 +33,11 @@ class LineRound(Operator):
 
     name: ClassVar[str] = "line_round"
     operands: ClassVar[str] = "x, scale?, zero point?"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppendRows(Operator):
+    """Tensors ``[lead, rows, size]`` behind each other along their rows."""
+
+    name: ClassVar[str] = "append_rows"
+    operands: ClassVar[str] = "x, ..."

@@ -19,10 +19,11 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
     Tiles,
+    broadcast,
     scalar,
     span,
 )
-from sparse_tvm.schedules.cpu.row_product import RowProduct, broadcast
+from sparse_tvm.schedules.cpu.row_product import RowProduct
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.stored_weight import Epilogue, StoredWeight
 

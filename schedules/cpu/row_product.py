@@ -16,6 +16,7 @@ from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
+    broadcast,
     local,
     prefetch,
     scalar,
@@ -30,16 +31,11 @@ _CHAINS = 8
 """Independent sums that keep the multiply-adds busy."""
 
 
-def broadcast(value: Expr, lanes: int) -> Expr:
-    """A scalar in each of so many lanes."""
-    return T.broadcast(value, lanes) if lanes > 1 else value
-
-
-class _Sums:
+class Sums:
     """Sums in registers, a buffer each, of so many lanes."""
 
     def __init__(self, count: int, lanes: int) -> None:
-        self.lanes, self._buffers = lanes, [local(lanes) for _ in range(count)]
+        self.count, self.lanes, self._buffers = count, lanes, [local(lanes) for _ in range(count)]
         for i in range(count):
             self._set(i, broadcast(T.float32(0), lanes))
 
@@ -47,9 +43,11 @@ class _Sums:
         T.buffer_store(self._buffers[i], value, [span(0, self.lanes)])
 
     def get(self, i: int) -> Expr:
+        """One sum."""
         return self._buffers[i][span(0, self.lanes)]
 
     def add(self, i: int, weight: Expr, x: Expr) -> None:
+        """Add a product to one sum."""
         self._set(i, self.get(i) + weight * x)
 
     def total(self, i: int, step: int) -> Expr:
@@ -142,9 +140,9 @@ class RowProduct:
         chains = max(1, _CHAINS // (at_once * self.m))
         per_line = at_once * lanes * 4 >= 64
         for first in range(0, vectors, at_once):
-            sums = _Sums(chains * at_once * self.m, lanes)
+            sums = Sums(chains * at_once * self.m, lanes)
 
-            def step(k: Expr, chain: int, first: int = first, sums: _Sums = sums) -> None:
+            def step(k: Expr, chain: int, first: int = first, sums: Sums = sums) -> None:
                 if per_line or first == 0:
                     prefetch(data, (block, k + PREFETCH_BYTES // (4 * size), 0))
                 for vector in range(at_once):
@@ -165,7 +163,7 @@ class RowProduct:
         weight, m, size = self.weight, self.m, self.block
         lanes, many = (size, m) if self.outputs else (m, size)
         chains = max(1, min(4, _CHAINS // many))
-        sums = _Sums(chains * many, lanes)
+        sums = Sums(chains * many, lanes)
         first = scalar(weight.indptr[segment])
         count = scalar(weight.indptr[segment + 1] - first)
         weight.prefetch(first, count)

@@ -15,7 +15,7 @@ import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from sparse_tvm.schedules.cpu.attention import Mask, mask_argument, mask_at
+from sparse_tvm.schedules.cpu.attention_operands import Mask, mask_argument, mask_at
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,

@@ -21,6 +21,7 @@ from sparse_tvm.schedules.cpu.families.matmul import MatmulFamily
 from sparse_tvm.schedules.cpu.families.product import ProductFamily
 from sparse_tvm.schedules.cpu.families.recurrent import RecurrentFamily
 from sparse_tvm.schedules.cpu.families.rows import (
+    AppendRowsFamily,
     LanePackFamily,
     LaneUnpackFamily,
     LayerNormFamily,
@@ -60,6 +61,7 @@ class CpuBackend(Backend):
                 LayerNormFamily(),
                 LanePackFamily(),
                 LaneUnpackFamily(),
+                AppendRowsFamily(),
                 ImagePackFamily(),
                 ImageMaskFamily(),
                 ImagePoolingFamily(),
@@ -95,9 +97,11 @@ class CpuBackend(Backend):
         return target.seconds(cycles)
 
     def phases(self) -> Sequence[Phase]:
+        from sparse_tvm.passes.cpu.append_rows import append_rows
         from sparse_tvm.passes.cpu.image_layout import image_layout
         from sparse_tvm.passes.cpu.lane_layout import lane_layout
         from sparse_tvm.passes.cpu.legalize import legalize
+        from sparse_tvm.passes.cpu.read_heads import read_heads
         from sparse_tvm.passes.cpu.round_activations import round_activations
         from sparse_tvm.passes.cpu.schedule_rest import schedule_rest
         from sparse_tvm.passes.infrastructure import Phase
@@ -105,7 +109,7 @@ class CpuBackend(Backend):
 
         return (
             Phase("image layout", (image_layout,)),
-            Phase("lane layout", (lane_layout, round_activations)),
+            Phase("lane layout", (read_heads, append_rows, lane_layout, round_activations)),
             Phase("legalise", (legalize,)),
             Phase("schedule", (lower_kernels, schedule_rest)),
         )

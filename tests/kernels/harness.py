@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 import pytest
 import tvm
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from tvm import tirx
 
@@ -24,9 +24,12 @@ from sparse_tvm.vm import _set_pool
 RUNNABLE = [target for target in TARGETS.values() if runs_here(target)]
 allow_amx()
 KERNELS = settings(
-    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.data_too_large]
+    deadline=None,
+    max_examples=25,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    suppress_health_check=[HealthCheck.data_too_large],
 )
-"""Every example compiles a kernel."""
+"""Every example compiles a kernel, so a failing one is not made smaller, which took minutes."""
 
 PER_FORM = settings(KERNELS, max_examples=8)
 PORTABLE = replace(RUNNABLE[-1], name="128-bit")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from low_precision import TILE_TARGETS, from_lines, rounded, to_lines
 from test_attention import LOWEST, reference
 
-from sparse_tvm.schedules.cpu.attention import Mask
+from sparse_tvm.schedules.cpu.attention_operands import Mask
 from sparse_tvm.schedules.cpu.lane_tiles import Tiles
 from sparse_tvm.schedules.cpu.precision import BF16, INT8
 from sparse_tvm.schedules.x86.tile_attention import TileAttention, tile_attention

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sparse_tvm.families import Extents, Kernel, KernelFamily, Work, bytes_of, elements
 from sparse_tvm.operators import FLOAT32, Attention
-from sparse_tvm.schedules.cpu.families.extents import tiles_for
+from sparse_tvm.schedules.cpu.families.extents import known_or_symbols, tiles_for
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.targets import Target
 
@@ -17,8 +17,9 @@ from sparse_tvm.targets import Target
 class AttentionFamily(KernelFamily[Attention]):
     """The kernel of :mod:`sparse_tvm.schedules.cpu.attention`.
 
-    Operands are lane tiles of q, k, v, the mask if any (lane-tiled over its queries, if it has
-    any), and the number of keys.
+    Operands are q, k and v, as lane tiles or by heads, the mask if any (lane-tiled over its
+    queries, if it has any), and the numbers of keys and, where keys and values are by heads, of
+    queries.
     """
 
     name: ClassVar[str] = "attention"
@@ -30,26 +31,22 @@ class AttentionFamily(KernelFamily[Attention]):
     def build(
         self, op: Attention, operands: Sequence[Extents], output: Extents, target: Target
     ) -> Kernel:
-        from sparse_tvm.schedules.cpu.attention import Mask, attention
-        from sparse_tvm.schedules.cpu.lane_tiles import Tiles
+        from sparse_tvm.schedules.cpu.attention import attention
+        from sparse_tvm.schedules.cpu.attention_operands import AttentionProblem, Mask
 
-        q, k, v, *_, rows = operands
-        head_size, value_size = (_features(operand) // op.heads for operand in (q, v))
-        queries = tiles_for(q)
-        keys = Tiles(queries.lead, tiles_for(k).per_lead)
-        mask = Mask(*op.mask) if op.mask is not None else None
-        function = attention(
-            queries,
-            keys,
-            rows.shape[0],
-            op.heads,
-            head_size,
-            value_size,
-            op.scale,
-            mask,
-            Simd.of(target),
+        *_, numbers = operands
+        names = ("key_rows", "query_rows")[: len(numbers.shape)]
+        key_rows, *query_rows = known_or_symbols(numbers, names)
+        queries = tiles_for(output)
+        heads = (op.heads, *[op.key_heads or op.heads] * 2)
+        q, k, v = (
+            _heads(operand, by_heads, count, queries.lead)
+            for operand, by_heads, count in zip(operands[:3], op.by_heads, heads, strict=True)
         )
-        return Kernel(f"attention_{op.heads}x{head_size}", function)
+        mask = Mask(*op.mask) if op.mask is not None else None
+        rows = query_rows[0] if query_rows else None
+        problem = AttentionProblem(q, k, v, queries, rows, key_rows, op.scale, mask)
+        return Kernel(f"attention_{op.heads}x{q.size}", attention(problem, Simd.of(target)))
 
     def work(
         self,
@@ -58,12 +55,23 @@ class AttentionFamily(KernelFamily[Attention]):
         output: Extents,
         nonzeros: int | None = None,
     ) -> Work:
-        keys = (operands[1].shape[1] or 0) * LANES
-        flops = 2.0 * (elements(operands[0]) + elements(output)) * keys
+        q, k, *_ = operands
+        keys = (k.shape[2] if op.by_heads[1] else (k.shape[1] or 0) * LANES) or 0
+        results = elements(output)
+        if op.by_heads[0]:  # queries without padding
+            results = (q.shape[0] or 0) * (q.shape[2] or 0) * (output.shape[2] or 0)
+        flops = 2.0 * (elements(q) + results) * keys
         return Work(flops, bytes_of([*operands, output]))
 
 
-def _features(operand: Extents) -> int:
+def _heads(operand: Extents, by_heads: bool, heads: int, lead: Any) -> Any:
+    """Where the kernel finds q, k or v; all have the same batch."""
+    from sparse_tvm.schedules.cpu.attention_operands import ByHeads, InTiles
+    from sparse_tvm.schedules.cpu.lane_tiles import Tiles
+
+    if by_heads:
+        *_, rows, size = known_or_symbols(operand, ("lead", "heads", "rows", "size"))
+        return ByHeads(lead, rows, heads, size)
     features = operand.shape[2]
     assert features is not None
-    return features
+    return InTiles(Tiles(lead, tiles_for(operand).per_lead), heads, features // heads)

@@ -1,4 +1,4 @@
-"""What happens to each token or element alone: layer norm, and the moves into and out of tiles."""
+"""What happens to each token or element alone: layer norm, and moves of rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from sparse_tvm.families import Extents, Kernel, KernelFamily, Op, Work, bytes_of
 from sparse_tvm.operators import FLOAT32, LayerNorm
 from sparse_tvm.schedules.cpu.families.extents import known_or_symbols, tiles_for
-from sparse_tvm.schedules.cpu.operators import LanePack, LaneUnpack
+from sparse_tvm.schedules.cpu.operators import AppendRows, LanePack, LaneUnpack
 from sparse_tvm.schedules.cpu.precision import PRECISIONS
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.targets import Target
@@ -84,3 +84,24 @@ class LaneUnpackFamily(MovesOnly[LaneUnpack]):
         from sparse_tvm.schedules.cpu.pack import unpack
 
         return Kernel(self.name, unpack(*known_or_symbols(output, _ROWS)))
+
+
+@dataclass(frozen=True)
+class AppendRowsFamily(MovesOnly[AppendRows]):
+    """The kernel of :mod:`sparse_tvm.schedules.cpu.append`."""
+
+    name: ClassVar[str] = "append_rows"
+    operator: ClassVar[type[AppendRows]] = AppendRows
+
+    def build(
+        self, op: AppendRows, operands: Sequence[Extents], output: Extents, target: Target
+    ) -> Kernel:
+        from sparse_tvm.schedules.cpu.append import append_rows
+        from sparse_tvm.schedules.cpu.lane_tiles import symbol
+
+        lead, _, size = known_or_symbols(output, _ROWS)
+        rows = [
+            symbol(f"rows_{i}") if part.shape[1] is None else part.shape[1]
+            for i, part in enumerate(operands)
+        ]
+        return Kernel(f"append_rows_{size}", append_rows(lead, rows, size, Simd.of(target)))

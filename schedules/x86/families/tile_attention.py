@@ -38,7 +38,7 @@ class TileAttentionFamily(KernelFamily[Attention]):
     def build(
         self, op: Attention, operands: Sequence[Extents], output: Extents, target: Target
     ) -> Kernel:
-        from sparse_tvm.schedules.cpu.attention import Mask
+        from sparse_tvm.schedules.cpu.attention_operands import Mask
         from sparse_tvm.schedules.cpu.lane_tiles import Tiles
         from sparse_tvm.schedules.x86.instructions import Amx
         from sparse_tvm.schedules.x86.tile_attention import TileAttention, tile_attention
