@@ -7,6 +7,7 @@ weights and activations quantised by its dynamic int8. Outputs are compared with
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,20 @@ from bench_engines import ONNX_RUNTIME, OUTPUT, Feed, Run, Workload, of
 from bench_tables import Variant
 
 from sparse_tvm.reference import Reference
+from sparse_tvm.schedules.x86.units import AMX_FEATURES
+from sparse_tvm.targets import get_target
 
 VARIANTS = (
-    "0%@bf16",
     "0%@int8",
     "90%:unstructured@fp32",
-    "90%:unstructured@bf16",
     "90%:unstructured@int8",
     "90%:4x1@fp32",
+    "90%:1x4@int8",
     "90%:4x4@int8",
+)
+AMX_VARIANTS = (
+    "0%@bf16",
+    "90%:unstructured@bf16",
     "90%:16x2@bf16",
     "90%:16x4@int8",
     "90%:32x4@int8",
@@ -32,15 +38,19 @@ VARIANTS = (
 
 
 def variants() -> list[Variant]:
-    return [Variant(text) for text in VARIANTS]
+    """What this machine has instructions for."""
+    amx = get_target("native").has(*AMX_FEATURES)
+    return [Variant(text) for text in (*VARIANTS, *(AMX_VARIANTS if amx else ()))]
 
 
 def engines(workload: Workload, dense: Path, threads: int, feed: Feed) -> dict[str, Run]:
     """The engines, with the unpruned model."""
     found = {ONNX_RUNTIME: of(Reference(dense, threads=threads))}
     found["ONNX Runtime dynamic int8"] = of(Reference(_dynamic(dense), threads=threads))
-    found["OpenVINO as it comes"] = _openvino(dense, threads)
-    found["OpenVINO int8 (nncf)"] = _openvino(dense, threads, calibrated_on=feed)
+    if find_spec("openvino"):
+        found["OpenVINO as it comes"] = _openvino(dense, threads)
+    if find_spec("openvino") and find_spec("nncf"):
+        found["OpenVINO int8 (nncf)"] = _openvino(dense, threads, calibrated_on=feed)
     return found
 
 

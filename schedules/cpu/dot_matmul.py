@@ -151,16 +151,13 @@ def _for_blocks(
     """Call ``step(line, weight of a row)`` for the stored blocks of a block row."""
     first = scalar(weight.indptr[segment])
     count = scalar(weight.indptr[segment + 1] - first)
-    ahead = first + PREFETCH_BYTES // (4 * rows)
-    if rows == 1:  # too short for a loop
+    ahead = PREFETCH_BYTES // (4 * rows)
+    prefetch(weight.indices, (first + ahead, 0))
+    if rows == 1:  # short blocks, whose lines would be asked for again and again
         for line in range(2):
-            prefetch(data, (ahead + line * _WORDS_PER_LINE, 0))
-        prefetch(weight.indices, (ahead, 0))
-    else:
-        with T.serial(0, (count * rows + _WORDS_PER_LINE - 1) // _WORDS_PER_LINE) as line:
-            prefetch(data, (ahead + line * _WORDS_PER_LINE // rows, 0))
-        with T.serial(0, (count + 2 * _WORDS_PER_LINE - 1) // (2 * _WORDS_PER_LINE)) as line:
-            prefetch(weight.indices, (ahead + line * 2 * _WORDS_PER_LINE, 0))
+            prefetch(data, (first + ahead + line * _WORDS_PER_LINE, 0))
     with T.serial(0, count) as p:
         at = first + p
+        if rows > 1:
+            prefetch(data, (at + ahead, 0))
         step(scalar(weight.indices[at, 0]), lambda row: data[at, row])

@@ -102,5 +102,11 @@ _MAX_DOT_GROUP = 8
 
 
 def dot_group_limit(rows: int, simd: Simd) -> int:
-    """The same for dot products of quads, which reuse each weight more."""
-    return max(1, min(_MAX_DOT_GROUP, simd.accumulators // (rows * simd.per_tile)))
+    """The same for dot products of quads, which reuse each weight more.
+
+    Several rows want the line of x in registers, too, beside a weight and a product.
+    """
+    limit = simd.accumulators // (rows * simd.per_tile)
+    if rows > 1:
+        limit = min(limit, (simd.registers - 2) // ((rows + 1) * simd.per_tile))
+    return max(1, min(_MAX_DOT_GROUP, limit))

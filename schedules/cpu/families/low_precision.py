@@ -45,6 +45,9 @@ STREAMED = 3.0
 """Bytes of weights per cycle from the last cache, measured with BERT-base's layers in a row: such
 kernels leave little time to hide them in."""
 
+_L2_SHARE = 0.75
+"""Share of the second cache that keeps a weight from one group of tokens to the next."""
+
 _LATENCY, _WINDOW = 5.0, 512
 """Cycles from one dot product to the next of the same sums, and how many instructions a CPU looks
 ahead."""
@@ -149,7 +152,7 @@ class DotFamily(LowPrecisionFamily):
     def layouts(self, op: Dense, target: Target) -> Sequence[Layout]:
         n, unit = op.matrix[0], INT8.unit
         wide = target.registers > LANES
-        rows = min(6 if wide else 2, n)
+        rows = min(6 if wide else target.lanes // 2, n)
         found = [Layout(self.name, "dense", (rows, unit))]
         found.append(Layout(self.name, UNSTRUCTURED, (1, unit)))
         found += [Layout(self.name, "bsr", (rows, unit)) for rows in (1, 2, 4, 8) if rows <= n]
@@ -167,15 +170,19 @@ class DotFamily(LowPrecisionFamily):
         blocks = weight.stored_blocks(layout.block) if layout.sparse else dense_blocks
         x_bytes = k * group * LANES
         far = max(0.0, 1 - 0.85 * target.caches.l1 / x_bytes) if layout.sparse else 0.0
-        line = simd.per_tile * costs.load + far * costs.l2_line
+        far *= group * costs.l2_line
         spilled = 1.5 if rows * group * simd.per_tile > simd.accumulators else 1.0
         # The sums of a row wait for each other, unless the next row's products start meanwhile.
         waiting = _WINDOW / max(1.0, blocks / -(-n // rows) * (rows * group + 5))
-        block = max(rows * dot.cycles * spilled, line) * group + costs.index
+        line = simd.per_tile * costs.load
+        block = max(rows * dot.cycles * spilled, line) * group + far + costs.index
         block = max(block, _LATENCY / max(1.0, waiting))
         finish = n * group * 4.0 + -(-n // rows) * costs.row
-        streamed = blocks * (rows * 4 + 2) / min(STREAMED, costs.streamed)
-        return target.seconds((blocks * block + finish + streamed) * tiles / group)
+        passes, stored = tiles / group, blocks * (rows * 4 + 2)
+        near = stored < _L2_SHARE * target.caches.l2
+        again = costs.second if near else costs.streamed
+        streamed = stored * (1 / min(STREAMED, costs.streamed) + (passes - 1) / again)
+        return target.seconds((blocks * block + finish) * passes + streamed)
 
     def pack(
         self, op: Dense, w: np.ndarray, layout: Layout, target: Target
