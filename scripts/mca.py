@@ -23,12 +23,17 @@ from tvm import tirx
 from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.cli.tables import plain_table
 from sparse_tvm.operators import Layout
+from sparse_tvm.schedules.arm.instructions import MULTIPLY_ADD
+from sparse_tvm.schedules.arm.units import SDOT
 from sparse_tvm.schedules.cpu.attention import attention
 from sparse_tvm.schedules.cpu.attention_operands import AttentionProblem, InTiles
 from sparse_tvm.schedules.cpu.cost import dense_rows
+from sparse_tvm.schedules.cpu.dot_matmul import dot_matmul
 from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
 from sparse_tvm.schedules.cpu.lane_tiles import Tiles
+from sparse_tvm.schedules.cpu.low_matmul import LowMatmul
 from sparse_tvm.schedules.cpu.matmul import matmul
+from sparse_tvm.schedules.cpu.precision import INT8
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.targets import Target, get_target
 
@@ -40,7 +45,7 @@ ENOUGH = 0.95
 
 _LABEL = re.compile(r"^(\.L\w+):")
 _BRANCH = re.compile(r"^\s+(?:b\.\w+|cbn?z|tbn?z)\s+(?:.*,\s*)?(\.L\w+)")
-_FMA = re.compile(r"^\s+fml[as]\s+v\d+\.4s")
+_FMA = re.compile(r"^\s+(?:fml[as]|sdot)\s+v\d+\.4s")
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Loop:
     code : str
         One iteration, without its label.
     fmas : int
-        Its vector multiply-adds.
+        Its vector multiply-adds or dot products, of which a CPU has as many a cycle.
     """
 
     code: str
@@ -77,7 +82,8 @@ def main(
     targets = [get_target(name) for name in cpu or CPUS]
     columns = [dict(shares(target)) for target in targets]
     header = ["kernel", *[target.name for target in targets]]
-    rows = [[title, *[column[title] for column in columns]] for title in columns[0]]
+    titles = dict.fromkeys(title for column in columns for title in column)
+    rows = [[title, *[column.get(title, "-") for column in columns]] for title in titles]
     table = plain_table(*header, numbers=header[1:])
     for row in rows:
         table.add_row(*row)
@@ -102,6 +108,12 @@ def shares(target: Target) -> Iterator[tuple[str, str]]:
         kernel = matmul(tiles, TOKENS, HIDDEN, HIDDEN, layout, [], simd)
         loop = max(inner_loops(assembly(kernel, target)), key=lambda loop: loop.fmas)
         yield title, cell([loop], target)
+    if target.has(*SDOT.features):
+        problem = LowMatmul(tiles, HIDDEN, HIDDEN, INT8)
+        for rows in (1, 4):
+            kernel = dot_matmul(problem, rows, True, simd, MULTIPLY_ADD[SDOT.name])
+            loop = max(inner_loops(assembly(kernel, target)), key=lambda loop: loop.fmas)
+            yield f"int8 {rows}x4", cell([loop], target)
     size = HIDDEN // HEADS
     rows = InTiles(tiles, HEADS, size)
     problem = AttentionProblem(rows, rows, rows, tiles, None, TOKENS, size**-0.5, None)

@@ -20,6 +20,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     argument,
     for_group_sizes,
     groups_of,
+    loaded_together,
     local,
     prefetch,
     prim_func,
@@ -54,7 +55,7 @@ def dot_matmul(
 ) -> tirx.PrimFunc:
     """Build the kernel for blocks of ``rows`` outputs by one quad of inputs.
 
-    ``multiply_add(acc, x, w)`` is the dot product (see ``schedules.x86.instructions``).
+    ``multiply_add(acc, x, w)`` is the dot product, from a kind of CPU's ``instructions``.
 
     Arguments of the PrimFunc, in order: x; the weight: ``data`` int32, dense
     ``[ceil(n_out / rows), lines, rows]``, sparse ``[blocks, rows]`` with the arguments of
@@ -94,8 +95,11 @@ def dot_matmul(
                 for vector in range(vectors.count):
                     tile, lanes = vectors.at(vector)
                     operands.append(x.get(tile, line, lanes.base, simd.lanes))
-                for row in range(live):
-                    w = T.broadcast(weight_of(row), simd.lanes)
+                words = [weight_of(row) for row in range(live)]
+                if simd.by_element:
+                    words = loaded_together(words, simd)
+                for row, word in enumerate(words):
+                    w = T.broadcast(word, simd.lanes)
                     for vector, operand in enumerate(operands):
                         total = multiply_add(acc[at(row, vector)], operand, w)
                         T.buffer_store(acc, total, [at(row, vector)])

@@ -225,7 +225,7 @@ class Registers:
         """Add the outer product of ``weight(row)`` (scalars) and ``x(vector)`` (vectors)."""
         if self.simd.by_element:
             # Vector by vector: the weights of all rows wait in a few registers.
-            weights = _loaded_together([weight(row) for row in range(self.rows)], self.simd)
+            weights = loaded_together([weight(row) for row in range(self.rows)], self.simd)
             for vector in range(self.vectors):
                 for row in range(self.rows):
                     self._add_product(row, vector, weights[row], x(vector))
@@ -259,7 +259,7 @@ class Registers:
                 self.multiply_add(partial(_swapped, weight, step), partial(_swapped, x, step))
             return
         weights = [
-            _loaded_together([weight(row, step) for step in range(steps)], self.simd)
+            loaded_together([weight(row, step) for step in range(steps)], self.simd)
             for row in range(self.rows)
         ]
         for step in range(steps):
@@ -275,7 +275,7 @@ def _swapped(function: Callable[[int, int], Expr], second: int, first: int) -> E
     return function(first, second)
 
 
-def _loaded_together(elements: Sequence[Expr], simd: Simd) -> list[Expr]:
+def loaded_together(elements: Sequence[Expr], simd: Simd) -> list[Expr]:
     """The same scalars, as elements of vectors where they are neighbours in memory."""
     together: list[Expr] = []
     while len(together) < len(elements):

@@ -7,8 +7,8 @@ matrix unit whose product is the float32 lane tile itself: nothing is ever repac
 
 int8 is symmetric with one scale per token, of which the largest magnitude is 127.5: so PyTorch's
 quantisers have it. A feature is stored as unsigned byte, plus 128, which is what x86's instructions
-multiply; the scales are the tile's last line. Tiles end on a multiple of sixteen lines, and the
-words behind the last feature are zeros.
+multiply, and as signed one for Arm's; the scales are the tile's last line. Tiles end on a multiple
+of sixteen lines, and the words behind the last feature are zeros.
 """
 
 from __future__ import annotations
@@ -94,10 +94,10 @@ def bf16_pair(low: Expr, high: Expr, lanes: int) -> Expr:
     return T.reinterpret(f"int32x{lanes}", T.bitwise_or(below, T.bitwise_and(high, top)))
 
 
-def int8_quad(values: list[Expr], lanes: int, zero_point: int = ZERO_POINT) -> Expr:
+def int8_quad(values: list[Expr], lanes: int, zero_point: int) -> Expr:
     """Up to four float32 vectors as one vector of quads of bytes.
 
-    Values plus the zero point are within 0..255.
+    Values plus the zero point are within 0..255, or -128..127.
     """
     word = None
     for position, value in enumerate(values):
@@ -137,7 +137,8 @@ def store_tile(
 
     def line_of(values: list[Expr]) -> Expr:
         if lines.precision.scaled:
-            return int8_quad([value * inverse.get(0, 0) for value in values], lanes)
+            steps = [value * inverse.get(0, 0) for value in values]
+            return int8_quad(steps, lanes, simd.zero_point)
         low, high = (*values, T.broadcast(T.float32(0), lanes))[:2]
         return bf16_pair(low, high, lanes)
 
@@ -198,7 +199,7 @@ def quantise_by_steps(tiles: Tiles, features: int, simd: Simd) -> tirx.PrimFunc:
 
     Arguments of the PrimFunc: x float32 ``[lead, tiles, features, LANES]``, scale and zero float32
     ``[1]``, y int32 ``[lead, tiles, INT8.lines(features), LANES]``. A byte is
-    ``round(x / scale) + zero``, the zero point from 0 to 255.
+    ``round(x / scale) + zero``, the zero point from 0 to 255, less 128 where bytes are signed.
     """
     lanes, unit = simd.lanes, INT8.unit
     with prim_func() as result:
@@ -216,7 +217,8 @@ def quantise_by_steps(tiles: Tiles, features: int, simd: Simd) -> tirx.PrimFunc:
                 steps = source[tile, feature, ramp(first, simd)] / T.broadcast(scale[0], lanes)
                 steps = tirx.min(tirx.max(steps, low), high) + splat(T.float32(ROUNDING), simd)
                 word = T.reinterpret(f"int32x{lanes}", steps)
-                word = word + T.broadcast(T.Cast("int32", zero[0]), lanes)
+                middle = T.Cast("int32", zero[0]) - (ZERO_POINT - simd.zero_point)
+                word = word + T.broadcast(middle, lanes)
                 return T.bitwise_and(word, words_like(255, lanes))
 
             def line_of(features: list[Expr]) -> Expr:

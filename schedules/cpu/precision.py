@@ -15,7 +15,7 @@ HEAD_STEP = 32
 """Features of an attention's head, and keys, come in steps of a bf16 tile's columns."""
 
 ZERO_POINT = 128
-"""How an int8 activation of 0 is stored."""
+"""How an int8 activation of 0 is stored where dot products take unsigned bytes."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparse_tvm.operators import Layout
+from sparse_tvm.schedules.cpu.precision import ZERO_POINT
 from sparse_tvm.targets import Target
 
 LANES = 16
@@ -27,16 +28,20 @@ class Simd:
         Architectural vector registers (16 for AVX2, 32 for AVX-512 and NEON).
     by_element : bool
         Whether a multiply-add takes a factor from any element of a vector, as on Arm.
+    zero_point : int
+        How an int8 activation of 0 is stored: x86 multiplies unsigned bytes, Arm signed ones.
     """
 
     lanes: int
     registers: int
     by_element: bool = False
+    zero_point: int = ZERO_POINT
 
     @classmethod
     def of(cls, target: Target) -> Simd:
         """The vector unit of a target."""
-        return cls(target.lanes, target.registers, target.architecture == "aarch64")
+        arm = target.architecture == "aarch64"
+        return cls(target.lanes, target.registers, arm, 0 if arm else ZERO_POINT)
 
     @property
     def accumulators(self) -> int:

@@ -122,7 +122,8 @@ class Backend(ABC):
         reasons = [family.refuses(op, target) for family in families]
         if None in reasons:
             return None
-        return "; ".join(filter(None, reasons)) or f"{self.name} has no kernel for {op.name}"
+        different = dict.fromkeys(filter(None, reasons))
+        return "; ".join(different) or f"{self.name} has no kernel for {op.name}"
 
     def family(self, name: str) -> KernelFamily[Any]:
         """The family called ``name``.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparse_tvm.backends.base import Backend, BackendTarget
+from sparse_tvm.schedules.arm.families.dots import ArmDotFamily
 from sparse_tvm.schedules.cpu.families.attention import AttentionFamily
 from sparse_tvm.schedules.cpu.families.convolution import ConvolutionFamily, DepthwiseFamily
 from sparse_tvm.schedules.cpu.families.images import (
@@ -68,6 +69,7 @@ class CpuBackend(Backend):
                 ImageReductionFamily(),
                 TileFamily(),
                 X86DotFamily(),
+                ArmDotFamily(),
                 TileAttentionFamily(),
                 TileConvolutionFamily(),
                 X86DotConvolutionFamily(),

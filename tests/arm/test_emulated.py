@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnxruntime.quantization import quantize_dynamic
 
 import sparse_tvm
 from sparse_tvm.emulation import Emulator
+from sparse_tvm.errors import SparseTvmError
 from sparse_tvm.models.bert import BertConfig, build_bert
 from sparse_tvm.models.convnets import build_mobilenet_v2
 from sparse_tvm.models.gpt2 import Gpt2Config, build_gpt2
@@ -65,14 +67,19 @@ def models(tmp_path_factory):
     return directory
 
 
+def pruned(models, source, structure):
+    dense = models / f"{source}.onnx"
+    if structure is None:
+        return dense
+    path = models / f"{source} {structure}.onnx"
+    if not path.exists():
+        sparse_tvm.prune(dense, path, sparsity=0.9, structure=structure)
+    return path
+
+
 def compiled(models, name, target, tmp_path, **options):
     source, structure, formats = MODELS[name]
-    path = models / f"{source}.onnx"
-    if structure:
-        pruned = models / f"{source} {structure}.onnx"
-        if not pruned.exists():
-            sparse_tvm.prune(path, pruned, sparsity=0.9, structure=structure)
-        path = pruned
+    path = pruned(models, source, structure)
     return sparse_tvm.compile(
         path, tmp_path / "model.so", target=target, **formats, **options
     ).manifest
@@ -89,6 +96,36 @@ def test_models_agree_with_onnx_runtime(models, name, target, tmp_path):
     assert max(found["max_abs_diff"].values()) <= 1e-4
     formats = {layer["format"] for layer in manifest["layers"]}
     assert formats == {MODELS[name][2]["format"]}
+
+
+@pytest.mark.parametrize("target", ["neoverse-n1", "neoverse-v1"])
+@pytest.mark.parametrize("structure", [None, "unstructured", "1x4", "4x4"])
+def test_models_in_int8_are_near_float32(models, structure, target, tmp_path):
+    path = pruned(models, "bert", structure)
+    options = {"precision": "int8", "min_cosine": 0.999}
+    manifest = sparse_tvm.compile(path, tmp_path / "model.so", target=target, **options).manifest
+    assert manifest["verification"]["emulated"].endswith((target, "max"))
+    layers = manifest["layers"]
+    assert {layer["precision"] for layer in layers} == {"int8"}
+    sparse = [layer for layer in layers if layer["format"] != "dense"]
+    assert len(sparse) >= 12 if structure else not sparse
+    assert structure != "4x4" or [4, 4] in [layer["block"] for layer in sparse]
+
+
+def test_quantised_models_multiply_their_own_integers(models, tmp_path):
+    quantised = models / "bert dynamic.onnx"
+    quantize_dynamic(models / "bert.onnx", quantised, per_channel=True)
+    options = {"target": "neoverse-n1", "min_cosine": 0.9999}
+    manifest = sparse_tvm.compile(quantised, tmp_path / "model.so", **options).manifest
+    assert manifest["verification"]["emulated"]
+    assert {layer["precision"] for layer in manifest["layers"]} == {"int8"}
+
+
+def test_int8_is_refused_without_dot_products(models, tmp_path):
+    with pytest.raises(SparseTvmError, match="cortex-a72 has no dot products of bytes"):
+        sparse_tvm.compile(
+            models / "bert.onnx", tmp_path / "model.so", target="cortex-a72", precision="int8"
+        )
 
 
 def test_the_other_targets_get_the_same_code():
@@ -210,6 +247,8 @@ def test_inner_loops_reach_the_peak(tmp_path):
     table = tmp_path / "table.md"
     subprocess.run([sys.executable, scripts / "mca.py", "--markdown", table], check=True)
     _, _, *rows = [line.strip("|").split("|") for line in table.read_text().splitlines()]
-    shares = {row[0].strip(): [int(cell.split("%")[0]) for cell in row[1:]] for row in rows}
-    for kernel in ("dense, 6 rows", "BSR 2x1", "BSR 4x1", "attention, scores"):
+    shares = {
+        row[0].strip(): [int(cell.split("%")[0]) for cell in row[1:] if "%" in cell] for row in rows
+    }
+    for kernel in ("dense, 6 rows", "BSR 2x1", "BSR 4x1", "attention, scores", "int8 4x4"):
         assert min(shares[kernel]) >= 95, kernel

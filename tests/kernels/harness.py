@@ -42,7 +42,8 @@ _SENTINEL = np.float32(12345.0)
 
 
 def simd(target: Target) -> Simd:
-    return Simd(4, 32, by_element=True) if target is PORTABLE else Simd.of(target)
+    portable = Simd(4, 32, by_element=True, zero_point=0)
+    return portable if target is PORTABLE else Simd.of(target)
 
 
 FORMS = [*{simd(target): target for target in RUNNABLE}.values(), PORTABLE]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
-from harness import RUNNABLE, to_tiles
+from harness import PORTABLE, RUNNABLE, simd, to_tiles
 from hypothesis import strategies as st
 
+from sparse_tvm.schedules.arm import instructions as arm
 from sparse_tvm.schedules.cpu.dots import Dot
 from sparse_tvm.schedules.cpu.precision import BF16, INT8, LINES, ZERO_POINT, Precision
+from sparse_tvm.schedules.cpu.simd import Simd
+from sparse_tvm.schedules.x86 import instructions as x86
 from sparse_tvm.schedules.x86.instructions import Amx, PlainTiles
 from sparse_tvm.schedules.x86.units import DOTS
 from sparse_tvm.sparsity.quantise import (
@@ -32,9 +37,16 @@ def runnable(features: tuple[str, ...]) -> Target | None:
 DOT_TARGETS: list[tuple[Dot, Target]] = [
     (Dot("plain", lanes, 16, (), 1.0), ANY) for lanes in (4, 8)
 ]
+DOT_TARGETS += [(Dot("plain-sdot", 4, 32, (), 1.0), PORTABLE)]
 DOT_TARGETS += [(dot, target) for dot in DOTS if (target := runnable(dot.features))]
+MULTIPLY_ADD = {**x86.MULTIPLY_ADD, **arm.MULTIPLY_ADD}
 TILE_TARGETS = [(PlainTiles, ANY)]
 TILE_TARGETS += [(Amx, target) for target in [runnable(Amx.features)] if target]
+
+
+def simd_of(dot: Dot, target: Target) -> Simd:
+    """The vector unit of kernels with a dot product."""
+    return replace(simd(target), lanes=dot.lanes, registers=dot.registers)
 
 
 def rounded(x: np.ndarray, precision: Precision) -> np.ndarray:
@@ -52,13 +64,13 @@ def in_steps(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(steps, -LARGEST, LARGEST).astype(np.int8), scales
 
 
-def to_lines(x: np.ndarray, precision: Precision) -> np.ndarray:
+def to_lines(x: np.ndarray, precision: Precision, zero_point: int = ZERO_POINT) -> np.ndarray:
     """``[lead, rows, features]`` as a low-precision activation; the padding holds garbage."""
     lead, rows, features = x.shape
     flat = x.reshape(-1, features)
     if precision is INT8:
         values, scales = in_steps(flat)
-        stored = (values.astype(np.int16) + ZERO_POINT).astype(np.uint8)
+        stored = (values.astype(np.int16) + zero_point).astype(np.uint8)
     else:
         stored = round_to_bf16(flat)
     words = as_words(stored).reshape(lead, rows, -1)
@@ -70,7 +82,13 @@ def to_lines(x: np.ndarray, precision: Precision) -> np.ndarray:
     return np.concatenate([tiled, scale_lines], axis=2)
 
 
-def from_lines(lines: np.ndarray, rows: int, features: int, precision: Precision) -> np.ndarray:
+def from_lines(
+    lines: np.ndarray,
+    rows: int,
+    features: int,
+    precision: Precision,
+    zero_point: int = ZERO_POINT,
+) -> np.ndarray:
     """What ``[lead, rows, features]`` a low-precision activation is worth."""
     lead = len(lines)
     data = lines[:, :, : precision.data_lines(features)]
@@ -79,5 +97,5 @@ def from_lines(lines: np.ndarray, rows: int, features: int, precision: Precision
     if precision is BF16:
         return bf16_values(words.view(np.uint16))[..., :features]
     scales = np.ascontiguousarray(lines[:, :, -1]).view(np.float32).reshape(lead, -1)[:, :rows]
-    values = words.view(np.uint8).astype("float64") - ZERO_POINT
+    values = words.view(np.uint8 if zero_point else np.int8).astype("float64") - zero_point
     return values[..., :features] * scales[..., None]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from harness import KERNELS, from_tiles, run, simd, targets, thread_counts, tiles_for, to_tiles
+from harness import FORMS as TARGETS
+from harness import KERNELS, from_tiles, run, simd, thread_counts, tiles_for, to_tiles
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from low_precision import (
     DOT_TARGETS,
+    MULTIPLY_ADD,
     TILE_TARGETS,
     from_lines,
     precisions,
     rounded,
+    simd_of,
     to_lines,
 )
 from test_matmul import ACTIVATIONS
@@ -22,10 +25,8 @@ from sparse_tvm.schedules.cpu import word_weights
 from sparse_tvm.schedules.cpu.dot_matmul import dot_matmul
 from sparse_tvm.schedules.cpu.low_matmul import LowMatmul
 from sparse_tvm.schedules.cpu.low_precision import quantise, quantise_by_steps
-from sparse_tvm.schedules.cpu.precision import BF16, INT8, ZERO_POINT
-from sparse_tvm.schedules.cpu.simd import Simd
+from sparse_tvm.schedules.cpu.precision import BF16, INT8
 from sparse_tvm.schedules.x86 import tile_weights
-from sparse_tvm.schedules.x86.instructions import MULTIPLY_ADD
 from sparse_tvm.schedules.x86.tile_matmul import FORMS, TileLayout, tile_matmul
 from sparse_tvm.sparsity.quantise import as_words, bf16_values, round_to_bf16
 
@@ -69,8 +70,9 @@ class Case:
         return LowMatmul(tiles, self.n, self.k, self.precision, self.epilogue, self.out)
 
     def check(self, kernel, weight, elements, of_rows, target, threads):
+        zero_point = simd(target).zero_point
         arguments = [
-            to_lines(self.x, self.precision),
+            to_lines(self.x, self.precision, zero_point),
             *weight.values(),
             *of_rows.values(),
             *(extra if extra.ndim == 1 else to_tiles(extra) for extra in self.extras),
@@ -82,7 +84,7 @@ class Case:
         else:
             shape = (self.lead, tiles, self.out.lines(self.n), 16)
             lines = run(kernel, target, threads, arguments, shape, "int32")
-            result = from_lines(lines, self.rows, self.n, self.out)
+            result = from_lines(lines, self.rows, self.n, self.out, zero_point)
         self.compare(result, elements, of_rows)
 
     def compare(self, result, elements, of_rows):
@@ -155,19 +157,18 @@ def test_dot(values):
     case = case_of(INT8, values)
     dot, target = values["native"]
     rows = min(values["rows_of_block"], case.n)
-    elements, of_rows = rounded_for(dot, case.w)
+    elements, of_rows = rounded_for(dot, target, case.w)
     pack = word_weights.sparse_rows if values["sparse"] else word_weights.dense_rows
-    kernel = dot_kernel(dot, case.problem(values["symbolic"]), rows, values["sparse"])
+    kernel = dot_kernel(dot, target, case.problem(values["symbolic"]), rows, values["sparse"])
     case.check(kernel, pack(as_words(elements), rows), elements, of_rows, target, values["threads"])
 
 
-def dot_kernel(dot, problem, rows, sparse):
-    simd = Simd(dot.lanes, dot.registers)
-    return dot_matmul(problem, rows, sparse, simd, MULTIPLY_ADD[dot.name])
+def dot_kernel(dot, target, problem, rows, sparse):
+    return dot_matmul(problem, rows, sparse, simd_of(dot, target), MULTIPLY_ADD[dot.name])
 
 
-def rounded_for(dot, w):
-    zero_point = 0 if dot.signed else ZERO_POINT
+def rounded_for(dot, target, w):
+    zero_point = 0 if dot.signed else simd(target).zero_point
     return word_weights.rounded(w, INT8, dot.largest_weight, zero_point)
 
 
@@ -213,7 +214,7 @@ def test_many_tiles(native, form, precision):
     check_tiles({**LARGER, **more})
 
 
-@given(problems_with(target=targets, precision=precisions))
+@given(problems_with(target=st.sampled_from(TARGETS), precision=precisions))
 @example({**SMALLEST, "magnitude": 0.0, "precision": INT8, "target": DOT_TARGETS[0][1]})
 @FEW
 def test_quantise(values):
@@ -225,7 +226,8 @@ def test_quantise(values):
     kernel = quantise(tiles, values["k"], precision, simd(target))
     shape = (len(x), -(-values["rows"] // 16), precision.lines(values["k"]), 16)
     lines = run(kernel, target, values["threads"], [to_tiles(x)], shape, "int32")
-    result = from_lines(lines, values["rows"], values["k"], precision)
+    zero_point = simd(target).zero_point
+    result = from_lines(lines, values["rows"], values["k"], precision, zero_point)
     peaks = np.abs(x).max(axis=-1, keepdims=True)
     quantum = 0.501 / 127 * peaks if precision is INT8 else 2.0**-8 * np.abs(x)
     assert (np.abs(result - x) <= quantum + 1e-30).all()
@@ -233,7 +235,7 @@ def test_quantise(values):
     assert (words == 0).all(), "padding is not zero"
 
 
-@given(problems_with(target=targets), st.floats(1e-3, 10), st.integers(0, 255))
+@given(problems_with(target=st.sampled_from(TARGETS)), st.floats(1e-3, 10), st.integers(0, 255))
 @FEW
 def test_quantise_by_steps(values, scale, zero):
     target, rng = values["target"], np.random.default_rng(values["seed"])
@@ -244,7 +246,8 @@ def test_quantise_by_steps(values, scale, zero):
     shape = (len(x), -(-values["rows"] // 16), INT8.lines(values["k"]), 16)
     operands = [to_tiles(x), np.float32([scale]), np.float32([zero])]
     lines = run(kernel, target, values["threads"], operands, shape, "int32")
-    found = from_lines(lines, values["rows"], values["k"], INT8) + (128 - zero) * float(scale)
+    found = from_lines(lines, values["rows"], values["k"], INT8, simd(target).zero_point)
+    found += (128 - zero) * float(scale)
     expected = (np.clip(np.rint(x / scale) + zero, 0, 255) - zero) * float(scale)
     np.testing.assert_allclose(found, expected, atol=1e-6 * scale * 256)
 
@@ -257,9 +260,9 @@ def test_dot_of_the_largest_values_does_not_saturate(farthest):
         case = Case(INT8, 1, 16, 3, 64, 0.0, [], None, 1.0, 0)
         case.x, case.w = np.full_like(case.x, -5.0), np.full_like(case.w, farthest)
         case.w[:, 0] = 1 if farthest == -128 else 127
-        elements, of_rows = rounded_for(dot, case.w)
+        elements, of_rows = rounded_for(dot, target, case.w)
         assert elements[0, 1] == (-128 if farthest == -128 else min(dot.largest_weight, 127))
-        kernel = dot_kernel(dot, case.problem(False), 1, False)
+        kernel = dot_kernel(dot, target, case.problem(False), 1, False)
         weight = word_weights.dense_rows(as_words(elements), 1)
         case.check(kernel, weight, elements, of_rows, target, 1)
 

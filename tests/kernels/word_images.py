@@ -14,8 +14,12 @@ from sparse_tvm.schedules.x86.instructions import MULTIPLY_ADD, saturated_bytes
 from sparse_tvm.sparsity.quantise import LARGEST
 from sparse_tvm.targets import Target
 
-EXACT = [(dot, target) for dot, target in DOT_TARGETS if dot.largest_weight >= LARGEST]
-"""Dot products that multiply all weights exactly, and a target of this machine with each."""
+EXACT = [
+    (dot, target)
+    for dot, target in DOT_TARGETS
+    if dot.largest_weight >= LARGEST and dot.name in MULTIPLY_ADD
+]
+"""Dot products of x86 that multiply all weights exactly, and a target of this machine with each."""
 
 POISON = 0xA5
 """Fills what nobody may read."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -25,7 +25,6 @@ from sparse_tvm.schedules.cpu.families.extents import tiles_for
 from sparse_tvm.schedules.cpu.precision import (
     INT8,
     PRECISIONS,
-    ZERO_POINT,
     Precision,
 )
 from sparse_tvm.schedules.cpu.simd import LANES, Simd, dot_group_limit, tiles_of
@@ -162,7 +161,7 @@ class DotFamily(LowPrecisionFamily):
         self, op: Dense, layout: Layout, weight: WeightStatistics, tokens: int, target: Target
     ) -> float:
         dot = self._dot(op, target)
-        simd, costs = Simd(dot.lanes, dot.registers), target.costs
+        simd, costs = self._simd(dot, target), target.costs
         (n, k), rows = op.matrix, layout.block[0]
         tiles = tiles_of(tokens)
         group = tiles / -(-tiles // dot_group_limit(rows, simd))
@@ -170,7 +169,7 @@ class DotFamily(LowPrecisionFamily):
         blocks = weight.stored_blocks(layout.block) if layout.sparse else dense_blocks
         x_bytes = k * group * LANES
         far = max(0.0, 1 - 0.85 * target.caches.l1 / x_bytes) if layout.sparse else 0.0
-        far *= group * costs.l2_line
+        far *= group * max(dot.gathered, costs.l2_line)
         spilled = 1.5 if rows * group * simd.per_tile > simd.accumulators else 1.0
         # The sums of a row wait for each other, unless the next row's products start meanwhile.
         waiting = _WINDOW / max(1.0, blocks / -(-n // rows) * (rows * group + 5))
@@ -178,17 +177,18 @@ class DotFamily(LowPrecisionFamily):
         block = max(rows * dot.cycles * spilled, line) * group + far + costs.index
         block = max(block, _LATENCY / max(1.0, waiting))
         finish = n * group * 4.0 + -(-n // rows) * costs.row
+        # A dense weight comes beside the products, but for the first time.
         passes, stored = tiles / group, blocks * (rows * 4 + 2)
         near = stored < _L2_SHARE * target.caches.l2
-        again = costs.second if near else costs.streamed
-        streamed = stored * (1 / min(STREAMED, costs.streamed) + (passes - 1) / again)
+        again = (passes - 1) / (costs.second if near else costs.streamed) if layout.sparse else 0.0
+        streamed = stored * (1 / min(STREAMED, costs.streamed) + again)
         return target.seconds((blocks * block + finish) * passes + streamed)
 
     def pack(
         self, op: Dense, w: np.ndarray, layout: Layout, target: Target
     ) -> dict[str, np.ndarray]:
         dot = self._dot(op, target)
-        zero_point = 0 if dot.signed else ZERO_POINT
+        zero_point = 0 if dot.signed else self._simd(dot, target).zero_point
         elements, of_rows = word_weights.rounded(w, INT8, dot.largest_weight, zero_point)
         pack = word_weights.sparse_rows if layout.sparse else word_weights.dense_rows
         return {**pack(as_words(elements), layout.block[0]), **of_rows}
@@ -203,10 +203,13 @@ class DotFamily(LowPrecisionFamily):
             problem_of(op, operands),
             layout.block[0],
             layout.sparse,
-            Simd(dot.lanes, dot.registers),
+            self._simd(dot, target),
             self.multiply_add(dot),
         )
         return Kernel(title_of(op, dot.name.replace("-", "_")), function)
+
+    def _simd(self, dot: Dot, target: Target) -> Simd:
+        return replace(Simd.of(target), lanes=dot.lanes, registers=dot.registers)
 
     def _dot(self, op: Dense, target: Target) -> Dot:
         dot = self.dot(target, op.steps)

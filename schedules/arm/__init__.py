@@ -1,0 +1,1 @@
+"""Kernels and instructions of Arm CPUs."""

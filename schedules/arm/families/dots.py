@@ -1,0 +1,33 @@
+"""Dense layers in int8 by Arm's dot products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from sparse_tvm.schedules.arm.units import DOTS
+from sparse_tvm.schedules.cpu.dots import Dot
+from sparse_tvm.schedules.cpu.families.low_precision import DotFamily
+from sparse_tvm.schedules.cpu.simd import LANES
+from sparse_tvm.targets import Target
+
+if TYPE_CHECKING:
+    from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
+
+
+@dataclass(frozen=True)
+class ArmDotFamily(DotFamily):
+    """CPUs with ``sdot``."""
+
+    name: ClassVar[str] = "arm_dot"
+    dots: ClassVar[tuple[Dot, ...]] = DOTS
+
+    def dot(self, target: Target, least: int = 0) -> Dot | None:
+        """As many vectors a cycle as of multiply-adds."""
+        found = super().dot(target, least)
+        return found and replace(found, cycles=LANES / found.lanes * target.costs.fma)
+
+    def multiply_add(self, dot: Dot) -> MultiplyAdd:
+        from sparse_tvm.schedules.arm.instructions import MULTIPLY_ADD
+
+        return MULTIPLY_ADD[dot.name]

@@ -1,0 +1,12 @@
+"""Arm's units for numbers of few bits: what they need of a CPU, and what they cost.
+
+Needs no TVM; :mod:`sparse_tvm.schedules.arm.instructions` has the instructions.
+"""
+
+from __future__ import annotations
+
+from sparse_tvm.schedules.cpu.dots import Dot
+
+SDOT = Dot("sdot", 4, 32, ("dotprod",), 2.0)
+DOTS = (SDOT,)
+"""``smmla`` of i8mm multiplies twice as much, but eight inputs in a row, where lines have four."""
