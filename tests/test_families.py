@@ -18,6 +18,7 @@ from sparse_tvm.backends.cpu import CpuBackend
 from sparse_tvm.families import Extents, WeightedFamily, Work
 from sparse_tvm.operators import (
     FLOAT32,
+    PRECISIONS,
     Activation,
     Attention,
     Bias,
@@ -276,6 +277,30 @@ def test_candidates_are_distinct_and_priced(op, target):
         for layout in candidates:
             few, many = (family.cost(op, layout, known, tokens, target) for tokens in (16, 256))
             assert 0 < few < many < 1
+
+
+@pytest.mark.parametrize("shape", [(768, 3072), (3072, 768)])
+@pytest.mark.parametrize(
+    ("structure", "sparsity", "tokens", "expected"),
+    [
+        ("unstructured", 0.7, 128, "dense"),
+        ("unstructured", 0.7, 1024, "dense"),
+        ("unstructured", 0.9, 16, "csr"),
+        ("unstructured", 0.9, 1024, "csr"),
+        ("4x4", 0.9, 128, "bsr"),
+    ],
+)
+def test_int8_is_predicted_fastest_on_avx2_where_it_was_measured(
+    shape, structure, sparsity, tokens, expected
+):
+    """On a Zen 3: see ``scripts/bench_choices.py``."""
+    target, family = get_target("x86-64-v3"), CPU.family("dot")
+    known = MeasuredWeight(weight(shape, sparsity, structure))
+    op = Dense(layer="fc", matrix=shape, types=PRECISIONS["int8"])
+    candidates = family.candidates(op, known, target)
+    best = min(candidates, key=lambda each: family.cost(op, each, known, tokens, target))
+    assert best.format == expected
+    assert expected != "bsr" or best.block in ((2, 4), (4, 4))
 
 
 PLAN = """

@@ -18,9 +18,9 @@ AMX_RATE = 8.0
 
 AVX512_VNNI = Dot("avx512vnni", 16, 32, ("avx512vnni", "avx512vl", "avx512bw"), 0.5)
 AVX_VNNI = Dot("avxvnni", 8, 16, ("avxvnni", "avx2"), 1.1)
-AVX2 = Dot("avx2", 8, 16, ("avx2",), 2.2, largest_weight=64, gathered=2.6)
+AVX2 = Dot("avx2", 8, 16, ("avx2",), 2.2, largest_weight=64, gathered=2.8)
 AVX2_SIGNED = Dot(
-    "avx2-signed", 8, 16, ("avx2",), 3.3, largest_weight=127, signed=True, gathered=2.6
+    "avx2-signed", 8, 16, ("avx2",), 3.3, largest_weight=127, signed=True, gathered=2.8
 )
 SSSE3 = Dot("ssse3", 4, 16, ("ssse3",), 4.4, largest_weight=64)
 SSSE3_SIGNED = Dot("ssse3-signed", 4, 16, ("ssse3",), 6.6, largest_weight=127, signed=True)
