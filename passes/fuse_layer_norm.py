@@ -1,13 +1,15 @@
-"""Recognise layer normalisation that an exporter spelled out.
+"""Recognise layer and RMS normalisation that an exporter spelled out.
 
 Matches ``(x - mean(x)) / sqrt(mean((x - mean(x))**2) + epsilon) * gamma + beta`` over the last
 axis, in the spellings of the torch exporters (``power`` or ``multiply``, divide by the root or
 multiply by its inverse, operands in either order), and turns it into ``relax.nn.layer_norm``:
-one kernel instead of eight passes over the activation.
+one kernel instead of eight passes over the activation. ``x / sqrt(mean(x**2) + epsilon) * gamma``,
+as decoders have, becomes ``relax.nn.rms_norm``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm import relax
@@ -25,6 +27,8 @@ def fuse_layer_norm(program: Program, context: Context) -> Program:
 
 class _FuseLayerNorm(Rewrite):
     def rewrite(self, var: relax.Var, value: Any) -> Any:
+        if op_name(value) == "relax.multiply":
+            return self._root_mean_square(value)
         if op_name(value) != "relax.add":
             return None
         for scaled, beta in self.graph.operands(value, self._is_vector):
@@ -32,7 +36,7 @@ class _FuseLayerNorm(Rewrite):
             if product is None:
                 continue
             for normalised, gamma in self.graph.operands(product, self._is_vector):
-                found = self._normalised(normalised)
+                found = self._normalised(normalised, self._centred)
                 if found is None:
                     continue
                 x, epsilon = found
@@ -42,11 +46,22 @@ class _FuseLayerNorm(Rewrite):
                     )
         return None
 
+    def _root_mean_square(self, value: Any) -> Any:
+        for normalised, gamma in self.graph.operands(value, self._is_vector):
+            found = self._normalised(normalised, lambda x: x)
+            if found is None:
+                continue
+            x, epsilon = found
+            if same_shape(shape_of(x)[-1:], shape_of(gamma)):
+                new = self.new(x), self.new(gamma)
+                return relax.op.nn.rms_norm(*new, axes=[-1], epsilon=epsilon)
+        return None
+
     def _is_vector(self, expr: Any) -> bool:
         return self.array(expr) is not None and len(shape_of(expr)) == 1
 
-    def _normalised(self, expr: Any) -> tuple[Any, float] | None:
-        """``x`` and epsilon of ``(x - mean(x)) / sqrt(variance(x) + epsilon)``."""
+    def _normalised(self, expr: Any, source: Callable[[Any], Any]) -> tuple[Any, float] | None:
+        """``x`` and epsilon of ``y / sqrt(mean(y**2) + epsilon)``, ``x`` being the source of y."""
         if (quotient := self.graph.op(expr, "divide")) is not None:
             pairs = [(quotient.args[0], self._under_root(quotient.args[1]))]
         elif (product := self.graph.op(expr, "multiply")) is not None:
@@ -54,9 +69,9 @@ class _FuseLayerNorm(Rewrite):
             pairs = [(a, self._under_inverse_root(b)), (b, self._under_inverse_root(a))]
         else:
             return None
-        for centred, total in pairs:
-            x = self._centred(centred) if total is not None else None
-            epsilon = self._epsilon(total, x) if x is not None else None
+        for y, total in pairs:
+            x = source(y) if total is not None else None
+            epsilon = self._epsilon(total, x, source) if x is not None else None
             if epsilon is not None:
                 return x, epsilon
         return None
@@ -91,18 +106,20 @@ class _FuseLayerNorm(Rewrite):
         axes = [int(axis) for axis in mean.attrs.axis]
         return mean.args[0] if axes in ([-1], [len(shape_of(mean.args[0])) - 1]) else None
 
-    def _epsilon(self, expr: Any, x: Any) -> float | None:
-        """Epsilon of ``variance(x) + epsilon``."""
+    def _epsilon(self, expr: Any, x: Any, source: Callable[[Any], Any]) -> float | None:
+        """Epsilon of ``mean(y**2) + epsilon``, ``x`` being the source of y."""
         total = self.graph.op(expr, "add")
         if total is None:
             return None
         for variance, epsilon in self.graph.operands(total, lambda e: scalar_value(e) is not None):
             square = self._is_mean(variance)
-            if square is not None and same(self._square_of_centred(square), x):
+            root = self._root(square) if square is not None else None
+            if root is not None and same(source(root), x):
                 return scalar_value(epsilon)
         return None
 
-    def _square_of_centred(self, expr: Any) -> Any:
+    def _root(self, expr: Any) -> Any:
+        """``y`` of ``y**2``."""
         call = self.graph.op(expr, "power", "multiply", "square")
         if call is None:
             return None
@@ -110,4 +127,4 @@ class _FuseLayerNorm(Rewrite):
             return None
         if op_name(call) == "relax.multiply" and not same(*call.args):
             return None
-        return self._centred(call.args[0])
+        return call.args[0]

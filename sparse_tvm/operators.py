@@ -428,15 +428,17 @@ class LayerNorm(Operator):
     """``(x - mean) / sqrt(variance + epsilon) * gamma + beta`` over the last axis.
 
     ``residual`` tells that another tensor is added to x before; ``both``, that there are two
-    results: the output, and the same in float32.
+    results: the output, and the same in float32. Unless ``centred`` neither the mean nor beta is
+    part of it, and the variance is the mean of squares: RMS norm (arXiv:1910.07467).
     """
 
     name: ClassVar[str] = "layer_norm"
-    operands: ClassVar[str] = "x, gamma, beta, residual?"
+    operands: ClassVar[str] = "x, gamma, beta?, residual?"
 
     epsilon: float
     residual: bool = False
     both: bool = False
+    centred: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

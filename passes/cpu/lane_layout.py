@@ -48,6 +48,9 @@ _BINARY = {
     f"relax.{name}"
     for name in ("add", "subtract", "multiply", "divide", "maximum", "minimum", "power")
 }
+_NORMS = {"relax.nn.layer_norm": True, "relax.nn.rms_norm": False}
+"""Whether they subtract the mean."""
+
 _RESHAPES = {"relax.reshape", "relax.expand_dims", "relax.squeeze"}
 
 
@@ -112,8 +115,8 @@ class _LaneLayout(Rewrite):
         name = op_name(value)
         if not is_tensor(var) or dtype_of(var) != "float32" or len(shape_of(var)) < 2:
             return None
-        if name == "relax.nn.layer_norm":
-            return self._layer_norm(value)
+        if name in _NORMS:
+            return self._layer_norm(value, centred=_NORMS[name])
         if name in _UNARY and value.args[0] in self._tiled:
             return self._unary(value)
         if name in _BINARY and any(arg in self._tiled for arg in value.args):
@@ -200,15 +203,15 @@ class _LaneLayout(Rewrite):
         operands.append(relax.ShapeExpr([key_rows, *few]))
         return self._emit_tiled(found.op, operands, batch, rows, features)
 
-    def _layer_norm(self, value: Any) -> _Tiled | None:
-        x, gamma, beta = value.args
+    def _layer_norm(self, value: Any, centred: bool) -> _Tiled | None:
+        x, *vectors = value.args
         rank = len(shape_of(x))
         if [int(axis) % rank for axis in value.attrs.axes] != [rank - 1]:
             return None
         source = self._tiles_of(x)
         return self._emit_tiled(
-            LayerNorm(epsilon=float(value.attrs.epsilon)),
-            [source.expr, self.new(gamma), self.new(beta)],
+            LayerNorm(epsilon=float(value.attrs.epsilon), centred=centred),
+            [source.expr, *map(self.new, vectors)],
             source.lead,
             source.rows,
             source.features,

@@ -1,4 +1,4 @@
-"""Layer normalisation down the feature axis of lane tiles: no horizontal sums."""
+"""Layer and RMS normalisation down the feature axis of lane tiles: no horizontal sums."""
 
 from __future__ import annotations
 
@@ -26,13 +26,18 @@ _UNROLL = 4
 
 
 def layer_norm(
-    tiles: Tiles, features: int, epsilon: float, simd: Simd, out: Precision | None = None
+    tiles: Tiles,
+    features: int,
+    epsilon: float,
+    simd: Simd,
+    out: Precision | None = None,
+    centred: bool = True,
 ) -> tirx.PrimFunc:
     """Build the kernel: ``(x - mean) / sqrt(variance + epsilon) * gamma + beta`` per token.
 
     Arguments of the PrimFunc: x ``[lead, tiles, features, LANES]``, gamma and beta
     ``[features]``, y like x, or in lines of ``out``. The variance is the biased one, by a second
-    pass over x.
+    pass over x. Unless ``centred``, the mean is taken for 0, and there is no beta: RMS norm.
     """
     unroll = next(u for u in (_UNROLL, 2, 1) if features % u == 0)
     groups = simd.per_tile
@@ -40,7 +45,7 @@ def layer_norm(
     with prim_func() as result:
         x = argument("x", tiles.shape(features))
         gamma = argument("gamma", (features,))
-        beta = argument("beta", (features,))
+        beta = argument("beta", (features,)) if centred else None
         lines = Lines("y", tiles, features, out) if out else None
         y = argument("y", tiles.shape(features)) if lines is None else None
         x = tiles.flat(x, features)
@@ -66,18 +71,19 @@ def layer_norm(
                     total = total + sums.get(row, 0)
                 return total * splat(T.float32(1.0 / features), simd)
 
-            mean.set(0, 0, average(lambda f: x[tile, f, lanes]))
+            if centred:
+                mean.set(0, 0, average(lambda f: x[tile, f, lanes]))
 
-            def centred(f: Expr) -> Expr:
-                return x[tile, f, lanes] - mean.get(0, 0)
+            def difference(f: Expr) -> Expr:
+                return x[tile, f, lanes] - mean.get(0, 0) if centred else x[tile, f, lanes]
 
-            variance = average(lambda f: centred(f) * centred(f))
+            variance = average(lambda f: difference(f) * difference(f))
             root = tirx.sqrt(variance + splat(T.float32(epsilon), simd))
             deviation.set(0, 0, splat(T.float32(1), simd) / root)
 
             def normal(f: Expr) -> Expr:
-                scaled = centred(f) * deviation.get(0, 0) * splat(gamma[f], simd)
-                return scaled + splat(beta[f], simd)
+                scaled = difference(f) * deviation.get(0, 0) * splat(gamma[f], simd)
+                return scaled + splat(beta[f], simd) if beta is not None else scaled
 
             if lines is not None:
                 store_tile(lines, tile, lanes.base, normal, simd)

@@ -1,4 +1,4 @@
-"""The layer norm kernel against NumPy."""
+"""The kernel of layer and RMS norm against NumPy."""
 
 from __future__ import annotations
 
@@ -35,3 +35,17 @@ def test_layer_norm(target, lead, rows, features, epsilon, offset, symbolic, thr
     atol = 1e-5 + offset * 2e-6 / deviation.min() if features > 1 else 1e-2 / np.sqrt(epsilon)
     expected = centred / deviation * gamma + beta
     np.testing.assert_allclose(from_tiles(tiled, rows), expected, rtol=1e-5, atol=atol)
+
+
+@given(rows=st.integers(1, 40), features=st.integers(1, 70), symbolic=st.booleans())
+@PER_FORM
+@every_form
+def test_rms_norm(target, rows, features, symbolic):
+    rng = np.random.default_rng(features)
+    x = rng.standard_normal((2, rows, features)).astype("float32")
+    gamma = rng.standard_normal(features).astype("float32")
+    kernel = layer_norm(tiles_for(2, rows, symbolic), features, 1e-5, simd(target), centred=False)
+    tiled = run(kernel, target, 1, [to_tiles(x), gamma], (2, -(-rows // 16), features, 16))
+    squares = np.square(x.astype("float64")).mean(axis=-1, keepdims=True)
+    expected = x / np.sqrt(squares + 1e-5) * gamma
+    np.testing.assert_allclose(from_tiles(tiled, rows), expected, rtol=1e-5, atol=1e-5)

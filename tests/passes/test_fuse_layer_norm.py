@@ -1,4 +1,4 @@
-"""Layer normalisation as exporters spell it, and formulas that only look like it."""
+"""Layer and RMS norm as exporters spell them, and formulas that only look like such."""
 
 from __future__ import annotations
 
@@ -91,6 +91,36 @@ def test_spelling(name):
     assert float(call.attrs.epsilon) == pytest.approx(EPSILON)
     x = np.random.default_rng(0).standard_normal((2, 3, 12)).astype("float32")
     np.testing.assert_allclose(evaluate(after, x), evaluate(before, x), atol=2e-5)
+
+
+@pytest.mark.parametrize("square", [square_by_power, square_by_multiply, OP.square])
+@pytest.mark.parametrize("normalise", [by_division, by_power, by_inverse, by_rsqrt])
+@pytest.mark.parametrize("centred", [False, True], ids=["of x", "of centred x"])
+def test_root_mean_square(square, normalise, centred):
+    def body(emit, x, gamma):
+        y = emit(OP.subtract(x, emit(mean(x)))) if centred else x
+        return OP.multiply(gamma, emit(normalise(y, emit(mean(emit(square(y)))))))
+
+    before = build(body, {"x": ("batch", "tokens", 12)}, {"gamma": (12,)})
+    after = apply(fuse_layer_norm, before)
+    assert operators(after)[-1] == "nn.rms_norm"
+    assert len(operators(after)) == 1 + 2 * centred
+    x = np.random.default_rng(0).standard_normal((2, 3, 12)).astype("float32")
+    np.testing.assert_allclose(evaluate(after, x), evaluate(before, x), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("axis", "power", "gammas"),
+    [((1,), 2.0, 12), ((-1,), 3.0, 12), ((-1,), 2.0, 1)],
+    ids=["another axis", "cubes", "one gamma"],
+)
+def test_what_is_no_root_mean_square_is_left_alone(axis, power, gammas):
+    def body(emit, x, gamma):
+        squares = emit(OP.power(x, const(power)))
+        return OP.multiply(gamma, emit(by_division(x, emit(mean(squares, axis)))))
+
+    before = build(body, {"x": ("batch", "tokens", 12)}, {"gamma": (gammas,)})
+    assert "nn.rms_norm" not in operators(apply(fuse_layer_norm, before))
 
 
 def wrong_axis(emit, x, gamma, beta):

@@ -52,8 +52,9 @@ class LayerNormFamily(MovesOnly[LayerNorm]):
         features: Any = operands[0].shape[2]
         out = PRECISIONS.get(op.types.output)
         tiles, simd = tiles_for(operands[0]), Simd.of(target)
-        function = layer_norm(tiles, features, op.epsilon, simd, out)
-        return Kernel(f"layer_norm_{features}" + (f"_to_{out.name}" if out else ""), function)
+        function = layer_norm(tiles, features, op.epsilon, simd, out, op.centred)
+        name = self.name if op.centred else "rms_norm"
+        return Kernel(f"{name}_{features}" + (f"_to_{out.name}" if out else ""), function)
 
 
 @dataclass(frozen=True)

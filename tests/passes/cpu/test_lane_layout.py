@@ -235,6 +235,16 @@ def test_batch_that_is_broadcast():
     check(body, {"x": (4, 3, 8), "r": (1, 3, 6)}, {"w": (8, 6)})
 
 
+def test_rms_norm_stays_in_tiles():
+    def body(emit, x, w, gamma):
+        y = emit(OP.matmul(x, emit(OP.permute_dims(w))))
+        return OP.nn.rms_norm(y, gamma, axes=[-1], epsilon=1e-5)
+
+    inputs, weights = {"x": ("batch", "tokens", 8)}, {"w": (8, 8), "gamma": (8,)}
+    assert tiled(body, inputs, weights) == ["lane_pack", "dense", "layer_norm", "lane_unpack"]
+    check(body, inputs, weights, batch=2, tokens=19)
+
+
 def test_layer_norm_over_another_axis_is_left_alone():
     def body(emit, x, gamma, beta):
         return OP.nn.layer_norm(x, gamma, beta, axes=[0], epsilon=1e-5)
