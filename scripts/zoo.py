@@ -55,9 +55,9 @@ HEAD = """# Families
 
 What becomes of small models of many families, with random weights of which 90 % are zeros. This
 page is made by `python scripts/zoo.py --page` from what `python scripts/zoo.py` saw so far, which
-is {count} of the {listed} families that it lists, {unbuilt} more that their framework could not
-export not counted. {passed} of them compile, are verified, and equal their own framework on other
-inputs too: other batches and lengths, masks that end early or begin late, other magnitudes.
+is {count} of the {listed} families that it lists{unbuilt}.
+{passed} of them compile, are verified, and equal their own framework on other inputs too: other
+batches and lengths, masks that end early or begin late, other magnitudes.
 {runs}
 *Difference* is the largest from the framework, relative to an output's largest value.
 
@@ -324,10 +324,11 @@ def page(results: dict[str, Result], listed: dict[str, Family]) -> str:
         end = "pass" if passes else f"{result['end']}: {re.sub('/[^ ]*/', '', result['why'])}"
         rows.append(f"| {name} | {family.kind} | {family.door} | {end} | {difference} |")
     counted = _counted(results, listed)
+    unbuilt = counted["unbuilt"]
     head = HEAD.format(
         count=len(rows),
         listed=len(listed),
-        unbuilt=counted["unbuilt"],
+        unbuilt=f", but for {unbuilt} that their framework could not export" if unbuilt else "",
         passed=counted["pass"],
         runs=_runs(commits),
     )

@@ -85,4 +85,4 @@ def test_the_page_tells_which_commit_its_rows_are_of() -> None:
     results["e"]["end"] = "unbuilt"
     text = zoo.page(results, listed)
     assert "By the commit that was run: 2 on `4f`, 1 on `2e`, 1 before." in text
-    assert "4 of the 5 families" in text
+    assert "4 of the 5 families that it lists, but for 1 that" in text
