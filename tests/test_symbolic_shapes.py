@@ -304,3 +304,16 @@ def test_shapes_that_fit_for_some_sizes_only():
     with pytest.raises(ModelError, match=r"\[n, 4, m\] and \[.*, 4, 8\] fit each other for some"):
         import_onnx(model)
     assert import_onnx(model, {"x": ("n", 4, 8)}).outputs[0].shape == ("n", 4, 8)
+
+
+@pytest.mark.parametrize("end", [np.iinfo(np.int64).min, -(1 << 62), -(10**9)])
+def test_reversed_axes_keep_their_size(end):
+    """Else memory would be planned for the largest size that there may be."""
+    graph = """(float[n,4] x) => (float[m,4] y) {
+        reversed = Slice(x, last, end, axes, last)
+        y = Relu(reversed)
+    }"""
+    tensors = {"last": np.array([-1]), "end": np.array([end]), "axes": np.array([0])}
+    imported = assert_same_as_onnxruntime(build(graph, **tensors), sizes=[{"n": 5}])
+    if end < -(10**9):
+        assert imported.outputs[0].shape == ("n", 4)

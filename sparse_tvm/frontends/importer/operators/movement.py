@@ -142,12 +142,15 @@ def _window(node: Node, extent: Size, start: Size, end: Size, step: int) -> tupl
         return first, last, step
     if node.form is not Tensor:
         raise NotInForm
-    return _within(start), _within(end), step
+    return _within(start, extent), _within(end, extent), step
 
 
-def _within(bound: Size) -> Size:
+def _within(bound: Size, extent: Size) -> Size:
     """Leave a bound that is compared with a symbolic size at run time to TVM."""
-    return max(min(bound, LARGEST_SIZE), -LARGEST_SIZE) if isinstance(bound, int) else bound
+    if not isinstance(bound, int):
+        return bound
+    # Before the first element of any size: TVM knows no largest one, and would clamp to it.
+    return -extent - 1 if bound < -LARGEST_SIZE else min(bound, LARGEST_SIZE)
 
 
 @rule("Shape", "Size")
