@@ -44,7 +44,7 @@ NOISE = 0.95
 """A sparser model may be measured this much slower and still count as not slower."""
 
 SWEEP = (10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 99)
-SHAPES = ((1, 7), (1, 16), (1, 37), (1, 128), (1, 384), (8, 128), (32, 64))
+SHAPES = ((1, 1), (1, 4), (1, 7), (1, 16), (1, 37), (1, 128), (1, 384), (8, 128), (32, 64))
 MIXED_LENGTHS = (5, 17, 37, 64, 64, 90, 113, 128)
 BUILD = Path(__file__).resolve().parent.parent / "build" / "bench"
 

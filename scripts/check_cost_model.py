@@ -1,144 +1,241 @@
-"""Check ``schedules/cpu/cost.py``: predicted against measured cycles, and the choices made.
+"""Check the cost model: random layers, each predicted and measured in every layout worth a look.
 
-For BERT-base's layer shapes, pruned more and more, every format the compiler would consider is
-predicted and timed. A choice is wrong where the format predicted to be best is slower than dense,
-or clearly slower than the best.
+    python scripts/check_cost_model.py records.jsonl    # 200 layers on this machine
+    sparse-tvm tune --fit records.jsonl                 # the entry for the target table
+
+A layer has a random shape, sparsity, structure and number of tokens, and stands for one of twelve
+in a model: so many copies of its weight take turns. Printed is how far predictions are off, and how
+much slower than the best measured layout the one is that ``compile`` chooses: by the target's
+parameters, and by parameters fitted to one half of the layers for the other half. Layers that the
+file has already are not measured again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Annotated
 
 import numpy as np
 import typer
-from kernel_timing import matmul_kernel, random_weight
 
-from sparse_tvm.cli.console import stdout_console
+from sparse_tvm.backends import get_backend, resolve_target
+from sparse_tvm.cli.console import stderr_console, stdout_console
 from sparse_tvm.cli.tables import plain_table
+from sparse_tvm.cli.tune import layout_name
 from sparse_tvm.cpu import cpu_model
-from sparse_tvm.families import Wish
-from sparse_tvm.operators import Dense, Layout
-from sparse_tvm.schedules.cpu.families.matmul import MatmulFamily
+from sparse_tvm.families import WeightedFamily
+from sparse_tvm.operators import Bias, Dense, Layout, to_json
+from sparse_tvm.passes.formats import FormatOptions
+from sparse_tvm.passes.layout_choice import choose
+from sparse_tvm.sparsity.masks import prune_array
 from sparse_tvm.sparsity.statistics import MeasuredWeight
-from sparse_tvm.targets import TARGETS, Target, runs_here
+from sparse_tvm.targets import Target
+from sparse_tvm.tuning.fitting import fit
+from sparse_tvm.tuning.job import Job
+from sparse_tvm.tuning.measuring import Measurer
+from sparse_tvm.tuning.records import (
+    Condition,
+    Problem,
+    Record,
+    Records,
+    append_record,
+    here,
+    read_records,
+)
 
-TOKENS = 128
-SHAPES = ((768, 768), (3072, 768), (768, 3072))
-UNSTRUCTURED = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-BLOCKS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99)
-CASES = [(s, "unstructured") for s in UNSTRUCTURED] + [(s, "4x1") for s in BLOCKS]
-FAMILY = MatmulFamily()
+EXTENTS = (64, 4096)
+MOST_WEIGHTS = 4 << 20
+STRUCTURES = ("unstructured", "2x1", "4x1", "8x1", "16x1")
+ZEROS = (0.3, 0.98)
+TOKENS = (1, 256)
+LAYERS = 12
+"""Of a model, of which the random layer is one."""
+
 HOPELESS = 2.0
-"""Formats predicted this many times slower than the best are not timed."""
+"""Layouts predicted this many times slower than the best are not timed."""
 
-CLEARLY = 1.1
+SECONDS = 0.06
+"""How long one timing takes."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer: its weight ``[N, K]``, what is known of it, and how many tokens it sees."""
+
+    title: str
+    w: np.ndarray
+    weight: MeasuredWeight
+    tokens: int
+
+    @property
+    def op(self) -> Dense:
+        n, k = self.w.shape
+        return Dense(layer="", matrix=(n, k), epilogue=(Bias(),))
+
+    def predicted(self, target: Target) -> dict[Layout, float]:
+        """Seconds of every layout that ``compile`` compares."""
+        return {
+            layout: family.cost(self.op, layout, self.weight, self.tokens, target)
+            for family in get_backend("cpu").accepting(self.op, target)
+            if isinstance(family, WeightedFamily)
+            for layout in family.candidates(self.op, self.weight, target)
+        }
+
+    def chosen(self, target: Target) -> Layout:
+        """The layout that ``compile`` chooses."""
+        backend, options = get_backend("cpu"), FormatOptions()
+        return choose(self.op, self.weight, options, backend, target, [self.tokens]).layout
+
+    def wanted(self, target: Target) -> list[Layout]:
+        """The layouts worth a measurement."""
+        predicted = self.predicted(target)
+        limit = HOPELESS * min(predicted.values())
+        return [layout for layout, seconds in predicted.items() if seconds <= limit]
+
+    def job(self, layout: Layout, target: Target) -> Job:
+        """A layout of it, as a worker is told."""
+        return {
+            "backend": "cpu",
+            "target": target.name,
+            "operator": self.op.name,
+            "call": to_json(replace(self.op, layout=layout)),
+            "leading": [self.tokens],
+            "weight": self.title,
+            "tokens": [self.tokens],
+            "threads": [1],
+            "copies": LAYERS,
+            "seconds": SECONDS,
+        }
+
+
+def random_case(seed: int, index: int) -> Case:
+    """Layer number ``index`` of a seed."""
+    rng = np.random.default_rng((seed, index))
+
+    def between(low: float, high: float) -> int:
+        return round(math.exp(rng.uniform(math.log(low), math.log(high))))
+
+    n = 16 * between(EXTENTS[0] / 16, EXTENTS[1] / 16)
+    k = 16 * between(EXTENTS[0] / 16, min(EXTENTS[1], MOST_WEIGHTS / n) / 16)
+    zeros, tokens = round(float(rng.uniform(*ZEROS)), 2), between(*TOKENS)
+    structure = STRUCTURES[rng.integers(len(STRUCTURES))]
+    w = prune_array(rng.standard_normal((n, k), np.float32), zeros, structure)
+    title = f"{n}x{k}, {zeros:.0%} {structure}, {tokens} tokens"
+    return Case(title, w, MeasuredWeight(w), tokens)
+
+
+def measured(case: Case, target: Target, known: Records) -> dict[Layout, float]:
+    """Seconds of the case's layouts, as far as they are known."""
+    condition = Condition(case.tokens, 1)
+    problem = Problem.of(case.op, case.weight, target.name)
+    return {
+        record.layout: record.seconds
+        for record in known
+        if record.problem == problem and record.condition == condition and record.seconds
+    }
+
+
+def measure(case: Case, layout: Layout, target: Target, measurer: Measurer) -> Record:
+    """Time one layout."""
+    answer = measurer(case.job(layout, target), case.w)
+    (result,) = answer.get("results") or [{"seconds": None, "noise": 0.0}]
+    n, k = case.w.shape
+    rows = layout.block[0]
+    return Record(
+        Problem.of(case.op, case.weight, target.name),
+        Condition(case.tokens, 1),
+        layout,
+        case.weight.stored_blocks(layout.block) if layout.sparse else -(-n // rows) * k,
+        answer.get("rotated_bytes", 0),
+        result["seconds"],
+        result["noise"],
+        answer.get("failure"),
+        here(datetime.now(UTC).isoformat(timespec="seconds")),
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a target's parameters did: a prediction's errors, and what choices lost, by case."""
+
+    errors: list[float]
+    lost: dict[str, float]
+
+    @classmethod
+    def of(cls, target: Target, cases: Iterable[Case], known: Records) -> Verdict:
+        errors, lost = [], {}
+        for case in cases:
+            predicted, found = case.predicted(target), measured(case, target, known)
+            seconds = {layout: taken for layout, taken in found.items() if layout in predicted}
+            errors += [abs(predicted[one] / taken - 1) for one, taken in seconds.items()]
+            chosen = case.chosen(target)
+            assert chosen in seconds, f"{case.title}: {chosen} was not measured"
+            best = min(seconds, key=lambda layout: seconds[layout])
+            names = f"{case.title}: {layout_name(chosen)}, best {layout_name(best)}"
+            lost[names] = seconds[chosen] / seconds[best] - 1
+        return cls(errors, lost)
+
+    def __add__(self, other: Verdict) -> Verdict:
+        return Verdict(self.errors + other.errors, self.lost | other.lost)
+
+    def row(self) -> list[str]:
+        lost = list(self.lost.values())
+        within = [f"{np.mean([one <= limit for one in lost]):.1%}" for limit in (0.05, 0.12)]
+        return [f"{median(self.errors):.1%}", *within, f"{np.mean(lost):.1%}", f"{max(lost):.0%}"]
+
+
+def fitted(target: Target, cases: Sequence[Case], known: Records) -> Target:
+    """The target with parameters fitted to these cases' records."""
+    problems = {Problem.of(case.op, case.weight, target.name) for case in cases}
+    chosen = Records()
+    for record in known:
+        if record.problem in problems:
+            chosen.add(record)
+    (found,) = fit(chosen)
+    return replace(target, costs=found.costs)
 
 
 def main(
-    target: Annotated[list[str] | None, typer.Option(help="Repeatable; all by default.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the table here.")] = None,
+    records: Annotated[Path, typer.Argument(help="Where measurements are kept.")],
+    cases: Annotated[int, typer.Option(help="How many layers.")] = 200,
+    seed: int = 0,
+    target: Annotated[str, typer.Option(help="A target that this machine runs.")] = "native",
+    worst: Annotated[int, typer.Option(help="How many bad choices to list.")] = 0,
 ) -> None:
     """Compare the cost model with measured kernels on this machine, one thread."""
-    different = {
-        (each.vector_bits, each.costs): name for name, each in TARGETS.items() if runs_here(each)
-    }
-    names = target or list(different.values())
-    lines = [f"{cpu_model()}, {TOKENS} tokens, 1 thread", ""]
-    for name in names:
-        lines += check(TARGETS[name])
-    if markdown:
-        markdown.write_text("\n".join(lines), encoding="utf-8")
-
-
-def check(target: Target) -> list[str]:
-    """Measure one target; print the table and return it as Markdown."""
-    cases = [
-        (shape, sparsity, structure, dict(measure(target, shape, sparsity, structure)))
-        for shape in SHAPES
-        for sparsity, structure in CASES
-    ]
-    dense = {shape: dense_seconds(target, shape) for shape in SHAPES}
-    figures = [pair for *_, measured in cases for pair in measured.values()] + [*dense.values()]
-    # Our machine's clock need not be the target's.
-    clock = median(predicted / seconds for predicted, seconds in figures)
-    header = ["N x K", "zeros", "choice", "us", "dense", "best", "us", "predicted / measured", ""]
-    table = plain_table(*header, numbers=("zeros", "us", "dense", "predicted / measured"))
-    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
-    wrong = 0
-    for shape, sparsity, structure, measured in cases:
-        every = {**measured, "dense": dense[shape]}
-        choice = min(every, key=lambda name: every[name][0])
-        best = min(every, key=lambda name: every[name][1])
-        seconds, least = every[choice][1], every[best][1]
-        verdict = ""
-        if seconds > dense[shape][1] * 1.02:
-            verdict = f"slower than dense: {seconds / dense[shape][1]:.2f}"
-        elif seconds > CLEARLY * least:
-            verdict = f"not the best: {seconds / least:.2f}"
-        wrong += bool(verdict)
-        ratios = ", ".join(
-            f"{name} {predicted / measured / clock:.2f}"
-            for name, (predicted, measured) in every.items()
-        )
-        row = [
-            f"{shape[0]} x {shape[1]}",
-            f"{sparsity:.0%} {structure}",
-            choice,
-            f"{seconds * 1e6:.0f}",
-            f"{dense[shape][1] * 1e6:.0f}",
-            best,
-            f"{least * 1e6:.0f}",
-            ratios,
-            verdict,
-        ]
-        table.add_row(*row)
-        lines.append(f"| {' | '.join(row)} |")
-    title = (
-        f"{target.name}: {wrong} of {len(cases)} choices are wrong; "
-        f"predicted seconds fit a clock of {target.costs.ghz * clock:.1f} GHz"
-    )
-    stdout_console().print(title, table, sep="\n")
-    return [title, "", *lines, ""]
-
-
-def measure(
-    target: Target, shape: tuple[int, int], sparsity: float, structure: str
-) -> Iterator[tuple[str, tuple[float, float]]]:
-    """Predicted and measured seconds of the sparse layouts worth a look."""
-    w = random_weight(shape, sparsity, structure)
-    predicted = predictions(target, w)
-    limit = HOPELESS * min(predicted.values())
-    for layout, seconds in predicted.items():
-        if layout.sparse and seconds <= limit:
-            parts = layout.get("parts", 1)
-            name = "csr" if layout.format == "csr" else f"{layout.block[0]}x1"
-            name += f" in {parts}" if parts > 1 else ""
-            yield name, (seconds, matmul_kernel(w, layout, TOKENS, target).seconds())
-
-
-def dense_seconds(target: Target, shape: tuple[int, int]) -> tuple[float, float]:
-    """Predicted and measured seconds of the dense kernel that the compiler would choose."""
-    w = random_weight(shape, 0, "")
-    offers = FAMILY.candidates(_layer(w), MeasuredWeight(w), target, Wish("dense"))
-    predicted = predictions(target, w)
-    dense = min(offers, key=lambda layout: predicted[layout])
-    return predicted[dense], matmul_kernel(w, dense, TOKENS, target).seconds()
-
-
-def predictions(target: Target, w: np.ndarray) -> dict[Layout, float]:
-    """Predicted seconds of every layout that the compiler would consider."""
-    op, weight = _layer(w), MeasuredWeight(w)
-    return {
-        layout: FAMILY.cost(op, layout, weight, TOKENS, target)
-        for layout in FAMILY.candidates(op, weight, target)
-    }
-
-
-def _layer(w: np.ndarray) -> Dense:
-    return Dense(layer="layer", matrix=(w.shape[0], w.shape[1]))
+    _, found = resolve_target(target)
+    assert isinstance(found, Target)
+    layers = [random_case(seed, index) for index in range(cases)]
+    known = read_records([records], cpu_model()) if records.exists() else Records()
+    with Measurer() as measurer:
+        for number, case in enumerate(layers, 1):
+            done = measured(case, found, known)
+            for layout in case.wanted(found):
+                if layout not in done:
+                    record = measure(case, layout, found, measurer)
+                    known.add(record)
+                    append_record(records, record)
+            stderr_console().print(f"{number} of {cases}: {case.title}")
+    halves = layers[::2], layers[1::2]
+    verdicts = {"as it is": Verdict.of(found, layers, known)}
+    verdicts["fitted to the other half"] = Verdict.of(
+        fitted(found, halves[1], known), halves[0], known
+    ) + Verdict.of(fitted(found, halves[0], known), halves[1], known)
+    columns = ("median error", "choice within 5%", "within 12%", "lost, mean", "most")
+    table = plain_table("parameters", *columns, numbers=columns)
+    for name, verdict in verdicts.items():
+        table.add_row(name, *verdict.row())
+    console = stdout_console()
+    count = len(verdicts["as it is"].errors)
+    console.print(f"{cpu_model()}, {found.name}: {cases} layers, {count} kernels, 1 thread", table)
+    for name, verdict in verdicts.items():
+        for title, lost in sorted(verdict.lost.items(), key=lambda pair: -pair[1])[:worst]:
+            console.print(f"{name}: {lost:.0%} lost: {title}")
 
 
 if __name__ == "__main__":

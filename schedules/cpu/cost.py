@@ -36,6 +36,14 @@ _MOST_ROWS = 12
 
 _SPILLED_WEIGHTS = 1.15
 
+_FEW_REGISTERS = 16
+
+_PASSES = 3
+"""From how many passes over a dense block on its columns are split."""
+
+_PANEL_SHARE = 0.65
+"""Share of the first cache that keeps a part of a dense block, and of X."""
+
 
 def matmul_cycles(
     shape: tuple[int, int],
@@ -91,8 +99,10 @@ def _fma_cycles(rows: int, limit: int, target: Target, tokens: int) -> float:
     sums = rows * min(limit, tiles_of(tokens)) * simd.per_tile
     if sums > simd.accumulators:
         return costs.spilled
-    weights = -(-rows // costs.scalars_per_load)
-    return costs.fma * (_SPILLED_WEIGHTS if sums + weights + 1 > simd.registers else 1.0)
+    operands = -(-rows // costs.scalars_per_load)
+    if simd.registers == _FEW_REGISTERS:  # X's vectors stay in registers, weights pass through one
+        operands = min(operands, sums // rows)
+    return costs.fma * (_SPILLED_WEIGHTS if sums + operands + 1 > simd.registers else 1.0)
 
 
 def _x_bytes(k_in: int, tiles: float) -> float:
@@ -111,6 +121,20 @@ def part_counts(k_in: int, rows: int, target: Target, tokens: int = TYPICAL_TOKE
     tiles = min(group_limit(rows, Simd.of(target)), tiles_of(tokens))
     caches = _x_bytes(k_in, tiles) / target.caches.l1
     return sorted({1, *(max(1, round(caches * share)) for share in (0.75, 1.0, 1.5))})
+
+
+def dense_parts(k_in: int, rows: int, target: Target) -> int:
+    """Parts of columns of a dense weight whose blocks are computed in several passes.
+
+    Each pass reads all of X's vectors, and its share of every line of the block: from the second
+    cache that would take longer than the multiply-adds.
+    """
+    simd = Simd.of(target)
+    layout = Layout("", "dense", (rows, 1))
+    if simd.by_element or rows < _PASSES * rows_per_pass(layout, simd):
+        return 1
+    column_bytes = 4 * (rows + LANES * group_of(layout, simd))
+    return max(1, round(k_in * column_bytes / (_PANEL_SHARE * target.caches.l1)))
 
 
 def dense_rows(n_out: int, simd: Simd, tokens: int = TYPICAL_TOKENS[0]) -> int:

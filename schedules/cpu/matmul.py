@@ -44,7 +44,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
 )
 from sparse_tvm.schedules.cpu.row_matmul import few_rows
 from sparse_tvm.schedules.cpu.simd import ROW_COUNTS, Simd, group_of
-from sparse_tvm.schedules.cpu.stored_weight import PREFETCH_BYTES, Epilogue, StoredWeight
+from sparse_tvm.schedules.cpu.stored_weight import Epilogue, StoredWeight
 
 _CHAINS = 4
 """Independent sums that a loop over blocks has at least, if it has the registers."""
@@ -148,7 +148,7 @@ class _WholeTiles:
         remainder = weight.n_out % self.block
         with T.serial(0, weight.parts) as part, T.serial(0, stop - start) as i:
             segment = scalar(part * weight.block_rows + start + i)
-            block_row = scalar(weight.order[segment]) if weight.layout.sparse else segment
+            block_row = scalar(weight.order[segment] if weight.layout.sparse else start + i)
             if remainder == 0:
                 self._block_row(part, segment, block_row, self.block, vectors)
             else:
@@ -168,13 +168,13 @@ class _WholeTiles:
             size = max(rows for rows in range(1, size + 1) if size % rows == 0 and rows <= room)
         for skipped in range(0, live, size):
             rows = min(size, live - skipped)
-            self._pass(part, segment, block_row * self.block, skipped, rows, vectors)
+            self._pass(part, segment, block_row, skipped, rows, vectors)
 
     def _pass(
         self,
         part: Expr,
         segment: Expr,
-        first_row: Expr,
+        block_row: Expr,
         skipped: int,
         rows: int,
         vectors: TileVectors,
@@ -183,7 +183,7 @@ class _WholeTiles:
 
         def at(row: int, vector: int) -> list[Expr]:
             tile, lanes = vectors.at(vector)
-            return [tile, first_row + skipped + row, lanes]
+            return [tile, block_row * self.block + skipped + row, lanes]
 
         # A short sum would wait for itself: it is kept in several, of every so many blocks.
         room = self.simd.accumulators // (rows * vectors.count)
@@ -199,7 +199,7 @@ class _WholeTiles:
                     sums[0].fill(lambda row, vector: zero(self.simd))
                 with T.Else():
                     sums[0].fill(lambda row, vector: y[tuple(at(row, vector))])
-        self._accumulate(sums, segment, skipped, vectors)
+        self._accumulate(sums, part, segment, block_row, skipped, vectors)
         if chains > 1:
             sums[0].fill(lambda row, vector: sum(s.get(row, vector) for s in sums))
 
@@ -232,7 +232,13 @@ class _WholeTiles:
                 save()
 
     def _accumulate(
-        self, sums: list[Registers], segment: Expr, skipped: int, vectors: TileVectors
+        self,
+        sums: list[Registers],
+        part: Expr,
+        segment: Expr,
+        block_row: Expr,
+        skipped: int,
+        vectors: TileVectors,
     ) -> None:
         """Stream the stored blocks of one block row of one part."""
         weight = self.weight
@@ -242,16 +248,22 @@ class _WholeTiles:
             return self.x[tile, column, lanes]
 
         if not weight.layout.sparse:
+            first = scalar(part * weight.k_in // weight.parts)
+            count = scalar((part + 1) * weight.k_in // weight.parts - first)
+            passes = -(-self.block // sums[0].rows)
+            step = scalar(count // passes)
+            begin = scalar(first + skipped // sums[0].rows * step)
 
-            def column(k: Expr, chain: int) -> None:
-                if skipped == 0:
-                    ahead = k + PREFETCH_BYTES // (4 * self.block)
-                    prefetch(weight.data, (segment, ahead, 0))
-                sums[chain].multiply_add(
-                    lambda row: weight.data[segment, k, skipped + row], lambda v: x(k, v)
+            def column(i: Expr, chain: int) -> None:
+                if chain % passes == 0:
+                    # A pass asks for its share of the next block row: a stream without pauses.
+                    prefetch(weight.data, (block_row + 1, begin + i // passes, 0))
+                sums[chain % len(sums)].multiply_add(
+                    lambda row: weight.data[block_row, first + i, skipped + row],
+                    lambda v: x(first + i, v),
                 )
 
-            unrolled(weight.k_in, len(sums), column)
+            unrolled(count, max(len(sums), passes), column)
             return
         first = scalar(weight.indptr[segment])
         count = scalar(weight.indptr[segment + 1] - first)

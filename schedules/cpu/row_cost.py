@@ -17,6 +17,12 @@ from sparse_tvm.schedules.cpu.block_arrays import index_dtype
 from sparse_tvm.schedules.cpu.simd import ROW_COUNTS
 from sparse_tvm.targets import Target
 
+_LEAST_LANES = 4
+"""Of vectors that one instruction loads or fills."""
+
+_MEASURED_LANES = 8
+"""Where narrower vectors were timed: AVX2."""
+
 
 def outputs_in_lanes(layout: Layout, rows: int) -> bool:
     """Whether a block's outputs fill the vector lanes, rather than ``rows`` of activations."""
@@ -75,8 +81,11 @@ def _compute_cycles(
     costs = target.costs
     (n, _), (rows, columns), parts = shape, layout.block, layout.get("parts", 1)
     if outputs_in_lanes(layout, count):
-        vectors = rows // gcd(rows, target.lanes)
+        lanes = gcd(rows, target.lanes)
+        vectors = rows // lanes
         multiplied, loaded = vectors * count, vectors + count
+        if lanes < _LEAST_LANES and target.lanes == _MEASURED_LANES:
+            multiplied, loaded = 2 * multiplied, 2 * loaded  # pairs are put together first
     else:
         vectors = -(-count // target.lanes)
         multiplied, loaded = vectors * rows, vectors + rows

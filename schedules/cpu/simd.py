@@ -90,12 +90,23 @@ def rows_per_pass(layout: Layout, simd: Simd) -> int:
         fits = part * vectors <= simd.accumulators
         return part * vectors / (part + vectors) if fits else 0.0
 
-    return max((part for part in range(1, rows + 1) if rows % part == 0), key=per_load)
+    return max((part for part in range(rows, 0, -1) if rows % part == 0), key=per_load)
 
 
 def group_limit(rows: int, simd: Simd) -> int:
-    """Tiles per group whose accumulators fit into the registers beside each other."""
-    return max(1, min(MAX_GROUP, simd.accumulators // (rows * simd.per_tile)))
+    """Tiles per group whose accumulators fit into the registers beside each other.
+
+    With them go the vectors of X that more than one row multiplies: read again for each row, they
+    would keep both load ports from bringing the next ones.
+    """
+
+    def fits(tiles: int) -> bool:
+        vectors = tiles * simd.per_tile
+        operands = 1 if rows == 1 or simd.by_element else vectors
+        sums = rows * vectors
+        return sums <= simd.accumulators and sums + operands + 1 <= simd.registers
+
+    return max(filter(fits, range(1, MAX_GROUP + 1)), default=1)
 
 
 def group_of(layout: Layout, simd: Simd) -> int:

@@ -127,11 +127,12 @@ class Measurer:
         errors.seek(0)
         words = errors.read().decode(errors="replace").strip().splitlines()
         self._stop()
-        return self._how(code) + (f": {words[-1]}" if words else "")
+        return self._how(code, f": {words[-1]}" if words else "")
 
-    def _how(self, code: int) -> str:
-        """What an exit code says."""
-        return f"killed by {_signal_name(-code)}" if code < 0 else f"ended with code {code}"
+    def _how(self, code: int, words: str) -> str:
+        """What an exit code says, and the last words."""
+        how = f"killed by {_signal_name(-code)}" if code < 0 else f"ended with code {code}"
+        return how + words
 
     def _stop(self) -> None:
         process, self._process = self._process, None
@@ -187,13 +188,13 @@ class RemoteMeasurer(Measurer):
             )
         return cast("Machine", answer)
 
-    def _how(self, code: int) -> str:
+    def _how(self, code: int, words: str) -> str:
         if code == self._LOST:
             raise OptionError(
-                f"{self._host}: the connection is lost",
+                f"{self._host}: the connection is lost{words}",
                 hint="what was measured is kept; the same command goes on from there",
             )
-        return super()._how(self._KILLED - code if code > self._KILLED else code)
+        return super()._how(self._KILLED - code if code > self._KILLED else code, words)
 
 
 def _signal_name(number: int) -> str:

@@ -19,14 +19,18 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median, quantiles
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sparse_tvm.cpu import allow_amx
 from sparse_tvm.tuning.job import Job, this_machine
 from sparse_tvm.vm import runtime
+
+if TYPE_CHECKING:
+    from sparse_tvm.tuning.layer_kernel import LayerKernel
 
 _PASS_SECONDS = 1e-3
 """Least length of a pass, whose mean is one sample."""
@@ -40,10 +44,39 @@ _MOST_BYTES = 1 << 30
 """Of all copies of a weight."""
 
 
-def measure(job: Job, w: np.ndarray) -> dict[str, Any]:
-    """Build a candidate and time it under all conditions."""
+@dataclass(frozen=True)
+class Built:
+    """A candidate that is compiled, and has yet to be timed."""
+
+    job: Job
+    kernel: LayerKernel
+    sizes: Callable[[int], Sequence[int]]
+    run: Callable[..., Any]
+    idle: Callable[..., Any]
+
+    def measure(self) -> dict[str, Any]:
+        """Time it under all conditions."""
+        from sparse_tvm.machine_limits import use_threads
+
+        job, kernel = self.job, self.kernel
+        copies, results = _copies(kernel.weight, job["copies"]), []
+        for tokens in job["tokens"]:
+            rotation = _rotation(kernel.arguments(self.sizes(tokens)), copies)
+            for threads in job["threads"]:
+                use_threads(threads)
+                overhead, _ = _timed(self.idle, rotation[:1], job["seconds"] / 10)
+                seconds, noise = _timed(self.run, rotation, job["seconds"])
+                seconds = max(seconds - overhead, _LEAST_SECONDS)
+                results.append(
+                    {"tokens": tokens, "threads": threads, "seconds": seconds, "noise": noise}
+                )
+        rotated = len(copies) * sum(array.nbytes for array in kernel.weight.values())
+        return {"title": kernel.title, "rotated_bytes": rotated, "results": results}
+
+
+def built(job: Job, w: np.ndarray) -> Built:
+    """Build a candidate."""
     from sparse_tvm.backends import get_backend
-    from sparse_tvm.machine_limits import use_threads
     from sparse_tvm.operators import WeightedOperator, from_json
     from sparse_tvm.passes.infrastructure import Context
     from sparse_tvm.tuning.layer_kernel import Call, build_kernel
@@ -54,39 +87,24 @@ def measure(job: Job, w: np.ndarray) -> dict[str, Any]:
     assert isinstance(op, WeightedOperator)
     call = Call(op, tuple(job["leading"]))
     kernel = build_kernel(call, w, op.stored, Context(backend, target))
-    run, idle = (_compiled(f, target) for f in (kernel.function, _idle(kernel.function)))
-    copies, results = _copies(kernel.weight, job["copies"]), []
-    for tokens in job["tokens"]:
-        rotation = _rotation(kernel.arguments(call.sizes(tokens)), copies)
-        for threads in job["threads"]:
-            use_threads(threads)
-            overhead, _ = _timed(idle, rotation[:1], job["seconds"] / 10)
-            seconds, noise = _timed(run, rotation, job["seconds"])
-            seconds = max(seconds - overhead, _LEAST_SECONDS)
-            results.append(
-                {"tokens": tokens, "threads": threads, "seconds": seconds, "noise": noise}
-            )
-    rotated = len(copies) * sum(array.nbytes for array in kernel.weight.values())
-    return {"title": kernel.title, "rotated_bytes": rotated, "results": results}
+    return Built(job, kernel, call.sizes, *_compiled(kernel.function, target))
 
 
-def _compiled(function: Any, target: Any) -> Callable[..., Any]:
+def _compiled(function: Any, target: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A kernel, and the same with nothing in it: it still checks its arguments."""
     import tvm
+    from tvm import tirx
 
     from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
 
+    functions = {"kernel": function, "idle": function.with_body(tirx.Evaluate(0))}
+    module = tvm.IRModule(
+        {name: each.with_attr("global_symbol", name) for name, each in functions.items()}
+    )
     context = tvm.transform.PassContext(opt_level=3, config=FAST_MATH)
     with tvm.target.Target(target.tvm_target()) as tvm_target, context:
-        executable = tvm.compile(function.with_attr("global_symbol", "kernel"), tvm_target)
-    found: Callable[..., Any] = executable.jit()["kernel"]
-    return found
-
-
-def _idle(function: Any) -> Any:
-    """The same function with nothing in it: it still checks its arguments."""
-    from tvm import tirx
-
-    return function.with_body(tirx.Evaluate(0))
+        library = tvm.compile(module, tvm_target).jit()
+    return library["kernel"], library["idle"]
 
 
 def _copies(weight: dict[int, np.ndarray], count: int) -> list[dict[int, Any]]:
@@ -152,7 +170,9 @@ def serve() -> None:
             continue
         answer: Mapping[str, Any]
         try:
-            answer = measure(message, weights[message["weight"]]) if message else this_machine()
+            answer = (
+                built(message, weights[message["weight"]]).measure() if message else this_machine()
+            )
         except Exception as error:  # whatever it is, the candidate cannot be used
             text = (str(error).strip().splitlines() or [""])[-1]
             answer = {"failure": f"{type(error).__name__}: {text}"}

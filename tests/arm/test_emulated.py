@@ -7,6 +7,7 @@ given, so that targets with the same instructions get the same code, and one of 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 from dataclasses import replace
@@ -25,8 +26,11 @@ from sparse_tvm.models.convnets import build_mobilenet_v2
 from sparse_tvm.models.gpt2 import Gpt2Config, build_gpt2
 from sparse_tvm.models.vit import VitConfig, build_vit
 from sparse_tvm.npz import read_npz, write_npz
+from sparse_tvm.operators import Bias, Dense, Layout, to_json
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.targets import TARGETS, get_target
+from sparse_tvm.tuning.job import Job
+from sparse_tvm.tuning.measuring import Measurer
 
 pytestmark = pytest.mark.skipif(
     "SPARSE_TVM_TEST_ARM" not in os.environ, reason="scripts/test_arm.sh runs these"
@@ -150,6 +154,34 @@ def emulated(target, *arguments, before=(), **environment):
         capture_output=True,
         text=True,
     )
+
+
+def test_a_worker_measures_there(tmp_path):
+    """The mechanics of tuning: an emulator's times say nothing."""
+    emulator = Emulator.of(get_target("cortex-a72"))
+    script = tmp_path / "worker"
+    script.write_text(
+        f"#!/bin/sh\nexport PYTHONPATH='{emulator.environment()['PYTHONPATH']}'\n"
+        f"exec {shlex.join(emulator.command(['-m', 'sparse_tvm.tuning.worker']))}\n"
+    )
+    script.chmod(0o755)
+    w = np.random.default_rng(0).standard_normal((64, 48), np.float32)
+    op = Dense(layer="", matrix=w.shape, epilogue=(Bias(),), layout=Layout("matmul", "csr"))
+    job: Job = {
+        "backend": "cpu",
+        "target": "cortex-a72",
+        "operator": op.name,
+        "call": to_json(op),
+        "leading": [16],
+        "weight": "w",
+        "tokens": [16],
+        "threads": [1],
+        "copies": 2,
+        "seconds": 0.01,
+    }
+    with Measurer([str(script)], limit=600) as measurer:
+        answer = measurer(job, w)
+    assert [result["seconds"] > 0 for result in answer["results"]] == [True]
 
 
 def test_code_for_newer_cpus_is_refused_in_one_line(models, tmp_path):

@@ -88,9 +88,7 @@ def check(
 
     block_rows, columns = min(block[0], n), min(block[1], k)
     blocks = {"dense": (block_rows, 1), "csr": (1, 1), "bsr": (block_rows, columns)}
-    layout = Layout("matmul", format, blocks[format])
-    if format != "dense":
-        layout = layout.having(parts=parts)
+    layout = Layout("matmul", format, blocks[format]).having(parts=parts)
     tiles = tiles_for(lead, rows, symbolic)
     known = None if symbolic else rows
     kernel = matmul(tiles, known, n, k, layout, epilogue, simd(target))
@@ -141,6 +139,7 @@ EVERY_STEP = {**SMALLEST, "rows": 70, "n": 17, "k": 33, "epilogue": STEPS, "thre
 @given(problem=problems)
 @example(problem=SMALLEST)
 @example(problem=EVERY_STEP)
+@example(problem={**EVERY_STEP, "block": (16, 1), "parts": 3})
 @PER_FORM
 @every_form
 def test_dense(target, problem):

@@ -11,7 +11,7 @@ import numpy as np
 from sparse_tvm.families import Extents, Kernel, WeightedFamily, Wish, Work, bytes_of, elements
 from sparse_tvm.operators import FLOAT32, Activation, Bias, Dense, Layout, Residual
 from sparse_tvm.schedules.cpu.block_arrays import split_arrays
-from sparse_tvm.schedules.cpu.cost import dense_rows, matmul_seconds, part_counts
+from sparse_tvm.schedules.cpu.cost import dense_parts, dense_rows, matmul_seconds, part_counts
 from sparse_tvm.schedules.cpu.families.extents import tiles_for
 from sparse_tvm.schedules.cpu.row_cost import few_rows_seconds
 from sparse_tvm.schedules.cpu.simd import LANES, ROW_COUNTS, Simd, group_of
@@ -75,7 +75,9 @@ class MatmulFamily(WeightedFamily[Dense]):
         found = []
         if wish is None or wish.format == "dense":
             for rows in dict.fromkeys((dense_rows(weight.shape[0], Simd.of(target)), _DENSE_ROWS)):
-                found.append(Layout(self.name, "dense", (rows, 1)))
+                layout = Layout(self.name, "dense", (rows, 1))
+                parts = dense_parts(weight.shape[1], rows, target)
+                found.append(layout.having(parts=parts) if parts > 1 else layout)
         for format, block in wished_blocks(weight, wish):
             for parts in part_counts(weight.shape[1], block[0], target):
                 layout = Layout(self.name, format, block)
@@ -89,6 +91,8 @@ class MatmulFamily(WeightedFamily[Dense]):
         found = []
         if wish is None or wish.format == "dense":
             found += [Layout(self.name, "dense", (rows, 1)) for rows in _TUNED_ROWS if rows <= n]
+            whole = Layout(self.name, "dense", (_DENSE_ROWS, 1))
+            found += [whole, whole.having(parts=4), whole.having(parts=8)]
         for format, block in wished_blocks(weight, wish):
             likely = part_counts(weight.shape[1], block[0], target)
             for parts in sorted({1, 2, *likely, 2 * max(likely)}):
