@@ -102,9 +102,9 @@ def group_limit(rows: int, simd: Simd) -> int:
 
     def fits(tiles: int) -> bool:
         vectors = tiles * simd.per_tile
-        operands = 1 if rows == 1 or simd.by_element else vectors
-        sums = rows * vectors
-        return sums <= simd.accumulators and sums + operands + 1 <= simd.registers
+        if rows == 1 or simd.by_element:  # a vector is used once, or while it is loaded
+            return rows * vectors <= simd.accumulators
+        return simd.fits(rows, vectors)
 
     return max(filter(fits, range(1, MAX_GROUP + 1)), default=1)
 

@@ -96,10 +96,10 @@ def command(model, records, *more):
 
 def test_kernels_are_measured_over_ssh(tmp_path, model, server):
     records = tmp_path / "records.jsonl"
-    some = ["--tokens", "1,16", "--threads", "1", "--trials", "2"]
+    some = ["--tokens", "1,16", "--threads", "1", "--trials", "1"]
     assert main(command(model, records, *some)) == 0
     found = list(read_records([records], here().cpu))
-    assert len(found) == 8  # two kernels, two candidates, two numbers of tokens
+    assert len(found) == 4  # two kernels, two numbers of tokens
     assert all(record.seconds for record in found)
 
 
@@ -108,4 +108,4 @@ def test_a_key_that_the_server_does_not_know(tmp_path, model, server, capsys):
     assert main(command(model, tmp_path / "records.jsonl")) == 2
     error = capsys.readouterr().err
     assert "board: the connection is lost: " in error
-    assert "Permission denied (publickey)" in error
+    assert "Permission denied (publickey" in error
