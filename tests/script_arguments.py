@@ -25,7 +25,7 @@ import typer
 
 OF_EXTRAS = {
     *("aiohttp", "grpc", "openvino", "prometheus_client", "sklearn"),
-    *("torch", "transformers", "tritonclient"),
+    *("tensorflow", "torch", "transformers", "tritonclient"),
 }
 """Packages that scripts import, and that not every environment has."""
 

@@ -39,7 +39,9 @@ def blocking(op: Convolution, format: str, rows: int, target: Target) -> dict[st
     if format == "dense":
         planes = op.channels * len(window.phases)
         image_bytes = 4 * planes * plane_vectors(op, simd) * simd.lanes
-        if image_bytes < min(weight_bytes, _SECOND_CACHE_SHARE * target.caches.l2):
+        room = min(weight_bytes, _SECOND_CACHE_SHARE * target.caches.l2)
+        # Four rows by three vectors use a line too seldom for the image to pass all the time.
+        if image_bytes < room and (window.taps > 1 or simd.registers >= 32):
             parameters["rows_outermost"] = 1
         return parameters
     share = _NEAR_SHARE if window.taps == 1 else _NEAR_SHARE_OF_WINDOWS
