@@ -317,3 +317,32 @@ def test_reversed_axes_keep_their_size(end):
     imported = assert_same_as_onnxruntime(build(graph, **tensors), sizes=[{"n": 5}])
     if end < -(10**9):
         assert imported.outputs[0].shape == ("n", 4)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "step"),
+    [
+        *[(5, -3, 1), (-2, 3, 1), (-4, -2, 2), (2, 5, 1), (-2, 9, 1), (2, -2, 1)],
+        *[(-1, 0, -1), (3, 0, -1), (6, 1, -2), (5, 2, -1), (-2, -5, -2), (2**63 - 1, -3, -1)],
+        *[(1, -2, -1), (-3, 5, -1), (-4, -2, -1), (-3, -(2**63), -2)],
+    ],
+)
+def test_slices_of_axes_that_are_shorter_than_their_bounds(start, end, step):
+    graph = """(float[n,4] x) => (float[m,4] y) {
+        part = Slice(x, start, end, axes, step)
+        y = Relu(part)
+    }"""
+    tensors = {"start": start, "end": end, "axes": 0, "step": step}
+    model = build(graph, **{name: np.array([value]) for name, value in tensors.items()})
+    assert_same_as_onnxruntime(model, sizes=[{"n": n} for n in (1, 2, 4, 7, 9)])
+
+
+@pytest.mark.parametrize("start", [-1, 5, 2**63 - 1])
+def test_slices_back_to_the_last_element_are_empty(start):
+    graph = """(float[n,4] x) => (float[m,4] y) {
+        part = Slice(x, start, minus, axes, minus)
+        y = Concat<axis=0>(part, x)
+    }"""
+    tensors = {"start": start, "axes": 0, "minus": -1}
+    model = build(graph, **{name: np.array([value]) for name, value in tensors.items()})
+    assert_same_as_onnxruntime(model, sizes=[{"n": 3}])

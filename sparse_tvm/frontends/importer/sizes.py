@@ -129,6 +129,8 @@ class Sizes:
             position = self.simplify(position + extent)
             if self.compare("Less", position, 0):
                 return 0
+            if not self.compare("GreaterOrEqual", position, 0):
+                position = self.maximum(position, 0)
         if self.compare("GreaterOrEqual", position, extent):
             return extent
         return position if self.fits(position, extent) else self.minimum(position, extent)

@@ -120,37 +120,51 @@ def _slice(node: Node) -> Form:
     axes = node.integers(3, default=range(len(starts)))
     steps = node.integers(4, default=[1] * len(starts))
     shape = node.shape(0)
-    bounds = zip(axes, starts, ends, steps, strict=True)
-    window = {
-        axis % len(shape): _window(node, shape[axis], start, end, step)
-        for axis, start, end, step in bounds
-    }
+    window: dict[int, tuple[Size, Size, int]] = {}
+    backwards: dict[int, tuple[Size, Size, int]] = {}
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        axis %= len(shape)
+        if step > 0:
+            window[axis] = *_span(node, shape[axis], start, end), step
+            continue
+        # ONNX moves the first element into the axis, so there is one before its end.
+        first, last = _span(node, shape[axis], *_turned(shape[axis], start, end), least=1)
+        if isinstance(first, int) and isinstance(last, int):
+            window[axis] = (last - 1, first - 1, step) if first < last else (0, 0, 1)
+            continue
+        if node.form is not Tensor:
+            raise NotInForm
+        # TVM's size of a part taken backwards may be negative: first the part, then all of it.
+        window[axis] = first, last, 1
+        backwards[axis] = -1, -shape[axis] - 1, step
     result: Form = node.input(0).slice(window)
-    return result
+    return result.slice(backwards) if backwards else result
 
 
-def _window(node: Node, extent: Size, start: Size, end: Size, step: int) -> tuple[Size, Size, int]:
-    """Return first and last of a slice within an axis; the last is -1 before the first element."""
-    if step > 0:
-        first = node.sizes.slice_bound(start, extent)
-        last = node.sizes.slice_bound(end, extent)
-        if node.sizes.compare("Less", last, first):
-            last = first
-        return first, last, step
-    if all(isinstance(bound, int) for bound in (extent, start, end)):
-        first, last, _ = slice(start, end, step).indices(extent)
-        return first, last, step
-    if node.form is not Tensor:
-        raise NotInForm
-    return _within(start, extent), _within(end, extent), step
+def _span(node: Node, extent: Size, start: Size, end: Size, least: int = 0) -> tuple[Size, Size]:
+    """Where the elements from `start` to `end` begin and end in an axis of any extent.
+
+    The end is at least `least`.
+    """
+    first, last = (node.sizes.slice_bound(bound, extent) for bound in (start, end))
+    for low in (least, first):
+        if not node.sizes.compare("GreaterOrEqual", last, low):
+            last = node.sizes.maximum(last, low)
+    return first, last
 
 
-def _within(bound: Size, extent: Size) -> Size:
-    """Leave a bound that is compared with a symbolic size at run time to TVM."""
-    if not isinstance(bound, int):
-        return bound
-    # Before the first element of any size: TVM knows no largest one, and would clamp to it.
-    return -extent - 1 if bound < -LARGEST_SIZE else min(bound, LARGEST_SIZE)
+def _turned(extent: Size, start: Size, end: Size) -> tuple[Size, Size]:
+    """The bounds, from the lowest on, of the elements of a slice whose step is negative."""
+    return _behind(end, extent), _behind(start, extent)
+
+
+def _behind(position: Size, extent: Size) -> Size:
+    """The position behind another; behind -1, the last element, there is none."""
+    if not isinstance(position, int):
+        return position + 1
+    if position == -1 or position > LARGEST_SIZE:
+        return extent
+    return position + 1 if position >= -LARGEST_SIZE else 0
 
 
 @rule("Shape", "Size")
