@@ -27,8 +27,11 @@ RNG = np.random.default_rng(0)
 
 
 def integers(*shape, dtype=np.int8):
+    """Of seven bits where they are signed: ONNX Runtime saturates sums of two products of more,
+    on CPUs without VNNI."""
     limits = np.iinfo(dtype)
-    return RNG.integers(limits.min, limits.max + 1, shape, dtype)
+    part = 2 if limits.min < 0 else 1
+    return RNG.integers(limits.min // part, limits.max // part + 1, shape, dtype)
 
 
 def scales(count):
@@ -85,7 +88,7 @@ MODELS = {
         "j = DequantizeLinear<axis = 0>(i, ws, wz) k = Transpose<perm = [1, 0]>(j) "
         "h = MatMul(p, k) r = QuantizeLinear(h, t, v)",
         {
-            "w": RNG.standard_normal((24, 64)).astype(np.float32),
+            "w": RNG.uniform(-0.6, 0.6, (24, 64)).astype(np.float32),
             "ws": scales(24),
             "wz": np.zeros(24, np.int8),
         },

@@ -10,7 +10,7 @@ from harness import KERNELS, from_tiles, run, simd, thread_counts, tiles_for, to
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from low_precision import TILE_TARGETS, from_lines, rounded, to_lines
-from test_attention import LOWEST, reference
+from test_attention import LOWEST, reference, split
 
 from sparse_tvm.schedules.cpu.attention_operands import Mask
 from sparse_tvm.schedules.cpu.lane_tiles import Tiles
@@ -100,7 +100,7 @@ def check(case):
         lines = run(kernel, target, case["threads"], arguments, shape, "int32")
         result = from_lines(lines, queries, features, out)
     with np.errstate(invalid="ignore", over="ignore"):
-        expected = reference(q, k, v, heads, problem.scale, added)
+        expected = reference(*(split(x, heads) for x in (q, k, v)), problem.scale, added)
     quantum = {None: 0.0, BF16: 2.0**-8, INT8: 0.51 / 127}[out]
     np.testing.assert_allclose(result, expected, rtol=0, atol=(2.0**-8 + quantum) * np.abs(v).max())
 

@@ -59,7 +59,7 @@ def stages() -> dict[str, Program]:
 @pytest.fixture(scope="module")
 def stages_of_an_image() -> dict[str, Program]:
     """What BERT has not: a quantised convolution, a norm spelled out, a product that is no
-    attention, and a quantised layer."""
+    attention, a quantised layer, and attention to a cache."""
     op = relax.op
 
     def rounded(emit, x):
@@ -70,16 +70,24 @@ def stages_of_an_image() -> dict[str, Program]:
     def quantised(emit, x, v):
         return emit(op.matmul(rounded(emit, x), emit(op.permute_dims(v))))
 
-    def body(emit, image, other, w, v, gamma, beta):
+    def attention(emit, cache):
+        keys = emit(op.concat([cache, cache], 2))
+        turned = emit(op.permute_dims(keys, [0, 1, 3, 2]))
+        weights = emit(op.nn.softmax(emit(op.matmul(cache, turned))))
+        rows = emit(op.permute_dims(emit(op.matmul(weights, keys)), [0, 2, 1, 3]))
+        return emit(op.reshape(rows, (1, 3, 16)))
+
+    def body(emit, image, other, cache, w, v, gamma, beta):
         pixels = emit(op.reshape(emit(op.nn.conv2d(rounded(emit, image), w)), (24, 6)))
         centred = emit(op.subtract(pixels, emit(op.mean(pixels, [-1], keepdims=True))))
         variance = emit(op.mean(emit(op.multiply(centred, centred)), [-1], keepdims=True))
         deviation = emit(op.sqrt(emit(op.add(variance, relax.const(1e-5, "float32")))))
         normal = emit(op.divide(centred, deviation))
         total = emit(op.add(emit(op.multiply(normal, gamma)), beta))
-        return op.matmul(emit(op.add(total, quantised(emit, normal, v))), other)
+        product = emit(op.matmul(emit(op.add(total, quantised(emit, normal, v))), other))
+        return op.add(product, emit(op.mean(attention(emit, cache))))
 
-    inputs = {"image": (1, 4, 6, 8), "other": (6, 5)}
+    inputs = {"image": (1, 4, 6, 8), "other": (6, 5), "cache": (1, 1, 3, 16)}
     shapes = {"w": (6, 4, 3, 3), "v": (6, 6), "gamma": (6,), "beta": (6,)}
     program = build(body, inputs, shapes)
     for name in ("v", "w"):

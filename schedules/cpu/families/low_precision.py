@@ -174,7 +174,8 @@ class DotFamily(LowPrecisionFamily):
         # The sums of a row wait for each other, unless the next row's products start meanwhile.
         waiting = _WINDOW / max(1.0, blocks / -(-n // rows) * (rows * group + 5))
         line = simd.per_tile * costs.load
-        block = max(rows * dot.cycles * spilled, line) * group + far + costs.index
+        index = costs.index if layout.sparse else 0.0
+        block = max(rows * dot.cycles * spilled, line) * group + far + index
         block = max(block, _LATENCY / max(1.0, waiting))
         finish = n * group * 4.0 + -(-n // rows) * costs.row
         # A dense weight comes beside the products, but for the first time.
