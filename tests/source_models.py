@@ -12,9 +12,13 @@ import pytest
 if not all(map(find_spec, ("torch", "transformers", "tensorflow"))):
     pytest.skip("these tests run by scripts/test_sources.sh", allow_module_level=True)
 
+from sparse_tvm.cpu import host_features
 from sparse_tvm.frontends.tensorflow.saved_model import require_tensorflow
 
 require_tensorflow("the tests")  # before anything else can load it
+
+INTEGERS = "int8" if {"avx512vnni", "avxvnni"} & host_features() else "float32"
+"""What layers compute with that bring integers of eight bits: elsewhere float32 is no slower."""
 
 LAYERS, HIDDEN, HEADS, INTERMEDIATE, VOCABULARY, POSITIONS = 2, 64, 4, 128, 100, 32
 SEQUENCE, SIZE = 12, 32

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import source_models  # noqa: F401 (skips where a framework is missing)
+import source_models  # skips where a framework is missing
 import torch
 import transformers
 from torch import nn
@@ -108,7 +108,7 @@ def test_checkpoint(dynamic: bool, symmetric: bool, tmp_path: Path) -> None:
     expected = quantised(directory, dynamic=dynamic, symmetric=symmetric)
     path = tmp_path / "model.so"
     manifest = sparse_tvm.compile(directory, path, min_cosine=0.999).manifest
-    assert {layer["precision"] for layer in manifest["layers"]} == {"int8"}
+    assert {layer["precision"] for layer in manifest["layers"]} == {source_models.INTEGERS}
     feed = {name: tensor.numpy() for name, tensor in feeds()[0].items()}
     model = sparse_tvm.load(path)
     output = model.run({each.name: feed[each.name] for each in model.inputs})["last_hidden_state"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import source_models  # noqa: F401 (skips where a framework is missing)
+import source_models  # skips where a framework is missing
 import torch
 from torch import nn
 
@@ -97,7 +97,7 @@ def agrees(path: Path, expected: Any, shape: tuple[int, ...]) -> None:
 def test_pt2e_static(model: str, tmp_path: Path) -> None:
     path = pt2e(model, tmp_path, dynamic=False)
     compiled = sparse_tvm.compile(path, tmp_path / "model.so")
-    assert set(precisions(compiled.manifest)) == {"int8"}
+    assert set(precisions(compiled.manifest)) == {source_models.INTEGERS}
     assert not any("frozen" in layer["name"] for layer in compiled.manifest["layers"])
     agrees(compiled.path, torch.export.load(path).module(), MODELS[model][1])
 
@@ -105,7 +105,7 @@ def test_pt2e_static(model: str, tmp_path: Path) -> None:
 def test_pt2e_dynamic(tmp_path: Path) -> None:
     path = pt2e("layers", tmp_path, dynamic=True)
     compiled = sparse_tvm.compile(path, tmp_path / "model.so")
-    assert precisions(compiled.manifest) == ["int8", "int8"]
+    assert precisions(compiled.manifest) == [source_models.INTEGERS, source_models.INTEGERS]
     assert [layer["name"] for layer in compiled.manifest["layers"]] == ["first", "second"]
     agrees(compiled.path, torch.export.load(path).module(), MODELS["layers"][1])
 
@@ -159,7 +159,7 @@ def test_torchao_dynamic(saved: bool, tmp_path: Path) -> None:
             module, tmp_path / "model.so", example_inputs=example, dynamic_shapes=dynamic
         )
     assert [layer["name"] for layer in compiled.manifest["layers"]] == ["first", "second"]
-    assert precisions(compiled.manifest) == ["int8", "int8"]
+    assert precisions(compiled.manifest) == [source_models.INTEGERS, source_models.INTEGERS]
     agrees(compiled.path, module, (2, 5, 64))
 
 
@@ -167,7 +167,7 @@ def test_torchao_dynamic_of_known_sizes(tmp_path: Path) -> None:
     module = torchao(quantization.Int8DynamicActivationInt8WeightConfig())
     x = inputs((2, 5, 64), 0)
     compiled = sparse_tvm.compile(module, tmp_path / "model.so", example_inputs=(x,))
-    assert precisions(compiled.manifest) == ["int8", "int8"]
+    assert precisions(compiled.manifest) == [source_models.INTEGERS, source_models.INTEGERS]
     [found] = sparse_tvm.load(compiled.path).run(x.numpy()).values()
     wanted = module(x).detach().numpy()
     assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()
