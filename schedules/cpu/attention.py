@@ -193,7 +193,11 @@ class _Attention:
 
         ``together`` tells that ``left`` has neighbours in memory from i to i + 1.
         """
-        steps = self.simd.lanes if together and self.simd.by_element else 1
+        if not (together and self.simd.by_element):
+            with T.serial(0, extent) as i:
+                acc.multiply_add(lambda row: left(row, i), lambda vector: right(vector, i))
+            return
+        steps = self.simd.lanes
 
         def add(first: Expr, count: int) -> None:
             acc.multiply_add_steps(
@@ -204,7 +208,7 @@ class _Attention:
 
         with T.serial(0, extent // steps) as i:
             add(i * steps, steps)
-        if steps > 1 and not (isinstance(extent, int) and extent % steps == 0):
+        if not (isinstance(extent, int) and extent % steps == 0):
             with T.serial(0, extent % steps) as i:
                 add(extent // steps * steps + i, 1)
 
