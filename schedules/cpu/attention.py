@@ -15,12 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.cpu import vector_math
 from sparse_tvm.schedules.cpu.attention_operands import (
+    LOWEST,
     AttentionProblem,
     ByHeads,
     mask_argument,
@@ -43,7 +43,6 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
 from sparse_tvm.schedules.cpu.row_attention import FEW_QUERIES, few_queries, takes_few_queries
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 
-_LOWEST = float(np.finfo(np.float32).min)
 _KEY_BLOCK = 8
 _MAX_GROUP = 2
 """Query tiles per job: their scores, keys x 32 floats, stay within L1 for a few hundred keys."""
@@ -216,7 +215,7 @@ class _Attention:
         """Turn scores into weights; return what makes them sum up to one."""
         problem, simd, count = self.problem, self.simd, self.problem.key_rows
         top = Registers(1, vectors.count, simd)
-        top.fill(lambda _, vector: splat(T.float32(_LOWEST), simd))
+        top.fill(lambda _, vector: splat(T.float32(LOWEST), simd))
         with T.serial(0, count) as key:
             for vector in range(vectors.count):
                 at = self._place(key, vector)

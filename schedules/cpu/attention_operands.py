@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from tvm import tirx
 
 from sparse_tvm.schedules.cpu.lane_tiles import Buffer, Expr, Tiles, argument, broadcast, symbol
 from sparse_tvm.schedules.cpu.simd import LANES, tiles_of
+
+LOWEST = float(np.finfo(np.float32).min)
+"""Where the search for a query's largest score begins."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.cpu import vector_math
-from sparse_tvm.schedules.cpu.attention_operands import AttentionProblem, ByHeads, mask_at
+from sparse_tvm.schedules.cpu.attention_operands import LOWEST, AttentionProblem, ByHeads, mask_at
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
@@ -144,7 +144,7 @@ def _folded(a: Expr, b: Expr, unit: int, simd: Simd) -> Expr:
 def _soft_max(scores: Buffer, padded: Expr, simd: Simd) -> Expr:
     """Turn scores into weights; return what makes them sum up to one."""
     lanes = simd.lanes
-    each, lowest = scratch(lanes), T.float32(-3.4028234663852886e38)
+    each, lowest = scratch(lanes), T.float32(LOWEST)
     top, total = scratch(1), scratch(1)
     every = [span(0, lanes)]
     T.buffer_store(each, broadcast(lowest, lanes), every)

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from sparse_tvm.schedules.cpu.attention_operands import Mask, mask_argument, mask_at
+from sparse_tvm.schedules.cpu.attention_operands import LOWEST, Mask, mask_argument, mask_at
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
@@ -42,7 +41,6 @@ from sparse_tvm.schedules.x86.instructions import TILE_WORDS, TileUnit
 
 _MAX_GROUP = 8
 _WIDTH = 2
-_LOWEST = float(np.finfo(np.float32).min)
 
 
 @dataclass(frozen=True)
@@ -261,7 +259,7 @@ class _Head:
         vectors = [divmod(v * lanes, LANES) for v in range(width * simd.per_tile)]
         # Even and odd keys by themselves: chains of additions are what would take the time.
         tops, totals = Registers(2, len(vectors), simd), Registers(2, len(vectors), simd)
-        tops.fill(lambda row, vector: splat(T.float32(_LOWEST), simd))
+        tops.fill(lambda row, vector: splat(T.float32(LOWEST), simd))
         totals.fill(lambda row, vector: zero(simd))
 
         def place(key: Expr, vector: int) -> Expr:
