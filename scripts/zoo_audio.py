@@ -253,7 +253,7 @@ def reading_text() -> TorchModel:
     return TorchModel(Reader(), (torch.randn(2, 1, 32, 64),), ["line"], axes)
 
 
-def temporal_convolution() -> TorchModel:
+def temporal_convolution(width: int = 32, levels: int = 4, length: int = 40) -> TorchModel:
     """TCN: causal convolutions whose dilation doubles."""
     import torch
     from torch import nn
@@ -262,16 +262,17 @@ def temporal_convolution() -> TorchModel:
         def __init__(self, dilation: int) -> None:
             super().__init__()
             self.padding = 2 * dilation
-            self.first = nn.Conv1d(32, 32, 3, dilation=dilation)
-            self.second = nn.Conv1d(32, 32, 1)
+            self.first = nn.Conv1d(width, width, 3, dilation=dilation)
+            self.second = nn.Conv1d(width, width, 1)
 
         def forward(self, x: Any) -> Any:
             y = nn.functional.pad(x, (self.padding, 0))
             return x + self.second(torch.relu(self.first(y)))
 
-    layers = [nn.Conv1d(4, 32, 1), *(Block(2**i) for i in range(4)), nn.Conv1d(32, 3, 1)]
+    blocks = [Block(2**i) for i in range(levels)]
+    layers = [nn.Conv1d(4, width, 1), *blocks, nn.Conv1d(width, 3, 1)]
     axes = {"series": {0: "batch", 2: "length"}}
-    return TorchModel(nn.Sequential(*layers), (torch.randn(2, 4, 40),), ["series"], axes)
+    return TorchModel(nn.Sequential(*layers), (torch.randn(2, 4, length),), ["series"], axes)
 
 
 def separation() -> TorchModel:

@@ -102,15 +102,17 @@ class TorchModel:
         return tree_unflatten(flat, spec)
 
 
-def torch_door(door: str, make: Callable[[], TorchModel]) -> Callable[[Path], Subject]:
+def torch_door(
+    door: str, make: Callable[[], TorchModel], sparsity: float = SPARSITY
+) -> Callable[[Path], Subject]:
     """Return what builds a model of PyTorch and exports it through a door."""
-    return functools.partial(_DOORS[door], make)
+    return functools.partial(_DOORS[door], functools.partial(_prepared, make, sparsity))
 
 
-def _legacy(make: Callable[[], TorchModel], folder: Path) -> Subject:
+def _legacy(prepared: Callable[[], TorchModel], folder: Path) -> Subject:
     import torch
 
-    model = _prepared(make)
+    model = prepared()
     path = folder / "model.onnx"
     torch.onnx.export(
         model.module,
@@ -124,10 +126,10 @@ def _legacy(make: Callable[[], TorchModel], folder: Path) -> Subject:
     return model.subject(path)
 
 
-def _dynamo(make: Callable[[], TorchModel], folder: Path) -> Subject:
+def _dynamo(prepared: Callable[[], TorchModel], folder: Path) -> Subject:
     import torch
 
-    model = _prepared(make)
+    model = prepared()
     path = folder / "model.onnx"
     # A dimension that follows from others, as `past + new`, is found by the exporter.
     dims: dict[str, Any] = {}
@@ -159,20 +161,20 @@ def _name_dimensions(path: Path, axes: Mapping[str, Mapping[int, str]]) -> None:
     onnx.save(model, path)
 
 
-def _module(make: Callable[[], TorchModel], folder: Path) -> Subject:
+def _module(prepared: Callable[[], TorchModel], folder: Path) -> Subject:
     import torch
 
-    model = _prepared(make)
+    model = prepared()
     options: dict[str, Any] = {"example_inputs": model.inputs}
     if model.axes:
         options["dynamic_shapes"] = model.shapes(lambda _: torch.export.Dim.DYNAMIC)
     return model.subject(model.module, **options)
 
 
-def _program(make: Callable[[], TorchModel], folder: Path) -> Subject:
+def _program(prepared: Callable[[], TorchModel], folder: Path) -> Subject:
     import torch
 
-    model = _prepared(make)
+    model = prepared()
     shapes = model.shapes(lambda _: torch.export.Dim.DYNAMIC) if model.axes else None
     program = torch.export.export(model.module, model.inputs, dynamic_shapes=shapes)
     torch.export.save(program, folder / "model.pt2")
@@ -189,7 +191,7 @@ LEGACY, DYNAMO, MODULE, PT2 = _DOORS
 KERAS, SAVED_MODEL, TFLITE = TENSORFLOW = ("Keras", "SavedModel", "TensorFlow Lite")
 
 
-def _prepared(make: Callable[[], TorchModel]) -> TorchModel:
+def _prepared(make: Callable[[], TorchModel], sparsity: float) -> TorchModel:
     import torch
 
     torchvision()
@@ -199,7 +201,7 @@ def _prepared(make: Callable[[], TorchModel]) -> TorchModel:
     # Exporters take one tensor for one input, whatever it is called.
     model.inputs = torch.utils._pytree.tree_map(torch.clone, model.inputs)
     model.module.eval()
-    randomise(model.module)
+    randomise(model.module, sparsity)
     return model
 
 
@@ -219,7 +221,7 @@ def huggingface(make: Callable[[], Any], **given: Any) -> Callable[[Path], Subje
     return build
 
 
-def randomise(module: Any) -> None:
+def randomise(module: Any, sparsity: float = SPARSITY) -> None:
     """Prune random weights, and give biases, norms and statistics values that matter."""
     import torch
 
@@ -236,19 +238,19 @@ def randomise(module: Any) -> None:
                 tensor.normal_(0, 0.1)
             elif isinstance(tensor, torch.nn.Parameter) and tensor.ndim >= 2:
                 if "embed" not in name and tensor.numel() > 64:
-                    _prune(tensor)
+                    _prune(tensor, sparsity)
             elif isinstance(tensor, torch.nn.Parameter):
                 tensor.add_(torch.randn_like(tensor), alpha=0.1)
 
 
-def _prune(tensor: Any) -> None:
+def _prune(tensor: Any, sparsity: float) -> None:
     """Zero the smallest values, and scale the others so that signals keep their size."""
     import torch
 
     if float(tensor.std()) < 1e-6:  # an initialisation that says nothing
         tensor.normal_(0, 1 / max(1, tensor[0].numel()) ** 0.5)
     before = tensor.norm()
-    kept = tensor.abs() >= torch.quantile(tensor.abs().flatten()[:1_000_000], SPARSITY)
+    kept = tensor.abs() >= torch.quantile(tensor.abs().flatten()[:1_000_000], sparsity)
     tensor.mul_(kept)
     tensor.mul_(before / tensor.norm().clamp_min(1e-12))
 

@@ -21,6 +21,7 @@ from zoo_doors import (
     torch_door,
     torchvision,
 )
+from zoo_networks import images, unet, yolo
 
 HIDDEN, LAYERS, HEADS, INNER, SIZE, PATCH = 64, 2, 4, 128, 32, 8
 VIT = {
@@ -226,15 +227,6 @@ def detr() -> TorchModel:
     return images(Boxes(), 96)
 
 
-def images(module: Any, size: int, channels: int = 3, symbolic: bool = True) -> TorchModel:
-    """A module of one batch of images."""
-    import torch
-
-    axes = {"pixel_values": {0: "batch"}} if symbolic else {}
-    x = torch.randn(2, channels, size, size)
-    return TorchModel(module, (x,), ["pixel_values"], axes)
-
-
 def of_torchvision(path: str, size: int = 64, **options: Any) -> TorchModel:
     models = torchvision().models
     for part in path.split(".")[:-1]:
@@ -271,7 +263,7 @@ def mixer(block: str) -> TorchModel:
     return images(mlp_mixer.MlpMixer(**sizes, **layers[block]), 64)
 
 
-def dense_torchvision(name: str, **options: Any) -> TorchModel:
+def dense_torchvision(name: str, size: int = 64, **options: Any) -> TorchModel:
     """Segmentation, without the dictionary that it returns."""
     import torch
 
@@ -286,93 +278,15 @@ def dense_torchvision(name: str, **options: Any) -> TorchModel:
         def forward(self, pixel_values: Any) -> Any:
             return self.model(pixel_values)["out"]
 
-    return images(Masks(), 64)
+    return images(Masks(), size)
 
 
-def video(name: str) -> TorchModel:
+def video(name: str, frames: int = 8, size: int = 32) -> TorchModel:
     import torch
 
     model = getattr(torchvision().models.video, name)(weights=None, num_classes=10)
-    x = torch.randn(1, 3, 8, 32, 32)
+    x = torch.randn(1, 3, frames, size, size)
     return TorchModel(model, (x,), ["frames"], {})
-
-
-def unet() -> TorchModel:
-    """U-Net with transposed convolutions, over images of any size that divides by four."""
-    import torch
-    from torch import nn
-
-    def block(inputs: int, outputs: int) -> nn.Sequential:
-        return nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, padding=1),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, padding=1),
-            nn.ReLU(),
-        )
-
-    class UNet(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.down = nn.ModuleList([block(3, 16), block(16, 32), block(32, 64)])
-            self.rise = nn.ModuleList(
-                [nn.ConvTranspose2d(64, 32, 2, 2), nn.ConvTranspose2d(32, 16, 2, 2)]
-            )
-            self.up = nn.ModuleList([block(64, 32), block(32, 16)])
-            self.scores = nn.Conv2d(16, 2, 1)
-
-        def forward(self, x: Any) -> Any:
-            first = self.down[0](x)
-            second = self.down[1](torch.max_pool2d(first, 2))
-            x = self.down[2](torch.max_pool2d(second, 2))
-            x = self.up[0](torch.cat([self.rise[0](x), second], 1))
-            x = self.up[1](torch.cat([self.rise[1](x), first], 1))
-            return self.scores(x)
-
-    return images(UNet(), 64)
-
-
-def yolo() -> TorchModel:
-    """A one-stage detector: C3 blocks, SPPF, upsampling, and boxes decoded over a grid."""
-    import torch
-    from torch import nn
-
-    def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Sequential:
-        layer = nn.Conv2d(inputs, outputs, size, stride, (size - 1) // 2, bias=False)
-        return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.SiLU())
-
-    class Yolo(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem, self.first = conv(3, 16, 6, 2), conv(16, 32, 3, 2)
-            self.second, self.third = conv(32, 64, 3, 2), conv(64, 64, 3, 2)
-            self.narrow, self.wide = conv(64, 32, 1), conv(128, 64, 1)
-            self.lateral, self.heads = conv(128, 64, 1), nn.ModuleList()
-            self.heads = nn.ModuleList(nn.Conv2d(64, 3 * 9, 1) for _ in range(2))
-            self.register_buffer("anchors", torch.rand(2, 1, 3, 1, 1, 2) * 20 + 5)
-
-        def forward(self, pixel_values: Any) -> Any:
-            fine = self.second(self.first(self.stem(pixel_values)))
-            coarse = self.narrow(self.third(fine))
-            pooled = [coarse]
-            for _ in range(3):
-                pooled.append(torch.max_pool2d(pooled[-1], 5, 1, 2))
-            coarse = self.wide(torch.cat(pooled, 1))
-            risen = nn.functional.interpolate(coarse, scale_factor=2.0, mode="nearest")
-            fine = self.lateral(torch.cat([risen, fine], 1))
-            return torch.cat([self.boxes(0, fine, 8), self.boxes(1, coarse, 16)], 1)
-
-        def boxes(self, index: int, x: Any, stride: int) -> Any:
-            x = self.heads[index](x)
-            batch, _, height, width = x.shape
-            x = x.reshape(batch, 3, 9, height, width).permute(0, 1, 3, 4, 2).sigmoid()
-            rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-            grid = torch.stack([columns, rows], -1).to(x.dtype)
-            centre = (x[..., :2] * 2 - 0.5 + grid) * stride
-            size = (x[..., 2:4] * 2) ** 2 * self.anchors[index]
-            return torch.cat([centre, size, x[..., 4:]], -1).reshape(batch, -1, 9)
-
-    return images(Yolo(), 64)
 
 
 def keras_application(name: str, size: int = 64, **options: Any) -> Any:
