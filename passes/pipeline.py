@@ -18,12 +18,16 @@ from sparse_tvm.passes.keep_integer_images import keep_integer_images
 from sparse_tvm.passes.keep_integers import keep_integers
 from sparse_tvm.passes.set_precision import set_precision
 from sparse_tvm.passes.split_recurrent import split_recurrent
+from sparse_tvm.passes.split_transposed import split_transposed
 
 
 def graph_phases() -> Sequence[Phase]:
     """From the imported module to operators of ours, each with its weight's layout and why."""
     return (
-        Phase("canonicalise", (split_recurrent, fc_transpose, fuse_activations, fuse_layer_norm)),
+        Phase(
+            "canonicalise",
+            (split_recurrent, split_transposed, fc_transpose, fuse_activations, fuse_layer_norm),
+        ),
         Phase("fuse", (fuse_epilogue, fuse_convolution, fuse_attention, fuse_product)),
         Phase("integers", (keep_integer_images, keep_integers)),
         Phase("dense to sparse", (set_precision, dense_to_sparse)),

@@ -243,13 +243,41 @@ class Dense(WeightedOperator):
     steps: int = 0
 
 
+@dataclass(frozen=True)
+class Frames:
+    """How a convolution moves over images that follow each other, as those of a video do.
+
+    Attributes
+    ----------
+    count : int
+        Images of one video.
+    kernel, stride, dilation : int
+        Of the convolution over time.
+    """
+
+    count: int = 1
+    kernel: int = 1
+    stride: int = 1
+    dilation: int = 1
+
+    @property
+    def out(self) -> int:
+        """Images of the output for one video."""
+        return (self.count - (self.kernel - 1) * self.dilation - 1) // self.stride + 1
+
+
+STILL = Frames()
+"""Each image alone."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Convolution(WeightedOperator):
     """``epilogue(x * W)`` of images ``[batch, channels, *size]``.
 
     W is ``[out_channels, channels / groups, *kernel]``. All tuples have one number for each spatial
     dimension; ``pads`` has all starts, then all ends, and None in ``size`` is an extent that only
-    run time knows.
+    run time knows. Over ``frames``, the batch is of the images of one video after the other, and W
+    is ``[out_channels, channels / groups, frames.kernel, *kernel]``.
     """
 
     name: ClassVar[str] = "convolution"
@@ -263,11 +291,39 @@ class Convolution(WeightedOperator):
     dilation: tuple[int, ...]
     pads: tuple[int, ...]
     groups: int = 1
+    frames: Frames = STILL
 
     @property
     def depthwise(self) -> bool:
-        """Whether every output channel reads one input channel."""
-        return self.groups == self.channels > 1
+        """Whether every output channel reads one input channel, of one image."""
+        return self.groups == self.channels > 1 and self.frames == STILL
+
+
+@dataclass(frozen=True, kw_only=True)
+class PadFrames(Operator):
+    """Images ``[videos * count, ...]`` with ``pads`` images of zeros around each video's."""
+
+    name: ClassVar[str] = "pad_frames"
+    operands: ClassVar[str] = "x"
+
+    count: int
+    pads: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelShuffle(Operator):
+    """Channels become pixels: ``[batch, channels * blocks, *size]`` to ``[batch, channels, ...]``.
+
+    The channels of each output channel are its pixels within a block, row by row; ``starts`` and
+    ``ends`` pixels are cut off along each axis.
+    """
+
+    name: ClassVar[str] = "pixel_shuffle"
+    operands: ClassVar[str] = "x"
+
+    blocks: tuple[int, ...]
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
 
 
 QUANTISED = Types("uint8", "int8", "int32", "uint8")
@@ -544,6 +600,7 @@ __all__ = [
     "FLOAT32",
     "PRECISIONS",
     "QUANTISED",
+    "STILL",
     "Activation",
     "AddImages",
     "Attention",
@@ -553,9 +610,12 @@ __all__ = [
     "Dense",
     "DequantiseImage",
     "Epilogue",
+    "Frames",
     "LayerNorm",
     "Layout",
     "Operator",
+    "PadFrames",
+    "PixelShuffle",
     "Product",
     "QuantiseImage",
     "QuantisedConvolution",

@@ -21,6 +21,8 @@ from sparse_tvm.operators import (
     AddImages,
     Convolution,
     Operator,
+    PadFrames,
+    PixelShuffle,
     QuantisedConvolution,
     QuantiseImage,
     Residual,
@@ -56,6 +58,7 @@ from sparse_tvm.schedules.cpu.image_operators import (
     ImagePack,
     ImagePooling,
     ImageReduction,
+    ImageShuffle,
     WordConvolution,
     WordRows,
     window_of,
@@ -103,6 +106,13 @@ class _ImageLayout(Rewrite):
             return None
         if var in self._plan.poolings:
             return self._pooling(var, value.args[0])
+        padded = dialect.match(value, PadFrames)
+        if padded is not None:
+            images = self._in_planes(padded.args[0])
+            return _InPlanes(dialect.call(padded.op, [images], self._shape(var)))
+        shuffled = dialect.match(value, PixelShuffle)
+        if shuffled is not None:
+            return self._shuffle(var, shuffled)
         name = op_name(value)
         if name in UNARY:
             args = [self._in_planes(value.args[0]), *value.args[1:]]
@@ -251,6 +261,19 @@ class _ImageLayout(Rewrite):
         args = [self._in_planes(x), relax.ShapeExpr(size_of(x)), *self._mask_if_padded(var, target)]
         return _InPlanes(dialect.call(op, args, self._shape(var)))
 
+    def _shuffle(self, var: Any, found: dialect.OperatorCall[PixelShuffle]) -> _InPlanes:
+        (x,), size = found.args, size_of(found.args[0])
+        op = ImageShuffle(
+            size=_known(size),
+            blocks=_pair(found.op.blocks, 1),
+            starts=_pair(found.op.starts, 0),
+            ends=_pair(found.op.ends, 0),
+            source=self._plan.border(x),
+            target=self._plan.border(var),
+        )
+        args = [self._in_planes(x), relax.ShapeExpr(size)]
+        return _InPlanes(dialect.call(op, args, self._shape(var)))
+
     def _reduction(self, var: Any, x: Any, function: str) -> Any:
         size, border = size_of(x), self._plan.border(x)
         op = ImageReduction(function=function, size=_known(size), source=border)
@@ -285,3 +308,8 @@ class _ImageLayout(Rewrite):
 def _known(size: tuple[Any, Any]) -> tuple[int | None, int | None]:
     rows, columns = (extent if isinstance(extent, int) else None for extent in size)
     return rows, columns
+
+
+def _pair(of_axes: tuple[int, ...], row: int) -> tuple[int, int]:
+    """Numbers for rows and columns; a signal is one row."""
+    return (row, of_axes[0]) if len(of_axes) == 1 else (of_axes[0], of_axes[1])

@@ -24,6 +24,8 @@ from sparse_tvm.operators import (
     Convolution,
     DequantiseImage,
     Operator,
+    PadFrames,
+    PixelShuffle,
     QuantisedConvolution,
     QuantiseImage,
     Residual,
@@ -157,6 +159,14 @@ class ImagePlan:
             for image in words.args[:-1]:
                 self._read((image, None), READ_BEYOND)
             if isinstance(words.op, DequantiseImage) and words.op.positive:
+                self._not_negative.add(var)
+        elif (padded := dialect.match(value, PadFrames)) is not None:
+            if self.in_planes(padded.args[0]):
+                self._elementwise(var, padded.args)
+        elif (shuffled := dialect.match(value, PixelShuffle)) is not None:
+            self._make(var)
+            self._read((shuffled.args[0], None), Border())
+            if shuffled.args[0] in self._not_negative:
                 self._not_negative.add(var)
         elif is_tensor(var) and dtype_of(var) == "float32":
             name = op_name(value)

@@ -4,8 +4,8 @@ Pixels are numbered along the planes, gaps between rows included, and the output
 pitch of the input's. Whatever tap of the kernel multiplies a vector of pixels, its operand then is
 a vector of consecutive elements, at a distance that depends on channel and tap alone: an im2col
 without copies. A block of rows of the weight is multiplied with a few vectors of pixels, which
-stay in registers; a sparse weight in parts of its columns, for the part of the image that it
-reads to stay in the first cache, while the sums wait in the output.
+stay in registers; a weight that is sparse, or reads much, in parts of its columns, for the part of
+the image that it reads to stay in the first cache, while the sums wait in the output.
 
 Which of the loops over rows and over pixels is outermost decides what streams from where: few
 pixels and many channels want each row's weights once, many pixels each pixel's channels once.
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from sparse_tvm.operators import Layout, Step
+from sparse_tvm.operators import STILL, Frames, Layout, Step
 from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP, index_dtype
 from sparse_tvm.schedules.cpu.image_output import ImageOutput
 from sparse_tvm.schedules.cpu.lane_tiles import (
@@ -54,7 +54,8 @@ _PREFETCH_BYTES = 4096
 class Images:
     """What a kernel reads and writes.
 
-    ``source`` are the planes that the window reads, by phases if it is strided.
+    ``source`` are the planes that the window reads, by phases if it is strided. ``inputs`` is the
+    number of images, where a convolution over time has another one than ``batch``, its output's.
     """
 
     batch: Expr
@@ -64,6 +65,33 @@ class Images:
     target: Planes
     window: Window
     sizes: Sequence[Any] = ()
+    inputs: Expr = None
+    frames: Frames = STILL
+
+    @property
+    def sources(self) -> Expr:
+        """Images that are read: as many as are written, but for videos."""
+        return self.batch if self.inputs is None else self.inputs
+
+    def first_source(self, image: Expr) -> Expr:
+        """The first image that one of the output is computed from."""
+        if self.frames == STILL:
+            return image
+        video, frame = image // self.frames.out, image % self.frames.out
+        return video * self.frames.count + frame * self.frames.stride
+
+    def frame(self, source: Any) -> Expr:
+        """How far it is from a tap to the same one of the next image that it reads."""
+        planes = self.channels * len(self.window.phases)
+        return self.frames.dilation * planes * source.size
+
+    def offsets(self, source: Any) -> list[Expr]:
+        """Where each tap finds its operand, from a pixel of the first image of those it reads."""
+        return [
+            time * self.frame(source) + offset
+            for time in range(self.frames.kernel)
+            for offset in self.window.offsets(source)
+        ]
 
 
 def conv_planes(
@@ -75,7 +103,7 @@ def conv_planes(
 ) -> tirx.PrimFunc:
     """Build the kernel.
 
-    Arguments of the PrimFunc, in order: x ``[batch, channels * phases, source.size]``; the weight
+    Arguments of the PrimFunc, in order: x ``[sources, channels * phases, source.size]``; the weight
     ``[out_channels, channels * taps]``, as for :func:`~sparse_tvm.schedules.cpu.matmul.matmul`;
     ``sizes``; then as :class:`~sparse_tvm.schedules.cpu.image_output.ImageOutput` says.
 
@@ -107,7 +135,7 @@ class ConvKernel:
         self._rows_outermost = bool(layout.get("rows_outermost", 0))
         self._rows = self._rows_of(layout)
         self._block_rows = -(-images.out_channels // self._rows)
-        self._taps = images.window.taps
+        self._taps = images.frames.kernel * images.window.taps
         self._k = images.channels * self._taps
 
     def _rows_of(self, layout: Layout) -> int:
@@ -119,7 +147,7 @@ class ConvKernel:
         images = self._images
         planes = images.channels * len(images.window.phases)
         with prim_func() as result:
-            x = argument("x", (images.batch, planes, images.source.size), self.element)
+            x = argument("x", (images.sources, planes, images.source.size), self.element)
             self._declare_weight()
             declare_sizes(images.sizes)
             self._output = declare_output()
@@ -177,7 +205,7 @@ class ConvKernel:
     def _table(self) -> Buffer:
         """The taps' distances from a pixel."""
         table = local(self._taps, "int32")
-        for tap, offset in enumerate(self._images.window.offsets(self._source)):
+        for tap, offset in enumerate(self._images.offsets(self._source)):
             T.buffer_store(table, T.Cast("int32", offset), [tap])
         return table
 
@@ -218,7 +246,7 @@ class ConvKernel:
         remainder = self._images.out_channels % self._rows
         with T.serial(0, self._parts) as part, T.serial(0, stop - start) as i:
             segment = scalar(part * self._block_rows + start + i)
-            row = scalar(self._order[segment]) if self._sorted else segment
+            row = scalar(self._order[segment] if self._sorted else start + i)
             if remainder == 0:
                 body(part, segment, row, self._rows)
             else:
@@ -245,7 +273,9 @@ class ConvKernel:
         channel = scalar(block_row * self._rows)
         plane = scalar(image * self._images.out_channels + channel)
         source = scalar(
-            image * (self._images.channels * len(self._images.window.phases)) * self._source.size
+            self._images.first_source(image)
+            * (self._images.channels * len(self._images.window.phases))
+            * self._source.size
             + self._source.first
             + pixel
         )
@@ -282,14 +312,16 @@ class ConvKernel:
 
         if parts == 1:
             fresh()
-            self._accumulate(acc, segment, source)
+            self._accumulate(acc, part, segment, block_row, source)
             finish()
             return
         one_of(part == 0, fresh, resume)
-        self._accumulate(acc, segment, source)
+        self._accumulate(acc, part, segment, block_row, source)
         one_of(part == parts - 1, finish, wait)
 
-    def _accumulate(self, acc: Registers, segment: Expr, source: Expr) -> None:
+    def _accumulate(
+        self, acc: Registers, part: Expr, segment: Expr, block_row: Expr, source: Expr
+    ) -> None:
         """Stream the stored blocks of one block row of one part."""
         plane = self._source.size * len(self._images.window.phases)
 
@@ -298,7 +330,7 @@ class ConvKernel:
             return lambda v: self._x[ramp(start + v * self._simd.lanes, self._simd)]
 
         if not self._layout.sparse:
-            self._accumulate_dense(acc, segment, load, plane)
+            self._accumulate_dense(acc, part, block_row, load, plane)
             return
         first = scalar(self._indptr[segment])
         count = scalar(self._indptr[segment + 1] - first)
@@ -316,18 +348,27 @@ class ConvKernel:
             acc.multiply_add(lambda row: self._data[at, 0, row], load(offset))
 
     def _accumulate_dense(
-        self, acc: Sums, segment: Expr, load: Callable[[Expr], Any], plane: Expr
+        self, acc: Sums, part: Expr, block_row: Expr, load: Callable[[Expr], Any], plane: Expr
     ) -> None:
-        with T.serial(0, self._images.channels) as channel:
+        first, channels = 0, self._images.channels
+        if self._parts > 1:
+            first = scalar(part * self._images.channels // self._parts)
+            channels = scalar((part + 1) * self._images.channels // self._parts) - first
+        with T.serial(0, channels) as i:
+            channel = first + i
             if self._tap_offsets is None:
                 acc.multiply_add(
-                    lambda row: self._data[segment, channel, row], load(channel * plane)
+                    lambda row: self._data[block_row, channel, row], load(channel * plane)
                 )
                 return
-            with T.serial(0, self._taps) as tap:
-                k = scalar(channel * self._taps + tap)
+            # The window's taps are few enough for LLVM to unroll them, those of all images are not.
+            frames, taps = self._images.frames.kernel, self._images.window.taps
+            with T.serial(0, frames) as frame, T.serial(0, taps) as tap:
+                k = scalar((channel * frames + frame) * taps + tap)
                 offset = channel * plane + self._tap_offsets[tap]
-                acc.multiply_add(lambda row: self._data[segment, k, row], load(offset))
+                if frames > 1:
+                    offset = offset + frame * self._images.frame(self._source)
+                acc.multiply_add(lambda row: self._data[block_row, k, row], load(offset))
 
     def _prefetch(self, first: Expr, count: Expr) -> None:
         """Ask for as much of the weight, a little further on, as the next blocks will use."""

@@ -89,6 +89,21 @@ class ImagePooling(Operator):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageShuffle(Operator):
+    """A pixel shuffle from planes to planes, of blocks of rows and columns."""
+
+    name: ClassVar[str] = "image_shuffle"
+    operands: ClassVar[str] = "x, size"
+
+    size: Size
+    blocks: tuple[int, int]
+    starts: tuple[int, int]
+    ends: tuple[int, int]
+    source: Border
+    target: Border
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageReduction(Operator):
     """The largest pixel of each channel, or the mean of all: ``[batch, channels]``."""
 

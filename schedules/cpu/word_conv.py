@@ -188,7 +188,7 @@ class _WordKernel(ConvKernel):
                     offset = offset + self._tap_offsets[tap]
                 sums.multiply_add(partial(self._weight_at, segment, tap), load(offset))
         elif self._layout.format == "dense":
-            self._accumulate_dense(sums, segment, load, plane)
+            self._accumulate_dense(sums, 0, segment, load, plane)
         elif self._by_row:
             for row in range(live):
                 at = segment * self._rows + row

@@ -16,6 +16,9 @@ from sparse_tvm.schedules.cpu.families.images import (
     ImagePackFamily,
     ImagePoolingFamily,
     ImageReductionFamily,
+    ImageShuffleFamily,
+    PadFramesFamily,
+    PixelShuffleFamily,
 )
 from sparse_tvm.schedules.cpu.families.lines import LineRoundFamily
 from sparse_tvm.schedules.cpu.families.matmul import MatmulFamily
@@ -67,6 +70,9 @@ class CpuBackend(Backend):
                 ImageMaskFamily(),
                 ImagePoolingFamily(),
                 ImageReductionFamily(),
+                ImageShuffleFamily(),
+                PadFramesFamily(),
+                PixelShuffleFamily(),
                 TileFamily(),
                 X86DotFamily(),
                 ArmDotFamily(),

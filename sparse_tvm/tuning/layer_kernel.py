@@ -16,7 +16,7 @@ import numpy as np
 from tvm import relax, tirx
 from tvm.sym import Analyzer
 
-from sparse_tvm.operators import Bias, Convolution, Layout, WeightedOperator
+from sparse_tvm.operators import STILL, Bias, Convolution, Layout, WeightedOperator
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.graph import is_number
 from sparse_tvm.passes.infrastructure import Context
@@ -54,7 +54,8 @@ class Call:
     def sizes(self, tokens: int) -> tuple[int, ...]:
         """Leading extents for a number of tokens: what is free is 1, but for the last."""
         if isinstance(self.op, Convolution) or not self.symbolic:
-            return tuple(1 if size is None else size for size in self.leading)
+            videos = self.op.frames.count if isinstance(self.op, Convolution) else 1
+            return tuple(videos if size is None else size for size in self.leading)
         last = max(i for i, size in enumerate(self.leading) if size is None)
         known = prod(size for size in self.leading if size is not None)
         return tuple(
@@ -151,7 +152,12 @@ def _program(op: WeightedOperator, leading: list[Any], arrays: Mapping[str, np.n
             for i, (size, kernel) in enumerate(zip(op.size, op.kernel, strict=True))
             if size is not None
         ]
-        x_shape = [*leading, op.channels, *op.size]
+        (images,) = sources = leading
+        if op.frames != STILL and isinstance(images, int):
+            sources = [images // op.frames.out * op.frames.count]
+        elif op.frames != STILL:  # the symbol is of what is read
+            leading = [images // op.frames.count * op.frames.out]
+        x_shape = [*sources, op.channels, *op.size]
         y_shape = [*leading, op.out_channels, *window]
     else:
         x_shape, y_shape = [*leading, op.matrix[1]], [*leading, op.matrix[0]]

@@ -72,7 +72,7 @@ def check(
     w = rng.standard_normal((n, channels * window.taps)).astype("float32")
     w *= rng.random(w.shape) >= sparsity
     layout = Layout("test", format, (1 if format == "csr" else min(rows, n), 1)).having(
-        parts=1 if format == "dense" else parts,
+        parts=parts,
         vectors=vectors,
         rows_outermost=int(rows_outermost),
         prefetch=int(prefetch),
@@ -144,6 +144,8 @@ FEW = settings(KERNELS, max_examples=12)  # each compiles for seconds
 @example({**PROBLEM, "format": "bsr", "rows": 4, "parts": 3, "rows_outermost": True})
 @example({**PROBLEM, "image": {**IMAGE, "symbolic": True, "batch": 2}})
 @example({**PROBLEM, "window": Window((3, 3), (2, 2), pads=(1, 1, 1, 1)), "format": "dense"})
+@example({**PROBLEM, "format": "dense", "parts": 3})
+@example({**PROBLEM, "format": "dense", "parts": 2, "rows_outermost": True})
 @example({**PROBLEM, "window": Window(pads=(1, 2, 0, 0))})
 @example({**PROBLEM, "window": Window(stride=(2, 2), pads=(0, 1, 0, 0)), "format": "dense"})
 @FEW

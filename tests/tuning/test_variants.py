@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tvm
@@ -9,7 +11,7 @@ from pretended import sparse_weight
 from tvm import relax
 
 from sparse_tvm.backends import resolve_target
-from sparse_tvm.operators import Bias, Convolution, Dense, Residual
+from sparse_tvm.operators import Bias, Convolution, Dense, Frames, Residual
 from sparse_tvm.passes.infrastructure import Context
 from sparse_tvm.sparsity.statistics import MeasuredWeight
 from sparse_tvm.tuning.layer_kernel import Call, layer_program
@@ -28,7 +30,12 @@ CONVOLUTION = Convolution(
     dilation=(1, 1),
     pads=(1, 1, 1, 1),
 )
-CASES = [(DENSE, (2, 40), (640,), (48,)), (CONVOLUTION, (2,), (16, 13, 11), (24, 13, 11))]
+VIDEO = replace(CONVOLUTION, matrix=(24, 16 * 27), frames=Frames(5, 3))
+CASES = [
+    (DENSE, (2, 40), (2, 40, 640), (48,)),
+    (CONVOLUTION, (2,), (2, 16, 13, 11), (24, 13, 11)),
+    (VIDEO, (6,), (10, 16, 13, 11), (24, 13, 11)),
+]
 
 
 def output(call, w, layout, inputs):
@@ -41,10 +48,10 @@ def output(call, w, layout, inputs):
     return machine["main"](*map(tvm.runtime.tensor, inputs), weights).numpy()
 
 
-@pytest.mark.parametrize(("op", "leading", "x", "y"), CASES, ids=["dense", "convolution"])
+@pytest.mark.parametrize(("op", "leading", "x", "y"), CASES, ids=["dense", "convolution", "video"])
 def test_every_variant_computes_the_layer(op, leading, x, y):
     w, rng = sparse_weight(*op.matrix), np.random.default_rng(1)
-    shapes = [(*leading, *x), (op.matrix[0],), (*leading, *y)]
+    shapes = [x, (op.matrix[0],), (*leading, *y)]
     inputs = [rng.standard_normal(shape, np.float32) for shape in shapes]
     call, weight = Call(op, leading), MeasuredWeight(w)
     (family, *_) = CONTEXT.backend.accepting(op, CONTEXT.target)

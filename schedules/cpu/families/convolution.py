@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from sparse_tvm.families import Extents, Kernel, WeightedFamily, Wish, Work, bytes_of
-from sparse_tvm.operators import FLOAT32, Convolution, Layout
+from sparse_tvm.operators import FLOAT32, STILL, Convolution, Layout
 from sparse_tvm.schedules.cpu.block_arrays import split_arrays
 from sparse_tvm.schedules.cpu.conv_cost import blocking, conv_seconds, dense_rows
 from sparse_tvm.schedules.cpu.families.extents import symbols_of
@@ -37,6 +37,8 @@ class ImageFamily(WeightedFamily[Convolution]):
             return f"{self.name} computes float32 only"
         if len(op.size) != 2:
             return f"{self.name} has no kernel for {len(op.size)} spatial dimensions"
+        if self.depthwise and op.frames != STILL:
+            return f"{self.name} has no kernel for videos"
         return None
 
     def work(
@@ -97,6 +99,8 @@ class ConvolutionFamily(ImageFamily):
             ]
             if not layout.sparse and op.groups == 1:
                 found.append(layout.having(rows_outermost=1 - layout.get("rows_outermost", 0)))
+                if parts > 1:
+                    found += [layout.having(parts=other) for other in (1, parts // 2)]
                 continue
             others = {max(1, parts // 2), parts + 1, 2 * parts}
             found += [layout.having(parts=other) for other in others if other <= op.channels]
@@ -184,10 +188,13 @@ def _images(op: ImageConvolution, x: Extents) -> tuple[Any, list[Planes]]:
 
     window, (size, sizes) = window_of(op), symbols_of(op.size)
     out = window.out_size(size)
-    batch = symbol("batch") if x.shape[0] is None else x.shape[0]
+    inputs = symbol("batch") if x.shape[0] is None else x.shape[0]
+    batch = inputs // op.frames.count * op.frames.out if op.frames != STILL else inputs
     source = Planes(*(size if op.depthwise else window.phase_size(size)), op.source)
     target = Planes(*out, op.target)
-    images = Images(batch, op.channels, op.out_channels, source, target, window, sizes)
+    images = Images(
+        batch, op.channels, op.out_channels, source, target, window, sizes, inputs, op.frames
+    )
     return images, [Planes(*out, border) for border in op.residuals]
 
 
@@ -212,6 +219,7 @@ def _block_diagonal(matrix: np.ndarray, groups: int) -> np.ndarray:
 
 def size_title(op: Convolution) -> str:
     """Extents of a convolution, for names of kernels."""
-    kernel = "x".join(map(str, op.kernel))
+    over_time = (op.frames.kernel,) if op.frames != STILL else ()
+    kernel = "x".join(map(str, (*over_time, *op.kernel)))
     size = "x".join("any" if extent is None else str(extent) for extent in op.size)
     return f"{op.out_channels}x{op.channels}x{kernel}_on_{size}"

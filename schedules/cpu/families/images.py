@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sparse_tvm.families import Extents, Kernel
+from sparse_tvm.operators import PadFrames, PixelShuffle
 from sparse_tvm.schedules.cpu.families.extents import known_or_symbols, symbols_of
 from sparse_tvm.schedules.cpu.families.rows import MovesOnly
 from sparse_tvm.schedules.cpu.image_operators import (
@@ -14,6 +15,7 @@ from sparse_tvm.schedules.cpu.image_operators import (
     ImagePack,
     ImagePooling,
     ImageReduction,
+    ImageShuffle,
 )
 from sparse_tvm.schedules.cpu.planes import Border, Image, Planes, Rows
 from sparse_tvm.schedules.cpu.simd import Simd
@@ -58,6 +60,25 @@ class ImagePackFamily(MovesOnly[ImagePack]):
 
 def _image(size: tuple[Any, Any], border: Border | None) -> Image:
     return Rows(*size) if border is None else Planes(*size, border)
+
+
+@dataclass(frozen=True)
+class PadFramesFamily(MovesOnly[PadFrames]):
+    """The kernel of :mod:`sparse_tvm.schedules.cpu.frames`, of images in any layout."""
+
+    name: ClassVar[str] = "pad_frames"
+    operator: ClassVar[type[PadFrames]] = PadFrames
+
+    def build(
+        self, op: PadFrames, operands: Sequence[Extents], output: Extents, target: Target
+    ) -> Kernel:
+        from sparse_tvm.schedules.cpu.frames import pad_frames
+
+        (x,) = operands
+        names = ("batch", "channels", "height", "width")[: len(x.shape)]
+        images, channels, *size = known_or_symbols(x, names)
+        function = pad_frames(images, op.count, op.pads, channels, size, Simd.of(target))
+        return Kernel(self.name, function)
 
 
 @dataclass(frozen=True)
@@ -118,3 +139,38 @@ class ImageReductionFamily(MovesOnly[ImageReduction]):
         source, operation = Planes(*size, op.source), _OPERATIONS[op.function]
         function = image_reduction(batch, channels, source, operation, sizes, Simd.of(target))
         return Kernel(f"global_{op.function}", function)
+
+
+@dataclass(frozen=True)
+class PixelShuffleFamily(MovesOnly[PixelShuffle]):
+    """What becomes an `ImageShuffle` when images get their layout."""
+
+    name: ClassVar[str] = "pixel_shuffle"
+    operator: ClassVar[type[PixelShuffle]] = PixelShuffle
+
+    def build(
+        self, op: PixelShuffle, operands: Sequence[Extents], output: Extents, target: Target
+    ) -> Kernel:
+        raise ValueError(f"{self.name} is of images that are not in planes")
+
+
+@dataclass(frozen=True)
+class ImageShuffleFamily(MovesOnly[ImageShuffle]):
+    """The kernel of :mod:`sparse_tvm.schedules.cpu.pixel_shuffle`."""
+
+    name: ClassVar[str] = "image_shuffle"
+    operator: ClassVar[type[ImageShuffle]] = ImageShuffle
+
+    def build(
+        self, op: ImageShuffle, operands: Sequence[Extents], output: Extents, target: Target
+    ) -> Kernel:
+        from sparse_tvm.schedules.cpu.pixel_shuffle import pixel_shuffle
+
+        size, sizes = symbols_of(op.size)
+        batch, channels, _ = known_or_symbols(operands[0], _AXES)
+        height, width = (size[i] * op.blocks[i] - op.starts[i] - op.ends[i] for i in (0, 1))
+        source, wanted = Planes(*size, op.source), Planes(height, width, op.target)
+        function = pixel_shuffle(
+            batch, channels, source, wanted, op.blocks, op.starts, sizes, Simd.of(target)
+        )
+        return Kernel("pixel_shuffle_" + "x".join(map(str, op.blocks)), function)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from sparse_tvm.families import Extents, Kernel, Wish, Work
-from sparse_tvm.operators import Convolution, Layout, QuantisedConvolution
+from sparse_tvm.operators import STILL, Convolution, Layout, QuantisedConvolution
 from sparse_tvm.schedules.cpu import word_weights
 from sparse_tvm.schedules.cpu.conv_cost import plane_vectors
 from sparse_tvm.schedules.cpu.dots import Dot
@@ -91,6 +91,8 @@ class WordConvolutionFamily(ImageFamily):
             return f"{self.name} computes quantised convolutions only"
         if len(op.size) != 2:
             return f"{self.name} has no kernel for {len(op.size)} spatial dimensions"
+        if op.frames != STILL:
+            return f"{self.name} has no kernel for videos"
         if op.groups > 1 and (not op.depthwise or op.out_channels != op.channels):
             return f"{self.name} has no kernel for {op.groups} groups of {op.channels} channels"
         return self.lacks(target)
