@@ -23,6 +23,9 @@ _SPARSE_SUMS = 16
 
 _NEAR_SHARE, _NEAR_SHARE_OF_WINDOWS = 1.0, 0.5
 _SECOND_CACHE_SHARE = 0.6
+_FAR = 6.0
+"""How many times the first cache a dense weight's rows must read of an image to do so in parts."""
+
 _STREAMED_WEIGHT_BYTES = 256 << 10
 _WINDOW_INDEX_CYCLES = 0.4
 _DENSE_LOOP = 1.04
@@ -36,16 +39,21 @@ def blocking(op: Convolution, format: str, rows: int, target: Target) -> dict[st
     parameters = {"vectors": vectors}
     weight_bytes = 4 * op.matrix[0] * op.matrix[1]
     window = window_of(op)
+    taps = window.taps * op.frames.kernel
     if format == "dense":
         planes = op.channels * len(window.phases)
-        image_bytes = 4 * planes * plane_vectors(op, simd) * simd.lanes
+        image_bytes = 4 * planes * plane_vectors(op, simd) * simd.lanes * op.frames.kernel
         room = min(weight_bytes, _SECOND_CACHE_SHARE * target.caches.l2)
         # Four rows by three vectors use a line too seldom for the image to pass all the time.
-        if image_bytes < room and (window.taps > 1 or simd.registers >= 32):
+        if image_bytes < room and (taps > 1 or simd.registers >= 32):
             parameters["rows_outermost"] = 1
+            return parameters
+        near = _read_bytes(op, vectors, simd) / target.caches.l1
+        if near > _FAR:
+            parameters["parts"] = min(round(near), op.channels)
         return parameters
-    share = _NEAR_SHARE if window.taps == 1 else _NEAR_SHARE_OF_WINDOWS
-    if rows < 4 or window.taps > 1:
+    share = _NEAR_SHARE if taps == 1 else _NEAR_SHARE_OF_WINDOWS
+    if rows < 4 or taps > 1:
         share *= min(rows, 2)  # blocks load a vector less often
         near = _read_bytes(op, vectors, simd) / (share * target.caches.l1)
         parameters["parts"] = max(1, min(round(near), op.channels))
@@ -63,12 +71,18 @@ def _group(format: str, rows: int, simd: Simd) -> int:
 
 
 def dense_rows(op: Convolution, target: Target) -> int:
-    """Rows of the register block of a dense kernel: the most multiply-adds per load."""
+    """Rows of the register block of a dense kernel: the most multiply-adds per load.
+
+    LLVM unrolls the loop over a window's taps. Where it does not know how far they are from each
+    other, it computes that ahead, and wants a register, or sums would go to the stack.
+    """
     simd = Simd.of(target)
+    spare = int(window_of(op).taps * op.frames.kernel > 1 and None in op.size)
 
     def per_load(rows: int) -> float:
         vectors = min(plane_vectors(op, simd), _group("dense", rows, simd))
-        return rows * vectors / (rows + vectors) if simd.fits(rows, vectors) else 0.0
+        fits = simd.fits(rows, vectors) and rows * vectors + vectors + spare < simd.registers
+        return rows * vectors / (rows + vectors) if fits else 0.0
 
     return min(op.out_channels, max(range(1, 17), key=per_load))
 
@@ -89,7 +103,7 @@ def conv_seconds(
         near = _read_bytes(op, limit, simd) / parts
         lines = vectors * line_cycles(near, target) * simd.lanes / LANES
         block = max(fmas, weights) + lines + costs.index  # too short for both to overlap
-        block += _WINDOW_INDEX_CYCLES if window_of(op).taps > 1 else 0.0
+        block += _WINDOW_INDEX_CYCLES if window_of(op).taps * op.frames.kernel > 1 else 0.0
     else:
         block = max(fmas, weights + vectors * costs.load) * _DENSE_LOOP
     segments = parts * -(-op.out_channels // rows)
@@ -122,4 +136,4 @@ def _read_bytes(op: Convolution, vectors: int, simd: Simd) -> float:
     apart = kernel_rows * (run + LANES)
     together = run + (kernel_rows - 1) * window.dilation[0] * pitch + LANES
     elements = run if window.taps == 1 else min(apart, together)
-    return float(4 * op.channels * elements)
+    return float(4 * op.channels * op.frames.kernel * elements)

@@ -12,6 +12,7 @@ from sparse_tvm.operators import Convolution, Layout
 from sparse_tvm.schedules.cpu.conv_cost import blocking, dense_rows
 from sparse_tvm.schedules.cpu.conv_planes import Images, conv_planes
 from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
+from sparse_tvm.schedules.cpu.lane_tiles import symbol
 from sparse_tvm.schedules.cpu.planes import Border, Planes, Window
 from sparse_tvm.targets import TARGETS
 
@@ -29,7 +30,8 @@ def innermost_loops(assembly: str) -> list[str]:
 @pytest.mark.parametrize("target", LEVELS, ids=[target.name for target in LEVELS])
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("form", ["dense", "csr", "2x1", "4x1"])
-def test_inner_loops_keep_sums_in_registers(target, kernel, form):
+@pytest.mark.parametrize("known", [True, False], ids=["one size", "any size"])
+def test_inner_loops_keep_sums_in_registers(target, kernel, form, known):
     pads = (kernel // 2,) * 4
     window = Window((kernel, kernel), pads=pads)
     op = Convolution(
@@ -37,7 +39,7 @@ def test_inner_loops_keep_sums_in_registers(target, kernel, form):
         matrix=(OUT, CHANNELS * kernel * kernel),
         channels=CHANNELS,
         out_channels=OUT,
-        size=(SIZE, SIZE),
+        size=(SIZE, SIZE) if known else (None, None),
         kernel=(kernel, kernel),
         stride=(1, 1),
         dilation=(1, 1),
@@ -46,8 +48,10 @@ def test_inner_loops_keep_sums_in_registers(target, kernel, form):
     format = form if form in ("dense", "csr") else "bsr"
     rows = {"dense": dense_rows(op, target), "csr": 1}.get(form) or int(form[0])
     layout = Layout("test", format, (rows, 1)).having(**blocking(op, format, rows, target))
-    planes = Planes(SIZE, SIZE, window.reads.with_gap(1))
-    images = Images(1, CHANNELS, OUT, planes, Planes(SIZE, SIZE, Border(1)), window)
+    size = (SIZE, SIZE) if known else (symbol("height"), symbol("width"))
+    source, wanted = Planes(*size, window.reads.with_gap(1)), Planes(*size, Border(1))
+    sizes = [] if known else size
+    images = Images(1, CHANNELS, OUT, source, wanted, window, sizes)
     function = conv_planes(images, layout, [], [], simd(target))
     with (
         tvm.target.Target(target.tvm_target()),
