@@ -31,7 +31,7 @@ from sparse_tvm.schedules.cpu.attention import attention
 from sparse_tvm.schedules.cpu.attention_operands import AttentionProblem, InTiles
 from sparse_tvm.schedules.cpu.lane_tiles import Tiles
 from sparse_tvm.schedules.cpu.normalize import layer_norm
-from sparse_tvm.schedules.cpu.simd import LANES, group_limit
+from sparse_tvm.schedules.cpu.simd import LANES, group_of
 from sparse_tvm.sparsity.statistics import MeasuredWeight
 from sparse_tvm.targets import get_target
 
@@ -103,7 +103,7 @@ def layer_work(
     layout = choose(op, MeasuredWeight(w), options, backend, machine.target).layout
     parts = layout.get("parts", 1)
     kernel = matmul_kernel(w, layout, TOKENS, machine.target, [Bias()])
-    groups = TOKENS // LANES // group_limit(layout.block[0], simd_of(machine.target))
+    groups = TOKENS // LANES // group_of(layout, simd_of(machine.target))
     nnz = np.count_nonzero(w)
     name = layout.format + (f" {layout.block[0]}x1" if layout.format == "bsr" else "")
     name += f" {sparsity:.0%}" if layout.sparse else ""

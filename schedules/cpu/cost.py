@@ -61,7 +61,7 @@ def matmul_cycles(
     tiles = _tiles_per_group(limit, tokens)
     vectors = tiles * simd.per_tile
     fmas = rows * vectors * _fma_cycles(rows, limit, target, tokens)
-    weights = -(-rows // costs.scalars_per_load) * costs.load
+    weights = -(-rows // costs.scalars_per_load) / simd.weights_together(layout) * costs.load
     if layout.sparse:
         lines = tiles * line_cycles(_x_bytes(shape[1], tiles) / parts, target)
         block = columns * max(fmas, weights + lines) + costs.index
@@ -116,9 +116,11 @@ def line_cycles(x_bytes: float, target: Target) -> float:
     return near + (1 - hits) * target.costs.l2_line
 
 
-def part_counts(k_in: int, rows: int, target: Target, tokens: int = TYPICAL_TOKENS[0]) -> list[int]:
+def part_counts(
+    k_in: int, layout: Layout, target: Target, tokens: int = TYPICAL_TOKENS[0]
+) -> list[int]:
     """Numbers of parts worth a look: one, and those with X about as large as the first cache."""
-    tiles = min(group_limit(rows, Simd.of(target)), tiles_of(tokens))
+    tiles = min(group_of(layout, Simd.of(target)), tiles_of(tokens))
     caches = _x_bytes(k_in, tiles) / target.caches.l1
     return sorted({1, *(max(1, round(caches * share)) for share in (0.75, 1.0, 1.5))})
 

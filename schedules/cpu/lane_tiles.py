@@ -122,6 +122,34 @@ def splat(value: Expr, simd: Simd) -> Expr:
     return T.broadcast(value, simd.lanes)
 
 
+def splats(buffer: Buffer, first: Expr, simd: Simd) -> list[Expr]:
+    """Each of four elements in every lane of eight, all of one load.
+
+    ``buffer`` has one dimension, and the expressions are to be used where they are made.
+    """
+    four = buffer[span(first, 4)]
+    kept = Registers(1, 1, simd)
+    # Both halves of a vector hold all four, for shuffles stay within halves. The fence, which is no
+    # instruction, keeps LLVM from seeing that, and from loading each element by itself.
+    both = tirx.Shuffle([four, four], list(range(simd.lanes)))
+    kept.set(0, 0, T.call_llvm_pure_intrin(f"float32x{simd.lanes}", "llvm.arithmetic.fence", both))
+    halves = range(0, simd.lanes, 4)
+    return [
+        tirx.Shuffle([kept.get(0, 0)], [half + i for half in halves for _ in range(4)])
+        for i in range(4)
+    ]
+
+
+def small_integers(buffer: Buffer, first: Expr) -> list[Expr]:
+    """Four elements as int64; of uint16, one load brings all, and stays out of vector registers."""
+    if str(buffer.dtype) != "uint16":
+        return [scalar(buffer[first + i], "int64") for i in range(4)]
+    word, bits = scalar(T.reinterpret("uint64", buffer[span(first, 4)]), "uint64"), 16
+    mask = tirx.const((1 << bits) - 1, "uint64")
+    shifted = [T.shift_right(word, tirx.const(bits * i, "uint64")) for i in range(4)]
+    return [scalar(T.bitwise_and(value, mask), "int64") for value in shifted]
+
+
 def broadcast(value: Expr, lanes: int) -> Expr:
     """A scalar in each of so many lanes."""
     return T.broadcast(value, lanes) if lanes > 1 else value

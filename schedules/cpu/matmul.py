@@ -19,7 +19,9 @@ over.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -37,7 +39,9 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     prefetch,
     prim_func,
     scalar,
+    small_integers,
     splat,
+    splats,
     symbol,
     unrolled,
     zero,
@@ -46,7 +50,7 @@ from sparse_tvm.schedules.cpu.row_matmul import few_rows
 from sparse_tvm.schedules.cpu.simd import ROW_COUNTS, Simd, group_of
 from sparse_tvm.schedules.cpu.stored_weight import Epilogue, StoredWeight
 
-_CHAINS = 4
+_CHAINS, _LOADED_TOGETHER_CHAINS = 4, 8
 """Independent sums that a loop over blocks has at least, if it has the registers."""
 
 
@@ -117,6 +121,7 @@ class _WholeTiles:
         self.epilogue, self.simd = epilogue, simd
         self.block = weight.layout.block[0]
         self.limit = group_of(weight.layout, simd)
+        self.together = simd.weights_together(weight.layout)
 
     def run(self) -> None:
         """Emit the kernel, on all threads."""
@@ -187,7 +192,8 @@ class _WholeTiles:
 
         # A short sum would wait for itself: it is kept in several, of every so many blocks.
         room = self.simd.accumulators // (rows * vectors.count)
-        chains = max(1, min(room, -(-_CHAINS // (rows * vectors.count))))
+        least = _LOADED_TOGETHER_CHAINS if self.together > 1 else _CHAINS
+        chains = max(1, min(room, -(-least // (rows * vectors.count))))
         sums = [Registers(rows, vectors.count, self.simd) for _ in range(chains)]
         for other in sums[1:]:
             other.fill(lambda row, vector: zero(self.simd))
@@ -201,7 +207,9 @@ class _WholeTiles:
                     sums[0].fill(lambda row, vector: y[tuple(at(row, vector))])
         self._accumulate(sums, part, segment, block_row, skipped, vectors)
         if chains > 1:
-            sums[0].fill(lambda row, vector: sum(s.get(row, vector) for s in sums))
+            sums[0].fill(
+                lambda row, vector: reduce(operator.add, [s.get(row, vector) for s in sums])
+            )
 
         def save() -> None:
             for row in range(rows):
@@ -268,6 +276,9 @@ class _WholeTiles:
         first = scalar(weight.indptr[segment])
         count = scalar(weight.indptr[segment + 1] - first)
         weight.prefetch(first, count)
+        if self.together > 1:
+            self._accumulate_together(sums, first, count, vectors)
+            return
 
         def one_column(into: Registers, at: Expr, column: Expr, c: int) -> None:
             into.multiply_add(lambda row: weight.data[at, c, row], lambda v: x(column + c, v))
@@ -279,3 +290,26 @@ class _WholeTiles:
                 one_column(sums[chain], at, column, c)
 
         unrolled(count, len(sums), block)
+
+    def _accumulate_together(
+        self, sums: list[Registers], first: Expr, count: Expr, vectors: TileVectors
+    ) -> None:
+        """The same for single weights, of which one load brings several."""
+        weight, together = self.weight, self.together
+        data = T.decl_buffer(weight.data.shape[:1], "float32", data=weight.data.data)
+
+        def add(into: Registers, column: Expr, value: Expr) -> None:
+            for v in range(vectors.count):
+                tile, lanes = vectors.at(v)
+                # In 64 bits, for only these leave the column alone to be added in the loop.
+                x = self.x[T.Cast("int64", tile), column, lanes]
+                into.set(0, v, into.get(0, v) + value * x)
+
+        with T.serial(0, count // together) as i:
+            at = scalar(first + i * together)
+            values, columns = splats(data, at, self.simd), small_integers(weight.indices, at)
+            for step in range(together):
+                add(sums[step % len(sums)], columns[step], values[step])
+        with T.serial(0, count % together) as i:
+            at = scalar(first + count // together * together + i)
+            add(sums[0], scalar(weight.indices[at], "int64"), splat(data[at], self.simd))

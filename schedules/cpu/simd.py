@@ -62,6 +62,16 @@ class Simd:
         """Vectors in one tile."""
         return LANES // self.lanes
 
+    def weights_together(self, layout: Layout) -> int:
+        """How many weights of a row one load brings.
+
+        Four in a CSR row of AVX2, whose shuffles spread any element of four over all lanes. Loads
+        are what such a row is bound by. SSE2's shuffles would need a copy first, and with AVX-512
+        half as many loads bring the weights.
+        """
+        avx2 = self.lanes == 8
+        return 4 if avx2 and layout.sparse and layout.block == (1, 1) else 1
+
 
 def tiles_of(rows: Any) -> Any:
     """Tiles that hold this many rows."""
@@ -70,6 +80,8 @@ def tiles_of(rows: Any) -> Any:
 
 MAX_GROUP = 4
 """Tiles whose accumulators share a pass over W: enough to reuse each weight 64 times."""
+
+_WEIGHTS_TOGETHER_GROUP = 2
 
 ROW_COUNTS = (1, 2, 4, 8)
 """Rows of activations, in all, that there are kernels of their own for: fewer count as so many."""
@@ -110,8 +122,13 @@ def group_limit(rows: int, simd: Simd) -> int:
 
 
 def group_of(layout: Layout, simd: Simd) -> int:
-    """Tiles per group that a layout asks for (its parameter ``group``), or as many as fit."""
-    return layout.get("group", group_limit(rows_per_pass(layout, simd), simd))
+    """Tiles per group that a layout asks for (its parameter ``group``), or as many as fit.
+
+    Where weights come together, two: half as many columns are a part's then, whose rows are as
+    much longer, and another tile would save few loads.
+    """
+    most = _WEIGHTS_TOGETHER_GROUP if simd.weights_together(layout) > 1 else MAX_GROUP
+    return layout.get("group", min(most, group_limit(rows_per_pass(layout, simd), simd)))
 
 
 _MAX_DOT_GROUP = 8

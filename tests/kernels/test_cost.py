@@ -62,7 +62,7 @@ def test_parts_pay_where_the_second_cache_is_far(target):
     target = replace(target, costs=replace(target.costs, l2_line=20.0))
     whole, *split = (
         matmul_cycles(shape, layout.having(parts=parts), blocks, target)
-        for parts in part_counts(shape[1], 1, target)
+        for parts in part_counts(shape[1], layout, target)
     )
     assert min(split) < whole
 

@@ -79,8 +79,8 @@ class MatmulFamily(WeightedFamily[Dense]):
                 parts = dense_parts(weight.shape[1], rows, target)
                 found.append(layout.having(parts=parts) if parts > 1 else layout)
         for format, block in wished_blocks(weight, wish):
-            for parts in part_counts(weight.shape[1], block[0], target):
-                layout = Layout(self.name, format, block)
+            layout = Layout(self.name, format, block)
+            for parts in part_counts(weight.shape[1], layout, target):
                 found.append(layout.having(parts=parts) if parts > 1 else layout)
         return found
 
@@ -94,9 +94,9 @@ class MatmulFamily(WeightedFamily[Dense]):
             whole = Layout(self.name, "dense", (_DENSE_ROWS, 1))
             found += [whole, whole.having(parts=4), whole.having(parts=8)]
         for format, block in wished_blocks(weight, wish):
-            likely = part_counts(weight.shape[1], block[0], target)
+            layout = Layout(self.name, format, block)
+            likely = part_counts(weight.shape[1], layout, target)
             for parts in sorted({1, 2, *likely, 2 * max(likely)}):
-                layout = Layout(self.name, format, block)
                 found.append(layout.having(parts=parts) if parts > 1 else layout)
         halves = {layout: group_of(layout, simd) // 2 for layout in found}
         found += [one.having(group=half) for one, half in halves.items() if half]
