@@ -42,6 +42,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
 )
 from sparse_tvm.schedules.cpu.row_attention import FEW_QUERIES, few_queries, takes_few_queries
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
+from sparse_tvm.schedules.cpu.visible_keys import visible_tiles
 
 _KEY_BLOCK = 8
 _MAX_GROUP = 2
@@ -124,9 +125,10 @@ class _Attention:
                 key_head = scalar(problem.key_head(head))
                 if packed is not None:
                     self._pack_queries(packed, lead, head, first, size)
-                self._score(scores, packed, lead, head, key_head, vectors)
-                total = self._soft_max(scores, lead, head, vectors)
-                self._weigh(scores, total, lead, head, key_head, vectors)
+                shown = visible_tiles(problem, self.mask, lead, head, vectors, self.simd)
+                self._score(scores, packed, lead, head, key_head, vectors, shown)
+                total = self._soft_max(scores, lead, head, vectors, shown)
+                self._weigh(scores, total, lead, head, key_head, vectors, shown)
 
             for_group_sizes(queries.per_lead, self.group, job // heads % groups, body)
 
@@ -150,8 +152,10 @@ class _Attention:
         head: Expr,
         key_head: Expr,
         vectors: TileVectors,
+        shown: tuple[Expr, Expr],
     ) -> None:
-        """Keys times queries."""
+        """Keys times queries, for the groups of keys from one to another."""
+        first, stop = shown
         q, k = self.problem.q, self.problem.k
 
         def query(vector: int, d: Expr) -> Expr:
@@ -174,10 +178,10 @@ class _Attention:
                         place = self._place(tile * LANES + i * self.block + row, vector)
                         T.buffer_store(scores, acc.get(row, vector), place)
 
-        with T.serial(0, k.full_tiles) as tile:
-            blocks(tile, k.at)
+        with T.serial(0, _between(first, tirx.min(stop, k.full_tiles))) as tile:
+            blocks(first + tile, k.at)
         if isinstance(k, ByHeads) and not (isinstance(k.rows, int) and k.rows % LANES == 0):
-            with T.serial(0, self.problem.key_tiles - k.full_tiles):
+            with T.serial(0, _between(k.full_tiles, stop)):
                 blocks(k.full_tiles, k.at_most)
 
     def _add_products(
@@ -211,12 +215,22 @@ class _Attention:
             with T.serial(0, extent % steps) as i:
                 add(extent // steps * steps + i, 1)
 
-    def _soft_max(self, scores: Buffer, lead: Expr, head: Expr, vectors: TileVectors) -> Registers:
+    def _soft_max(
+        self,
+        scores: Buffer,
+        lead: Expr,
+        head: Expr,
+        vectors: TileVectors,
+        shown: tuple[Expr, Expr],
+    ) -> Registers:
         """Turn scores into weights; return what makes them sum up to one."""
-        problem, simd, count = self.problem, self.simd, self.problem.key_rows
+        problem, simd = self.problem, self.simd
+        first = shown[0] * LANES
+        count = _between(first, tirx.min(shown[1] * LANES, problem.key_rows))
         top = Registers(1, vectors.count, simd)
         top.fill(lambda _, vector: splat(T.float32(LOWEST), simd))
-        with T.serial(0, count) as key:
+        with T.serial(0, count) as i:
+            key = first + i
             for vector in range(vectors.count):
                 at = self._place(key, vector)
                 score = scores[tuple(at)] * splat(T.float32(problem.scale), simd)
@@ -230,9 +244,9 @@ class _Attention:
 
         total = Registers(1, vectors.count, simd)
         total.fill(lambda _, vector: zero(simd))
-        with T.serial(0, count) as key:
+        with T.serial(0, count) as i:
             for vector in range(vectors.count):
-                at = self._place(key, vector)
+                at = self._place(first + i, vector)
                 weight = Registers(1, 1, simd)
                 weight.set(0, 0, vector_math.exp(scores[tuple(at)] - top.get(0, vector)))
                 total.set(0, vector, total.get(0, vector) + weight.get(0, 0))
@@ -254,14 +268,17 @@ class _Attention:
         head: Expr,
         key_head: Expr,
         vectors: TileVectors,
+        shown: tuple[Expr, Expr],
     ) -> None:
         """Values times weights."""
+        beginning, stop = shown
         problem, v = self.problem, self.problem.v
 
         def block(first: Expr, live: int) -> None:
             acc = Registers(live, vectors.count, self.simd)
             acc.fill(lambda row, vector: zero(self.simd))
-            with T.serial(0, problem.key_tiles) as tile:
+            with T.serial(0, _between(beginning, stop)) as i:
+                tile = beginning + i
                 keys = tirx.min(LANES, problem.key_rows - tile * LANES)
 
                 def value(row: int, key: Expr) -> Expr:
@@ -279,6 +296,11 @@ class _Attention:
                     T.buffer_store(self.out, result, [lead, tile, feature, lanes])
 
         _blocks(v.size, self.block, block)
+
+
+def _between(first: Expr, stop: Expr) -> Expr:
+    """How many there are from the first on."""
+    return stop if isinstance(first, int) and first == 0 else tirx.max(stop - first, 0)
 
 
 def _blocks(extent: int, block: int, body: Callable[[Expr, int], None]) -> None:

@@ -209,3 +209,48 @@ def test_causal_mask():
     expected = reference(*(split(x, 2) for x in (q, k, v)), 0.5, mask)
     np.testing.assert_allclose(from_tiles(tiled, 20), expected, rtol=0, atol=5e-6)
     np.testing.assert_allclose(from_tiles(tiled, 20)[0, 0], v[0, 0], atol=1e-6)
+
+
+SHOWN = {
+    "causal": lambda query, key: key <= query,
+    "after a cache": lambda query, key: key <= query + 40,
+    "window": lambda query, key: abs(key - query) <= 9,
+    "causal, but some without keys": lambda query, key: (key <= query) & (query > 20),
+    "padded on both ends": lambda query, key: (key >= 35) & (key < 60) & (query >= 0),
+    "nothing": lambda query, key: (key < 0) & (query < 0),
+}
+
+
+@pytest.mark.parametrize("queries", [64, 70])
+@pytest.mark.parametrize("by_heads", [IN_TILES, BY_HEADS], ids=["in tiles", "by heads"])
+@every_form
+def test_hidden_keys(target, by_heads, queries):
+    """Attention to what masks show; what they hide from all queries of a tile is not even read."""
+    keys, heads, size, lows = 90, 2, 8, (LOWEST, -math.inf)
+    key, query = np.arange(keys)[None], np.arange(queries)[:, None]
+    seen = np.stack([np.broadcast_to(f(query, key), (queries, keys)) for f in SHOWN.values()] * 2)
+    low = np.repeat(np.float32(lows), len(SHOWN))[:, None, None]
+    rng, lead = np.random.default_rng(0), len(seen)
+    q, k, v = (
+        rng.standard_normal((lead, n, heads * size)).astype("float32")
+        for n in (queries, keys, keys)
+    )
+    mask = np.where(seen, rng.standard_normal(seen.shape), low).astype("float32")[:, None]
+    with np.errstate(invalid="ignore"):
+        expected = reference(*(split(x, heads) for x in (q, k, v)), 0.5, mask)
+    whole_tiles = queries % 16 == 0  # beside padding, all keys are read
+    for i in np.flatnonzero(seen.any(axis=2).all(axis=1) & whole_tiles):
+        groups = np.pad(seen[i].any(axis=0), (0, -keys % 16)).reshape(-1, 16).any(axis=1)
+        v[i, ~np.repeat(groups, 16)[:keys]] = np.nan
+    assert np.isnan(v).any() == whole_tiles
+    tiles = tiles_for(lead, queries, symbolic=False)
+    found = zip((q, k, v), by_heads, strict=True)
+    places, arguments = zip(
+        *(operand(x, heads, by, lead, False, "") for x, by in found), strict=True
+    )
+    form = Mask(lead=True, heads=False, queries=True, keys=True)
+    known = queries if by_heads == BY_HEADS else None
+    problem = AttentionProblem(*places, tiles, known, keys, 0.5, form)
+    kernel, out_shape = attention(problem, simd(target)), (lead, -(-queries // 16), 16, 16)
+    tiled = run(kernel, target, 1, [*arguments, to_tiles(mask[:, 0])], out_shape)
+    np.testing.assert_allclose(from_tiles(tiled, queries), expected, rtol=0, atol=5e-6)
