@@ -12,6 +12,7 @@ Everything else keeps its logical form.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,8 +144,12 @@ class _ImageLayout(Rewrite):
             op = ImagePack(size=_known(size), source=self._plan.border(expr))
             args = [self._planes[expr, None], relax.ShapeExpr(size)]
             rows = self.emit(dialect.call(op, args, (*shape[:2], Rows(*size).size)), "rows")
-            self._new[expr] = self.emit(relax.op.reshape(rows, shape))
+            self._new[expr] = self._reshaped(rows, shape)
         return super().new(expr)
+
+    def _reshaped(self, x: Any, shape: Sequence[Any]) -> Any:
+        """A tensor of another shape; a signal has that of its rows as it is."""
+        return x if same_shape(shape_of(x), shape) else self.emit(relax.op.reshape(x, shape))
 
     def _in_planes(self, image: Any) -> Any:
         """An image in planes, packed if need be."""
@@ -168,7 +173,7 @@ class _ImageLayout(Rewrite):
             extras = [self.weight(f"fill_{self._zeros[image]}", fill_word(self._zeros[image]))]
         if planes is None:
             shape = (batch, channels, Rows(*size).size)
-            planes = self.emit(relax.op.reshape(self.new(image), shape))
+            planes = self._reshaped(self.new(image), shape)
             source = None
         else:
             source = self._plan.border(image)

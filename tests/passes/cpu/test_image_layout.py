@@ -153,6 +153,19 @@ def test_one_conversion_at_each_end():
     assert planar(two) == planar(residual) == ["image_pack", *convolutions, "image_pack"]
 
 
+def test_signals_are_not_reshaped():
+    def body(emit, x, v, w):
+        y = emit(OP.nn.relu(emit(OP.nn.conv1d(x, v, padding=1))))
+        return OP.nn.conv1d(emit(OP.nn.softmax(y, 1)), w)
+
+    signal, weights = {"x": ("batch", 6, "length")}, {"v": (8, 6, 3), "w": (8, 8, 1)}
+    before = build(body, signal, weights)
+    assert "reshape" not in operators(apply(PASSES, before))
+    x = np.random.default_rng(0).standard_normal((2, 6, 21)).astype("float32")
+    expected = evaluate(build(body, {"x": x.shape}, weights), x)
+    np.testing.assert_allclose(compile_and_run(before, x), expected, rtol=0, atol=1e-5)
+
+
 def test_strided_convolution_reads_phases():
     names = planar(strided)
     assert names == ["image_pack", "image_convolution"] * 2 + ["image_pack"]
