@@ -127,6 +127,26 @@ def test_windows_that_never_fit_are_refused() -> None:
         import_onnx(model, {"x": (1, 1, range(1, 512))})
 
 
+def test_slices_and_sizes_after_windows_fit_each_other() -> None:
+    """What a window leaves is not negative: neither is what a slice of it ends with."""
+    graph = """(float[batch,1,length] x) => (float[batch,4,n] y, float[batch,4,m] z) {
+        a = Conv<strides=[5]>(x, w)
+        b = MaxPool<kernel_shape=[3], strides=[2]>(a)
+        padded = Conv<pads=[2, 2]>(b, v)
+        size = Shape<start=2, end=3>(b)
+        cut = Slice(padded, zero, minus, two)
+        y = Add(b, cut)
+        part = Slice(padded, zero, size, two)
+        z = Add(y, part)
+    }"""
+    ends = {name: np.array([value]) for name, value in (("zero", 0), ("minus", -1), ("two", 2))}
+    model = build(graph, w=normal(4, 1, 10), v=normal(4, 4, 4), **ends)
+    sizes = [{"batch": batch, "length": n} for batch, n in ((1, 20), (2, 29), (3, 30), (2, 55))]
+    imported = assert_same_as_onnxruntime(model, sizes=sizes)
+    assert imported.bounds["length"][0] == 20
+    assert imported.outputs[0].shape == ("batch", 4, "length // 10 - 1")
+
+
 @pytest.mark.parametrize("opset", [7, 9])
 def test_old_opsets_are_converted(opset: int) -> None:
     graph = """(float[n,8] x) => (float[n,4] y) {

@@ -23,6 +23,8 @@ from sparse_tvm.frontends.onnx.detach import size_of
 SUPPORTED_OPS = OPERATORS | frozenset(operators.RULES) | {"If"}
 """What can be imported."""
 
+_WINDOWS = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool")
+
 
 class SameSize(Exception):
     """Raised where an operator demands that two symbolic dimensions are the same.
@@ -185,6 +187,12 @@ class Importer:
         else:
             value = self.checked(output.value, node.tensors())
             shape = shape_of(value)
+            # Over less than its window an operator's output would have a negative size, and what
+            # comes after divides by that.
+            if node.op in _WINDOWS and not all(map(self.sizes.demand_positive, shape[2:])):
+                raise ValueError(
+                    "its window is larger than what it moves over; --input-shape can give more"
+                )
             if all(isinstance(size, int) for size in shape) and 0 in shape:
                 # No kernel need compute what has no elements, and few can.
                 value = self.normalize(relax.op.zeros(shape, value.ty.dtype))

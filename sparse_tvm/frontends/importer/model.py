@@ -17,7 +17,6 @@ from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.frontends.guard import bounded_memory
 from sparse_tvm.frontends.importer.graph import SUPPORTED_OPS, Importer, NodeError, SameSize
 from sparse_tvm.frontends.importer.input_ranges import Range, input_ranges, typical_ranges
-from sparse_tvm.frontends.importer.least_sizes import demand_windows_fit
 from sparse_tvm.frontends.importer.sizes import as_text
 from sparse_tvm.frontends.importer.tvm_adapter import abandon
 from sparse_tvm.frontends.input_shapes import InputShapes, Shapes, choose_shapes
@@ -225,7 +224,6 @@ def _import_program(
             shapes.merge(*same.names)
             continue
         ranges, typical = input_ranges(importer), typical_ranges(importer)
-        _check_windows(module, importer)
         _check_bounds(given, shapes)
         main = module["main"].with_attr("num_input", len(shapes.specs))
         module["main"] = main.with_attrs(_bound_attributes(shapes))
@@ -247,13 +245,6 @@ def _build(importer: Importer) -> tvm.IRModule:
         ) from cause
     finally:
         abandon(importer.builder)
-
-
-def _check_windows(module: tvm.IRModule, importer: Importer) -> None:
-    try:
-        demand_windows_fit(module, importer.sizes)
-    except ValueError as error:
-        raise ModelError(str(error), hint="give larger sizes with --input-shape") from error
 
 
 def _check_bounds(given: Mapping[str, tuple[int, int]], shapes: Shapes) -> None:

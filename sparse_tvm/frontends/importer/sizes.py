@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from typing import Any, TypeAlias
@@ -158,6 +159,29 @@ class Sizes:
                 return True
         return False
 
+    def demand_positive(self, size: Size) -> bool:
+        """Demand that a size is positive, and return False where it never is.
+
+        This raises the lower bound of the dimension that it grows with; there is none for a size
+        of several dimensions.
+        """
+        if self.compare("Greater", size, 0):
+            return True
+        dimensions = tirx.analysis.undefined_vars(as_expr(size))
+        if len(dimensions) != 1:
+            return len(dimensions) > 1
+        [dimension] = dimensions
+        low, high = self.bounds.get(dimension.name, (1, LARGEST_SIZE))
+        least = low + bisect_left(
+            range(low, high + 1), True, key=lambda value: _at(size, dimension, value) > 0
+        )
+        if least > high:
+            return False
+        if least > low:
+            self.bounds[dimension.name] = least, high
+            self.declare(dimension)
+        return True
+
 
 def is_number(size: Size, number: int) -> bool:
     """Whether a size is a certain number."""
@@ -175,6 +199,13 @@ def as_text(size: Size) -> int | str:
     if isinstance(simple, tirx.IntImm):
         return int(simple)
     return re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(simple)).replace("T.", "")
+
+
+def _at(size: Size, dimension: tirx.Var, value: int) -> int:
+    """Return a size of one dimension at a value of that."""
+    analyzer = tvm.sym.Analyzer()
+    analyzer.bind(dimension, as_expr(value))
+    return int(analyzer.simplify(as_expr(size)))
 
 
 def _without(sizes: list[Size], removed: Size) -> list[Size]:
