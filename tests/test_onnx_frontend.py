@@ -178,6 +178,19 @@ def test_gather_wraps_negative_indices_and_clamps_the_others():
     np.testing.assert_array_equal(rows, table[[0, 9, 9, 9]])
 
 
+@pytest.mark.parametrize(
+    "graph",
+    [
+        "(float[3,4,16] x) => (float[2,16] y) { y = GatherND(x, ids) }",
+        "(double[4,16] x) => (bool[4,16] y) { y = IsInf<detect_negative=0>(x) }",
+    ],
+    ids=["negative constant indices", "double"],
+)
+def test_constants_keep_their_types(graph):
+    tensors = {"ids": np.array([[-1, 2], [0, -4]])} if "ids" in graph else {}
+    assert_same_as_onnxruntime(build(graph, opset=20, **tensors))
+
+
 def test_constant_subgraphs_are_folded():
     graph = """(float[2,16] x) => (float[32] y) {
         shape = Shape(x)

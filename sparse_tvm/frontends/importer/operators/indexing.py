@@ -176,13 +176,13 @@ def _places(node: Node) -> list[int | None] | None:
 def wrap(node: Node, indices: relax.Expr, extents: Sequence[Size]) -> relax.Expr:
     """Let negative indices count from the end, as ONNX demands."""
     extent = Known.shape(extents) if len(extents) > 1 else Known.scalar(extents[0], "int64")
+    dtype = str(indices.ty.dtype)
     if isinstance(indices, GenericConst):
         values = indices.value.numpy()
         if not (values < 0).any():
             return indices
-        if extent.is_constant:
-            return relax.const(np.where(values < 0, values + extent.constant(), values))
-    dtype = str(indices.ty.dtype)
+        if extent.is_constant:  # without a type, TVM would make int32 of them
+            return relax.const(np.where(values < 0, values + extent.constant(), values), dtype)
     size = node.scope.normalize(materialise(Known(extent.elements, dtype)))
     wrapped = relax.op.add(indices, size)
     negative = relax.op.less(indices, relax.const(0, dtype))

@@ -92,8 +92,8 @@ def _lp_normalization(node: Node) -> Any:
         norm = relax.op.sum(relax.op.abs(data), axis, keepdims=True)
     else:
         norm = relax.op.sqrt(relax.op.sum(relax.op.multiply(data, data), axis, keepdims=True))
-    zero = relax.const(np.zeros((), dtype))
-    one = relax.const(np.ones((), dtype))
+    zero = relax.const(np.zeros((), dtype), dtype)
+    one = relax.const(np.ones((), dtype), dtype)
     # The standard has 0 where the norm is 0.
     divisor = relax.op.where(relax.op.equal(norm, zero), one, norm)
     return node.emit(relax.op.divide(data, divisor))
@@ -119,7 +119,7 @@ def _is_inf(node: Node) -> Any:
         raise NotInForm
     data = node.tensor(0)
     found = relax.op.isinf(data)
-    zero = relax.const(np.zeros((), node.dtype(0)))
+    zero = relax.const(np.zeros((), node.dtype(0)), node.dtype(0))
     if not node.attributes.get("detect_negative", 1):
         found = relax.op.logical_and(found, relax.op.greater(data, zero))
     if not node.attributes.get("detect_positive", 1):

@@ -80,7 +80,9 @@ def _of_nothing(node: Node, axes: list[int], keepdims: bool) -> Any:
     shape = [1 if axis in axes else size for axis, size in enumerate(node.shape(0))]
     if not keepdims:
         shape = [size for axis, size in enumerate(shape) if axis not in axes]
-    return node.emit(relax.op.broadcast_to(relax.const(np.asarray(empty, dtype)), shape))
+    return node.emit(
+        relax.op.broadcast_to(relax.const(np.asarray(empty, dtype), dtype.name), shape)
+    )
 
 
 def _on_known(node: Node, axes: list[int], keepdims: bool) -> Known:
