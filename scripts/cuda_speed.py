@@ -3,8 +3,9 @@
     python scripts/cuda_speed.py [--layers] [--bert] [--sparselt] [--jobs 8] [--batches 1,16,64,256]
 
 Needs a GPU and PyTorch with CUDA. Models are compiled first, as many at once as ``--jobs`` says.
-A layer's time is its kernel's on the device, by CUPTI (PyTorch's profiler), the median of 20 calls,
-between kernels that make float16 of its input and read its output; it has a bias, as cuBLAS's.
+A layer's time is its kernel's on the device, by CUPTI (PyTorch's profiler), from the end of the
+kernel before where it was launched early, the median of 20 calls, between kernels that make float16
+of its input and read its output; it has a bias, as cuBLAS's.
 cuSPARSELt's is the fastest of its algorithms. A model's time is the wall clock's over ten runs one
 after another in one stream, with inputs and outputs on the device, the median of seven such;
 engines take turns. Outputs are compared with ONNX Runtime's in float32 where the batch is small,
@@ -170,7 +171,12 @@ def kernel_seconds(call: Callable[[], Any], which: int = 0, repeats: int = 20) -
     found = [e for e in profiler.events() if e.device_time > 0 and not e.name.startswith("Mem")]
     found.sort(key=lambda event: event.time_range.start)
     each = len(found) // repeats
-    return median(event.device_time for event in found[which::each]) * 1e-6
+    ends = [float("-inf"), *(event.time_range.end for event in found)]
+    alone = [
+        event.time_range.end - max(event.time_range.start, end)
+        for event, end in zip(found, ends, strict=False)
+    ]
+    return median(alone[which::each]) * 1e-6
 
 
 def cublas_seconds(n: int, k: int, tokens: int) -> float:

@@ -157,8 +157,8 @@ def _warpgroups(layout: Layout) -> Iterator[Kernel]:
 
 
 def _norm(width: int) -> Kernel:
-    x, residual = Extents((4096, width), "float16"), Extents((4096, width))
-    kernel = layer_norm(x, x, 1e-5, both=True, residual=residual)
+    x, remainder = Extents((4096, width), "float16"), Extents((4096, width), "uint8")
+    kernel = layer_norm(x, x, 1e-5, remainder.dtype, x, remainder)
     source = device_source(compile_kernel(kernel, CUDA_TARGETS[0]))
     return Kernel(f"layer norm of {width}, residual", source, 128, 0)
 

@@ -483,17 +483,20 @@ class Attention(Operator):
 class LayerNorm(Operator):
     """``(x - mean) / sqrt(variance + epsilon) * gamma + beta`` over the last axis.
 
-    ``residual`` tells that another tensor is added to x before; ``both``, that there are two
-    results: the output, and the same in float32. Unless ``centred`` neither the mean nor beta is
-    part of it, and the variance is the mean of squares: RMS norm (arXiv:1910.07467).
+    ``residual`` tells that another tensor is added to x before, and ``remainder``, that it comes in
+    two: what was rounded to 16 bits, and what rounding it left. ``second`` is the type of a second
+    result, if there is one: of float32, the same as the first, or of uint8, what rounding left of
+    it. Unless ``centred`` neither the mean nor beta is part of it, and the variance is the mean of
+    squares: RMS norm (arXiv:1910.07467).
     """
 
     name: ClassVar[str] = "layer_norm"
-    operands: ClassVar[str] = "x, gamma, beta?, residual?"
+    operands: ClassVar[str] = "x, gamma, beta?, residual?, remainder?"
 
     epsilon: float
     residual: bool = False
-    both: bool = False
+    remainder: bool = False
+    second: str | None = None
     centred: bool = True
 
 

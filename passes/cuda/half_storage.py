@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from tvm import relax, te, tirx, topi
 
-from sparse_tvm.operators import PRECISIONS, Operator
+from sparse_tvm.operators import PRECISIONS, LayerNorm, Operator
 from sparse_tvm.passes import dialect
-from sparse_tvm.passes.cuda.stored_forms import VIEWS, StoredForms, wanted_forms
+from sparse_tvm.passes.cuda.stored_forms import REMAINDER, VIEWS, StoredForms, wanted_forms
 from sparse_tvm.passes.graph import Rewrite, dtype_of, is_tensor, op_name, same_shape, shape_of
 from sparse_tvm.passes.infrastructure import Context, graph_pass
 from sparse_tvm.passes.program import Program
@@ -62,18 +62,31 @@ class _HalfStorage(Rewrite):
     def _ours(self, call: dialect.OperatorCall[Any], var: relax.Var) -> Any:
         """A call of an operator of ours, with its operands and results in their forms."""
         wanted = wanted_forms(call.op, len(call.args))
+        op = call.op
         args = [self._operand(arg, form) for arg, form in zip(call.args, wanted, strict=True)]
+        if isinstance(op, LayerNorm) and op.residual:
+            op, args = self._with_remainder(op, args, call.args[-1])
         forms = self._forms.of(var) if dtype_of(var) == "float32" else [dtype_of(var)]
         if len(forms) == 1:
-            return dialect.call(call.op, args, shape_of(var), forms[0])
-        types = (self._storage, "float32")
-        both = dialect.call_several(replace(call.op, both=True), args, shape_of(var), types)
+            return dialect.call(op, args, shape_of(var), forms[0])
+        second = REMAINDER if REMAINDER in forms else "float32"
+        types = (self._storage, second)
+        both = dialect.call_several(replace(op, second=second), args, shape_of(var), types)
         stored = self.emit(both)
         found: dict[str | None, Any] = {
             dtype: self.emit(relax.TupleGetItem(stored, index)) for index, dtype in enumerate(types)
         }
         self._both[var] = found
         return found[forms[0]]
+
+    def _with_remainder(
+        self, op: LayerNorm, args: list[Any], residual: Any
+    ) -> tuple[LayerNorm, list[Any]]:
+        """A norm and its operands; its residual in two parts if it was stored so."""
+        if REMAINDER not in self._both.get(self._forms.root(residual), {}):
+            return op, args
+        parts = [self._operand(residual, form) for form in (self._storage, REMAINDER)]
+        return replace(op, remainder=True), [*args[:-1], *parts]
 
     def _operand(self, arg: Any, form: str | None) -> Any:
         """An operand in the form that is wanted: layers have no other, the rest take any."""

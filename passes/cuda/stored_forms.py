@@ -1,9 +1,10 @@
-"""Which form activations are stored in: 16 bits, float32, or both.
+"""Which form activations are stored in: 16 bits, float32, or both, or 16 bits and their remainders.
 
 Layers and attention read float16 or bfloat16. What the model returns, masks, and what residuals
 carry from layer to layer stay float32: rounded at every layer, they make most of a deep model's
 error, three quarters of it in BERT-base. A layer norm whose result is both a layer's input and a
-residual stores both.
+residual stores both; where the residual is another norm's to add, it stores float16 and what
+rounding left in eight bits, half as many bytes.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from tvm import relax
 from sparse_tvm.operators import Attention, Dense, LayerNorm, Operator, Residual
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.graph import Graph, op_name
-from sparse_tvm.schedules.cuda.storage import LARGEST
+from sparse_tvm.schedules.cuda.storage import HALF, LARGEST
 
 VIEWS = {"relax.reshape", "relax.memory.view"}
+
+REMAINDER = "uint8"
+"""The form of what rounding to float16 left."""
 
 MASK = 3
 """Where an attention's mask is among its operands."""
@@ -54,6 +58,7 @@ class StoredForms:
         self._storage = storage
         self._bound = {binding.var: binding.value for binding in graph.bindings}
         self._reads: dict[Any, set[str]] = defaultdict(set)
+        self._whole: set[Any] = set()  # residuals that others than norms add
         for value in self._bound.values():
             ours = dialect.match(value, Operator)
             if ours is not None:
@@ -77,12 +82,18 @@ class StoredForms:
         return expr
 
     def of(self, var: Any) -> list[str]:
-        """The forms that a result of float32 is stored in, the one most read first."""
+        """The forms that a result of float32 is stored in, the one most read first.
+
+        The first is of 16 bits where the second one is the remainder.
+        """
         reads, kept = self._reads[var], var in self.returned or "mask" in self._reads[var]
         both = "residual" in reads and "layer" in reads
         ours = dialect.match(self._bound[var], LayerNorm)
         if ours is not None and (both or (kept and "layer" in reads)):
-            return ["float32", self._storage] if kept else [self._storage, "float32"]
+            if kept:
+                return ["float32", self._storage]
+            norms_alone = self._storage == HALF and var not in self._whole
+            return [self._storage, REMAINDER if norms_alone else "float32"]
         if kept or ("residual" in reads and "layer" not in reads):
             return ["float32"]
         return [self._storage]
@@ -93,4 +104,7 @@ class StoredForms:
             if isinstance(arg, relax.Var) and form is not None:
                 masked = isinstance(call.op, Attention) and index == MASK
                 wide = "mask" if masked else "residual"
-                self._reads[self.root(arg)].add("layer" if form in LARGEST else wide)
+                root = self.root(arg)
+                self._reads[root].add("layer" if form in LARGEST else wide)
+                if form not in LARGEST and not isinstance(call.op, LayerNorm):
+                    self._whole.add(root)

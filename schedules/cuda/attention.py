@@ -169,6 +169,7 @@ class _AttentionKernel:
 
     def _body(self) -> None:
         p = self.problem
+        instructions.await_previous()
         self.shared = T.alloc_buffer((p.shared_bytes // 4,), "uint32", scope="shared.dyn")
         self._copy_rows(0, p.query_stride, p.queries, self.q, 0, self.first, self.queries)
         self._copy_keys(0, 0)

@@ -49,6 +49,7 @@ def core_matmul(
             T.launch_thread("blockIdx.y", (tokens + (_SIDE - 1)) // _SIDE) as block,
             T.launch_thread("threadIdx.x", _THREADS) as thread,
         ):
+            instructions.await_previous()
             shared = [
                 T.alloc_buffer((_COLUMNS * _STRIDE,), "float32", scope="shared") for _ in range(2)
             ]

@@ -22,7 +22,15 @@
 // function of a polynomial. An epilogue is bound by its instructions.
 STVM_FUNCTION float stvm_gelu(float x) {
   float square = fminf(x * x, 16.0f);
-  return x / (1.0f + exp2f(x * (-2.30112140f + square * (-0.106775725f + square * 0.00101426302f))));
+  float power = x * (-2.30112140f + square * (-0.106775725f + square * 0.00101426302f));
+#ifdef __CUDACC__
+  float share;  // of an infinity it is 0: no care is needed for large numbers, as a division takes
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(power));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(share) : "f"(1.0f + power));
+  return x * share;
+#else
+  return x / (1.0f + exp2f(power));
+#endif
 }
 
 // The error function within 2e-7 (Abramowitz and Stegun, 7.1.26), in half of the instructions of
@@ -32,6 +40,14 @@ STVM_FUNCTION float stvm_erf(float x) {
   float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f
             + t * 1.061405429f))));
   return copysignf(1.0f - p * expf(-x * x), x);
+}
+
+// Wait until all kernels before are done, then let the next one start where it finds room. A
+// kernel that is launched before that must do so before it reads or writes what others do.
+STVM_FUNCTION void stvm_await_previous() {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 typedef unsigned int stvm_word;  // two float16 or bfloat16, the first in the lower half
@@ -171,6 +187,24 @@ STVM_FUNCTION float stvm_unpack(stvm_word word, int column) {
 STVM_FUNCTION float stvm_unpack_bfloat16(stvm_word word, int column) {
   stvm_word bits = column % 2 ? word & 0xffff0000u : word << 16;
   return *(const float*)&bits;
+}
+
+// What rounding to float16 leaves, times 2048, as the upper half of a float16: a sign, five bits of
+// exponent and two of mantissa. Together they have 14 bits where float16 has 11. Remainders of four
+// numbers are a word, the first in its lowest byte.
+STVM_FUNCTION stvm_word stvm_pack_remainders(float a, float b, float c, float d) {
+  const float numbers[4] = {a, b, c, d};
+  stvm_word word = 0;
+  for (int i = 0; i < 4; i += 2) {
+    stvm_word kept = stvm_pack(numbers[i], numbers[i + 1]);
+    float first = numbers[i] - stvm_unpack(kept, 0), second = numbers[i + 1] - stvm_unpack(kept, 1);
+    stvm_word rest = stvm_pack(first * 2048.0f, second * 2048.0f) + 0x00800080u;  // rounds
+    word |= (rest >> 8 & 0xff | rest >> 16 & 0xff00) << 8 * i;
+  }
+  return word;
+}
+STVM_FUNCTION float stvm_unpack_remainder(stvm_word word, int which) {
+  return stvm_unpack(word >> 8 * which << 8 & 0xff00, 0) * (1.0f / 2048.0f);
 }
 
 #ifndef __CUDACC__

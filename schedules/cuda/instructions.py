@@ -40,6 +40,11 @@ def wait(pending: int) -> None:
     call(f"wait_{pending}")
 
 
+def await_previous() -> None:
+    """Let the next kernel start, and wait for those before: what every kernel does first."""
+    call("await_previous")
+
+
 def barrier() -> None:
     """Wait for all threads of the block."""
     T.evaluate(tirx.call_intrin("void", "tirx.tvm_storage_sync", "shared"))

@@ -25,7 +25,7 @@ from sparse_tvm.schedules.cuda.build import (
     size_of,
     tensor,
 )
-from sparse_tvm.schedules.cuda.storage import LARGEST
+from sparse_tvm.schedules.cuda.storage import HALF, LARGEST
 
 Expr = Any
 Buffer = Any
@@ -38,21 +38,30 @@ _CHUNK = 8
 
 
 def layer_norm(
-    x: Extents, y: Extents, epsilon: float, both: bool = False, residual: Extents | None = None
+    x: Extents,
+    y: Extents,
+    epsilon: float,
+    second: str | None = None,
+    residual: Extents | None = None,
+    remainder: Extents | None = None,
 ) -> tirx.PrimFunc:
-    """The kernel: x, gamma and beta of float32, the residual if any, y.
+    """The kernel: x, gamma and beta of float32, the residual if any and its remainder, y.
 
-    Rows are of 16 bits or float32. Behind y comes the same in float32 if ``both`` are asked for.
+    Rows are of 16 bits or float32. Behind y comes the ``second`` result: the same in float32, or in
+    uint8 what rounding y left.
     """
     width = x.shape[-1]
     assert width is not None
     with prim_func() as result:
         source = tensor("x", x)
         gamma, beta = (argument(name, (width,), "float32") for name in ("gamma", "beta"))
-        sources = [source] if residual is None else [source, tensor("residual", residual)]
+        sources = [source]
+        for name, extents in (("residual", residual), ("remainder", remainder)):
+            if extents is not None:
+                sources.append(tensor(name, extents))
         targets = [tensor("y", y)]
-        if both:
-            targets.append(tensor("wide", replace(y, dtype="float32")))
+        if second is not None:
+            targets.append(tensor("second", replace(y, dtype=second)))
         rows = size_of(source.shape[:-1])
         read, written = (
             [(_vectors(array, rows * width), str(array.dtype)) for array in arrays]
@@ -62,6 +71,7 @@ def layer_norm(
             T.launch_thread("blockIdx.x", (rows + (_WARPS - 1)) // _WARPS) as block,
             T.launch_thread("threadIdx.x", 32 * _WARPS) as thread,
         ):
+            instructions.await_previous()
             row = block * _WARPS + thread // 32
             with T.If(row < rows), T.Then():
                 norm = _RowNorm(width, thread % 32, epsilon)
@@ -86,21 +96,14 @@ class _RowNorm:
 
     def add(self, source: Buffer, first: Expr, dtype: str) -> None:
         """Add a row to what was added before."""
-        if dtype != "float32":
-            (words,) = registers("uint32", 4)
+        each = _PER_WORD[dtype]
+        (words,) = registers("uint32", _CHUNK // each) if each > 1 else [self.factors]
         for turn, column, guard in self._chunks():
             with guard:
-                if dtype == "float32":
-                    _load(self.factors, 0, source, first + column)
-                else:
-                    _load(words, 0, source, (first + column) // 2, 4)
+                _load(words, 0, source, (first + column) // each, _CHUNK // each)
                 for i in range(_CHUNK):
-                    value = (
-                        self.factors[i]
-                        if dtype == "float32"
-                        else instructions.unpack(words[i // 2], i % 2, dtype)
-                    )
                     at = turn * _CHUNK + i
+                    value = _number(words[i // each], i % each, dtype)
                     self.row.store(at, self.row[at] + value)
 
     def normalise(self, gamma: Buffer, beta: Buffer) -> None:
@@ -124,22 +127,20 @@ class _RowNorm:
 
     def write(self, target: Buffer, first: Expr, dtype: str) -> None:
         """Write the row; what a type cannot hold becomes its largest number."""
-        if dtype != "float32":
-            (words,) = registers("uint32", 4)
+        each = _PER_WORD[dtype]
+        count = _CHUNK // each
+        (words,) = registers("uint32", count) if each > 1 else [self.row]
         for turn, column, guard in self._chunks():
             with guard:
-                if dtype == "float32":
-                    for i in range(0, _CHUNK, 4):
-                        start = self.row.first + turn * _CHUNK + i
-                        value = self.row.buffer[T.ramp(start, 1, 4)]
-                        T.buffer_store(target, value, [T.ramp(first + column + i, 1, 4)])
-                    continue
-                for i in range(4):
-                    at = turn * _CHUNK + 2 * i
-                    a, b = (_finite(self.row[at + j], dtype) for j in range(2))
-                    words.store(i, instructions.pack(a, b, dtype))
-                value = words.buffer[T.ramp(words.first, 1, 4)]
-                T.buffer_store(target, value, [T.ramp((first + column) // 2, 1, 4)])
+                for i in range(count if each > 1 else 0):
+                    at = turn * _CHUNK + i * each
+                    words.store(i, _word([self.row[at + j] for j in range(each)], dtype))
+                start = words.first + (turn * _CHUNK if each == 1 else 0)
+                for i in range(0, count, 4):
+                    lanes = min(count, 4)
+                    value = words.buffer[T.ramp(start + i, 1, lanes)]
+                    at = (first + column) // each + i
+                    T.buffer_store(target, value, [T.ramp(at, 1, lanes)])
 
     def _average(self, which: int, term: Any) -> None:
         """The mean of a term of the row's elements."""
@@ -163,17 +164,40 @@ def _where(condition: Expr) -> Iterator[None]:
         yield
 
 
+_PER_WORD = {"float32": 1, "float16": 2, "bfloat16": 2, "uint8": 4}
+"""Elements in 32 bits."""
+
+
 def _vectors(array: Buffer, size: Expr) -> Buffer:
     """An array as words or numbers that vectors are made of."""
     if str(array.dtype) == "float32":
         return flat(array, size)
-    return T.decl_buffer((size // 2,), "uint32", data=array.data)
+    return T.decl_buffer((size // _PER_WORD[str(array.dtype)],), "uint32", data=array.data)
 
 
 def _load(to: Registers, index: int, source: Buffer, first: Expr, count: int = _CHUNK) -> None:
     for i in range(0, count, 4):
-        value = source[T.ramp(first + i, 1, 4)]
-        T.buffer_store(to.buffer, value, [T.ramp(to.first + index + i, 1, 4)])
+        lanes = min(count, 4)
+        value = source[T.ramp(first + i, 1, lanes)]
+        T.buffer_store(to.buffer, value, [T.ramp(to.first + index + i, 1, lanes)])
+
+
+def _number(word: Expr, which: int, dtype: str) -> Expr:
+    """One of the numbers of a word."""
+    if dtype == "float32":
+        return word
+    if dtype == "uint8":
+        return instructions.value("unpack_remainder", word, which)
+    return instructions.unpack(word, which, dtype)
+
+
+def _word(values: list[Expr], dtype: str) -> Expr:
+    """Numbers of the row as a word of a type."""
+    if dtype == "uint8":
+        kept = [_finite(value, HALF) for value in values]
+        return instructions.value("pack_remainders", *kept, dtype="uint32")
+    first, last = (_finite(value, dtype) for value in values)
+    return instructions.pack(first, last, dtype)
 
 
 def _finite(value: Expr, dtype: str) -> Expr:

@@ -111,6 +111,7 @@ class _SparseMatmul:
                 T.launch_thread("blockIdx.y", blocks) as block,
                 T.launch_thread("threadIdx.x", tile.threads) as thread,
             ):
+                instructions.await_previous()
                 self._body(group, block, thread)
         return result["func"]
 

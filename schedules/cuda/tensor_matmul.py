@@ -135,6 +135,7 @@ class _Matmul:
                 T.launch_thread("blockIdx.y", blocks) as block,
                 T.launch_thread("threadIdx.x", tile.threads) as thread,
             ):
+                instructions.await_previous()
                 self._body(group, block, thread)
         return result["func"]
 

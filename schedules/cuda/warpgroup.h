@@ -17,13 +17,20 @@ STVM_FUNCTION void stvm_barrier_expect(void* barrier, int bytes);
 STVM_FUNCTION void stvm_barrier_arrive(void* barrier);
 // Wait until a phase of this parity has ended. Before the first, one of parity 1 has.
 STVM_FUNCTION void stvm_barrier_wait(void* barrier, int parity);
-// Make barriers, or what was written to shared memory, visible to copies and products.
+// Make barriers visible to copies.
+STVM_FUNCTION void stvm_fence_barriers();
+// Make what this thread wrote to shared memory visible to copies.
 STVM_FUNCTION void stvm_fence_shared();
 // Copy so many bytes to shared memory; the barrier gets them.
 STVM_FUNCTION void stvm_copy_bytes(void* shared, const void* global, int bytes, void* barrier);
 // Copy the map's box that begins at this column and row; what is outside of the matrix is 0.
 STVM_FUNCTION void stvm_copy_box(void* shared, unsigned long long map, int column, int row,
                                  void* barrier);
+// Copy a box, as above, from shared memory to the matrix; what is outside of it stays unwritten. The
+// thread that asked for it can wait until its last copies have read shared memory.
+STVM_FUNCTION void stvm_store_box(unsigned long long map, int column, int row, const void* shared);
+STVM_FUNCTION void stvm_stores_commit();
+STVM_FUNCTION void stvm_stores_wait();
 // Fetch a map before the first copy of one of its boxes.
 STVM_FUNCTION void stvm_prefetch_map(unsigned long long map);
 // Wait for so many threads at the block's barrier of this number.
@@ -76,8 +83,12 @@ STVM_FUNCTION void stvm_barrier_wait(void* barrier, int parity) {
                :: "r"(stvm_shared(barrier)), "r"(parity) : "memory");
 }
 
-STVM_FUNCTION void stvm_fence_shared() {
+STVM_FUNCTION void stvm_fence_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+STVM_FUNCTION void stvm_fence_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 STVM_FUNCTION void stvm_copy_bytes(void* shared, const void* global, int bytes, void* barrier) {
@@ -93,6 +104,17 @@ STVM_FUNCTION void stvm_copy_box(void* shared, unsigned long long map, int colum
                "[%0], [%1, {%2, %3}], [%4];"
                :: "r"(stvm_shared(shared)), "l"(map), "r"(column), "r"(row),
                   "r"(stvm_shared(barrier)) : "memory");
+}
+
+STVM_FUNCTION void stvm_store_box(unsigned long long map, int column, int row, const void* shared) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
+               :: "l"(map), "r"(column), "r"(row), "r"(stvm_shared(shared)) : "memory");
+}
+
+STVM_FUNCTION void stvm_stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+STVM_FUNCTION void stvm_stores_wait() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 STVM_FUNCTION void stvm_prefetch_map(unsigned long long map) {
@@ -174,6 +196,7 @@ inline void stvm_barrier_wait(void* barrier, int parity) {
   while (((volatile stvm_counts*)barrier)->parity == parity) stvm_yield();
 }
 
+inline void stvm_fence_barriers() {}
 inline void stvm_fence_shared() {}
 
 inline void stvm_received(void* barrier, int bytes) {
@@ -209,6 +232,19 @@ inline void stvm_copy_box(void* shared, unsigned long long address, int column, 
   stvm_received(barrier, bytes * map->box[1]);
 }
 
+inline void stvm_store_box(unsigned long long address, int column, int row, const void* shared) {
+  const CUtensorMap* map = (const CUtensorMap*)address;
+  const int bytes = map->box[0] * 2;
+  if ((uintptr_t)shared % 1024) abort();
+  for (int r = 0; r < map->box[1] && row + r < map->sizes[1]; ++r)
+    for (int c = 0; c < map->box[0] && column + c < map->sizes[0]; ++c) {
+      const char* from = stvm_swizzled((const char*)shared + r * bytes + c * 2, bytes);
+      memcpy((char*)map->data + (row + r) * map->stride + (column + c) * 2, from, 2);
+    }
+}
+
+inline void stvm_stores_commit() {}
+inline void stvm_stores_wait() {}
 inline void stvm_prefetch_map(unsigned long long) {}
 inline void stvm_products_begin() {}
 inline void stvm_products_commit() {}

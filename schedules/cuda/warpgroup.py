@@ -77,8 +77,13 @@ def barrier_wait(barrier: Expr, parity: Expr) -> None:
     call("barrier_wait", barrier, parity)
 
 
-def fence_shared() -> None:
+def fence_barriers() -> None:
     """Make barriers visible to copies."""
+    call("fence_barriers")
+
+
+def fence_shared() -> None:
+    """Make what this thread wrote to shared memory visible to copies."""
     call("fence_shared")
 
 
@@ -90,6 +95,21 @@ def copy_bytes(shared: Expr, source: Expr, count: int, barrier: Expr) -> None:
 def copy_box(shared: Expr, tensor_map: Expr, column: Expr, row: Expr, barrier: Expr) -> None:
     """Copy a box of a matrix to shared memory; the barrier gets its bytes."""
     call("copy_box", shared, tirx.address_of(tensor_map), column, row, barrier)
+
+
+def store_box(tensor_map: Expr, column: Expr, row: Expr, shared: Expr) -> None:
+    """Copy a box from shared memory to a matrix, as far as it is inside."""
+    call("store_box", tirx.address_of(tensor_map), column, row, shared)
+
+
+def stores_commit() -> None:
+    """After the last of some boxes that this thread stores."""
+    call("stores_commit")
+
+
+def stores_wait() -> None:
+    """Wait until the boxes that this thread stores have left shared memory."""
+    call("stores_wait")
 
 
 def prefetch_map(tensor_map: Expr) -> None:

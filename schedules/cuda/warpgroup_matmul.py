@@ -118,6 +118,11 @@ class Problem:
         return alike and not any(isinstance(s, Residual) for s in before)
 
     @property
+    def boxed(self) -> bool:
+        """Whether what is staged is stored as boxes of the output: nothing is added to it."""
+        return self.staged and not self.ends_with_residual
+
+    @property
     def ends_with_residual(self) -> bool:
         """Whether the last step adds a residual."""
         return bool(self.epilogue) and isinstance(self.epilogue[-1], Residual)
@@ -146,7 +151,9 @@ class _Matmul:
                 extra if len(extra.shape) == 1 else flat(extra, tokens * p.outputs)
                 for extra in extras
             ]
-            self.x_map = self._tensor_map(x, tokens)
+            self.x_map = self._tensor_map("x_map", x, p.inputs)
+            if p.boxed:
+                self.y_map = self._tensor_map("y_map", y, p.outputs)
             self.tiles = tirx.Cast("int32", (tokens + (tile.tokens - 1)) // tile.tokens)
             self.tiles = self.tiles * p.row_tiles
             with (
@@ -176,15 +183,14 @@ class _Matmul:
             arrays["places"] = argument("places", (*shape, places), "uint32")
         return arrays
 
-    def _tensor_map(self, x: Buffer, tokens: Expr) -> Expr:
-        """What the driver makes of the activations, for copies of boxes of 64 columns."""
-        p = self.problem
-        tensor_map = tirx.Var("x_map", T.handle("tensormap").ty)
+    def _tensor_map(self, name: str, rows: Buffer, columns: int) -> Expr:
+        """What the driver makes of activations in rows, for copies of boxes of 64 columns."""
+        tensor_map = tirx.Var(name, T.handle("tensormap").ty)
         T.Bind(T.tvm_stack_alloca("tensormap", 1), var=tensor_map)
-        sizes, strides, box = (p.inputs, tokens), (p.inputs * 2,), (SIDE, self.tile.tokens)
+        sizes, strides, box = (columns, self.tokens), (columns * 2,), (SIDE, self.tile.tokens)
         encoded = tirx.tensormap_encode_tiled(
             tensor_map,
-            x.data,
+            rows.data,
             *sizes,
             *strides,
             *box,
@@ -212,7 +218,11 @@ class _Matmul:
             if tile.alternating:
                 for group in range(tile.groups):
                     warpgroup.barrier_init(self._turn_barrier(group), 1)
-            warpgroup.fence_shared()
+            warpgroup.fence_barriers()
+            warpgroup.prefetch_map(self.x_map)
+            if p.boxed:
+                warpgroup.prefetch_map(self.y_map)
+        instructions.await_previous()
         instructions.barrier()
         with T.If(thread >= tile.groups * _WARPGROUP):
             with T.Then():
@@ -261,7 +271,6 @@ class _Matmul:
 
     def _copy_all(self) -> None:
         """What the copying thread does: for each step of each tile, fill a stage."""
-        warpgroup.prefetch_map(self.x_map)
         done = local(1, "int32")
         T.buffer_store(done, 0, [0])
         with self._each_tile() as turn:
@@ -319,12 +328,11 @@ class _Matmul:
                 self._multiply_steps(done, count)
                 self._store(row_tile, token_tile)
             T.buffer_store(done, done[0] + count, [0])
+        if self.problem.boxed:  # shared memory must last until then
+            with T.If(self.member == 0), T.Then():
+                warpgroup.stores_wait()
 
     def _multiply_steps(self, done: Buffer, count: Expr) -> None:
-        if self.problem.blocked:
-            with T.If(count == 0), T.Then():
-                for i in range(self.tile.sums):
-                    T.buffer_store(self.sums, T.float32(0), [i])
         with T.serial(0, count) as step:
             stage, parity = self._ring(done[0] + step)
             warpgroup.barrier_wait(self._barrier(stage), parity)
@@ -339,9 +347,8 @@ class _Matmul:
             with T.If(self.member == 0), T.Then():
                 warpgroup.barrier_arrive(self._turn_barrier(1 - self.group))
         warpgroup.products_wait(0)
-        with T.If(count > 0), T.Then():
-            last, _ = self._ring(done[0] + count - 1)
-            self._release(last)
+        last, _ = self._ring(done[0] + count - 1)
+        self._release(last)
 
     def _release(self, stage: Expr) -> None:
         with T.If(self.member == 0), T.Then():
@@ -375,14 +382,31 @@ class _Matmul:
         if not self.tile.alternating:
             first = first + self.group * (self.tile.parts * SIDE)
         if self.problem.staged:
+            if self.problem.boxed:
+                with T.If(self.member == 0), T.Then():
+                    warpgroup.stores_wait()  # the last tile's
             warpgroup.sync_threads(self.group + 1, _WARPGROUP)
             for part in range(self.tile.parts):
                 self._stage_sums(first, part)
+            if self.problem.boxed:
+                warpgroup.fence_shared()
             warpgroup.sync_threads(self.group + 1, _WARPGROUP)
-            self._write_staged(first, token_tile)
+            if self.problem.boxed:
+                with T.If(self.member == 0), T.Then():
+                    self._store_boxes(first, token_tile)
+            else:
+                self._write_staged(first, token_tile)
         else:
             for part in range(self.tile.parts):
                 self._write_sums(first, token_tile, part)
+
+    def _store_boxes(self, first: Expr, token_tile: Expr) -> None:
+        """Have what is staged stored: 64 outputs of all tokens at a time."""
+        tile = self.tile
+        for part in range(tile.parts):
+            staged = self._at(self._staging(part, 0, 0))
+            warpgroup.store_box(self.y_map, first + part * SIDE, token_tile * tile.tokens, staged)
+        warpgroup.stores_commit()
 
     def _load_biases(self, first: Expr, part: int) -> Expr:
         """Read what is added to a thread's two rows of a part, once for all columns; return the

@@ -110,36 +110,52 @@ def tile_of(
 _TYPICAL_TOKENS = 1024
 """Tokens that a kernel is made for which sees any number of them."""
 
-_LAUNCH = 0.3e-6
-_STORE = 0.73e-6, 13.8e-9
-"""Seconds until a tile is stored: of any, and for each token of one product's columns."""
+_LAUNCH = 2.0e-6
+_STORE, _STORE_TOKEN, _ACTIVATE_TOKEN = 0.31e-6, 3.1e-9, 7.5e-9
+"""Seconds until a tile is on its way to memory: of any, for each token, and more for each where an
+activation takes powers and quotients."""
 
-_TENSOR_SHARE = 0.945
+_TENSOR_SHARE = 0.895
 """Share of a warpgroup's peak that a loop reaches, at the clock that power allows."""
 
-_STEP_SECONDS = 0.145e-6
-_COPY_RATE = 93e9
+_STEP_SECONDS = 0.142e-6
+_COPY_RATE = 141e9
 """Least time of a step, and bytes a second that one multiprocessor copies while all do."""
 
-_PLACES_SECONDS = 3.84e-6
-"""What 2:4 loses to its places in a step, over the columns of a warpgroup's products: few hide
-less of it."""
+_STRUCTURED_RATE, _STRUCTURED_WEIGHT, _STRUCTURED_WIDE = 158e9, 3.0, 1.3
+"""The same of 2:4, a byte of whose weight and places takes as long as three; and what its products
+of 256 columns lose."""
+
+_MEMORY_SHARE = 0.88
+_BLEND = 3
+"""Share of the memory's rate that activations and outputs come to, and how what multiprocessors and
+memory take, which overlap, makes a whole: by a norm of this order."""
 
 
 def tile_for(
-    matrix: tuple[int, int], layout: Layout, tokens: int | None, gpu: Gpu
+    matrix: tuple[int, int], layout: Layout, tokens: int | None, gpu: Gpu, activated: bool = False
 ) -> WarpgroupTile:
-    """The fastest tile for so many tokens at a time, or for a usual number where None."""
+    """The fastest tile for so many tokens at a time, or for a usual number where None.
+
+    ``activated`` tells that the epilogue takes powers, as GELU's does.
+    """
     blocks = None if layout.format != "bsr" else matrix[0] * matrix[1] // SIDE**2 // 10
     count = tokens or _TYPICAL_TOKENS
-    return min(tiles(layout), key=lambda tile: _seconds(matrix, layout, blocks, count, gpu, tile))
+    found = tiles(layout)
+    return min(found, key=lambda t: _seconds(matrix, layout, blocks, count, gpu, t, activated))
 
 
 def warpgroup_seconds(
-    matrix: tuple[int, int], layout: Layout, blocks: int | None, tokens: int, gpu: Gpu
+    matrix: tuple[int, int],
+    layout: Layout,
+    blocks: int | None,
+    tokens: int,
+    gpu: Gpu,
+    activated: bool = False,
 ) -> float:
     """Predicted seconds of a layer; ``blocks`` are those that BSR stores."""
-    return min(_seconds(matrix, layout, blocks, tokens, gpu, tile) for tile in tiles(layout))
+    found = tiles(layout)
+    return min(_seconds(matrix, layout, blocks, tokens, gpu, t, activated) for t in found)
 
 
 def _seconds(
@@ -149,8 +165,9 @@ def _seconds(
     tokens: int,
     gpu: Gpu,
     tile: WarpgroupTile,
+    activated: bool,
 ) -> float:
-    """Seconds with a tile, as fitted to an H200's."""
+    """Seconds with a tile, as fitted to an H200's: the tile that it prefers is 1 % off the best."""
     n, k = matrix
     structured = layout.format == "2:4"
     row_tiles = ceil(n / tile.rows)
@@ -158,22 +175,31 @@ def _seconds(
     steps = ceil(k / SIDE) if blocks is None else blocks / row_tiles
     products = tile.rows * tile.tokens * SIDE / (2 if structured else 1)
     multiply = products / (gpu.warpgroup * gpu.ghz * 1e9 * _TENSOR_SHARE)
-    copy = tile.step_bytes(structured) / _COPY_RATE
-    copy += _PLACES_SECONDS / (tile.tokens * tile.parts) if structured else 0
-    store = _STORE[0] + _STORE[1] * tile.tokens
-    busy = steps * max(multiply, copy, _STEP_SECONDS)
+    busy = steps * max(multiply, _copy_seconds(tile, structured), _STEP_SECONDS)
+    if structured and tile.tokens > 192:
+        busy *= _STRUCTURED_WIDE
+    each_token = _STORE_TOKEN + (_ACTIVATE_TOKEN if activated else 0)
+    store = _STORE + each_token * tile.tokens
     each = max(busy, (busy + store) / 2) if tile.alternating else busy + store
-    last = store * tile.parts if tile.alternating else 0  # one warpgroup stores it alone
-    return _LAUNCH + turns * each + last
+    last = store if tile.alternating else 0  # one warpgroup stores it alone
+    memory = tokens * (n + k) * 2 / (gpu.memory * _MEMORY_SHARE)
+    return _LAUNCH + float(((turns * each + last) ** _BLEND + memory**_BLEND) ** (1 / _BLEND))
+
+
+def _copy_seconds(tile: WarpgroupTile, structured: bool) -> float:
+    """Seconds that copying one step takes."""
+    weight = tile.step_bytes(structured) - tile.weight_at
+    if structured:
+        return (tile.weight_at + _STRUCTURED_WEIGHT * weight) / _STRUCTURED_RATE
+    return (tile.weight_at + weight) / _COPY_RATE
 
 
 def tiles(layout: Layout) -> list[WarpgroupTile]:
     """The tiles that a layout's kernels may have."""
     structured = layout.format == "2:4"
     if layout.format == "bsr":
-        sizes = [(64, n, 2, True) for n in (64, 128, 192)]
+        sizes = [(64, n, 2, True) for n in (256, 192, 128, 64)]
     else:
-        sizes = [(64, 64, 1, False), (64, 128, 1, False)]
-        sizes += [(128, n, 2, False) for n in (64, 128, 192, 256)]
-        sizes.append((128, 128, 2, True))
+        sizes = [(64, n, 1, False) for n in (64, 128)]
+        sizes += [(128, n, 2, False) for n in (128, 192, 256)]
     return [tile_of(*size, structured) for size in sizes]

@@ -13,7 +13,6 @@ import numpy as np
 from sparse_tvm.operators import Layout
 from sparse_tvm.schedules.cuda.fragments import compress, places_of
 from sparse_tvm.schedules.cuda.weights import LARGEST_HALF
-from sparse_tvm.sparsity.formats import BSR
 
 SIDE = 64
 """Rows and columns of a tile."""
@@ -69,9 +68,11 @@ def warpgroup_arrays(w: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
 
 
 def _bsr_arrays(half: np.ndarray) -> dict[str, np.ndarray]:
-    bsr = BSR.from_dense(half.astype(np.float32), (SIDE, SIDE))
-    blocks = swizzled(bsr.data.astype(np.float16))
-    first = (bsr.indices * SIDE).astype(np.int32)
-    if not len(blocks):  # an all-zero weight: kernels want at least one element
-        blocks, first = np.zeros((1, SIDE * SIDE // 2), np.uint32), np.zeros(1, np.int32)
-    return {"data": blocks, "columns": first, "indptr": bsr.indptr.astype(np.int32)}
+    """Blocks row by row. Where a row has none there is one of zeros: with it sums begin."""
+    rows, columns = (extent // SIDE for extent in half.shape)
+    tiles = half.reshape(rows, SIDE, columns, SIDE).swapaxes(1, 2)
+    stored = np.any(tiles, axis=(2, 3))
+    stored[~np.any(stored, axis=1), 0] = True
+    first = (np.nonzero(stored)[1] * SIDE).astype(np.int32)
+    indptr = np.concatenate([[0], np.cumsum(stored.sum(1))]).astype(np.int32)
+    return {"data": swizzled(tiles[stored]), "columns": first, "indptr": indptr}

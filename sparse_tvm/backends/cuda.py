@@ -68,6 +68,7 @@ class CudaBackend(Backend):
         from sparse_tvm.passes.cuda.legalize import legalize
         from sparse_tvm.passes.cuda.merge_projections import merge_projections
         from sparse_tvm.passes.cuda.norm_rows import norm_rows
+        from sparse_tvm.passes.cuda.overlap_launches import overlap_launches
         from sparse_tvm.passes.cuda.schedule_rest import schedule_rest
         from sparse_tvm.passes.cuda.slice_heads import slice_heads
         from sparse_tvm.passes.infrastructure import Phase
@@ -77,7 +78,7 @@ class CudaBackend(Backend):
             Phase("rows", (norm_rows, merge_projections, slice_heads)),
             Phase("legalise", (legalize,)),
             Phase("half storage", (half_storage,)),
-            Phase("schedule", (lower_kernels, schedule_rest)),
+            Phase("schedule", (lower_kernels, overlap_launches, schedule_rest)),
         )
 
     def generate(self, program: Program, target: BackendTarget) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import re
 import struct
 import subprocess
@@ -35,6 +36,8 @@ _DIMENSIONS = {
     for name, field in (("blockIdx", "grid"), ("threadIdx", "block"))
     for axis in "xyz"
 }
+
+_EARLY = "tirx.use_programtic_dependent_launch"  # says how, and comes with no size
 
 _built = Path(tempfile.gettempdir()) / "sparse-tvm-emulated-gpu"
 
@@ -97,7 +100,10 @@ def build(source: str, table: list[Entry]) -> Path:
             command = ["g++", *options, str(code), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[:4000]
-            library.write_bytes(made.read_bytes())
+            # Other processes may be waiting for it: it appears whole.
+            placed = library.with_suffix(f".{os.getpid()}")
+            placed.write_bytes(made.read_bytes())
+            placed.replace(library)
     return library
 
 
@@ -121,13 +127,14 @@ def _caller(kernels: str, entry: Entry) -> str:
     assert found is not None, entry.name
     types = [parameter.strip().rsplit(" ", 1)[0] for parameter in found[1].split(",")]
     values = ", ".join(_value(kind, i) for i, kind in enumerate(types))
+    sizes = [tag for tag in entry.tags if tag != _EARLY]
     launch = [
         f"{_DIMENSIONS[tag]} = a[{i}].i;" if tag in _DIMENSIONS else f"bytes = a[{i}].i;"
-        for i, tag in enumerate(entry.tags, len(types))
+        for i, tag in enumerate(sizes, len(types))
     ]
     return f"""
 extern "C" int __tvm_ffi_{entry.name}(void*, const Argument* a, int32_t n, Argument* result) {{
-  if (n != {len(types) + len(entry.tags)}) abort();
+  if (n != {len(types) + len(sizes)}) abort();
   dim grid{{1, 1, 1}}, block{{1, 1, 1}};
   size_t bytes = 0;
   {" ".join(launch)}

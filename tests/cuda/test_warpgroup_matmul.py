@@ -80,6 +80,11 @@ def test_more_tiles_than_thread_blocks(layout, tile):
 
 
 @pytest.mark.parametrize("layout", [DENSE, TWO_OF_FOUR, BLOCKS], ids=lambda v: v.format)
+def test_more_tiles_stored_as_boxes(layout):
+    compare(layout, tiles(layout)[-1], 700, 200, 136, (Bias(), Activation("gelu")))
+
+
+@pytest.mark.parametrize("layout", [DENSE, TWO_OF_FOUR, BLOCKS], ids=lambda v: v.format)
 @pytest.mark.parametrize(("m", "n", "k"), [(5, 40, 72), (33, 200, 136), (130, 136, 1032)])
 def test_odd_shapes(layout, m, n, k):
     compare(layout, tiles(layout)[1], m, n, k, rows=m)
@@ -93,6 +98,15 @@ def test_outputs_in_float32(layout, epilogue):
 
 def test_an_activation_behind_the_residual():
     compare(DENSE, tiles(DENSE)[0], 70, 96, 128, (Bias(), Residual(), Activation("relu")))
+
+
+def test_rows_without_blocks():
+    w = np.zeros((192, 128), np.float32)
+    w[70, 100] = 1
+    arrays = warpgroup_arrays(w, BLOCKS)
+    np.testing.assert_array_equal(arrays["columns"], [0, 64, 0])
+    np.testing.assert_array_equal(arrays["indptr"], [0, 1, 2, 3])
+    assert not arrays["data"][[0, 2]].any()
 
 
 def test_a_weight_of_zeros():

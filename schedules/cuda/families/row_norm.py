@@ -17,7 +17,7 @@ class RowNormFamily(KernelFamily[LayerNorm]):
     """The kernel of :mod:`sparse_tvm.schedules.cuda.row_norm`.
 
     Operands are x in rows of float16, bfloat16 or float32, gamma and beta in float32, and another
-    tensor of rows if there is a residual.
+    tensor of rows if there is a residual, and one more in uint8 if that comes with its remainder.
     """
 
     name: ClassVar[str] = "row_norm"
@@ -29,8 +29,9 @@ class RowNormFamily(KernelFamily[LayerNorm]):
         from sparse_tvm.schedules.cuda.row_norm import layer_norm
 
         x, _, _, *residual = operands
-        title = f"layer_norm_{x.shape[-1]}" + "_residual" * op.residual + "_both" * op.both
-        return Kernel(title, layer_norm(x, output, op.epsilon, op.both, *residual))
+        title = f"layer_norm_{x.shape[-1]}" + "_residual" * op.residual + "_whole" * op.remainder
+        title += f"_{op.second}" if op.second else ""
+        return Kernel(title, layer_norm(x, output, op.epsilon, op.second, *residual))
 
     def work(
         self,

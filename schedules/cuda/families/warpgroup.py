@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from sparse_tvm.families import Extents, Kernel, WeightedFamily, Wish, Work
-from sparse_tvm.operators import PRECISIONS, Dense, Layout
+from sparse_tvm.operators import PRECISIONS, Activation, Dense, Layout
 from sparse_tvm.schedules.cuda.families.dense import known_tokens, layer_work, refused_step
 from sparse_tvm.schedules.cuda.warpgroup_tiles import tile_for, warpgroup_seconds
 from sparse_tvm.schedules.cuda.warpgroup_weights import SIDE, warpgroup_arrays
@@ -53,7 +53,7 @@ class WarpgroupDenseFamily(WeightedFamily[Dense]):
         self, op: Dense, layout: Layout, weight: WeightStatistics, tokens: int, target: CudaTarget
     ) -> float:
         stored = weight.stored_blocks(layout.block) if layout.format == "bsr" else None
-        return warpgroup_seconds(op.matrix, layout, stored, tokens, target.gpu)
+        return warpgroup_seconds(op.matrix, layout, stored, tokens, target.gpu, _takes_powers(op))
 
     def pack(
         self, op: Dense, w: np.ndarray, layout: Layout, target: CudaTarget
@@ -73,7 +73,7 @@ class WarpgroupDenseFamily(WeightedFamily[Dense]):
         (n, k), layout = op.matrix, op.stored
         x, *_ = operands
         extras = operands[len(operands) - op.extras :] if op.extras else ()
-        tile = tile_for(op.matrix, layout, known_tokens(x), target.gpu)
+        tile = tile_for(op.matrix, layout, known_tokens(x), target.gpu, _takes_powers(op))
         problem = Problem(
             n, k, x, tuple(extras), output, layout, tile, op.epilogue, target.gpu.processors
         )
@@ -91,3 +91,8 @@ class WarpgroupDenseFamily(WeightedFamily[Dense]):
 def _made_of_blocks(wish: Wish) -> bool:
     """Whether blocks of 64x64 are no larger than what is wished."""
     return wish.block is None or (wish.block[0] % SIDE == 0 and wish.block[1] % SIDE == 0)
+
+
+def _takes_powers(op: Dense) -> bool:
+    """Whether an activation other than ReLU is computed of each output."""
+    return any(isinstance(step, Activation) and step.function != "relu" for step in op.epilogue)
