@@ -27,6 +27,9 @@ REMAINDER = "uint8"
 MASK = 3
 """Where an attention's mask is among its operands."""
 
+_RESIDUAL = 3
+"""Where a norm's residual is among its operands."""
+
 
 def wanted_forms(op: Operator, operands: int) -> list[str | None]:
     """The form in which an operator reads each of its operands best; None where any will do."""
@@ -58,7 +61,7 @@ class StoredForms:
         self._storage = storage
         self._bound = {binding.var: binding.value for binding in graph.bindings}
         self._reads: dict[Any, set[str]] = defaultdict(set)
-        self._whole: set[Any] = set()  # residuals that others than norms add
+        self._whole: set[Any] = set()  # what others than norms read, or norms otherwise
         for value in self._bound.values():
             ours = dialect.match(value, Operator)
             if ours is not None:
@@ -106,5 +109,6 @@ class StoredForms:
                 wide = "mask" if masked else "residual"
                 root = self.root(arg)
                 self._reads[root].add("layer" if form in LARGEST else wide)
-                if form not in LARGEST and not isinstance(call.op, LayerNorm):
+                added = isinstance(call.op, LayerNorm) and call.op.residual and index == _RESIDUAL
+                if form not in LARGEST and not added:
                     self._whole.add(root)

@@ -11,8 +11,9 @@ Two warpgroups either share a tile, each with 64 of its outputs, or alternate, e
 its own, so that one multiplies while the other stores: for weights in blocks, whose tiles have few
 steps.
 
-Sums go to float16 and through shared memory, for stores of whole rows of 128 bytes. Outputs in
-float32, and epilogues that do more behind the residual, are stored from registers.
+Sums go to float16 and through shared memory, from where the copy engine stores them as boxes; where
+a residual is added last, threads read it and store whole rows of 128 bytes. Outputs in float32, and
+epilogues that do more behind the residual, are stored from registers.
 """
 
 from __future__ import annotations

@@ -72,3 +72,24 @@ def test_a_residual_that_a_layer_adds_stays_float32(tmp_path):
     model = helper.make_model(graph, opset_imports=[opset], ir_version=9)
     found, _ = norms(model, tmp_path)
     assert found == {"layer_norm_64_float32"}
+
+
+def test_what_a_norm_reads_otherwise_stays_float32(tmp_path):
+    rng = np.random.default_rng(1)
+    arrays = {"gamma": np.ones(64), "beta": np.zeros(64), "w": rng.standard_normal((64, 64)) / 8}
+    nodes = [
+        helper.make_node("LayerNormalization", ["x", "gamma", "beta"], ["normed"], axis=-1),
+        helper.make_node("LayerNormalization", ["normed", "gamma", "beta"], ["again"], axis=-1),
+        helper.make_node("MatMul", ["normed", "w"], ["product"]),
+        helper.make_node("Add", ["product", "again"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "twice",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [6, 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [6, 64])],
+        [numpy_helper.from_array(a.astype(np.float32), n) for n, a in arrays.items()],
+    )
+    opset = helper.make_opsetid("", 17)
+    found, _ = norms(helper.make_model(graph, opset_imports=[opset], ir_version=9), tmp_path)
+    assert not any("uint8" in name for name in found)
