@@ -337,6 +337,22 @@ def test_slices_of_axes_that_are_shorter_than_their_bounds(start, end, step):
     assert_same_as_onnxruntime(model, sizes=[{"n": n} for n in (1, 2, 4, 7, 9)])
 
 
+def test_the_end_of_a_table_bounds_what_it_is_added_to():
+    graph = """(float[batch,n] x) => (float[batch,n] y) {
+        shape = Shape(x)
+        n = Gather(shape, one)
+        before = Sub(twelve, n)
+        start = Max(before, zero)
+        part = Slice(table, start, most, axes)
+        y = Add(x, part)
+    }"""
+    tensors = {"one": [1], "twelve": [12], "zero": [0], "most": [2**63 - 1], "axes": [0]}
+    arrays = {name: np.array(value) for name, value in tensors.items()}
+    model = build(graph, table=np.arange(12, dtype=np.float32), **arrays)
+    imported = assert_same_as_onnxruntime(model, sizes=[{"batch": 2, "n": n} for n in (1, 5, 12)])
+    assert dict(imported.module["main"].attrs["tir_var_upper_bound"]) == {"n": 12}
+
+
 @pytest.mark.parametrize("start", [-1, 5, 2**63 - 1])
 def test_slices_back_to_the_last_element_are_empty(start):
     graph = """(float[n,4] x) => (float[m,4] y) {

@@ -26,6 +26,10 @@ SUPPORTED_OPS = OPERATORS | frozenset(operators.RULES) | {"If"}
 _WINDOWS = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool")
 
 
+class Narrower(Exception):
+    """Raised where an operator demands a bound of a dimension that was not known before."""
+
+
 class SameSize(Exception):
     """Raised where an operator demands that two symbolic dimensions are the same.
 
@@ -83,7 +87,7 @@ class Importer:
 
         Raises
         ------
-        SameSize, NodeError
+        SameSize, Narrower, NodeError
             See there.
         """
         self._read_initializers(self.graph)
@@ -132,7 +136,7 @@ class Importer:
                 raise ValueError(f"its output {proto.output[len(outputs)]} is not supported")
             for name, output in zip(proto.output, outputs, strict=False):
                 self._bind(name, output, node)
-        except (SameSize, NodeError):
+        except (SameSize, Narrower, NodeError):
             raise
         except Exception as error:
             raise NodeError(proto) from error
@@ -236,7 +240,8 @@ class Importer:
         return self._tvm.convert(node.op, inputs, node.attributes, node.outputs)
 
     def checked(self, value: relax.Expr, inputs: Sequence[relax.Expr | None]) -> relax.Expr:
-        """Demand a known shape; where two symbolic sizes did not match, ask for them to be one."""
+        """Demand a known shape; where two symbolic sizes did not match, ask for them to be one, or
+        for a dimension to be so small that they do."""
         type_ = value.ty
         if not isinstance(type_, relax.TensorType) or isinstance(type_.shape, relax.ShapeExpr):
             return value
@@ -246,6 +251,8 @@ class Importer:
                 symbols = [size.name for size in (one, other) if isinstance(size, tirx.Var)]
                 if len(set(symbols)) == 2:
                     raise SameSize(*symbols)
+                if not self.sizes.equal(one, other) and self.sizes.demand_equal(one, other):
+                    raise Narrower
         texts = [f"[{', '.join(str(as_text(n)) for n in shape)}]" for shape in shapes if shape]
         if len(texts) > 1 and any(not isinstance(size, int) for shape in shapes for size in shape):
             raise ValueError(

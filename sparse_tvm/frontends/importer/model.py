@@ -15,7 +15,13 @@ from tvm import relax
 
 from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.frontends.guard import bounded_memory
-from sparse_tvm.frontends.importer.graph import SUPPORTED_OPS, Importer, NodeError, SameSize
+from sparse_tvm.frontends.importer.graph import (
+    SUPPORTED_OPS,
+    Importer,
+    Narrower,
+    NodeError,
+    SameSize,
+)
 from sparse_tvm.frontends.importer.input_ranges import Range, input_ranges, typical_ranges
 from sparse_tvm.frontends.importer.sizes import as_text
 from sparse_tvm.frontends.importer.tvm_adapter import abandon
@@ -222,6 +228,8 @@ def _import_program(
             module = _build(importer)
         except SameSize as same:
             shapes.merge(*same.names)
+            continue
+        except Narrower:  # which the bounds know by now
             continue
         ranges, typical = input_ranges(importer), typical_ranges(importer)
         _check_bounds(given, shapes)

@@ -159,6 +159,33 @@ class Sizes:
                 return True
         return False
 
+    def demand_equal(self, left: Size, right: Size) -> bool:
+        """Demand that two sizes are the same, and return whether a new bound makes them so.
+
+        It can for sizes of one dimension that differ from some value of that on, as
+        ``min(sequence, 128)`` and ``sequence`` do.
+        """
+        [dimension, *others] = tirx.analysis.undefined_vars(as_expr(left) + as_expr(right)) or [
+            None
+        ]
+        if dimension is None or others:
+            return False
+        low, high = self.bounds.get(dimension.name, (1, LARGEST_SIZE))
+        differ = bisect_left(
+            range(low, high + 1),
+            True,
+            key=lambda value: _at(left, dimension, value) != _at(right, dimension, value),
+        )
+        if not 1 < differ <= high - low:  # for no size, for a single one, or for all
+            return False
+        self.bounds[dimension.name] = low, low + differ - 1
+        self.declare(dimension)
+        if self.equal(left, right):
+            return True
+        self.bounds[dimension.name] = low, high
+        self.declare(dimension)
+        return False
+
     def demand_positive(self, size: Size) -> bool:
         """Demand that a size is positive, and return False where it never is.
 
