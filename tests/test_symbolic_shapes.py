@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from onnx_models import assert_same_as_onnxruntime, build, calls, normal
-from tvm import relax
+from tvm import relax, tirx
 
 import sparse_tvm
 from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.frontends.importer.model import import_onnx
+from sparse_tvm.frontends.importer.sizes import Sizes
 from sparse_tvm.frontends.input_shapes import choose_shapes, parse_input_shapes
 from sparse_tvm.spec import TensorSpec
 
@@ -351,6 +352,15 @@ def test_the_end_of_a_table_bounds_what_it_is_added_to():
     model = build(graph, table=np.arange(12, dtype=np.float32), **arrays)
     imported = assert_same_as_onnxruntime(model, sizes=[{"batch": 2, "n": n} for n in (1, 5, 12)])
     assert dict(imported.module["main"].attrs["tir_var_upper_bound"]) == {"n": 12}
+
+
+def test_the_largest_integer_ends_a_slice_of_any_axis():
+    sizes = Sizes({})
+    n = tirx.Var("n", "int64")
+    sizes.declare(n)
+    extent = n // 20 + tirx.min(n // 20 + 4998, 9999) - 5000
+    assert sizes.slice_bound(2**63 - 1, extent) is extent
+    assert sizes.slice_bound(-(2**63), extent) == 0
 
 
 @pytest.mark.parametrize("start", [-1, 5, 2**63 - 1])

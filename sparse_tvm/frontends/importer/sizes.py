@@ -126,6 +126,8 @@ class Sizes:
         A symbolic position in a fixed extent is taken to lie in it: models slice tables of
         positions and masks so, and could not go on with fewer rows. This bounds a dimension.
         """
+        if isinstance(position, int):  # the analyzer's sums with the largest integers overflow
+            position = max(-LARGEST_SIZE, min(position, LARGEST_SIZE))
         if self.compare("Less", position, 0):
             position = self.simplify(position + extent)
             if self.compare("Less", position, 0):
