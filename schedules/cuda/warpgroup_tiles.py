@@ -110,7 +110,9 @@ def tile_of(
 _TYPICAL_TOKENS = 1024
 """Tokens that a kernel is made for which sees any number of them."""
 
-_LAUNCH = 2.0e-6
+_LAUNCH, _LOOK_UP = 1.4e-6, 0.6e-6
+"""Seconds until a kernel works, and until it knows where a row's blocks are."""
+
 _STORE, _STORE_TOKEN, _ACTIVATE_TOKEN = 0.31e-6, 3.1e-9, 7.5e-9
 """Seconds until a tile is on its way to memory: of any, for each token, and more for each where an
 activation takes powers and quotients."""
@@ -118,9 +120,10 @@ activation takes powers and quotients."""
 _TENSOR_SHARE = 0.895
 """Share of a warpgroup's peak that a loop reaches, at the clock that power allows."""
 
-_STEP_SECONDS = 0.142e-6
-_COPY_RATE = 141e9
-"""Least time of a step, and bytes a second that one multiprocessor copies while all do."""
+_STEP_SECONDS = 0.15e-6
+_COPY_RATE, _BLOCK_RATE = 141e9, 70e9
+"""Least time of a step, and bytes a second that one multiprocessor copies while all do: a tile of a
+weight in blocks has its own columns of the activations, which no neighbour reads at that time."""
 
 _STRUCTURED_RATE, _STRUCTURED_WEIGHT, _STRUCTURED_WIDE = 158e9, 3.0, 1.3
 """The same of 2:4, a byte of whose weight and places takes as long as three; and what its products
@@ -175,7 +178,7 @@ def _seconds(
     steps = ceil(k / SIDE) if blocks is None else blocks / row_tiles
     products = tile.rows * tile.tokens * SIDE / (2 if structured else 1)
     multiply = products / (gpu.warpgroup * gpu.ghz * 1e9 * _TENSOR_SHARE)
-    busy = steps * max(multiply, _copy_seconds(tile, structured), _STEP_SECONDS)
+    busy = steps * max(multiply, _copy_seconds(tile, layout), _STEP_SECONDS)
     if structured and tile.tokens > 192:
         busy *= _STRUCTURED_WIDE
     each_token = _STORE_TOKEN + (_ACTIVATE_TOKEN if activated else 0)
@@ -183,15 +186,18 @@ def _seconds(
     each = max(busy, (busy + store) / 2) if tile.alternating else busy + store
     last = store if tile.alternating else 0  # one warpgroup stores it alone
     memory = tokens * (n + k) * 2 / (gpu.memory * _MEMORY_SHARE)
-    return _LAUNCH + float(((turns * each + last) ** _BLEND + memory**_BLEND) ** (1 / _BLEND))
+    begin = _LAUNCH + (0 if blocks is None else _LOOK_UP)
+    return begin + float(((turns * each + last) ** _BLEND + memory**_BLEND) ** (1 / _BLEND))
 
 
-def _copy_seconds(tile: WarpgroupTile, structured: bool) -> float:
+def _copy_seconds(tile: WarpgroupTile, layout: Layout) -> float:
     """Seconds that copying one step takes."""
+    structured = layout.format == "2:4"
     weight = tile.step_bytes(structured) - tile.weight_at
     if structured:
         return (tile.weight_at + _STRUCTURED_WEIGHT * weight) / _STRUCTURED_RATE
-    return (tile.weight_at + weight) / _COPY_RATE
+    rate = _COPY_RATE if layout.format == "dense" else _BLOCK_RATE
+    return (tile.weight_at + weight) / rate
 
 
 def tiles(layout: Layout) -> list[WarpgroupTile]:

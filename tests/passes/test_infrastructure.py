@@ -58,8 +58,8 @@ def stages() -> dict[str, Program]:
 
 @pytest.fixture(scope="module")
 def stages_of_an_image() -> dict[str, Program]:
-    """What BERT has not: a quantised convolution, a norm spelled out, a product that is no
-    attention, a quantised layer, and attention to a cache."""
+    """What BERT has not: a quantised convolution, a transposed one, a norm spelled out, a product
+    that is no attention, a quantised layer, and attention to a cache."""
     op = relax.op
 
     def rounded(emit, x):
@@ -77,7 +77,7 @@ def stages_of_an_image() -> dict[str, Program]:
         rows = emit(op.permute_dims(emit(op.matmul(weights, keys)), [0, 2, 1, 3]))
         return emit(op.reshape(rows, (1, 3, 16)))
 
-    def body(emit, image, other, cache, w, v, gamma, beta):
+    def body(emit, image, other, cache, w, t, v, gamma, beta):
         pixels = emit(op.reshape(emit(op.nn.conv2d(rounded(emit, image), w)), (24, 6)))
         centred = emit(op.subtract(pixels, emit(op.mean(pixels, [-1], keepdims=True))))
         variance = emit(op.mean(emit(op.multiply(centred, centred)), [-1], keepdims=True))
@@ -85,10 +85,12 @@ def stages_of_an_image() -> dict[str, Program]:
         normal = emit(op.divide(centred, deviation))
         total = emit(op.add(emit(op.multiply(normal, gamma)), beta))
         product = emit(op.matmul(emit(op.add(total, quantised(emit, normal, v))), other))
-        return op.add(product, emit(op.mean(attention(emit, cache))))
+        larger = emit(op.nn.conv2d_transpose(image, t, strides=(2, 2)))
+        total = emit(op.add(product, emit(op.mean(attention(emit, cache)))))
+        return op.add(total, emit(op.mean(larger)))
 
     inputs = {"image": (1, 4, 6, 8), "other": (6, 5), "cache": (1, 1, 3, 16)}
-    shapes = {"w": (6, 4, 3, 3), "v": (6, 6), "gamma": (6,), "beta": (6,)}
+    shapes = {"w": (6, 4, 3, 3), "t": (4, 5, 2, 2), "v": (6, 6), "gamma": (6,), "beta": (6,)}
     program = build(body, inputs, shapes)
     for name in ("v", "w"):
         program.weights[name] = np.rint(program.weights[name] * 30) / np.float32(32)
