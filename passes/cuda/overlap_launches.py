@@ -1,10 +1,10 @@
 """Overlap launches: kernels of ours are launched while those before them still run.
 
 Matches kernels of ours for devices that can launch dependent ones early, of compute capability 9.0
-and more. Such a kernel begins when all blocks of the one before have begun to end, or earlier where
-that one allows it, and waits before it reads or writes: launching it, and what it does before, cost
-no time of their own (CUDA's programmatic dependent launch). TVM's own functions do not wait, and
-are left alone.
+and more. Such a kernel starts once every block of the one before has ended or allowed it, which
+ours do as soon as those before them are done, and waits before it reads or writes: launching it,
+and what it does before, cost no time of their own (CUDA's programmatic dependent launch). TVM's own
+functions do not wait, and are left alone.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def wait(pending: int) -> None:
 
 
 def await_previous() -> None:
-    """Let the next kernel start, and wait for those before: what every kernel does first."""
+    """Wait for the kernels before, then let the next one start: what every kernel does first."""
     call("await_previous")
 
 
