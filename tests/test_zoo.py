@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -57,22 +60,36 @@ def test_a_nan_where_none_is_due_is_wrong() -> None:
     assert not zoo._difference(np.array([np.nan]), np.array([1.0])) <= zoo.TOLERANCE
 
 
-def test_a_process_that_ends_is_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The log of one that fails is kept, and its last line is the reason."""
+CRASHES = """
+import json, os, sys
+from pathlib import Path
+import zoo, zoo_doors
 
-    def crashes(folder: Path) -> zoo_doors.Subject:
-        import os
+def crashes(folder):
+    os.write(2, b"about to end\\n")
+    os._exit(6)
 
-        os.write(2, b"about to end\n")
-        os._exit(6)
+family = zoo_doors.Family("crashes", "none", zoo_doors.LEGACY, crashes)
+zoo.families = lambda: {"crashes": family}
+zoo._import_once = lambda: None
+(result,) = zoo.results_of([family], 1, Path(sys.argv[1]))
+print(json.dumps(result))
+"""
 
-    family = zoo_doors.Family("crashes", "none", zoo_doors.LEGACY, crashes)
-    monkeypatch.setattr(zoo, "families", lambda: {"crashes": family})
-    monkeypatch.setattr(zoo, "_import_once", lambda: None)
-    (result,) = zoo.results_of([family], 1, tmp_path)
+
+def test_a_process_that_ends_is_a_crash(tmp_path: Path) -> None:
+    """The log of one that fails is kept, and its last line is the reason.
+
+    In a fresh process, as the zoo forks: this one may have grown too large to be copied.
+    """
+    command = [sys.executable, "-c", CRASHES, str(tmp_path)]
+    paths = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=True
+    )
+    result = json.loads(done.stdout)
     assert (result["end"], result["why"]) == ("crash", "6: about to end")
     assert "about to end" in (tmp_path / "crashes.log").read_text()
-    assert json.dumps(result)
 
 
 def test_the_page_tells_which_commit_its_rows_are_of() -> None:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -254,13 +253,21 @@ def test_arguments_that_make_no_sense(model, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+# Where tests run in a shell's background, what they start ignores SIGINT. It is told to obey in
+# the process itself: `preexec_fn` copies this one's memory, for which there may be no room.
+OBEYING = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from sparse_tvm.cli import main
+sys.exit(main())
+"""
+
+
 def test_command_line_tunes_is_interrupted_and_goes_on(tmp_path, model):
     records = tmp_path / "records.jsonl"
-    command = [sys.executable, "-m", "sparse_tvm", "tune", model, "-o", str(records)]
+    command = [sys.executable, "-c", OBEYING, "tune", model, "-o", str(records)]
     command += ["--threads", "1", "--tokens", "1,16"]
-    # Where the tests run in a shell's background, what they start ignores SIGINT.
-    obeying = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=obeying)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     first = process.stderr.readline()
     os.kill(process.pid, signal.SIGINT)
