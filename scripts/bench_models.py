@@ -58,6 +58,7 @@ def main(
     layers: Annotated[int, typer.Option(help="Of BERT in --sweep and --shapes.")] = 12,
     duration: Annotated[float, typer.Option(help="Seconds of runs per engine.")] = 5.0,
     workdir: Annotated[Path, typer.Option(help="Where models and results go.")] = BUILD,
+    reuse: Annotated[bool, typer.Option("--reuse", help="Time what is compiled there.")] = False,
 ) -> None:
     """Compare compiled models with ONNX Runtime, OpenVINO and PyTorch."""
     for name in model:
@@ -65,7 +66,7 @@ def main(
             raise typer.BadParameter(f"{name!r} is not one of {', '.join(WORKLOADS)}")
     workdir.mkdir(parents=True, exist_ok=True)
     with PhaseProgress(stderr_console()) as progress:
-        bench = Bench(workdir, list(dict.fromkeys(threads)), duration, progress)
+        bench = Bench(workdir, list(dict.fromkeys(threads)), duration, progress, reuse)
         if sweep:
             failures = bench.sweep(layers)
         elif precision:
@@ -82,10 +83,15 @@ class Bench:
     """The three benchmarks; each saves its results and returns what is wrong with them."""
 
     def __init__(
-        self, workdir: Path, threads: Sequence[int], duration: float, progress: PhaseProgress
+        self,
+        workdir: Path,
+        threads: Sequence[int],
+        duration: float,
+        progress: PhaseProgress,
+        reuse: bool,
     ) -> None:
         self.workdir, self.threads, self.duration = workdir, threads, duration
-        self.progress = progress
+        self.progress, self.reuse = progress, reuse
 
     def models(self, names: Sequence[str]) -> list[str]:
         measured: list[Measurement] = []
@@ -152,7 +158,8 @@ class Bench:
 
     def build(self, name: str, model: onnx.ModelProto) -> Path:
         path = self.workdir / f"{name}.onnx"
-        onnx.save(model, path)
+        if not (self.reuse and path.exists()):
+            onnx.save(model, path)
         return path
 
     def compile_all(
@@ -165,11 +172,13 @@ class Bench:
             stem = self.workdir / f"{name}-{variant.percent}-{variant.structure}"
             stem = stem.with_name(f"{stem.name}-{variant.precision}")
             pruned, artifact = stem.with_suffix(".onnx"), stem.with_suffix(".so")
+            compiled[variant.title] = pruned, artifact
+            if self.reuse and artifact.exists():
+                continue
             sparsity = float(variant.percent) / 100
             sparse_tvm.prune(dense, pruned, sparsity=sparsity, structure=variant.structure)
             # Measuring compares outputs.
             sparse_tvm.compile(pruned, artifact, precision=variant.precision, verify=False)
-            compiled[variant.title] = pruned, artifact
         return compiled
 
     def compare(
