@@ -27,7 +27,13 @@ from sparse_tvm.passes.infrastructure import Context
 from sparse_tvm.passes.pipeline import graph_phases
 from sparse_tvm.passes.pipeline import phases as pipeline
 from sparse_tvm.passes.set_precision import check_precisions
-from sparse_tvm.quantising.choice import AUTO, Quantising, check_calibration, ladder_of
+from sparse_tvm.quantising.choice import (
+    AUTO,
+    Calibration,
+    Quantising,
+    check_calibration,
+    ladder_of,
+)
 from sparse_tvm.quantising.judge import Judge
 from sparse_tvm.report import check_report_path, write_report
 from sparse_tvm.sparsity.calibration import Data
@@ -79,6 +85,7 @@ def compile(
     min_cosine: float | None = None,
     verify_inputs: Mapping[str, np.ndarray] | None = None,
     calibrate: Data | None = None,
+    calibration_method: str = "minmax",
     check_passes: bool | None = None,
     progress: Callable[[str], None] | None = None,
     started: float | None = None,
@@ -145,8 +152,10 @@ def compile(
         model whose batch is fixed. In low precision, the layers that hurt most are named.
     calibrate : path or mapping | None
         Data on which int8 layers find static scales, instead of one per token at run time; as
-        :func:`sparse_tvm.prune` takes it. ``auto`` measures on it, unless there are
-        `verify_inputs`.
+        :func:`sparse_tvm.prune` takes it. With it, convolutions of images are int8 layers, too.
+        ``auto`` measures on it, unless there are `verify_inputs`.
+    calibration_method : str
+        How ONNX Runtime finds a tensor's range on it: ``minmax``, ``entropy`` or ``percentile``.
     check_passes : bool | None
         Check the module, and what each pass promises, after every pass; by default where
         ``SPARSE_TVM_CHECK_PASSES`` is 1.
@@ -162,8 +171,9 @@ def compile(
         A subclass that says what is wrong with the model, an option, the output or the result.
     """
     now = time.perf_counter()
+    calibration = None if calibrate is None else Calibration(calibrate, calibration_method)
     context, ladder = _context_and_ladder(
-        target, format, block, threshold, layer_rules, precision, records, threads, calibrate
+        target, format, block, threshold, layer_rules, precision, records, threads, calibration
     )
     if min_cosine is not None and not 0 <= min_cosine <= 1:
         raise OptionError(f"the least cosine must be from 0 to 1, not {min_cosine}")
@@ -182,7 +192,7 @@ def compile(
     if save_ir is not None:
         write_ir(compilation.source, compilation.imported, save_ir)
     judge = Judge.of(compilation, verify_inputs, tolerance, min_cosine, chosen=bool(ladder))
-    quantising = _quantising(compilation, ladder, calibrate, judge)
+    quantising = _quantising(compilation, ladder, calibration, judge)
     while True:
         if quantising is not None:
             compilation = _as_chosen(compilation, quantising, opened)
@@ -311,7 +321,7 @@ def _context_and_ladder(
     precision: str | None,
     records: Sequence[PathLike],
     threads: int | None,
-    calibrate: Data | None,
+    calibration: Calibration | None,
 ) -> tuple[Context, list[str]]:
     """The context, in the lowest precision where it is ``auto``, and what that chooses among."""
     fixed = None if precision == AUTO else precision
@@ -320,20 +330,23 @@ def _context_and_ladder(
     if precision == AUTO:
         ladder = ladder_of(context)
         context = replace(context, options=replace(context.options, precision=ladder[0]))
-    if calibrate is not None:
-        check_calibration(context.options)
+    if calibration is not None:
+        check_calibration(context.options, calibration)
     return context, ladder
 
 
 def _quantising(
-    compilation: Compilation, ladder: Sequence[str], calibrate: Data | None, judge: Judge
+    compilation: Compilation,
+    ladder: Sequence[str],
+    calibration: Calibration | None,
+    judge: Judge,
 ) -> Quantising | None:
     """What was measured before the compile, if anything was to be."""
-    if not ladder and calibrate is None:
+    if not ladder and calibration is None:
         return None
     with compilation.phases("choose precision"):
-        options, imported = compilation.context.options, compilation.imported
-        quantising = Quantising(compilation.source, options, imported, calibrate)
+        source, context, imported = compilation.source, compilation.context, compilation.imported
+        quantising = Quantising(source, context, imported, calibration)
         if ladder:
             feeds = judge.real_feeds or quantising.batches or judge.feeds
             quantising.search(ladder, judge.least_cosine, feeds)

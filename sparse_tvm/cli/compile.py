@@ -117,6 +117,13 @@ def compile(
             "a .txt of sentences or a folder of images.",
         ),
     ] = None,
+    calibration_method: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How a range is found on that data: minmax, entropy or percentile.",
+        ),
+    ] = "minmax",
     allow_pickle: AllowPickle = False,
     quiet: Quiet = False,
 ) -> None:
@@ -203,6 +210,7 @@ def compile(
                 min_cosine=min_cosine,
                 verify_inputs=read_npz(verify_inputs) if verify_inputs else None,
                 calibrate=calibrate,
+                calibration_method=calibration_method,
                 started=started,
             )
             manifest = result.manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -17,9 +18,16 @@ from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.infrastructure import Context
 from sparse_tvm.passes.set_precision import has_kernels
 from sparse_tvm.quantising.rehearsal import Rehearsal
-from sparse_tvm.quantising.scales import CalibratedSource, Scale, static_scales, with_scales
+from sparse_tvm.quantising.scales import (
+    METHODS,
+    CalibratedSource,
+    Scale,
+    check_method,
+    static_scales,
+    with_scales,
+)
 from sparse_tvm.quantising.search import PrecisionSearch
-from sparse_tvm.quantising.sites import Site, dense_sites
+from sparse_tvm.quantising.sites import Site, image_tensors, sites_of
 from sparse_tvm.sparsity.calibration import Data, read_calibration
 from sparse_tvm.sparsity.pruning import own_copy, tokenizer_of
 
@@ -63,14 +71,23 @@ def ladder_of(context: Context) -> list[str]:
     return [*able, "fp32"]
 
 
-def check_calibration(options: FormatOptions) -> None:
-    """Refuse static scales where nothing multiplies by them.
+@dataclass(frozen=True)
+class Calibration:
+    """Data on which static scales are found, and how (see :data:`METHODS`)."""
+
+    data: Data
+    method: str = METHODS[0]
+
+
+def check_calibration(options: FormatOptions, calibration: Calibration) -> None:
+    """Refuse static scales where nothing multiplies by them, and unknown ways to find them.
 
     Raises
     ------
     OptionError
-        When no layer is to be int8.
+        When no layer is to be int8, or there is no such method.
     """
+    check_method(calibration.method)
     if "int8" not in options.precisions:
         raise OptionError(
             f"--calibrate finds scales for int8, and the precision is {options.precision}",
@@ -85,12 +102,12 @@ class Quantising:
     ----------
     source : Source
         The model.
-    options : FormatOptions
-        As given; for ``auto``, the precision is the lowest.
+    context : Context
+        With the options as given; for ``auto``, the precision is the lowest.
     imported : ImportedModel
         The model, as it is.
-    calibrate : Data | None
-        For static scales.
+    calibration : Calibration | None
+        For static scales. Only with them convolutions round: no kernel finds scales of images.
 
     Raises
     ------
@@ -101,37 +118,50 @@ class Quantising:
     def __init__(
         self,
         source: Source,
-        options: FormatOptions,
+        context: Context,
         imported: ImportedModel,
-        calibrate: Data | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         if imported.quantised:
             raise OptionError(
                 f"{source.name} is quantised already, and computes by its own scales",
                 hint="leave --calibrate and --precision auto out",
             )
-        self._source, self._options = source, options
+        self._source, self._context, self._options = source, context, context.options
         self._model = own_copy(source.as_onnx())
         self._search: PrecisionSearch | None = None
         self._batches: Feeds = ()
-        layers = set(imported.layers.values())
-        self._sites = [site for site in dense_sites(self._model) if site.ref.layer in layers]
-        ruled = options.ruled_precision
-        self._open = [site for site in self._sites if ruled(site.ref.layer) is None]
         self._scales: dict[str, Scale] = {}
-        if calibrate is not None:
-            self._calibrate(calibrate)
+        self._notes: list[str] = []
+        self._sites = [s for s in sites_of(self._model) if s.ref.layer in imported.layers.values()]
+        if calibration is None:
+            self._sites = [site for site in self._sites if site.convolution is None]
+        self._sites = [site for site in self._sites if self._has_kernel(site)]
+        ruled = self._options.ruled_precision
+        self._open = [site for site in self._sites if ruled(site.ref.layer) is None]
+        if calibration is not None:
+            self._calibrate(calibration)
 
-    def _calibrate(self, data: Data) -> None:
+    def _has_kernel(self, site: Site) -> bool:
+        """Whether the target multiplies a convolution's integers; if not, a note says why."""
+        if site.convolution is None:
+            return True
+        refusal = self._context.backend.refuses(site.convolution, self._context.target)
+        if refusal is not None:
+            self._notes.append(f"{site.ref.layer} stays float32: {refusal}")
+        return refusal is None
+
+    def _calibrate(self, calibration: Calibration) -> None:
         opset = next(e.version for e in self._model.opset_import if e.domain in ("", "ai.onnx"))
         if opset < _OLDEST_OPSET:
             raise OptionError(
                 f"{self._source.name} is of opset {opset}, which cannot hold static scales",
                 hint=f"convert it to opset {_OLDEST_OPSET} or newer, or leave --calibrate out",
             )
-        self._batches = read_calibration(data, self._model, tokenizer=tokenizer_of(self._source))
-        tensors = {site.tensor for site in self._open}
-        self._scales = static_scales(self._model, tensors, self._batches)
+        tokenizer = tokenizer_of(self._source)
+        self._batches = read_calibration(calibration.data, self._model, tokenizer=tokenizer)
+        tensors = {site.tensor for site in self._open} | image_tensors(self._model, self._open)
+        self._scales = static_scales(self._model, tensors, self._batches, calibration.method)
 
     def search(self, ladder: Sequence[str], least: float, feeds: Feeds) -> None:
         """Choose a precision for each layer (see :class:`PrecisionSearch`).
@@ -148,11 +178,11 @@ class Quantising:
         Raises
         ------
         OptionError
-            When the model has no dense layers of float32 that options leave open.
+            When the model has no layers of float32 that could be int8, and that options leave open.
         """
         if not self._open:
             raise OptionError(
-                f"{self._source.name} has no dense layers whose precision could be chosen",
+                f"{self._source.name} has no layers whose precision could be chosen",
                 hint="leave --precision auto out",
             )
         rehearsal = self._rehearsal(self._open, feeds)
@@ -175,7 +205,7 @@ class Quantising:
     @property
     def notes(self) -> list[str]:
         """What reports say of the choice."""
-        return [self._search.note()] if self._search else []
+        return [*self._notes, *([self._search.note()] if self._search else [])]
 
     def losses(self, precisions: Mapping[str, str], feeds: Feeds) -> dict[str, float]:
         """By layer, what it alone takes from the cosine of 1, the largest first.

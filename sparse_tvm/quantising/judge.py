@@ -142,8 +142,7 @@ class Judge:
             return {}
         if quantising is None:
             try:
-                options = compilation.context.options
-                quantising = Quantising(compilation.source, options, self.model)
+                quantising = Quantising(compilation.source, compilation.context, self.model)
             except (ModelError, OptionError):
                 return {}  # a saved module, or a model of its own integers: nothing to rehearse
         return quantising.losses(lowered, self.feeds)

@@ -1,8 +1,9 @@
-"""A model in ONNX Runtime whose dense layers round as kernels do: any layer, to any precision.
+"""A model in ONNX Runtime whose layers round as kernels do: any layer, to any precision.
 
 One session holds every choice, so that trying another costs one run: a weight and an input come
 out of an ``If``, whose branches are what they are in float32, rounded to bf16, and rounded to int8.
-Sums are float32 in all of them, which is what tells them from kernels.
+Sums are float32 in all of them, which is what tells them from kernels. Convolutions round to int8
+alone, as kernels do: what is bf16 elsewhere is float32 there.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class _Writer:
                 x, w = node.input[site.x], node.input[site.w]
                 nodes: list[onnx.NodeProto] = []
                 node.input[site.x] = self._choice(nodes, site, x, self._rounded_input(site, x))
-                node.input[site.w] = self._choice(nodes, site, w, self._rounded_weight(site))
+                node.input[site.w] = self._choice(nodes, site, w, self._rounded_weight(site, w))
                 self._graph.node.extend(nodes)
             self._graph.node.append(node)
         levels = helper.make_tensor_value_info(_INPUT, TensorProto.INT32, [len(self._layers)])
@@ -147,7 +148,7 @@ class _Writer:
         place = self._constant(np.array(self._layers.index(site.ref.layer), np.int64))
         level = self._fresh()
         nodes.append(helper.make_node("Gather", [_INPUT, place], [level], axis=0))
-        branches = {"fp32": [helper.make_node("Identity", [given], [self._fresh()])], **rounded}
+        branches = {"fp32": [self._same(given)], **rounded}
         inner = self._if(level, "int8", branches["int8"], branches["bf16"])
         whole = self._if(level, "fp32", branches["fp32"], inner)
         nodes.extend(whole)
@@ -185,14 +186,21 @@ class _Writer:
             steps = self._whole(int8, self._add(int8, "Div", x, step))
             steps = self._add(int8, "Min", steps, float(LARGEST))
             self._add(int8, "Mul", self._add(int8, "Max", steps, -float(LARGEST)), step)
+        if site.convolution is not None:
+            return {"int8": int8, "bf16": [self._same(x)]}
         bf16: list[onnx.NodeProto] = []
         large = self._add(bf16, "Mul", x, _HALF)
         self._add(bf16, "Sub", large, self._add(bf16, "Sub", large, x))
         return {"int8": int8, "bf16": bf16}
 
-    def _rounded_weight(self, site: Site) -> dict[str, list[onnx.NodeProto]]:
-        w = canonical(site.ref, as_array(self._arrays[site.ref.initializer]))
+    def _rounded_weight(self, site: Site, given: str) -> dict[str, list[onnx.NodeProto]]:
+        tensor = self._arrays[site.ref.initializer]
+        w = canonical(site.ref, as_array(tensor))
         values, steps = quantise_rows(w)
+        if site.convolution is not None:
+            images = (values * steps[:, None]).reshape(tuple(tensor.dims))
+            int8 = [self._same(self._constant(images, (site.ref.initializer, "int8")))]
+            return {"int8": int8, "bf16": [self._same(given)]}
         halves = bf16_values(round_to_bf16(w))
         if site.by_inputs:
             values, steps, halves = values.T, steps[None, :], halves.T
@@ -200,12 +208,15 @@ class _Writer:
             steps = steps[:, None]
         key = (site.ref.initializer, str(site.by_inputs))
         integers = self._constant(np.ascontiguousarray(values), (*key, "int8"))
-        int8: list[onnx.NodeProto] = []
+        int8 = []
         real = self._fresh()
         int8.append(helper.make_node("Cast", [integers], [real], to=TensorProto.FLOAT))
         self._add(int8, "Mul", real, self._constant(steps, (*key, "steps")))
         bf16 = self._constant(np.ascontiguousarray(halves), (*key, "bf16"))
-        return {"int8": int8, "bf16": [helper.make_node("Identity", [bf16], [self._fresh()])]}
+        return {"int8": int8, "bf16": [self._same(bf16)]}
+
+    def _same(self, name: str) -> onnx.NodeProto:
+        return helper.make_node("Identity", [name], [self._fresh()])
 
     def _whole(self, nodes: list[onnx.NodeProto], x: str) -> str:
         return self._add(nodes, "Sub", self._add(nodes, "Add", x, _WHOLE), _WHOLE)
