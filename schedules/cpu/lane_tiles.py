@@ -127,17 +127,19 @@ def splats(buffer: Buffer, first: Expr, simd: Simd) -> list[Expr]:
 
     ``buffer`` has one dimension, and the expressions are to be used where they are made.
     """
-    four = buffer[span(first, 4)]
+    both = four_twice(buffer[span(first, 4)], simd)
+    halves = range(0, simd.lanes, 4)
+    return [tirx.Shuffle([both], [half + i for half in halves for _ in range(4)]) for i in range(4)]
+
+
+def four_twice(four: Expr, simd: Simd) -> Expr:
+    """Four elements in both halves of a vector of eight, for shuffles stay within halves."""
     kept = Registers(1, 1, simd)
-    # Both halves of a vector hold all four, for shuffles stay within halves. The fence, which is no
-    # instruction, keeps LLVM from seeing that, and from loading each element by itself.
+    # The fence, which is no instruction, keeps LLVM from seeing where elements come from, and from
+    # loading each by itself.
     both = tirx.Shuffle([four, four], list(range(simd.lanes)))
     kept.set(0, 0, T.call_llvm_pure_intrin(f"float32x{simd.lanes}", "llvm.arithmetic.fence", both))
-    halves = range(0, simd.lanes, 4)
-    return [
-        tirx.Shuffle([kept.get(0, 0)], [half + i for half in halves for _ in range(4)])
-        for i in range(4)
-    ]
+    return kept.get(0, 0)
 
 
 def small_integers(buffer: Buffer, first: Expr) -> list[Expr]:

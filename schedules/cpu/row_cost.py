@@ -24,10 +24,23 @@ _MEASURED_LANES = 8
 """Where narrower vectors were timed: AVX2."""
 
 
-def outputs_in_lanes(layout: Layout, rows: int) -> bool:
+def outputs_in_lanes(layout: Layout, rows: int, lanes: int) -> bool:
     """Whether a block's outputs fill the vector lanes, rather than ``rows`` of activations."""
     outputs = layout.block[0]
+    if four_together(layout, rows, lanes):
+        return False
     return not layout.sparse or (outputs in (4, 8, 16) and rows <= outputs // 2)
+
+
+def four_together(layout: Layout, rows: int, lanes: int) -> bool:
+    """Whether four weights at a time, of small blocks, are spread over the lanes with all rows.
+
+    On AVX2, whose shuffles spread any element of four. Pairs of weights by eight rows were no
+    faster so.
+    """
+    if lanes != _MEASURED_LANES or not layout.sparse:
+        return False
+    return layout.block in ((1, 1), (4, 1)) or (layout.block == (2, 1) and rows < lanes)
 
 
 def few_rows_seconds(
@@ -80,7 +93,11 @@ def _compute_cycles(
     """Cycles of the arithmetic, all operands being near."""
     costs = target.costs
     (n, _), (rows, columns), parts = shape, layout.block, layout.get("parts", 1)
-    if outputs_in_lanes(layout, count):
+    if four_together(layout, count, target.lanes):
+        share = rows / 4  # of a load of weights that a block takes
+        vectors = -(-4 * count // target.lanes)
+        multiplied, loaded = share * vectors, share + 1
+    elif outputs_in_lanes(layout, count, target.lanes):
         lanes = gcd(rows, target.lanes)
         vectors = rows // lanes
         multiplied, loaded = vectors * count, vectors + count

@@ -26,6 +26,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
 from sparse_tvm.schedules.cpu.row_product import RowProduct
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.stored_weight import Epilogue, StoredWeight
+from sparse_tvm.schedules.cpu.vector_math import lanes_of
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,11 @@ class _Rows:
         self._either(together, apart)
 
 
-def _vector(scalars: Sequence[Expr]) -> Expr:
-    return (
-        tirx.Shuffle(list(scalars), list(range(len(scalars)))) if len(scalars) > 1 else scalars[0]
-    )
+def _vector(parts: Sequence[Expr], times: int = 1) -> Expr:
+    """Scalars or vectors, each so many times, one after the other in one vector."""
+    parts = [part if times == 1 else broadcast(part, times) for part in parts]
+    lanes = sum(map(lanes_of, parts))
+    return tirx.Shuffle(parts, list(range(lanes))) if len(parts) > 1 else parts[0]
 
 
 class _FewRows:
@@ -133,40 +135,47 @@ class _FewRows:
 
     def _finish(self, first: Expr, count: Expr) -> None:
         """Apply the epilogue to a range of outputs, and put them into their tiles."""
-        if not self.product.outputs:
-            with T.serial(0, count) as i:
-                self._finish_rows(first + i)
-            return
         lanes = self.simd.lanes
-        with T.serial(0, count // lanes) as i:
-            self._finish_outputs(scalar(first + i * lanes), lanes)
-        with T.serial(0, count % lanes) as i:
-            self._finish_outputs(scalar(first + count // lanes * lanes + i), 1)
+        if self.product.outputs:
+            finish, together = self._finish_outputs, lanes
+        else:
+            finish, together = self._finish_rows, max(1, lanes // self.m)
+        with T.serial(0, count // together) as i:
+            finish(scalar(first + i * together), together)
+        if together > 1:
+            with T.serial(0, count % together) as i:
+                finish(scalar(first + count // together * together + i), 1)
 
-    def _finish_rows(self, output: Expr) -> None:
-        """One output of all rows."""
+    def _finish_rows(self, output: Expr, count: int) -> None:
+        """Some outputs of all rows, which lie side by side."""
+        m, outputs = self.m, [output + i for i in range(count)]
+        place = span(output * m, count * m)
         value = self.epilogue.apply(
-            self.ys[tuple(self.at(output, 0, self.m))],
-            lambda bias: broadcast(bias[output], self.m),
-            lambda residual: self.rows.load(residual, output),
+            self.ys[place],
+            lambda bias: _vector([bias[each] for each in outputs], m),
+            lambda residual: _vector([self.rows.load(residual, each) for each in outputs]),
         )
-        T.buffer_store(self.ys, value, self.at(output, 0, self.m))
-        self._put(output)
+        T.buffer_store(self.ys, value, [place])
+        self._put_all(output, count)
 
-    def _finish_outputs(self, output: Expr, lanes: int) -> None:
+    def _finish_outputs(self, output: Expr, count: int) -> None:
         """Some outputs of each row, then of all."""
         for row, (tile, lane) in enumerate(zip(self.rows.tiles, self.rows.lanes, strict=True)):
 
             def residual(extra: Buffer, tile: Expr = tile, lane: Expr = lane) -> Expr:
-                return _vector([extra[tile, output + i, lane] for i in range(lanes)])
+                return _vector([extra[tile, output + i, lane] for i in range(count)])
 
             value = self.epilogue.apply(
-                self.ys[tuple(self.at(output, row, lanes))],
-                lambda bias: bias[span(output, lanes)],
+                self.ys[tuple(self.at(output, row, count))],
+                lambda bias: bias[span(output, count)],
                 residual,
             )
-            T.buffer_store(self.ys, value, self.at(output, row, lanes))
-        with T.serial(0, lanes) as i:  # in a row they would take LLVM seconds
+            T.buffer_store(self.ys, value, self.at(output, row, count))
+        self._put_all(output, count)
+
+    def _put_all(self, output: Expr, count: int) -> None:
+        """Put some outputs of all rows into their tiles."""
+        with T.serial(0, count) as i:  # in a row they would take LLVM seconds
             self._put(output + i)
 
     def _put(self, output: Expr) -> None:

@@ -2,14 +2,19 @@
 
 Outputs fill the vector lanes where a block of the weight has enough of them: each vector of weights
 multiplies one broadcast value per row. Else the M rows fill the lanes, and each weight is
-broadcast. The sums go to a buffer, where they also wait between parts of columns.
+broadcast; with AVX2 small blocks fill them with rows of four weights together, which one load
+brings. The sums go to a buffer, where they also wait between parts of columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import gcd
+from operator import add
 
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP
@@ -17,15 +22,18 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
     broadcast,
+    four_twice,
     local,
     prefetch,
     scalar,
+    small_integers,
     span,
     unrolled,
 )
-from sparse_tvm.schedules.cpu.row_cost import outputs_in_lanes
+from sparse_tvm.schedules.cpu.row_cost import four_together, outputs_in_lanes
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.stored_weight import PREFETCH_BYTES, StoredWeight
+from sparse_tvm.schedules.cpu.vector_math import lanes_of
 
 _CHAINS = 8
 """Independent sums that keep the multiply-adds busy."""
@@ -90,8 +98,8 @@ class RowProduct:
 
     @property
     def outputs(self) -> bool:
-        """Whether outputs fill the lanes."""
-        return outputs_in_lanes(self.weight.layout, self.m)
+        """Whether outputs alone fill the lanes."""
+        return outputs_in_lanes(self.weight.layout, self.m, self.simd.lanes)
 
     def x(self, column: Expr, row: int = 0, lanes: int = 1) -> Expr:
         """Some rows' values of an input column."""
@@ -160,12 +168,37 @@ class RowProduct:
 
     def _block_row(self, part: Expr, segment: Expr, block_row: Expr) -> None:
         """One part's product for a block row of a sparse weight."""
+        first = scalar(self.weight.indptr[segment])
+        count = scalar(self.weight.indptr[segment + 1] - first)
+        if four_together(self.weight.layout, self.m, self.simd.lanes):
+            totals = self._four_together(first, count)
+        else:
+            totals = self._one_by_one(first, count)
+        for offset, total in totals:
+            lanes = lanes_of(total)
+            if self.outputs:
+                at = self.at(block_row * self.block, offset, lanes)
+            else:
+                at = [span(block_row * self.block * self.m + offset, lanes)]
+            self._save(part, at, total)
+
+    def _save(self, part: Expr, at: list[Expr], total: Expr) -> None:
+        """Keep a sum, of one part or added to those before it."""
+        if self.weight.parts == 1:
+            T.buffer_store(self.ys, total, at)
+            return
+        with T.If(part == 0):
+            with T.Then():
+                T.buffer_store(self.ys, total, at)
+            with T.Else():
+                T.buffer_store(self.ys, self.ys[tuple(at)] + total, at)
+
+    def _one_by_one(self, first: Expr, count: Expr) -> list[tuple[int, Expr]]:
+        """Sums of a block row: with each its row, or with rows in lanes its place."""
         weight, m, size = self.weight, self.m, self.block
         lanes, many = (size, m) if self.outputs else (m, size)
         chains = max(1, min(4, _CHAINS // many))
         sums = Sums(chains * many, lanes)
-        first = scalar(weight.indptr[segment])
-        count = scalar(weight.indptr[segment + 1] - first)
         weight.prefetch(first, count)
 
         def step(i: Expr, chain: int) -> None:
@@ -181,18 +214,78 @@ class RowProduct:
                         sums.add(chain * many + one, w, self.x(column + c, 0, m))
 
         unrolled(count, chains, step)
-        for one in range(many):
-            total = sums.total(one, many)
-            at = (
-                self.at(block_row * size, one, lanes)
-                if self.outputs
-                else self.at(block_row * size + one, 0, lanes)
+        step_of = 1 if self.outputs else m
+        return [(one * step_of, sums.total(one, many)) for one in range(many)]
+
+    def _four_together(self, first: Expr, count: Expr) -> list[tuple[int, Expr]]:
+        """The same from four weights at a time, of a block or of several: with each its place.
+
+        Lanes hold products of weights with rows, all rows of a weight beside each other.
+        """
+        weight, m, size = self.weight, self.m, self.block
+        blocks = 4 // size
+        lanes = min(4 * m, self.simd.lanes)
+        vectors = 4 * m // lanes
+        chains = max(2, min(size, _CHAINS // vectors))
+        sums = Sums(chains * vectors, lanes)
+        rest = Sums(size, m) if blocks > 1 else None
+        data = T.decl_buffer((weight.data.shape[0] * size,), "float32", data=weight.data.data)
+        ahead = PREFETCH_BYTES // 4
+        for line in range(2):
+            prefetch(weight.indices, (first + ahead // size + line * 32,))
+
+        def step(i: Expr, chain: int) -> None:
+            at = scalar(first + i * blocks, "int64")
+            if chain % 4 == 0:
+                prefetch(data, (at * size + ahead,))
+            four = data[span(at * size, 4)]
+            if m > 1:
+                four = four_twice(four, self.simd)
+            columns = (
+                small_integers(weight.indices, at)
+                if blocks == 4
+                else [scalar(weight.indices[at + block], "int64") for block in range(blocks)]
             )
-            if weight.parts == 1:
-                T.buffer_store(self.ys, total, at)
-                continue
-            with T.If(part == 0):
-                with T.Then():
-                    T.buffer_store(self.ys, total, at)
-                with T.Else():
-                    T.buffer_store(self.ys, self.ys[tuple(at)] + total, at)
+            for vector in range(vectors):
+                places = range(vector * lanes, (vector + 1) * lanes)
+                # Shuffles stay within halves, of which each has all four.
+                w = [
+                    place // m + (4 if m > 1 and 2 * (place % lanes) >= lanes else 0)
+                    for place in places
+                ]
+                sums.add(
+                    chain * vectors + vector,
+                    four if m == 1 else tirx.Shuffle([four], w),
+                    self._rows_of(columns, [place // m // size for place in places[::m]]),
+                )
+
+        unrolled(count // blocks, chains, step)
+        totals = [(v * lanes, sums.total(v, vectors)) for v in range(vectors)]
+        if rest is None:
+            return totals
+        with T.serial(0, count % blocks) as i:
+            at = scalar(first + count // blocks * blocks + i, "int64")
+            column = scalar(weight.indices[at], "int64")
+            for one in range(size):
+                rest.add(one, broadcast(data[at * size + one], m), self.x(column, 0, m))
+        kept = local(4 * m)
+        for at, total in totals:
+            T.buffer_store(kept, total, [span(at, lanes)])
+        return [
+            (
+                one * m,
+                reduce(
+                    add,
+                    (kept[span((block * size + one) * m, m)] for block in range(blocks)),
+                    rest.get(one),
+                ),
+            )
+            for one in range(size)
+        ]
+
+    def _rows_of(self, columns: Sequence[Expr], which: Sequence[int]) -> Expr:
+        """The rows' values of some of the input columns, one after the other, in one vector."""
+        values = [self.x(columns[one], 0, self.m) for one in which]
+        if self.m == 1 and len(set(which)) == 1:
+            return T.broadcast(values[0], len(which))
+        return tirx.Shuffle(values, list(range(len(which) * self.m)))

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 from harness import (
+    FORMS,
     PER_FORM,
     PORTABLE,
     RUNNABLE,
@@ -169,6 +170,17 @@ def test_bsr(target, problem):
 def test_one_symbolic_kernel_serves_any_number_of_rows(rows):
     problem = {**SMALLEST, "lead": 2, "rows": rows, "n": 12, "k": 9, "sparsity": 0.5}
     check("bsr", target=PORTABLE, **{**problem, "block": (4, 1), "symbolic": True, "threads": 2})
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7])
+@pytest.mark.parametrize("block", [(1, 1), (2, 1), (4, 1), (8, 1)])
+def test_few_rows_fill_vectors_with_small_blocks(block, rows, parts):
+    """On AVX2 four weights at a time, whose rest a block row's end leaves."""
+    target = min(FORMS, key=lambda target: abs(simd(target).lanes - 8))
+    problem = {**SMALLEST, "rows": rows, "n": 37, "k": 51, "sparsity": 0.7, "epilogue": STEPS[:3]}
+    problem |= {"block": block, "parts": parts, "threads": 2, "seed": rows}
+    check("csr" if block == (1, 1) else "bsr", target=target, **problem)
 
 
 def test_a_dense_kernel_takes_about_as_long_to_compile_as_a_sparse_one():
