@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -153,7 +153,9 @@ class Cuda(Device):
         """Copy on the GPU."""
         self._copy(buffer.tensor.data_ptr(), tensor.data_ptr(), _nbytes(tensor))
 
-    def copy_out(self, tensors: Sequence[Any], shared: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def copy_out(
+        self, tensors: Sequence[Any], shared: Callable[[], Sequence[np.ndarray]]
+    ) -> list[np.ndarray]:
         """Let the GPU write into pinned memory, which becomes the caller's."""
         arrays = []
         for tensor in tensors:

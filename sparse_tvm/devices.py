@@ -10,7 +10,7 @@ in nor when they go out.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any, ClassVar, NamedTuple
@@ -149,9 +149,11 @@ class Device(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def copy_out(self, tensors: Sequence[Any], shared: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def copy_out(
+        self, tensors: Sequence[Any], shared: Callable[[], Sequence[np.ndarray]]
+    ) -> list[np.ndarray]:
         """Results as arrays that belong to the caller: none shares memory with another, or with
-        those in ``shared``. What is in them is there after :meth:`wait`."""
+        those that ``shared`` returns. What is in them is there after :meth:`wait`."""
 
     def duplicate(self, tensor: Any) -> Any:
         """A copy of a tensor, on the device."""
@@ -199,8 +201,8 @@ class Cpu(Device):
         Indices are copied, for what is checked of them has to hold until they are read.
         """
         suits = (
-            array.dtype.kind == "f"
-            and array.nbytes > _COPIED_BYTES
+            array.nbytes > _COPIED_BYTES
+            and array.dtype.kind == "f"
             and array.ctypes.data % ALIGNMENT == 0
             and array.flags.c_contiguous
             and array.flags.writeable  # others cannot be handed over
@@ -217,19 +219,23 @@ class Cpu(Device):
         assert buffer.host is not None
         np.copyto(buffer.host, array)
 
-    def copy_out(self, tensors: Sequence[Any], shared: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def copy_out(
+        self, tensors: Sequence[Any], shared: Callable[[], Sequence[np.ndarray]]
+    ) -> list[np.ndarray]:
         """Large results as they are, unless their memory is also somebody else's."""
-        others = list(shared)
-        owned = []
+        others: Sequence[np.ndarray] | None = None
+        owned: list[np.ndarray] = []
         for tensor in tensors:
             array = np.from_dlpack(tensor)
-            if (
-                array.nbytes <= _COPIED_BYTES
-                or not array.flags.writeable
-                or any(np.may_share_memory(array, other) for other in others)
+            if array.nbytes <= _COPIED_BYTES:
+                owned.append(array.copy())
+                continue
+            if others is None:
+                others = shared()
+            if not array.flags.writeable or any(
+                np.may_share_memory(array, other) for other in (*others, *owned)
             ):
                 array = array.copy()
-            others.append(array)
             owned.append(array)
         return owned
 

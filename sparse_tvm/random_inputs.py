@@ -107,7 +107,7 @@ def sizes_of(specs: Iterable[TensorSpec], shapes: InputShapes) -> dict[str, int]
         dims = known[name].shape
         fits = len(shape) == len(dims) and all(isinstance(size, int) for size in shape)
         for size, dim in zip(shape, dims, strict=True) if fits else ():
-            if isinstance(size, int) and isinstance(dim, str) and symbols_of(dim) == [dim]:
+            if isinstance(size, int) and isinstance(dim, str) and symbols_of(dim) == (dim,):
                 sizes.setdefault(dim, size)
             if set(symbols_of(dim)) <= sizes.keys():
                 fits = fits and size == size_of(dim, sizes)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -153,7 +153,8 @@ class Model:
         self._device = device
         self.device, self.hardware = str(device), device.hardware()
         self._staged = [StagedInput(spec, device) for spec in self.inputs]
-        self._has_open_sizes = any(symbols_of(dim) for spec in self.inputs for dim in spec.shape)
+        self._names = [spec.name for spec in self.inputs]
+        self._limits = _limits(self.inputs, self.bounds)
         self._memory = MemoryBound()
         self._mapped = mapped
         self._weights = _weights_tuple(mapped, manifest["weights"], device)
@@ -236,12 +237,18 @@ class Model:
         """
         handle = self._device.stream_of(stream)
         values = self._checked(self._named(inputs), handle)
+        if self._device.is_host:
+            results = self._machine.call(self._run_on_host, values)
+            return self._by_name(results, into)
         resident = [isinstance(value, Resident) for value in values]
         stays = (any(resident) if on_device is None else on_device) and not self._device.is_host
         returns = stays and handle is not None and all(resident)
         results = self._machine.call(
             self._execute, self._machine.main, values, handle, stays, not returns
         )
+        return self._by_name(results, into)
+
+    def _by_name(self, results: list[Any], into: Callable[[Any], Any] | None) -> dict[str, Any]:
         if into is not None:
             results = [into(result) for result in results]
         return {spec.name: result for spec, result in zip(self.outputs, results, strict=True)}
@@ -284,8 +291,8 @@ class Model:
 
     def _named(self, inputs: Sequence[Any]) -> Mapping[str, Any]:
         """Return inputs by name that were given so, or in the model's order."""
-        if len(inputs) == 1 and isinstance(inputs[0], Mapping):
-            return inputs[0]
+        if len(inputs) == 1 and isinstance(inputs[0], (dict, Mapping)):
+            return cast("Mapping[str, Any]", inputs[0])
         if len(inputs) != len(self.inputs):
             given = ", ".join(type(value).__name__ for value in inputs) or "nothing"
             raise InputError(
@@ -298,25 +305,25 @@ class Model:
     def _checked(self, inputs: Mapping[str, Any], stream: int | None = None) -> list[Any]:
         """Return the inputs as arrays, or as residents of the device, in the model's order."""
         self._refuse_if_closed()
-        if len(inputs) != len(self._staged) or any(
-            staged.spec.name not in inputs for staged in self._staged
-        ):
+        if len(inputs) != len(self._names) or not all(map(inputs.__contains__, self._names)):
             raise self._wrong_names(inputs)
         sizes: dict[str, int] = {}
         values = [
-            staged.checked(inputs[staged.spec.name], sizes, stream) for staged in self._staged
+            staged.checked(inputs[name], sizes, stream)
+            for name, staged in zip(self._names, self._staged, strict=True)
         ]
-        self._check_sizes(sizes)
+        if sizes:
+            self._check_sizes(sizes)
         return values
 
     def _check_sizes(self, sizes: Mapping[str, int]) -> None:
         """Refuse sizes out of bounds, and expressions of symbols that do not add up."""
         for dimension, size in sizes.items():
-            low, high = self.bounds.get(dimension, (1, LARGEST_SIZE))
+            low, high, others = self._limits[dimension]
             if not low <= size <= high:
                 allowed = f"{low} or more" if high == LARGEST_SIZE else f"{low} to {high}"
                 raise InputError(f"{self.path.name}: {dimension} is {size}, but must be {allowed}")
-            if any(s != dimension and s in sizes for s in symbols_of(dimension)):
+            if others and any(symbol in sizes for symbol in others):
                 expected = size_of(dimension, {s: sizes[s] for s in symbols_of(dimension)})
                 if size != expected:
                     raise InputError(f"{self.path.name}: {dimension} is {size}, not {expected}")
@@ -348,11 +355,10 @@ class Model:
         residents = [value for value in values if isinstance(value, Resident)]
         after = {value.producer for value in residents if value.producer is not None}
         with self._device.submitting(stream, after):
-            if self._has_open_sizes:
-                shapes = tuple(
-                    v.tensor.shape if isinstance(v, Resident) else v.shape for v in values
+            if self._limits:
+                self._bound_memory(
+                    tuple(v.tensor.shape if isinstance(v, Resident) else v.shape for v in values)
                 )
-                self._memory.before_run(shapes, sum(map(StagedInput.nbytes, self._staged, shapes)))
             tensors = [staged.fill(v) for staged, v in zip(self._staged, values, strict=True)]
             results = self._results(main, tensors)
             owned = self._kept(main, results, tensors) if stays else self._copied(results, values)
@@ -360,14 +366,28 @@ class Model:
             self._device.wait()
         return owned
 
+    def _run_on_host(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The same where there are neither residents nor streams: small models live by it."""
+        self._refuse_if_closed()
+        if self._limits:
+            self._bound_memory(tuple([value.shape for value in values]))
+        tensors = [staged.fill(v) for staged, v in zip(self._staged, values, strict=True)]
+        return self._copied(self._results(self._machine.main, tensors), values)
+
+    def _bound_memory(self, shapes: tuple[tuple[int, ...], ...]) -> None:
+        self._memory.before_run(shapes, lambda: sum(map(StagedInput.nbytes, self._staged, shapes)))
+
     def _results(self, main: Any, tensors: Sequence[Any]) -> Sequence[Any]:
         result = main(*tensors, self._weights)
         return [result] if hasattr(result, "__dlpack__") else result
 
     def _copied(self, results: Sequence[Any], values: Sequence[Any]) -> list[np.ndarray]:
-        staged = [s.buffer.host for s in self._staged if s.buffer.host is not None]
-        given = [value for value in values if isinstance(value, np.ndarray)]  # read in place, maybe
-        return self._device.copy_out(results, [self._mapped, *staged, *given])
+        def shared() -> list[np.ndarray]:
+            staged = [s.buffer.host for s in self._staged if s.buffer.host is not None]
+            given = [v for v in values if isinstance(v, np.ndarray)]  # read in place, maybe
+            return [self._mapped, *staged, *given]
+
+        return self._device.copy_out(results, shared)
 
     def _kept(self, main: Any, results: Sequence[Any], tensors: Sequence[Any]) -> list[Any]:
         """Results on the device that belong to the caller: neither inputs, weights nor constants.
@@ -388,6 +408,20 @@ class Model:
             taken.add(address)
             owned.append(result)
         return owned
+
+
+def _limits(
+    inputs: Sequence[TensorSpec], bounds: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[int, int, tuple[str, ...]]]:
+    """Of each dimension that is open: its bounds, and the symbols of an expression."""
+    dimensions = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
+    return {
+        dim: (
+            *bounds.get(dim, (1, LARGEST_SIZE)),
+            tuple(symbol for symbol in symbols_of(dim) if symbol != dim),
+        )
+        for dim in dimensions
+    }
 
 
 def _addresses(tensors: Sequence[Any]) -> set[int]:

@@ -7,6 +7,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 LARGEST_SIZE = 10**9
@@ -56,9 +57,10 @@ class TensorSpec:
         return cls(entry["name"], entry["dtype"], tuple(entry["shape"]), values, typical)
 
 
-def symbols_of(dim: int | str) -> list[str]:
+@lru_cache
+def symbols_of(dim: int | str) -> tuple[str, ...]:
     """Return the symbols in a dimension: itself, or those of an expression as ``past + new``."""
-    return re.findall(r"[A-Za-z_]\w*", dim) if isinstance(dim, str) else []
+    return tuple(re.findall(r"[A-Za-z_]\w*", dim)) if isinstance(dim, str) else ()
 
 
 def size_of(dim: int | str, sizes: Mapping[str, int]) -> int:

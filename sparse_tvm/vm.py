@@ -260,10 +260,11 @@ class MemoryBound:
     def __init__(self) -> None:
         self._sizes: dict[tuple[tuple[int, ...], ...], int] = {}
 
-    def before_run(self, shapes: tuple[tuple[int, ...], ...], size: int) -> None:
-        """Note that inputs of `shapes`, `size` bytes in all, come next."""
+    def before_run(self, shapes: tuple[tuple[int, ...], ...], size_of: Callable[[], int]) -> None:
+        """Note that inputs of `shapes`, of as many bytes in all as `size_of` tells, come next."""
         if shapes in self._sizes:
             return
+        size = size_of()
         if self._sizes and size + sum(self._sizes.values()) > _KEPT * max(
             size, *self._sizes.values()
         ):

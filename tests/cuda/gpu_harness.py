@@ -43,7 +43,7 @@ def run(
             operands = [device.constant(array) for array in arrays]
             result = device.constant(np.full(output.shape, np.nan, output.dtype))
             module["kernel"](*operands, result)
-            (array,) = device.copy_out([result], [])
+            (array,) = device.copy_out([result], list)
             device.wait()
             found.append(array)
     np.testing.assert_array_equal(found[0], found[1])

@@ -73,7 +73,7 @@ class Foreign:
 def to_host(tensor) -> np.ndarray:
     device = cuda_device.Cuda(runtime())
     with device.submitting():
-        (array,) = device.copy_out([tensor], [])
+        (array,) = device.copy_out([tensor], list)
     device.wait()
     return array
 
