@@ -103,6 +103,8 @@ class Kernel:
         Seconds of those that were measured.
     failed : set[Layout]
         Those that could not be.
+    exhaustive : bool
+        Whether no candidate is left alone for its prediction.
     """
 
     layer: TunedLayer
@@ -111,6 +113,7 @@ class Kernel:
     predicted: dict[Layout, list[float]]
     measured: dict[Layout, dict[Condition, float]] = field(default_factory=dict)
     failed: set[Layout] = field(default_factory=set)
+    exhaustive: bool = False
 
     @property
     def tried(self) -> int:
@@ -126,7 +129,12 @@ class Kernel:
         """How much faster the best is than what would have been chosen; None if not known."""
         if self.best is None or self.untuned not in self.measured:
             return None
-        return exp(self._measured_loss(self.untuned) - self._measured_loss(self.best))
+        return self.slower(self.untuned)
+
+    def slower(self, layout: Layout) -> float:
+        """How many times as long as the best a measured candidate takes."""
+        assert self.best is not None
+        return exp(self._measured_loss(layout) - self._measured_loss(self.best))
 
     def next(self) -> Layout | None:
         """The candidate to measure now; None if no other one is worth it."""
@@ -140,7 +148,7 @@ class Kernel:
                 if offers:
                     return min(offers, key=self._corrected_loss)
         best = min(open_ones, key=self._corrected_loss, default=None)
-        if best is None or self.best is None:
+        if best is None or self.best is None or self.exhaustive:
             return best
         hopeless = self._corrected_loss(best) > self._measured_loss(self.best) + log(_HOPELESS)
         return None if hopeless else best
@@ -194,6 +202,7 @@ def tune(
     allow_pickle: bool = False,
     measurer: Measurer | None = None,
     progress: Callable[[Trial], None] | None = None,
+    exhaustive: bool = False,
 ) -> Tuned:
     """Measure candidates for the kernels of a model, and keep what they take.
 
@@ -225,6 +234,8 @@ def tune(
         What measures; by default a worker process.
     progress : Callable[[Trial], None] | None
         Called after each candidate.
+    exhaustive : bool
+        Measure those too that are predicted to be far from the best, as far as `trials` goes.
 
     Raises
     ------
@@ -254,7 +265,7 @@ def tune(
         known = Records()
         if Path(records).exists():
             known = read_records([records], machine["cpu"])
-        kernels = [_kernel(one, context, known, threads) for one in found]
+        kernels = [_kernel(one, context, known, threads, exhaustive) for one in found]
         path = Path(records)
         tuner = _Tuner(context, machine, kernels, threads, model_bytes, path, progress)
         try:
@@ -378,7 +389,13 @@ class _Tuner:
             )
 
 
-def _kernel(layer: TunedLayer, context: Context, known: Records, threads: Sequence[int]) -> Kernel:
+def _kernel(
+    layer: TunedLayer,
+    context: Context,
+    known: Records,
+    threads: Sequence[int],
+    exhaustive: bool,
+) -> Kernel:
     """A kernel with its candidates, and what the records know of them."""
     op, weight, target = layer.call.op, layer.weight, context.target
     families = [f for f in context.backend.accepting(op, target) if isinstance(f, WeightedFamily)]
@@ -398,7 +415,7 @@ def _kernel(layer: TunedLayer, context: Context, known: Records, threads: Sequen
     }
     failed = known.failures(op, weight, target.name) & predicted.keys()
     untuned = choose(op, weight, context.options, context.backend, target, layer.tokens).layout
-    return Kernel(layer, untuned, compared, predicted, measured, failed)
+    return Kernel(layer, untuned, compared, predicted, measured, failed, exhaustive)
 
 
 def _context(name: str, precision: str | None, machine: Machine) -> Context:

@@ -147,6 +147,18 @@ def test_the_best_is_found_and_decides(tmp_path, model):
     assert (first["block"], first["basis"], second["basis"]) == ([2, 1], "measured", "measured")
 
 
+def test_an_exhaustive_search_leaves_no_candidate_alone(tmp_path, model):
+    records = tmp_path / "records.jsonl"
+    tuned = tune(model, records, trials=64, threads=[1], measurer=Pretender(by_format))
+    assert any(kernel.tried < len(kernel.predicted) for kernel in tuned.kernels)
+    everything = tune(
+        model, records, trials=1000, threads=[1], measurer=Pretender(by_format), exhaustive=True
+    )
+    for few, all_of_them in zip(tuned.kernels, everything.kernels, strict=True):
+        assert all_of_them.tried == len(all_of_them.predicted)
+        assert all_of_them.slower(few.best) == pytest.approx(1.0)
+
+
 def test_what_was_measured_is_not_measured_again(tmp_path, model):
     records = tmp_path / "records.jsonl"
     first, second = Pretender(by_format), Pretender(by_format)
