@@ -1,7 +1,8 @@
 """Whether the compiler's own choice is ever slower than dense: layers of every sparsity and length.
 
-    python scripts/bench_choices.py                     # fp32, bf16 and int8
+    python scripts/bench_choices.py                     # in every precision the CPU computes in
     python scripts/bench_choices.py --precision int8 --tokens 16
+    python scripts/bench_choices.py --tokens 1 --copies 12       # weights come from memory
 
 A layer is pruned without structure, and its weight stored as the compiler chooses for so many
 tokens, in each precision. Where that is not dense, both kernels compute the same pruned layer in
@@ -19,6 +20,7 @@ import typer
 from bench_precision import Form, Timed, medians
 from kernel_timing import random_weight
 
+from sparse_tvm.backends import get_backend
 from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.cli.tables import plain_table
 from sparse_tvm.cpu import allow_amx, cpu_model
@@ -41,6 +43,7 @@ def main(
     tokens: Annotated[list[int], typer.Option(help="Repeatable.")] = TOKENS,
     threads: Annotated[int, typer.Option(help="Of every kernel.")] = 1,
     seconds: Annotated[float, typer.Option(help="Of timing, per kernel.")] = 0.3,
+    copies: Annotated[int, typer.Option(help="Of each weight, in turn: too many for caches.")] = 1,
 ) -> None:
     """Compare choices with dense kernels on this machine."""
     target = get_target("native")
@@ -51,9 +54,13 @@ def main(
     table = plain_table(title, *columns, numbers=("tokens", "zeros", "us", "dense us", "gain"))
     failures = []
     for name in precision:
+        refusal = get_backend("cpu").refuses(layer(name, (64, 64)), target)
+        if refusal is not None:
+            print(f"{name}: {refusal}")
+            continue
         for size in shape:
             for count in tokens:
-                for zeros, layout, times in compared(name, size, count, target, seconds):
+                for zeros, layout, times in compared(name, size, count, target, seconds, copies):
                     one, dense = (1e6 * value for value in times)
                     row = f"{size} {name}", f"{count}", f"{zeros:.0%}", _named(layout)
                     table.add_row(*row, f"{one:.1f}", f"{dense:.1f}", f"{dense / one:.2f}")
@@ -65,7 +72,7 @@ def main(
 
 
 def compared(
-    precision: str, size: str, tokens: int, target: Target, seconds: float
+    precision: str, size: str, tokens: int, target: Target, seconds: float, copies: int
 ) -> list[tuple[float, Layout, tuple[float, float]]]:
     """Each sparsity at which the choice is not dense: the choice, its seconds and dense's."""
     n, k = map(int, size.split("x"))
@@ -77,17 +84,21 @@ def compared(
     chosen = {}
     for zeros in SPARSITIES:
         w = random_weight((n, k), zeros, "unstructured")
-        op = Dense(layer="layer", matrix=(n, k), types=PRECISIONS[precision])
+        op = layer(precision, (n, k))
         if auto.layout(op, w, target, tokens).sparse:
-            kernel = Timed(auto, w, tokens, target)
+            kernel = Timed(auto, w, tokens, target, copies)
             chosen[zeros] = kernel.layout
             calls[zeros] = kernel
             if "dense" not in calls:
-                calls["dense"] = Timed(dense, w, tokens, target)
+                calls["dense"] = Timed(dense, w, tokens, target, copies)
     if not chosen:
         return []
-    times = medians(calls, seconds * len(calls))
+    times = {key: t / copies for key, t in medians(calls, seconds * len(calls)).items()}
     return [(zeros, layout, (times[zeros], times["dense"])) for zeros, layout in chosen.items()]
+
+
+def layer(precision: str, matrix: tuple[int, int]) -> Dense:
+    return Dense(layer="layer", matrix=matrix, types=PRECISIONS[precision])
 
 
 def _named(layout: Layout) -> str:
