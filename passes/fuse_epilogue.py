@@ -1,6 +1,7 @@
 """Epilogue fusion: what follows a dense layer happens in its registers.
 
-Matches ``matmul(x, permute_dims(w))`` (the form fc-transpose leaves) with, in either operand
+Matches ``matmul(x, permute_dims(w))`` (the form fc-transpose leaves), or a bare
+``sparse_tvm.dense``, with, in either operand
 order, a bias, an activation and a residual behind it, and turns the longest such chain into one
 ``sparse_tvm.dense``. A value that something else also reads ends the chain, since it must be
 stored anyway. Leaves alone: x with fewer than two dimensions, and what no kernel family accepts.
@@ -148,6 +149,9 @@ def fuse_epilogue(program: Program, context: Context) -> Program:
 
 class _FuseDense(FuseEpilogue):
     def start(self, var: relax.Var, value: Any) -> Chain | None:
+        found = dialect.match(value, Dense)
+        if found is not None:
+            return Chain(found.op, *found.args)
         if op_name(value) != "relax.matmul":
             return None
         x, transposed = value.args

@@ -7,15 +7,18 @@ operators pass through them as opaque calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tvm
 from tvm import relax, s_tir, te, tirx, topi
-from tvm.error import InternalError
 from tvm_ffi import structural_map
 
 from sparse_tvm.passes.graph import OPAQUE, dtype_of, shape_of
+
+_RESHAPES = ("relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten")
+_VIEW = "sparse_tvm.view"
+"""Attribute of kernels that copy a tensor into another shape."""
 
 Rule = Callable[[relax.BlockBuilder, relax.Call], Any]
 
@@ -24,20 +27,24 @@ def legalized(
     module: tvm.IRModule,
     target: Mapping[str, Any],
     opaque: Mapping[str, Rule],
-    kept: Sequence[str] = (),
     nests: Mapping[str, Rule] | None = None,
 ) -> tvm.IRModule:
     """The module in TIR for a target (as TVM takes it).
 
-    ``opaque`` has rules for operators that become no loop nests, by Relax's names; those that are
-    ``kept`` stay calls of Relax where they are views. ``nests`` has rules for loop nests that take
-    the place of TVM's.
+    ``opaque`` has rules for operators that become no loop nests, by Relax's names; ``nests`` has
+    rules for loop nests that take the place of TVM's. Reshapes stay calls of Relax where they are
+    views.
     """
     with tvm.target.Target(dict(target)):
         lower = tvm.transform.Sequential(
             [
                 relax.transform.LegalizeOps(
-                    {"relax.max": _largest, "relax.min": _smallest, **(nests or {})}
+                    {
+                        "relax.max": _largest,
+                        "relax.min": _smallest,
+                        **dict.fromkeys(_RESHAPES, _view),
+                        **(nests or {}),
+                    }
                 ),
                 relax.transform.AnnotateTIROpPattern(),
             ]
@@ -52,12 +59,12 @@ def legalized(
         finish = tvm.transform.Sequential(
             [
                 # What is no loop nest can only come now: the passes above stumble over it.
-                relax.transform.LegalizeOps(dict(opaque), skip_ops=list(kept)),
+                relax.transform.LegalizeOps(dict(opaque), skip_ops=["relax.reshape"]),
                 relax.backend.DispatchSortScan(),  # cumulative sums
                 relax.transform.DeadCodeElimination(["main"]),
             ]
         )
-        return finish(_views(_with_all_reads(fuse(_sizes_apart(lower(module))))))
+        return finish(_with_all_reads(_views(fuse(_sizes_apart(lower(module))))))
 
 
 def _sizes_apart(module: tvm.IRModule) -> tvm.IRModule:
@@ -108,12 +115,78 @@ def _reading_all(block: s_tir.SBlock) -> s_tir.SBlock:
     )
 
 
+def _view(builder: relax.BlockBuilder, call: relax.Call) -> Any:
+    """A reshape as a kernel that copies, to be fused with its neighbours or to become a view."""
+    source = call.args[0]
+    before: Any = builder.lookup_binding(source) if isinstance(source, relax.Var) else None
+    if _copies(before, builder.get()):  # several in a row are one
+        source = before.args[1].fields[0]
+    return builder.call_te(
+        topi.reshape,
+        source,
+        list(call.ty.shape.values),
+        primfunc_name_hint="reshape",
+        primfunc_attrs={_VIEW: 1},
+    )
+
+
+def _copies(value: Any, module: tvm.IRModule) -> bool:
+    """Whether a value is a call of a kernel that copies a tensor into another shape."""
+    if getattr(getattr(value, "op", None), "name", None) != "relax.call_tir":
+        return False
+    attributes = module[value.args[0]].attrs
+    return attributes is not None and _VIEW in attributes
+
+
 def _views(module: tvm.IRModule) -> tvm.IRModule:
-    """Turn reshapes into views. They stay copies where TVM fails at a product of their sizes."""
-    try:
-        return relax.transform.RewriteDataflowReshape()(module)
-    except InternalError:
-        return module
+    """Turn reshapes that nothing was fused with into views.
+
+    A copy stays where the model would hand out the same memory twice, or an input's.
+    """
+    main = module["main"]
+    values = {b.var: b.value for block in main.body.blocks for b in block.bindings}
+    shaped = {
+        var: value.args[1].fields[0] for var, value in values.items() if _copies(value, module)
+    }
+
+    def made(expr: Any, through: dict[Any, Any]) -> Any:
+        """What an expression is the same memory as."""
+        while True:
+            value = values.get(expr) if isinstance(expr, relax.Var) else None
+            if isinstance(value, relax.Var):
+                expr = value
+            elif expr in through:
+                expr = through[expr]
+            else:
+                return expr
+
+    result = values.get(main.body.body)
+    results = _leaves(result) if isinstance(result, relax.Tuple) else [main.body.body]
+    outputs = [made(each, {}) for each in results]
+    owners, inputs = [made(output, shaped) for output in outputs], set(main.params)
+    kept = {
+        output
+        for output, owner in zip(outputs, owners, strict=True)
+        if sum(map(owner.same_as, owners)) > 1 or owner in inputs
+    }
+    builder, blocks = relax.BlockBuilder(), []
+    for block in main.body.blocks:
+        bindings = []
+        for binding in block.bindings:
+            if binding.var in shaped and binding.var not in kept:
+                view = relax.op.reshape(shaped[binding.var], binding.var.ty.shape)
+                binding = relax.VarBinding(binding.var, builder.normalize(view))
+            bindings.append(binding)
+        blocks.append(type(block)(bindings))
+    body = relax.SeqExpr(blocks, main.body.body)
+    module["main"] = relax.Function(main.params, body, main.ret_ty, main.is_pure, main.attrs)
+    return module
+
+
+def _leaves(expr: Any) -> list[Any]:
+    if isinstance(expr, relax.Tuple):
+        return [leaf for field in expr.fields for leaf in _leaves(field)]
+    return [expr] if isinstance(expr, relax.Var) else []
 
 
 def _largest(builder: relax.BlockBuilder, call: relax.Call) -> Any:

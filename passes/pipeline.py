@@ -17,6 +17,7 @@ from sparse_tvm.passes.infrastructure import Phase
 from sparse_tvm.passes.keep_integer_images import keep_integer_images
 from sparse_tvm.passes.keep_integers import keep_integers
 from sparse_tvm.passes.set_precision import set_precision
+from sparse_tvm.passes.signals_to_tokens import signals_to_tokens
 from sparse_tvm.passes.split_recurrent import split_recurrent
 from sparse_tvm.passes.split_transposed import split_transposed
 
@@ -26,7 +27,14 @@ def graph_phases() -> Sequence[Phase]:
     return (
         Phase(
             "canonicalise",
-            (split_recurrent, split_transposed, fc_transpose, fuse_activations, fuse_layer_norm),
+            (
+                split_recurrent,
+                split_transposed,
+                fc_transpose,
+                fuse_activations,
+                fuse_layer_norm,
+                signals_to_tokens,
+            ),
         ),
         Phase("fuse", (fuse_epilogue, fuse_convolution, fuse_attention, fuse_product)),
         Phase("integers", (keep_integer_images, keep_integers)),

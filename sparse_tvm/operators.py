@@ -233,6 +233,8 @@ class WeightedOperator(Operator):
 class Dense(WeightedOperator):
     """``epilogue(x W^T)``, W being ``[N, K]``.
 
+    Of ``groups``, each is ``N / groups`` outputs of its own ``K`` inputs: x has ``K * groups``.
+
     ``steps`` tells that in int8 the weight's values lie on steps of their own, which no kernel may
     make coarser, and how many of them are between 0 and the farthest value.
     """
@@ -240,7 +242,13 @@ class Dense(WeightedOperator):
     name: ClassVar[str] = "dense"
     operands: ClassVar[str] = "x, the weight's arrays, epilogue tensors"
 
+    groups: int = 1
     steps: int = 0
+
+    @property
+    def inputs(self) -> int:
+        """Features of x."""
+        return self.matrix[1] * self.groups
 
 
 @dataclass(frozen=True)

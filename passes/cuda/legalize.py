@@ -21,9 +21,7 @@ def legalize(program: Program, context: Context) -> Program:
     """Apply the pass."""
     target = context.target.tvm_target()
     rules = {"relax.cumsum": _cumulative_sum}
-    program.module = legalized(
-        program.module, target, rules, kept=["relax.reshape"], nests={"relax.take": _take}
-    )
+    program.module = legalized(program.module, target, rules, nests={"relax.take": _take})
     return program
 
 

@@ -16,6 +16,18 @@ def index_dtype(k_in: int) -> str:
     return "uint16" if k_in <= 1 << 16 else "int32"
 
 
+def block_diagonal(matrix: np.ndarray, groups: int) -> np.ndarray:
+    """The weight ``[N, K]`` of a layer in groups as ``[N, K * groups]``, over all of its inputs."""
+    if groups == 1:
+        return matrix
+    rows, columns = matrix.shape
+    full = np.zeros((rows, groups * columns), matrix.dtype)
+    for group in range(groups):
+        part = slice(group * rows // groups, (group + 1) * rows // groups)
+        full[part, group * columns : (group + 1) * columns] = matrix[part]
+    return full
+
+
 def stored_arrays(w: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
     """A weight ``[N, K]`` in blocks.
 

@@ -62,6 +62,7 @@ def matmul(
     layout: Layout,
     epilogue: Sequence[Step],
     simd: Simd,
+    groups: int = 1,
 ) -> tirx.PrimFunc:
     """Build the kernel for ``rows`` tokens of each leading index, None if run time tells.
 
@@ -74,7 +75,7 @@ def matmul(
     """
     with prim_func() as result:
         x = argument("x", tiles.shape(k_in))
-        weight = StoredWeight.declare(layout, n_out, k_in)
+        weight = StoredWeight.declare(layout, n_out, k_in, groups)
         after = Epilogue.declare(epilogue, tiles, n_out)
         per_lead = rows if rows is not None else T.arg("rows", symbol("rows"))
         y = argument("y", tiles.shape(n_out))
@@ -256,8 +257,9 @@ class _WholeTiles:
             return self.x[tile, column, lanes]
 
         if not weight.layout.sparse:
-            first = scalar(part * weight.k_in // weight.parts)
-            count = scalar((part + 1) * weight.k_in // weight.parts - first)
+            first = scalar(part * weight.depth // weight.parts)
+            count = scalar((part + 1) * weight.depth // weight.parts - first)
+            first_input = weight.first_input(block_row)
             passes = -(-self.block // sums[0].rows)
             step = scalar(count // passes)
             begin = scalar(first + skipped // sums[0].rows * step)
@@ -268,7 +270,7 @@ class _WholeTiles:
                     prefetch(weight.data, (block_row + 1, begin + i // passes, 0))
                 sums[chain % len(sums)].multiply_add(
                     lambda row: weight.data[block_row, first + i, skipped + row],
-                    lambda v: x(first + i, v),
+                    lambda v: x(first_input + first + i, v),
                 )
 
             unrolled(count, max(len(sums), passes), column)

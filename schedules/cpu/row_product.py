@@ -137,7 +137,7 @@ class RowProduct:
 
     def _dense_block(self, block: Expr) -> None:
         """All outputs of a dense block: as many vectors at a time as there are registers for."""
-        data, k_in, size = self.weight.data, self.weight.k_in, self.block
+        data, size, first_input = self.weight.data, self.block, self.weight.first_input(block)
         lanes = gcd(self.simd.lanes, size)
         vectors = size // lanes
         at_once = max(
@@ -157,9 +157,9 @@ class RowProduct:
                     w = data[block, k, span((first + vector) * lanes, lanes)]
                     for row in range(self.m):
                         place = (chain * at_once + vector) * self.m + row
-                        sums.add(place, w, broadcast(self.x(k, row), lanes))
+                        sums.add(place, w, broadcast(self.x(first_input + k, row), lanes))
 
-            unrolled(k_in, chains, step)
+            unrolled(self.weight.depth, chains, step)
             for vector in range(at_once):
                 for row in range(self.m):
                     total = sums.total(vector * self.m + row, at_once * self.m)

@@ -34,8 +34,11 @@ PREFETCH_BYTES = 4096
 class StoredWeight:
     """A weight ``[n_out, k_in]``, as the arguments of the open PrimFunc.
 
-    ``data`` (dense ``[ceil(n_out / r), k_in, r]``; sparse ``[blocks, c, r]``) and, if sparse,
-    ``indices`` ``[blocks]`` (first input column of each block), ``indptr`` int32
+    Of ``groups``, each is so many outputs of its own inputs, whole blocks of them; what a sparse
+    weight stores tells which those are.
+
+    ``data`` (dense ``[ceil(n_out / r), k_in / groups, r]``; sparse ``[blocks, c, r]``) and, if
+    sparse, ``indices`` ``[blocks]`` (first input column of each block), ``indptr`` int32
     ``[parts * ceil(n_out / r) + 1]`` (first block of each block row of each part), ``order`` int32
     ``[parts * ceil(n_out / r)]`` (which block row that is) and ``partition`` int32
     ``[JOBS_PER_GROUP + 1]`` (first of a part's block rows for each job).
@@ -44,6 +47,7 @@ class StoredWeight:
     layout: Layout
     n_out: int
     k_in: int
+    groups: int
     data: Buffer
     indices: Buffer = None
     indptr: Buffer = None
@@ -51,17 +55,19 @@ class StoredWeight:
     partition: Buffer = None
 
     @classmethod
-    def declare(cls, layout: Layout, n_out: int, k_in: int) -> StoredWeight:
+    def declare(cls, layout: Layout, n_out: int, k_in: int, groups: int = 1) -> StoredWeight:
         """Declare the weight's arrays as the next arguments."""
         rows, columns = layout.block
         block_rows = -(-n_out // rows)
         if not layout.sparse:
-            return cls(layout, n_out, k_in, argument("data", (block_rows, k_in, rows)))
+            data = argument("data", (block_rows, k_in // groups, rows))
+            return cls(layout, n_out, k_in, groups, data)
         blocks, segments = symbol("blocks"), layout.get("parts", 1) * block_rows
         return cls(
             layout,
             n_out,
             k_in,
+            groups,
             argument("data", (blocks, columns, rows)),
             argument("indices", (blocks,), index_dtype(k_in)),
             argument("indptr", (segments + 1,), "int32"),
@@ -78,6 +84,18 @@ class StoredWeight:
     def block_rows(self) -> int:
         """Block rows of the whole weight, and of each part."""
         return -(-self.n_out // self.layout.block[0])
+
+    @property
+    def depth(self) -> int:
+        """Inputs that a row of a dense weight multiplies."""
+        return self.k_in // self.groups
+
+    def first_input(self, block_row: Expr) -> Expr:
+        """The first input of a dense block row's group."""
+        if self.groups == 1:
+            return 0
+        per_group = self.n_out // self.groups // self.layout.block[0]
+        return scalar(block_row // per_group * self.depth)
 
     def first_of(self, job: Expr) -> Expr:
         """First block row (in a part's order) of a job."""

@@ -16,7 +16,7 @@ import numpy as np
 from tvm import relax, tirx
 from tvm.sym import Analyzer
 
-from sparse_tvm.operators import STILL, Bias, Convolution, Layout, WeightedOperator
+from sparse_tvm.operators import STILL, Bias, Convolution, Dense, Layout, WeightedOperator
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.graph import is_number
 from sparse_tvm.passes.infrastructure import Context
@@ -160,7 +160,8 @@ def _program(op: WeightedOperator, leading: list[Any], arrays: Mapping[str, np.n
         x_shape = [*sources, op.channels, *op.size]
         y_shape = [*leading, op.out_channels, *window]
     else:
-        x_shape, y_shape = [*leading, op.matrix[1]], [*leading, op.matrix[0]]
+        inputs = op.inputs if isinstance(op, Dense) else op.matrix[1]
+        x_shape, y_shape = [*leading, inputs], [*leading, op.matrix[0]]
     x = _variable("x", x_shape)
     extras = [
         _variable(f"e{i}", [op.matrix[0]] if isinstance(step, Bias) else y_shape)

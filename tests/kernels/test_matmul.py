@@ -25,7 +25,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparse_tvm.operators import Activation, Bias, Layout, Residual
-from sparse_tvm.schedules.cpu.block_arrays import split_arrays
+from sparse_tvm.schedules.cpu.block_arrays import block_diagonal, split_arrays
 from sparse_tvm.schedules.cpu.matmul import matmul
 
 ACTIVATIONS = {
@@ -74,13 +74,14 @@ def check(
     target,
     threads,
     seed,
+    groups=1,
 ):
     rng = np.random.default_rng(seed)
     w = rng.standard_normal((n, k)) * (rng.random((n, k)) >= sparsity)
     if empty_rows:
         w[rng.random(n) < 0.5] = 0
     w = w.astype("float32")
-    x = rng.standard_normal((lead, rows, k)).astype("float32")
+    x = rng.standard_normal((lead, rows, k * groups)).astype("float32")
     extras = [
         rng.standard_normal(n if step == Bias() else (lead, rows, n)).astype("float32")
         for step in epilogue
@@ -92,16 +93,17 @@ def check(
     layout = Layout("matmul", format, blocks[format]).having(parts=parts)
     tiles = tiles_for(lead, rows, symbolic)
     known = None if symbolic else rows
-    kernel = matmul(tiles, known, n, k, layout, epilogue, simd(target))
+    kernel = matmul(tiles, known, n, k * groups, layout, epilogue, simd(target), groups)
+    whole = block_diagonal(w, groups)
     arguments = [
         to_tiles(x),
-        *split_arrays(w, layout).values(),
+        *split_arrays(whole if layout.sparse else w, layout).values(),
         *(extra if extra.ndim == 1 else to_tiles(extra) for extra in extras),
         *([rows] if symbolic else []),
     ]
     tiled = run(kernel, target, threads, arguments, (lead, -(-rows // 16), n, 16))
 
-    expected = x.astype("float64") @ w.T.astype("float64")
+    expected = x.astype("float64") @ whole.T.astype("float64")
     operands = iter(extras)
     for step in epilogue:
         if step.operand:
@@ -181,6 +183,19 @@ def test_few_rows_fill_vectors_with_small_blocks(block, rows, parts):
     problem = {**SMALLEST, "rows": rows, "n": 37, "k": 51, "sparsity": 0.7, "epilogue": STEPS[:3]}
     problem |= {"block": block, "parts": parts, "threads": 2, "seed": rows}
     check("csr" if block == (1, 1) else "bsr", target=target, **problem)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 37, 130])
+@pytest.mark.parametrize("symbolic", [False, True])
+@pytest.mark.parametrize(
+    ("format", "block", "parts"),
+    [("dense", 1, 1), ("dense", 4, 1), ("dense", 16, 3), ("csr", 1, 1), ("bsr", 4, 1)],
+)
+@every_form
+def test_groups_multiply_inputs_of_their_own(target, format, block, parts, symbolic, rows):
+    problem = {**EVERY_STEP, "rows": rows, "n": 48, "k": 13, "block": (block, 1), "parts": parts}
+    problem |= {"symbolic": symbolic, "epilogue": [Bias(), Residual()]}
+    check(format, target=target, groups=3, **{**problem, "sparsity": 0.6})
 
 
 def test_a_dense_kernel_takes_about_as_long_to_compile_as_a_sparse_one():

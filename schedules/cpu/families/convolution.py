@@ -10,7 +10,7 @@ import numpy as np
 
 from sparse_tvm.families import Extents, Kernel, WeightedFamily, Wish, Work, bytes_of
 from sparse_tvm.operators import FLOAT32, STILL, Convolution, Layout
-from sparse_tvm.schedules.cpu.block_arrays import split_arrays
+from sparse_tvm.schedules.cpu.block_arrays import block_diagonal, split_arrays
 from sparse_tvm.schedules.cpu.conv_cost import blocking, conv_seconds, dense_rows
 from sparse_tvm.schedules.cpu.families.extents import symbols_of
 from sparse_tvm.schedules.cpu.families.matmul import wished_blocks
@@ -124,7 +124,7 @@ class ConvolutionFamily(ImageFamily):
     def pack(
         self, op: Convolution, w: np.ndarray, layout: Layout, target: Target
     ) -> dict[str, np.ndarray]:
-        return split_arrays(_block_diagonal(w, op.groups), _kernel_layout(op, layout))
+        return split_arrays(block_diagonal(w, op.groups), _kernel_layout(op, layout))
 
     def build(
         self, op: Convolution, operands: Sequence[Extents], output: Extents, target: Target
@@ -203,18 +203,6 @@ def _kernel_layout(op: Convolution, layout: Layout) -> Layout:
     if op.groups == 1 or layout.sparse:
         return layout
     return Layout(layout.family, "bsr", layout.block, layout.parameters)
-
-
-def _block_diagonal(matrix: np.ndarray, groups: int) -> np.ndarray:
-    """The weight of a grouped convolution as one over all of its input channels."""
-    if groups == 1:
-        return matrix
-    rows, columns = matrix.shape
-    full = np.zeros((rows, groups * columns), matrix.dtype)
-    for group in range(groups):
-        part = slice(group * rows // groups, (group + 1) * rows // groups)
-        full[part, group * columns : (group + 1) * columns] = matrix[part]
-    return full
 
 
 def size_title(op: Convolution) -> str:

@@ -85,6 +85,8 @@ class LowPrecisionFamily(WeightedFamily[Dense]):
         if precision_of(op) not in self.precisions:
             names = " and ".join(precision.name for precision in self.precisions)
             return f"{self.name} computes {names} only"
+        if op.groups > 1:
+            return f"{self.name} computes no groups"
         for step in op.epilogue:
             if not isinstance(step, Bias | Residual | Activation):
                 return f"{self.name} has no epilogue {step}"

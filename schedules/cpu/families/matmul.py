@@ -10,7 +10,7 @@ import numpy as np
 
 from sparse_tvm.families import Extents, Kernel, WeightedFamily, Wish, Work, bytes_of, elements
 from sparse_tvm.operators import FLOAT32, Activation, Bias, Dense, Layout, Residual
-from sparse_tvm.schedules.cpu.block_arrays import split_arrays
+from sparse_tvm.schedules.cpu.block_arrays import block_diagonal, split_arrays
 from sparse_tvm.schedules.cpu.cost import dense_parts, dense_rows, matmul_seconds, part_counts
 from sparse_tvm.schedules.cpu.families.extents import tiles_for
 from sparse_tvm.schedules.cpu.row_cost import few_rows_seconds
@@ -72,6 +72,8 @@ class MatmulFamily(WeightedFamily[Dense]):
     def candidates(
         self, op: Dense, weight: WeightStatistics, target: Target, wish: Wish | None = None
     ) -> Sequence[Layout]:
+        if op.groups > 1:
+            return _of_groups(op, weight, target, wish)
         found = []
         if wish is None or wish.format == "dense":
             for rows in dict.fromkeys((dense_rows(weight.shape[0], Simd.of(target)), _DENSE_ROWS)):
@@ -87,6 +89,8 @@ class MatmulFamily(WeightedFamily[Dense]):
     def variants(
         self, op: Dense, weight: WeightStatistics, target: Target, wish: Wish | None = None
     ) -> Sequence[Layout]:
+        if op.groups > 1:
+            return ()
         n, simd = weight.shape[0], Simd.of(target)
         found = []
         if wish is None or wish.format == "dense":
@@ -112,7 +116,7 @@ class MatmulFamily(WeightedFamily[Dense]):
     def pack(
         self, op: Dense, w: np.ndarray, layout: Layout, target: Target
     ) -> dict[str, np.ndarray]:
-        return split_arrays(w, layout)
+        return split_arrays(block_diagonal(w, op.groups) if layout.sparse else w, layout)
 
     def build(
         self, op: Dense, operands: Sequence[Extents], output: Extents, target: Target
@@ -126,9 +130,12 @@ class MatmulFamily(WeightedFamily[Dense]):
         parts = layout.get("parts", 1)
         split = [f"{parts}parts"] if parts > 1 else []
         split += [f"{group}tiles" for name, group in layout.parameters if name == "group"]
+        split += [f"{op.groups}groups"] if op.groups > 1 else []
         title = "_".join([layout.format + size, f"{n}x{k}", *split, *op.step_titles])
         tiles, (count,) = tiles_for(operands[0]), operands[-1].shape
-        return Kernel(title, matmul(tiles, count, n, k, layout, op.epilogue, Simd.of(target)))
+        simd = Simd.of(target)
+        function = matmul(tiles, count, n, op.inputs, layout, op.epilogue, simd, op.groups)
+        return Kernel(title, function)
 
     def work(
         self,
@@ -138,6 +145,27 @@ class MatmulFamily(WeightedFamily[Dense]):
         nonzeros: int | None = None,
     ) -> Work:
         return layer_work(op.matrix, op.stored, operands, output, nonzeros)
+
+
+def _of_groups(
+    op: Dense, weight: WeightStatistics, target: Target, wish: Wish | None
+) -> list[Layout]:
+    """Layouts whose blocks lie in one group: rows of a group read few of the inputs, near enough.
+
+    No parts of columns then: each would be those of one group.
+    """
+    (n, _), simd = weight.shape, Simd.of(target)
+    formats = [("dense", (rows, 1)) for rows in (dense_rows(n, simd), _DENSE_ROWS)]
+    if wish is not None and wish.format != "dense":
+        formats = []
+    formats += wished_blocks(weight, wish)
+    per_group = n // op.groups
+    found = [
+        (format, (next(r for r in range(rows, 0, -1) if per_group % r == 0), columns))
+        for format, (rows, columns) in formats
+        if format == "dense" or (per_group % rows == 0 and weight.shape[1] % columns == 0)
+    ]
+    return [Layout("matmul", format, block) for format, block in dict.fromkeys(found)]
 
 
 def layer_work(

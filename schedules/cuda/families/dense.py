@@ -134,7 +134,9 @@ class CoreDenseFamily(WeightedFamily[Dense]):
 
 
 def refused_step(op: Dense) -> str | None:
-    """Why there is no epilogue as the layer's; None if there is."""
+    """Why there is no such layer, or no epilogue as the layer's; None if there is."""
+    if op.groups > 1:
+        return "no groups"
     for step in op.epilogue:
         known = isinstance(step, Bias | Residual) or (
             isinstance(step, Activation) and step.function in FUNCTIONS

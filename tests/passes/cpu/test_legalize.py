@@ -73,3 +73,40 @@ def test_the_largest_of_integers():
     program = build(lambda emit, x: OP.max(x, [1]), {"x": (2, 2)}, dtypes={"x": "int32"})
     y = compile_and_run(program, x)
     np.testing.assert_array_equal(y, [-5, 9])
+
+
+@pytest.mark.parametrize("rows", [6, "rows"])
+def test_reshapes_are_views_of_what_kernels_write(rows):
+    def body(emit, x):
+        y = emit(OP.nn.softmax(x))
+        size = x.ty.shape.values[0]
+        return OP.nn.softmax(emit(OP.reshape(emit(OP.expand_dims(y, 0)), (2, size * 5))))
+
+    subject = build(body, {"x": (rows, 10)})
+    assert operators(apply(legalize, subject)).count("call_tir") == 2
+    x = np.random.default_rng(0).standard_normal((6, 10)).astype(np.float32)
+    y = np.exp(x) / np.exp(x).sum(1, keepdims=True)
+    y = np.exp(y.reshape(2, 30))
+    expected = y / y.sum(1, keepdims=True)
+    np.testing.assert_allclose(compile_and_run(subject, x), expected, rtol=1e-5)
+
+
+def test_a_reshape_is_fused_with_elementwise_neighbours():
+    def body(emit, x, y):
+        return OP.add(emit(OP.reshape(emit(OP.tanh(x)), (5, 12))), y)
+
+    after = legalized(body, {"x": (6, 10), "y": (5, 12)})
+    assert operators(after) == ["call_tir"]
+
+
+def test_no_output_is_memory_of_an_input_or_of_another_output():
+    def of_input(emit, x):
+        return OP.reshape(emit(OP.expand_dims(x, 0)), (3, 20))
+
+    def of_output(emit, x):
+        y = emit(OP.nn.softmax(x))
+        return relax.Tuple([y, emit(OP.reshape(y, (3, 20)))])
+
+    for body in (of_input, of_output):
+        after = legalized(body, {"x": (6, 10)})
+        assert operators(after)[-1] == "call_tir", body
