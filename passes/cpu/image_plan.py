@@ -5,8 +5,8 @@ and concatenation make of such images, unless they would fill padding that a rea
 zero. A convolution finds its operands at fixed distances only if input and output have rows
 equally far apart; that ties images into groups with one pitch, wide enough for the padding of each
 reader. Images that are combined element by element share all of their layout. An image has a
-second form for each strided convolution that reads it, by phases, and for each whose padding is so
-wide that all images of its group would be the slower for it.
+second form for each convolution that reads it by phases, and for each whose padding is so wide that
+all images of its group would be the slower for it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from sparse_tvm.passes.graph import (
     scalar_value,
     shape_of,
 )
-from sparse_tvm.schedules.cpu.image_operators import window_of
+from sparse_tvm.schedules.cpu.image_operators import NARROW, TYPICAL_WIDTH, window_of
 from sparse_tvm.schedules.cpu.image_pack import READ_BEYOND
 from sparse_tvm.schedules.cpu.planes import Border, Window
 from sparse_tvm.schedules.cpu.windows import reads_in_place
@@ -57,12 +57,6 @@ UNARY = {
 BINARY = {
     f"relax.{name}" for name in ("add", "subtract", "multiply", "divide", "maximum", "minimum")
 }
-_NARROW = 4
-"""How many times its padding an image has to be wide for all of its group to bear it."""
-
-_TYPICAL_WIDTH = 28
-"""Columns of an image of which only run time knows them."""
-
 _POOLING = {"relax.nn.max_pool2d": "max", "relax.nn.avg_pool2d": "mean"}
 _REDUCTIONS = {"relax.mean": "mean", "relax.max": "max"}
 
@@ -284,7 +278,7 @@ def has_own_form(op: Convolution) -> bool:
     window, width = window_of(op), op.size[1]
     if reads_each_channel(op):
         return False
-    return window.strided or window.reads.gap * _NARROW > (width or _TYPICAL_WIDTH)
+    return window.by_phases or window.reads.gap * NARROW > (width or TYPICAL_WIDTH)
 
 
 def reads_each_channel(op: Convolution) -> bool:

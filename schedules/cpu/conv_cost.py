@@ -48,7 +48,8 @@ def blocking(op: Convolution, format: str, rows: int, target: Target) -> dict[st
         if image_bytes < room and (taps > 1 or simd.registers >= 32):
             parameters["rows_outermost"] = 1
             return parameters
-        near = _read_bytes(op, vectors, simd) / target.caches.l1
+        across = len({column for _, column in window.phases})
+        near = across * _read_bytes(op, vectors, simd) / target.caches.l1
         if near > _FAR:
             parameters["parts"] = min(round(near), op.channels)
         return parameters

@@ -49,6 +49,16 @@ from sparse_tvm.schedules.cpu.simd import LANES, Simd
 
 _PREFETCH_BYTES = 4096
 
+_MANY_REGISTERS = 32
+"""Of CPUs on which nobody measured what asking for the output ahead of time is worth."""
+
+_RUN, _SHORT_SUM = 4, 32
+"""Groups of pixels that a block row goes on with, where sums are as short: lines of the output
+follow each other then, of each plane."""
+
+_FAR_ROWS = 4
+"""Rows of taps are apart that are so far as this share of an image's rows."""
+
 
 @dataclass(frozen=True)
 class Images:
@@ -137,6 +147,10 @@ class ConvKernel:
         self._block_rows = -(-images.out_channels // self._rows)
         self._taps = images.frames.kernel * images.window.taps
         self._k = images.channels * self._taps
+        few_registers = simd.registers < _MANY_REGISTERS and self.element == "float32"
+        self._asks_ahead = few_registers and not self._rows_outermost
+        short = self._asks_ahead and not layout.sparse and self._k <= _SHORT_SUM
+        self._run = _RUN if short else 1
 
     def _rows_of(self, layout: Layout) -> int:
         """Rows of the weight that are computed together."""
@@ -154,7 +168,7 @@ class ConvKernel:
             self._x = flat(x)
             threads = scalar(tirx.call_packed("runtime.NumThreads"))
             groups = groups_of(vectors_of(images.target, self._simd), self._group)
-            units = 1 if self._rows_outermost else groups
+            units = 1 if self._rows_outermost else groups_of(groups, self._run)
             jobs = scalar(images.batch * units * JOBS_PER_GROUP)
             with T.parallel(0, threads) as thread:
                 self._source = Extents(images.source)
@@ -179,7 +193,7 @@ class ConvKernel:
                         start = scalar(job * self._block_rows // JOBS_PER_GROUP)
                         stop = scalar(last_job * self._block_rows // JOBS_PER_GROUP)
                     if self._rows_outermost:
-                        self._rows_then_pixels(unit, start, stop)
+                        self._rows_then_pixels(unit, start, stop, 0, self._groups)
                     else:
                         self._pixels_then_rows(unit, start, stop)
                 self._end()
@@ -215,9 +229,14 @@ class ConvKernel:
     def _end(self) -> None:
         """Generate what each thread does last."""
 
-    def _rows_then_pixels(self, image: Expr, start: Expr, stop: Expr) -> None:
+    def _rows_then_pixels(
+        self, image: Expr, start: Expr, stop: Expr, first_group: Expr, stop_group: Expr
+    ) -> None:
+        """All of some block rows' products with groups of pixels, row by row."""
+
         def block_row(part: Expr, segment: Expr, row: Expr, live: int) -> None:
-            with T.serial(0, self._groups) as group:
+            with T.serial(0, stop_group - first_group) as i:
+                group = scalar(first_group + i)
                 for_group_sizes(
                     self._count,
                     self._group,
@@ -228,6 +247,12 @@ class ConvKernel:
         self._each_block_row(start, stop, block_row)
 
     def _pixels_then_rows(self, unit: Expr, start: Expr, stop: Expr) -> None:
+        if self._run > 1:
+            runs = scalar(groups_of(self._groups, self._run))
+            image, group = scalar(unit // runs), scalar(unit % runs * self._run)
+            last = scalar(tirx.min(group + self._run, self._groups))
+            self._rows_then_pixels(image, start, stop, group, last)
+            return
         image, group = scalar(unit // self._groups), scalar(unit % self._groups)
 
         def body(first: Expr, size: int) -> None:
@@ -280,6 +305,14 @@ class ConvKernel:
             + pixel
         )
 
+        if self._asks_ahead:
+            following = block_row + 1
+            if self._sorted:
+                last = self._parts * self._block_rows - 1
+                following = scalar(self._order[tirx.min(segment + 1, last)])
+            next_plane = image * self._images.out_channels + following * self._rows
+            output.ask_for(scalar(next_plane), self._rows, pixel, size)
+
         def each(body: Callable[[int, int], None]) -> None:
             for row in range(live):
                 for vector in range(size):
@@ -312,15 +345,21 @@ class ConvKernel:
 
         if parts == 1:
             fresh()
-            self._accumulate(acc, part, segment, block_row, source)
+            self._accumulate(acc, part, segment, block_row, source, pixel)
             finish()
             return
         one_of(part == 0, fresh, resume)
-        self._accumulate(acc, part, segment, block_row, source)
+        self._accumulate(acc, part, segment, block_row, source, pixel)
         one_of(part == parts - 1, finish, wait)
 
     def _accumulate(
-        self, acc: Registers, part: Expr, segment: Expr, block_row: Expr, source: Expr
+        self,
+        acc: Registers,
+        part: Expr,
+        segment: Expr,
+        block_row: Expr,
+        source: Expr,
+        pixel: Expr,
     ) -> None:
         """Stream the stored blocks of one block row of one part."""
         plane = self._source.size * len(self._images.window.phases)
@@ -330,7 +369,8 @@ class ConvKernel:
             return lambda v: self._x[ramp(start + v * self._simd.lanes, self._simd)]
 
         if not self._layout.sparse:
-            self._accumulate_dense(acc, part, block_row, load, plane)
+            seen = self._taps_seen(pixel, acc.vectors) if self._rows_apart else None
+            self._accumulate_dense(acc, part, block_row, load, plane, seen)
             return
         first = scalar(self._indptr[segment])
         count = scalar(self._indptr[segment + 1] - first)
@@ -348,8 +388,15 @@ class ConvKernel:
             acc.multiply_add(lambda row: self._data[at, 0, row], load(offset))
 
     def _accumulate_dense(
-        self, acc: Sums, part: Expr, block_row: Expr, load: Callable[[Expr], Any], plane: Expr
+        self,
+        acc: Sums,
+        part: Expr,
+        block_row: Expr,
+        load: Callable[[Expr], Any],
+        plane: Expr,
+        seen: tuple[Expr, Expr] | None = None,
     ) -> None:
+        """All channels of a part, of which every tap counts, or those that are ``seen``."""
         first, channels = 0, self._images.channels
         if self._parts > 1:
             first = scalar(part * self._images.channels // self._parts)
@@ -361,14 +408,45 @@ class ConvKernel:
                     lambda row: self._data[block_row, channel, row], load(channel * plane)
                 )
                 return
-            # The window's taps are few enough for LLVM to unroll them, those of all images are not.
             frames, taps = self._images.frames.kernel, self._images.window.taps
-            with T.serial(0, frames) as frame, T.serial(0, taps) as tap:
+
+            def multiply(frame: Expr, tap: Expr) -> None:
                 k = scalar((channel * frames + frame) * taps + tap)
                 offset = channel * plane + self._tap_offsets[tap]
                 if frames > 1:
                     offset = offset + frame * self._images.frame(self._source)
                 acc.multiply_add(lambda row: self._data[block_row, k, row], load(offset))
+
+            if seen is not None:
+                start, stop = seen
+                with T.serial(0, frames) as frame, T.serial(0, stop - start) as i:
+                    multiply(frame, start + i)
+                return
+            # The window's taps are few enough for LLVM to unroll them, those of all images are not.
+            with T.serial(0, frames) as frame, T.serial(0, taps) as tap:
+                multiply(frame, tap)
+
+    @property
+    def _rows_apart(self) -> bool:
+        """Whether rows of taps are so far apart that many see nothing but padding."""
+        window, height = self._images.window, self._images.source.height
+        reach = max(abs(step) for step, _ in window.steps(0))
+        return window.kernel[0] > 1 and isinstance(height, int) and reach * _FAR_ROWS > height
+
+    def _taps_seen(self, pixel: Expr, size: int) -> tuple[Expr, Expr]:
+        """The first tap that sees some pixel of the image, and the end of those that do.
+
+        ``size`` vectors from ``pixel`` on are in rows ``top`` to ``bottom`` of the output.
+        """
+        window, image = self._images.window, self._images.source
+        pitch, across = self._source.pitch, window.kernel[1]
+        top = scalar(pixel // pitch)
+        bottom = scalar((pixel + (size * self._simd.lanes - 1)) // pitch)
+        above = below = tirx.const(0, "int32")
+        for step, _ in window.steps(0):
+            above = above + T.Cast("int32", bottom + step < 0)
+            below = below + T.Cast("int32", top + step < image.height)
+        return scalar(above * across), scalar(below * across)
 
     def _prefetch(self, first: Expr, count: Expr) -> None:
         """Ask for as much of the weight, a little further on, as the next blocks will use."""

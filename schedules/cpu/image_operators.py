@@ -6,7 +6,7 @@ knows; all of them take it as an operand too, for the kernel to get what is not 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from sparse_tvm.operators import Convolution, Operator, QuantisedConvolution, Types
@@ -15,10 +15,16 @@ from sparse_tvm.schedules.cpu.planes import IN_PLACE, Border, Window
 Size = tuple[int | None, int | None]
 INT32 = Types(output="int32")
 
+NARROW = 4
+"""How many times its padding an image has to be wide for all of its group to bear it."""
+
+TYPICAL_WIDTH = 28
+"""Columns of an image of which only run time knows them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConvolution(Convolution):
-    """A convolution of an image in planes, by phases if it is strided and not depthwise.
+    """A convolution of an image in planes, by phases unless it is depthwise.
 
     Attributes
     ----------
@@ -38,7 +44,7 @@ class ImageConvolution(Convolution):
 
 @dataclass(frozen=True, kw_only=True)
 class WordConvolution(QuantisedConvolution):
-    """A quantised convolution of an image in planes of words, by phases if it is strided."""
+    """A quantised convolution of an image in planes of words, by phases if strided or apart."""
 
     name: ClassVar[str] = "word_convolution"
     operands: ClassVar[str] = (
@@ -145,9 +151,17 @@ class ImageMask(Operator):
 
 
 def window_of(op: Convolution) -> Window:
-    """The window of a convolution of images."""
+    """The window of a convolution of images.
+
+    Its columns of taps are apart where the padding between rows would be a good part of them.
+    """
     (kernel, stride, dilation), pads = (
         ((int(pair[0]), int(pair[1])) for pair in (op.kernel, op.stride, op.dilation)),
         op.pads,
     )
-    return Window(kernel, stride, dilation, (pads[0], pads[1], pads[2], pads[3]))
+    window = Window(kernel, stride, dilation, (pads[0], pads[1], pads[2], pads[3]))
+    height, width = op.size
+    wide = window.reads.gap * NARROW > (width or TYPICAL_WIDTH)
+    if op.depthwise or window.strided or dilation[1] == 1 or height == 1 or not wide:
+        return window
+    return replace(window, apart=True)

@@ -9,10 +9,10 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.operators import Activation, Bias, Clamp, Residual, Step
-from sparse_tvm.schedules.cpu.lane_tiles import Buffer, Expr, argument, ramp, splat
+from sparse_tvm.schedules.cpu.lane_tiles import Buffer, Expr, argument, prefetch, ramp, splat
 from sparse_tvm.schedules.cpu.plane_code import Extents, clear_border, flat, masked
 from sparse_tvm.schedules.cpu.planes import Planes
-from sparse_tvm.schedules.cpu.simd import Simd
+from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.schedules.cpu.vector_math import ACTIVATIONS, constant
 
 
@@ -66,6 +66,20 @@ class ImageOutput:
     def at(self, plane: Expr, pixel: Expr) -> list[Any]:
         """Indices of a vector of the output; planes count over images and channels."""
         return [ramp(plane * self.extents.size + self.extents.first + pixel, self._simd)]
+
+    def ask_for(self, plane: Expr, planes: int, pixel: Expr, vectors: int) -> None:
+        """Ask for what vectors of some planes are stored in, and for the residuals of these.
+
+        Of each plane there are too few at a time for the CPU to see a stream.
+        """
+        lanes = self._simd.lanes
+        lines = (vectors * lanes + (LANES - lanes) + (LANES - 1)) // LANES
+        places = [(self.y, self.extents), *self._residuals.values()]
+        for buffer, extents in places:
+            for row in range(planes):
+                start = (plane + row) * extents.size + extents.first + pixel
+                for line in range(lines):
+                    prefetch(buffer, (start + line * LANES,))
 
     def finish(self, value: Expr, plane: Expr, channel: Expr, pixel: Expr) -> None:
         """Finish a vector of sums that began with `start`, and store it."""

@@ -1,7 +1,7 @@
 """Images into planes, between planes, and out of them: all conversions of the layout of images.
 
 One kernel serves them all: rows move from where the source has them to where the target wants
-them, one phase of the stride after the other.
+them, one phase of the window after the other.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def image_pack(
         with T.parallel(0, batch * channels) as job:
             here, there = Extents(source), Extents(target)
             fill = zero(simd) if filled is None else splat(filled[0], simd)
-            mover = _Rows(x, y, source, target, right, fill, simd)
+            mover = _Rows(x, y, source, target, window, fill, simd)
 
             def move(number: Expr, row_phase: Expr, column_phase: Expr) -> None:
                 plane = scalar((job * len(phases) + number) * there.size)
@@ -106,10 +106,11 @@ class _Rows:
         y: Buffer,
         source: Image,
         target: Image,
-        step: int,
+        window: Window,
         fill: Expr,
         simd: Simd,
     ) -> None:
+        step, self._apart = window.stride[1], window.apart
         self._x, self._y, self._step, self._simd, self._fill = x, y, step, simd, fill
         self._width, self._target_width = source.width, target.width
         self._beyond = (
@@ -122,6 +123,11 @@ class _Rows:
     def move(self, begin: Expr, phase: Expr, start: Expr) -> None:
         """Move the row at ``x[begin]``, its columns of one phase, to ``y[start]``."""
         lanes, step = self._simd.lanes, self._step
+        if self._apart:
+            shift = int(phase)
+            room = smaller(self._width - max(0, shift), self._target_width - max(0, -shift))
+            self._copy(begin + max(0, shift), start + max(0, -shift), room)
+            return
         count = smaller((self._width - phase + step - 1) // step, self._target_width)
         if self._beyond:
             with T.serial(0, (count + lanes - 1) // lanes) as i:
@@ -145,6 +151,17 @@ class _Rows:
             return
         with T.serial(0, rest) as i:
             T.buffer_store(self._y, self._x[from_here + i * step], [to + i])
+
+    def _copy(self, begin: Expr, start: Expr, count: Expr) -> None:
+        """Copy consecutive elements, if there are any."""
+        lanes = self._simd.lanes
+        whole = scalar(tirx.max(count, 0) // lanes)
+        with T.serial(0, whole) as i:
+            value = self._x[ramp(begin + i * lanes, self._simd)]
+            T.buffer_store(self._y, value, [ramp(start + i * lanes, self._simd)])
+        with T.serial(0, tirx.max(count, 0) - whole * lanes) as i:
+            at = whole * lanes + i
+            T.buffer_store(self._y, self._x[begin + at], [start + at])
 
     def _vector(self, begin: Expr, phase: Expr, i: Expr) -> Expr:
         at = begin + i * (self._simd.lanes * self._step)

@@ -9,7 +9,8 @@ would fall into a few sets of the cache otherwise.
 
 For a convolution that moves in strides, its input is stored by phases: of every ``stride`` rows and
 columns, those with the same remainder share a plane, and of them as many as the convolution reads.
-To it, the image then is one without strides.
+To it, the image then is one without strides. Where taps are so far apart that the padding between
+rows would be a good part of them, each column of taps is a phase, the image moved by its distance.
 
 Needs no TVM. Extents are numbers or symbols of TVM's, which calculate alike.
 """
@@ -133,13 +134,20 @@ Image = Planes | Rows
 class Window:
     """The taps of a kernel that moves over an image; pairs are vertical, horizontal.
 
-    ``pads`` are top, left, bottom, right.
+    ``pads`` are top, left, bottom, right. If taps are ``apart``, each column of them reads a phase
+    of its own; it then has no strides.
     """
 
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
     pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+    apart: bool = False
+
+    @property
+    def by_phases(self) -> bool:
+        """Whether it reads an image by phases."""
+        return self.strided or self.apart
 
     @property
     def taps(self) -> int:
@@ -153,18 +161,17 @@ class Window:
 
     def steps(self, axis: int) -> list[tuple[int, int]]:
         """For each tap along an axis how many strides away it is, and in which phase."""
-        return [
-            divmod(tap * self.dilation[axis] - self.pads[axis], self.stride[axis])
-            for tap in range(self.kernel[axis])
-        ]
+        if axis == 1 and self.apart:
+            return [(0, step) for step in self._distances(axis)]
+        return [divmod(step, self.stride[axis]) for step in self._distances(axis)]
+
+    def _distances(self, axis: int) -> list[int]:
+        """How far each tap along an axis is from the first pixel of a window without pads."""
+        return [tap * self.dilation[axis] - self.pads[axis] for tap in range(self.kernel[axis])]
 
     def distances(self) -> list[tuple[int, int]]:
         """Rows and columns from a window's first pixel to each tap, for one that reads in place."""
-        return [
-            (row * self.dilation[0] - self.pads[0], column * self.dilation[1] - self.pads[1])
-            for row in range(self.kernel[0])
-            for column in range(self.kernel[1])
-        ]
+        return [(row, column) for row in self._distances(0) for column in self._distances(1)]
 
     def out_size(self, size: tuple[Extent, Extent]) -> tuple[Extent, Extent]:
         """Rows and columns of the output for an image of ``size``."""
@@ -180,7 +187,7 @@ class Window:
     @property
     def wider(self) -> int:
         """Columns that the planes it reads have more than its output."""
-        if self.strided:
+        if self.by_phases:
             return self._beyond(1)
         return self._reach(1) - self.pads[1] - self.pads[3]
 
@@ -192,6 +199,8 @@ class Window:
 
     def phase_size(self, size: tuple[Extent, Extent]) -> tuple[Extent, Extent]:
         """Rows and columns of the planes that it reads of an image of ``size``."""
+        if self.apart:
+            return size[0], self.out_size(size)[1]
         if not self.strided:
             return size
         height, width = self.out_size(size)
@@ -206,6 +215,7 @@ class Window:
         """What it reads around the planes, by phases if strided."""
         above, left = (max(0, -min(step for step, _ in self.steps(axis))) for axis in (0, 1))
         below, right = (0, 0) if self.strided else self.pads[2:]
+        right = 0 if self.apart else right
         padded = any((above, left, below, right))
         return Border(max(left, right), (above, left), (below, right), padded)
 

@@ -28,13 +28,17 @@ images = st.fixed_dictionaries(
     }
 )
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
-windows = st.builds(
+kernels = st.tuples(st.integers(1, 5), st.integers(1, 5))
+pads = st.tuples(*[st.integers(0, 4)] * 4)
+windows = st.builds(Window, kernel=kernels, stride=pairs, dilation=pairs, pads=pads)
+apart = st.builds(
     Window,
-    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-    stride=pairs,
-    dilation=pairs,
-    pads=st.tuples(*[st.integers(0, 4)] * 4),
+    kernel=kernels,
+    dilation=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    pads=st.tuples(*[st.integers(0, 9)] * 4),
+    apart=st.just(True),
 )
+"""Windows whose columns of taps read planes of their own."""
 
 
 class Extent:
@@ -82,6 +86,10 @@ def phases_of(x: np.ndarray, window: Window) -> np.ndarray:
     height, width = window.phase_size(size)
     out = np.zeros((batch, channels, len(window.phases), height, width), "float32")
     for number, (row, column) in enumerate(window.phases):
+        if window.apart:
+            moved = np.pad(x, ((0, 0), (0, 0), (0, 0), (max(0, -column), width)))
+            out[:, :, number] = moved[:, :, :, max(0, column) :][:, :, :, :width]
+            continue
         part = x[:, :, row :: window.stride[0], column :: window.stride[1]][:, :, :height, :width]
         out[:, :, number, : part.shape[2], : part.shape[3]] = part
     return out.reshape(batch, channels * len(window.phases), height, width)

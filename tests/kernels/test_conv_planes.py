@@ -9,6 +9,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from image_harness import (
     Extent,
+    apart,
     apply_epilogue,
     convolved,
     epilogues,
@@ -31,7 +32,7 @@ SAME = Window((3, 3), pads=(1, 1, 1, 1))
 problems = st.fixed_dictionaries(
     {
         "image": images,
-        "window": st.one_of(st.just(POINTWISE), windows),
+        "window": st.one_of(st.just(POINTWISE), windows, apart),
         "n": st.integers(1, 20),
         "format": st.sampled_from(["dense", "csr", "bsr"]),
         "rows": st.sampled_from([1, 2, 4, 6, 8, 16]),
@@ -151,6 +152,18 @@ FEW = settings(KERNELS, max_examples=12)  # each compiles for seconds
 @FEW
 def test_convolution(problem):
     check(**problem)
+
+
+@pytest.mark.parametrize("format", ["dense", "csr"])
+@pytest.mark.parametrize("rows_outermost", [False, True])
+@pytest.mark.parametrize(
+    ("dilation", "pads"), [(4, (4, 4, 4, 4)), (6, (6, 2, 3, 6)), (9, (9,) * 4)]
+)
+def test_taps_far_apart(format, rows_outermost, dilation, pads):
+    image = {**IMAGE, "height": 12, "width": 11, "batch": 2}
+    window = Window((3, 3), dilation=(dilation, dilation), pads=pads, apart=True)
+    problem = {**PROBLEM, "image": image, "window": window, "rows_outermost": rows_outermost}
+    check(**{**problem, "format": format, "rows": 4, "vectors": 3})
 
 
 @pytest.mark.parametrize("format", ["dense", "csr", "bsr"])

@@ -6,14 +6,21 @@ import numpy as np
 from harness import FORMS, KERNELS, run, simd, thread_counts
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from image_harness import Extent, images, mask, phases_of, to_planes, windows
+from image_harness import Extent, apart, images, mask, phases_of, to_planes, windows
 
 from sparse_tvm.schedules.cpu.image_pack import READ_BEYOND, image_pack
 from sparse_tvm.schedules.cpu.plane_code import image_mask
 from sparse_tvm.schedules.cpu.planes import Border, Planes, Rows, Window
 
 
-@given(images, windows, st.booleans(), st.booleans(), st.sampled_from(FORMS), thread_counts)
+@given(
+    images,
+    st.one_of(windows, apart),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(FORMS),
+    thread_counts,
+)
 @KERNELS
 def test_into_planes(image, window, from_planes, beyond, target, threads):
     extent = Extent(image)

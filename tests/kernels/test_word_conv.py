@@ -11,6 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from image_harness import (
     Extent,
+    apart,
     apply_epilogue,
     convolved,
     epilogues,
@@ -42,7 +43,7 @@ from sparse_tvm.schedules.x86.tile_conv import tile_conv
 problems = st.fixed_dictionaries(
     {
         "image": images.map(lambda image: {**image, "channels": 3 * image["channels"]}),
-        "window": st.one_of(st.just(POINTWISE), windows),
+        "window": st.one_of(st.just(POINTWISE), windows, apart),
         "n": st.integers(1, 20),
         "format": st.sampled_from(["dense", "csr", "bsr", DEPTHWISE]),
         "rows": st.sampled_from([4, 8]),
