@@ -409,10 +409,11 @@ class ConvKernel:
                 )
                 return
             frames, taps = self._images.frames.kernel, self._images.window.taps
+            offsets = self._tap_offsets
 
             def multiply(frame: Expr, tap: Expr) -> None:
                 k = scalar((channel * frames + frame) * taps + tap)
-                offset = channel * plane + self._tap_offsets[tap]
+                offset = channel * plane + offsets[tap]
                 if frames > 1:
                     offset = offset + frame * self._images.frame(self._source)
                 acc.multiply_add(lambda row: self._data[block_row, k, row], load(offset))
