@@ -176,6 +176,16 @@ def test_strided_convolution_reads_phases():
     assert phases.op.target is not None
 
 
+def test_taps_far_apart_read_phases_and_leave_other_rows_close():
+    after = apply(PASSES, build(far, IMAGE, WEIGHTS))
+    first, apart, last = calls(after, ImageConvolution)
+    assert [call.op.target.gap for call in (first, apart, last)] == [1, 1, 1]
+    assert apart.op.source.gap == 1
+    windows = [pack.op.window for pack in calls(after, ImagePack)]
+    assert [window.by_phases for window in windows] == [False, True, False]
+    assert [len(window.phases) for window in windows] == [1, 3, 1]
+
+
 def test_pooling_and_means_need_no_conversion():
     assert planar(averaged) == [
         "image_pack",
