@@ -31,6 +31,9 @@ what their weights stream through. A measurement errs less."""
 _WORTH = 1.5
 """How much faster in the mean a sparse form must be that is slower at some number of tokens."""
 
+_SLOWEST = 1.5
+"""How much slower than dense it may be there at most."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -113,12 +116,14 @@ class Comparison:
     def pays(self, layout: Layout) -> bool:
         """Whether a layout is faster than dense: by the margin in the mean and in usual cases.
 
-        One that is slower at some number of tokens must make up for it elsewhere.
+        One that is slower at some number of tokens, a little, must make up for it elsewhere.
         """
         margin, usual = _MARGIN[self.basis], self.cases[0].tokens
         if self.slower(layout) and self.loss(layout) + log(_WORTH) > 0:
             return False
-        triples = zip(self.cases, self.seconds[layout], self.fastest_dense, strict=True)
+        triples = list(zip(self.cases, self.seconds[layout], self.fastest_dense, strict=True))
+        if any(one > _SLOWEST * best for _, one, best in triples):
+            return False
         return self.loss(layout) + log(margin) < 0 and all(
             one * margin < best for case, one, best in triples if case.tokens == usual
         )

@@ -82,7 +82,8 @@ def sequence_seconds(
     cycles = 0.0
     for count in each:
         cycles += streamed + _compute_cycles(shape, layout, blocks, target, count)
-        if layout.block == (1, 1) and count == 1:
+        together = four_together(layout, count, target.lanes)
+        if layout.block == (1, 1) and count == 1 and not together:
             cycles -= blocks * costs.load  # scalars: nothing waits for an index
     return target.seconds(cycles)
 
@@ -93,7 +94,8 @@ def _compute_cycles(
     """Cycles of the arithmetic, all operands being near."""
     costs = target.costs
     (n, _), (rows, columns), parts = shape, layout.block, layout.get("parts", 1)
-    if four_together(layout, count, target.lanes):
+    together = four_together(layout, count, target.lanes)
+    if together:
         share = rows / 4  # of a load of weights that a block takes
         vectors = -(-4 * count // target.lanes)
         multiplied, loaded = share * vectors, share + 1
@@ -107,10 +109,14 @@ def _compute_cycles(
         vectors = -(-count // target.lanes)
         multiplied, loaded = vectors * rows, vectors + rows
     block = columns * max(multiplied * costs.fma, loaded * costs.load)
+    row = costs.row
+    if together and rows < 4:
+        row *= 2  # what is left of a row by fours has a loop of its own
     if layout.sparse:
-        block += costs.load + (costs.index if rows > 1 else 0)
+        block += costs.load / (2 if together and rows == 1 else 1)  # one load of four indices
+        block += costs.index if rows > 1 else 0
     segments = parts * -(-n // rows)
-    return blocks * block + segments * (costs.row + count * rows * costs.load)
+    return blocks * block + segments * (row + count * rows * costs.load)
 
 
 def _stored_bytes(k: int, layout: Layout, blocks: int) -> int:

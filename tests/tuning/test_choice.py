@@ -88,6 +88,9 @@ def test_all_numbers_of_tokens_that_a_layer_may_see_count():
     choice = chosen(w, slower + much_faster, (128, 1))  # 1.6 times
     assert choice.layout == CSR
     assert choice.reason.endswith("; slower at 1 tokens")
+    far_slower = [record(w, DENSE, 1e-6, 1), record(w, CSR, 2e-6, 1)]
+    far_faster = [record(w, DENSE, 9e-6, 128), record(w, CSR, 1e-6, 128)]
+    assert not chosen(w, far_slower + far_faster, (128, 1)).layout.sparse  # 2.1 times in the mean
 
 
 def test_what_was_measured_at_some_numbers_is_joined_by_predictions_at_others():
