@@ -112,18 +112,19 @@ def conv_seconds(
     compute = blocks * block + segments * (costs.row + sums)
     passes = 1 if layout.get("rows_outermost", 0) else groups
     streamed = passes * blocks * (4 * rows + (2 if layout.sparse else 0)) / costs.streamed
-    rows_out, columns_out = _out_size(op)
+    rows_out, columns_out = out_size(op)
     return target.seconds(groups * compute + streamed) * pixels / (rows_out * columns_out)
 
 
 def plane_vectors(op: Convolution, simd: Simd) -> int:
     """Vectors of the output, gaps included."""
-    height, width = _out_size(op)
+    height, width = out_size(op)
     gap = window_of(op).reads.gap
     return int(-(-((height - 1) * (width + gap) + width) // simd.lanes))
 
 
-def _out_size(op: Convolution) -> tuple[int, int]:
+def out_size(op: Convolution) -> tuple[int, int]:
+    """Rows and columns of the output; typical ones of an image of unknown size."""
     height, width = (extent or _TYPICAL_SIZE for extent in op.size)
     rows, columns = window_of(op).out_size((height, width))
     return max(1, rows), max(1, columns)
@@ -132,7 +133,7 @@ def _out_size(op: Convolution) -> tuple[int, int]:
 def _read_bytes(op: Convolution, vectors: int, simd: Simd) -> float:
     """Bytes of the input that so many vectors of the output are computed from."""
     window: Window = window_of(op)
-    (kernel_rows, _), pitch = window.kernel, _out_size(op)[1] + window.reads.gap
+    (kernel_rows, _), pitch = window.kernel, out_size(op)[1] + window.reads.gap
     run = vectors * simd.lanes
     apart = kernel_rows * (run + LANES)
     together = run + (kernel_rows - 1) * window.dilation[0] * pitch + LANES

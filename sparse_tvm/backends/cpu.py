@@ -30,6 +30,7 @@ from sparse_tvm.schedules.cpu.families.rows import (
     LaneUnpackFamily,
     LayerNormFamily,
 )
+from sparse_tvm.schedules.cpu.families.winograd import WinogradFamily
 from sparse_tvm.schedules.x86.families.dots import X86DotFamily
 from sparse_tvm.schedules.x86.families.tile_attention import TileAttentionFamily
 from sparse_tvm.schedules.x86.families.tiles import TileFamily
@@ -58,6 +59,7 @@ class CpuBackend(Backend):
             [
                 MatmulFamily(),
                 ConvolutionFamily(),
+                WinogradFamily(),
                 DepthwiseFamily(),
                 AttentionFamily(),
                 ProductFamily(),

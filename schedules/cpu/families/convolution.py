@@ -134,7 +134,7 @@ class ConvolutionFamily(ImageFamily):
         assert isinstance(op, ImageConvolution)
         layout, stored = _kernel_layout(op, op.stored), op.stored
         form = stored.format + (f"_{layout.block[0]}x1" if stored.format != "csr" else "")
-        images, residuals = _images(op, operands[0])
+        images, residuals = images_of(op, operands[0])
         function = conv_planes(images, layout, op.epilogue, residuals, Simd.of(target))
         return Kernel("_".join(["conv2d", form, size_title(op), *op.step_titles]), function)
 
@@ -176,12 +176,12 @@ class DepthwiseFamily(ImageFamily):
         from sparse_tvm.schedules.cpu.window_planes import window_planes
 
         assert isinstance(op, ImageConvolution)
-        images, residuals = _images(op, operands[0])
+        images, residuals = images_of(op, operands[0])
         function = window_planes(images, DEPTHWISE, op.epilogue, residuals, Simd.of(target))
         return Kernel("_".join(["depthwise_conv2d", size_title(op), *op.step_titles]), function)
 
 
-def _images(op: ImageConvolution, x: Extents) -> tuple[Any, list[Planes]]:
+def images_of(op: ImageConvolution, x: Extents) -> tuple[Any, list[Planes]]:
     """What the kernel reads and writes, and the planes of its residuals."""
     from sparse_tvm.schedules.cpu.conv_planes import Images
     from sparse_tvm.schedules.cpu.lane_tiles import symbol

@@ -1,0 +1,69 @@
+"""How Winograd's convolutions in planes are cut, and their predicted cycles."""
+
+from __future__ import annotations
+
+from sparse_tvm.operators import Convolution, Layout
+from sparse_tvm.schedules.cpu.conv_cost import out_size
+from sparse_tvm.schedules.cpu.image_operators import window_of
+from sparse_tvm.schedules.cpu.simd import Simd
+from sparse_tvm.schedules.cpu.winograd import OUTPUTS, TAPS, Bands
+from sparse_tvm.targets import Target
+
+_MOST_VECTORS = 4
+_SECOND_CACHE_SHARE = 0.6
+_DENSE_LOOP = 1.04
+
+
+def outputs_of(op: Convolution) -> int:
+    """Rows of a band with the fewest products; fewer rows round less."""
+    height, _ = out_size(op)
+    return min(OUTPUTS, key=lambda m: Bands(height, 1, m, 1).count * (m + TAPS - 1))
+
+
+def blocking(op: Convolution, target: Target, outputs: int) -> tuple[int, dict[str, int]]:
+    """Rows of a block of the weight, and the other parameters of a layout."""
+    simd, bands = Simd.of(target), _bands(op, target, outputs)
+    sizes = [count for count in range(1, bands.count + 1) if bands.count % count == 0]
+    band_bytes = 4 * bands.points * op.channels * bands.pitch
+    room = _SECOND_CACHE_SHARE * target.caches.l2
+    unit = max((size for size in sizes if size * band_bytes <= room), default=1)
+    if (op.size[1] or 0) + window_of(op).reads.gap < bands.span:  # vectors reach into the next row
+        unit = bands.count
+    count = unit * len(bands.starts)
+
+    def per_load(block: tuple[int, int]) -> float:
+        rows, vectors = block
+        spread = count / (-(-count // vectors))  # of groups that are not all full
+        fits = simd.fits(rows, vectors)
+        return rows * spread / (rows + spread) if fits else 0.0
+
+    blocks = [(r, v) for v in range(1, _MOST_VECTORS + 1) for r in range(1, 9)]
+    rows, vectors = max(blocks, key=per_load)
+    return min(rows, op.out_channels), {"outputs": outputs, "vectors": vectors, "bands": unit}
+
+
+def winograd_seconds(op: Convolution, layout: Layout, pixels: int, target: Target) -> float:
+    """Seconds for so many pixels of the output on one core."""
+    costs = target.costs
+    bands, rows = _bands(op, target, layout.get("outputs", 2)), layout.block[0]
+    unit = layout.get("bands", bands.count)
+    blocks, units = -(-op.out_channels // rows), bands.count // unit
+    count = unit * len(bands.starts)
+    groups = -(-count // layout.get("vectors", 1))
+    vectors = count / groups
+    weights = -(-rows // costs.scalars_per_load) * costs.load
+    step = max(rows * vectors * costs.fma, weights + vectors * costs.load) * _DENSE_LOOP
+    steps = blocks * bands.points * op.channels * TAPS
+    compute = units * groups * (steps * step + blocks * bands.points * costs.row)
+    # Each point is a sum over all of a band's rows, and each row one over all points.
+    combined = op.channels * bands.count * len(bands.read_starts) * bands.points**2
+    combined += op.out_channels * bands.count * len(bands.starts) * bands.outputs * bands.points
+    streamed = units * steps * 4 * rows / costs.streamed
+    height, width = out_size(op)
+    cycles = compute + combined * costs.fma + streamed
+    return target.seconds(cycles) * pixels / (height * width)
+
+
+def _bands(op: Convolution, target: Target, outputs: int) -> Bands:
+    height, width = out_size(op)
+    return Bands(height, width, outputs, Simd.of(target).lanes)

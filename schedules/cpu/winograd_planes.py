@@ -1,0 +1,314 @@
+"""3x3 convolutions of images in planes by Winograd's filtering of columns, the weight dense.
+
+Rows of the output are computed by bands of ``m`` (:mod:`sparse_tvm.schedules.cpu.winograd`). All
+threads first transform the image: a band's ``m + 2`` rows of each channel become as many others,
+its points. At each point the band then is a row that is convolved with three taps, as
+:mod:`sparse_tvm.schedules.cpu.conv_planes` does it, by a weight of that point's own; and a block of
+sums at all points becomes ``m`` rows of the output while it is in the first cache.
+
+A row is cut into whole vectors, of which the last may overlap the one before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from sparse_tvm.operators import Layout, Step
+from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP
+from sparse_tvm.schedules.cpu.conv_planes import Images
+from sparse_tvm.schedules.cpu.image_output import ImageOutput
+from sparse_tvm.schedules.cpu.lane_tiles import (
+    Expr,
+    Registers,
+    argument,
+    for_group_sizes,
+    groups_of,
+    prim_func,
+    ramp,
+    scalar,
+    scratch,
+    splat,
+)
+from sparse_tvm.schedules.cpu.plane_code import Extents, flat, one_of
+from sparse_tvm.schedules.cpu.planes import Planes
+from sparse_tvm.schedules.cpu.simd import Simd
+from sparse_tvm.schedules.cpu.vector_math import constant
+from sparse_tvm.schedules.cpu.winograd import TAPS, Bands, transforms
+
+
+def winograd_planes(
+    images: Images,
+    layout: Layout,
+    epilogue: Sequence[Step],
+    residuals: Sequence[Planes],
+    simd: Simd,
+) -> tirx.PrimFunc:
+    """Build the kernel, for images of known size.
+
+    Arguments of the PrimFunc, in order: x ``[batch, channels, source.size]``; the weight
+    ``[blocks of rows, m + 2, channels, 3, rows]``; then as
+    :class:`~sparse_tvm.schedules.cpu.image_output.ImageOutput` says.
+
+    The layout's block has the rows of the weight that are computed together; its parameters are
+    ``outputs``, which is m, ``vectors`` of pixels that they are multiplied with at a time, and
+    ``bands`` that pass a block of rows before the next one comes, a divisor of all.
+    """
+    return _Kernel(images, layout, epilogue, residuals, simd).build()
+
+
+class _Kernel:
+    def __init__(
+        self,
+        images: Images,
+        layout: Layout,
+        epilogue: Sequence[Step],
+        residuals: Sequence[Planes],
+        simd: Simd,
+    ) -> None:
+        self._images, self._simd = images, simd
+        self._epilogue, self._residuals = epilogue, residuals
+        self._rows, self._group = layout.block[0], layout.get("vectors", 1)
+        self._block_rows = -(-images.out_channels // self._rows)
+        self._transforms = transforms(layout.get("outputs", 2))
+        self._bands = Bands(
+            images.target.height, images.target.width, layout.get("outputs", 2), simd.lanes
+        )
+        self._per_unit = layout.get("bands", self._bands.count)
+
+    def build(self) -> tirx.PrimFunc:
+        """Build the kernel."""
+        images, bands = self._images, self._bands
+        of_points = (self._block_rows, bands.points, images.channels, TAPS, self._rows)
+        with prim_func() as result:
+            x = argument("x", (images.batch, images.channels, images.source.size))
+            self._weight = argument("data", of_points)
+            self._output = ImageOutput(
+                images.batch,
+                images.out_channels,
+                images.target,
+                self._epilogue,
+                self._residuals,
+                self._simd,
+            )
+            self._x = flat(x)
+            rows = images.batch * bands.count * bands.points * images.channels
+            self._points = T.alloc_buffer((rows * bands.pitch,), "float32")
+            threads = scalar(tirx.call_packed("runtime.NumThreads"))
+            with T.parallel(0, threads) as thread:
+                self._transform_share(thread, threads)
+            with T.parallel(0, threads) as thread:
+                self._multiply_share(thread, threads)
+        return result["func"]
+
+    def _transform_share(self, thread: Expr, threads: Expr) -> None:
+        """Transform a thread's share of the channels of all bands."""
+        images, bands = self._images, self._bands
+        source = Extents(images.source)
+        channels = scalar(images.batch * bands.count * images.channels)
+        begin = scalar(thread * channels // threads)
+        top, left = images.window.pads[:2]
+        with T.serial(0, scalar((thread + 1) * channels // threads - begin)) as i:
+            band = scalar((begin + i) // images.channels)
+            channel = scalar((begin + i) % images.channels)
+            number = scalar(band % bands.count)
+            plane = scalar(band // bands.count * images.channels + channel)
+            row = number * bands.outputs - top
+            first = scalar(plane * source.size + source.first + row * source.pitch - left)
+            point = scalar((band * bands.points * images.channels + channel) * bands.pitch)
+            # The last band may end behind the image and its padding.
+            there = images.source.height + top + images.window.pads[2]
+            last = min(bands.points, there - (bands.count - 1) * bands.outputs)
+
+            def rows(
+                live: int, first: Expr = first, point: Expr = point, pitch: Expr = source.pitch
+            ) -> None:
+                with T.serial(0, len(bands.read_starts)) as vector:
+                    at = scalar(bands.start_of(vector, bands.read_starts))
+                    self._transform(first + at, pitch, live, point + at)
+
+            if last == bands.points:
+                rows(last)
+            else:
+                one_of(number == bands.count - 1, lambda: rows(last), lambda: rows(bands.points))
+
+    def _transform(self, first: Expr, pitch: Expr, live: int, point: Expr) -> None:
+        """Transform a vector of columns, of which ``live`` rows are there and the rest are zero."""
+        simd, bands = self._simd, self._bands
+        rows = Registers(bands.points, 1, simd)
+        for row in range(live):
+            rows.set(row, 0, self._x[ramp(first + row * pitch, simd)])
+        for i, factors in enumerate(self._transforms.input):
+            value = _combination(factors[:live], lambda row: rows.get(row, 0))
+            start = point + i * self._images.channels * bands.pitch
+            T.buffer_store(self._points, value, [ramp(start, simd)])
+
+    def _multiply_share(self, thread: Expr, threads: Expr) -> None:
+        """Compute a thread's share of the blocks of rows of all units of bands."""
+        output, blocks = self._output, self._block_rows
+        output.open()
+        units = self._bands.count // self._per_unit
+        jobs = scalar(self._images.batch * units * JOBS_PER_GROUP)
+        begin = scalar(thread * jobs // threads)
+        end = scalar((thread + 1) * jobs // threads)
+        first_unit = scalar(begin // JOBS_PER_GROUP)
+        stop_unit = (end + (JOBS_PER_GROUP - 1)) // JOBS_PER_GROUP
+        with T.serial(0, scalar(stop_unit - first_unit)) as i:
+            unit = scalar(first_unit + i)
+            job = scalar(tirx.max(begin - unit * JOBS_PER_GROUP, 0))
+            last_job = scalar(tirx.min(end - unit * JOBS_PER_GROUP, JOBS_PER_GROUP))
+            start = scalar(job * blocks // JOBS_PER_GROUP)
+            image, first_band = scalar(unit // units), scalar(unit % units * self._per_unit)
+            remainder = self._images.out_channels % self._rows
+            with T.serial(0, scalar(last_job * blocks // JOBS_PER_GROUP - start)) as b:
+                block = scalar(start + b)
+
+                def rows(live: int, block: Expr = block) -> None:
+                    self._block_row(image, first_band, block, live)
+
+                if remainder == 0:
+                    rows(self._rows)
+                else:
+                    one_of(block < blocks - 1, lambda: rows(self._rows), lambda: rows(remainder))
+
+    def _block_row(self, image: Expr, first_band: Expr, block: Expr, live: int) -> None:
+        """Compute ``live`` channels of the output in one unit of bands."""
+        channel = scalar(block * self._rows)
+        plane = scalar(image * self._images.out_channels + channel)
+        self._clear_padding(first_band, plane, live)
+        count = self._per_unit * len(self._bands.starts)
+        with T.serial(0, groups_of(count, self._group)) as group:
+            for_group_sizes(
+                count,
+                self._group,
+                group,
+                lambda first, size: self._group_of_vectors(
+                    image, first_band, block, channel, plane, live, first, size
+                ),
+            )
+
+    def _clear_padding(self, first_band: Expr, plane: Expr, live: int) -> None:
+        """Clear what lies around and between the rows, before they are written."""
+        target, bands, output = self._images.target, self._bands, self._output
+        if not target.border.padded:
+            return
+        last_unit = first_band == bands.count - self._per_unit
+        written = target.height * target.pitch // self._simd.lanes * self._simd.lanes
+        with T.If(last_unit), T.Then(), T.serial(0, live) as row:
+            output.clear_border(plane + row, written)
+        gap = target.pitch - bands.span
+        if gap <= 0:
+            return
+        row_count = tirx.min(
+            self._per_unit * bands.outputs, target.height - first_band * bands.outputs
+        )
+        with (
+            T.serial(0, live) as channel,
+            T.serial(0, row_count) as row,
+            T.serial(0, gap) as column,
+        ):
+            pixel = (first_band * bands.outputs + row) * target.pitch + bands.span + column
+            at = (plane + channel) * output.extents.size + output.extents.first + pixel
+            T.buffer_store(output.y, T.float32(0), [at])
+
+    def _group_of_vectors(
+        self,
+        image: Expr,
+        first_band: Expr,
+        block: Expr,
+        channel: Expr,
+        plane: Expr,
+        live: int,
+        first: Expr,
+        size: int,
+    ) -> None:
+        """Compute ``live`` channels in some vectors of all rows of their bands."""
+        bands, simd, images = self._bands, self._simd, self._images
+        per_row = len(bands.starts)
+        band = [scalar(first_band + (first + v) // per_row) for v in range(size)]
+        column = [scalar(bands.start_of((first + v) % per_row, bands.starts)) for v in range(size)]
+        band_size = bands.points * images.channels * bands.pitch
+        sources = [
+            scalar((image * bands.count + band[v]) * band_size + column[v]) for v in range(size)
+        ]
+        sums = scratch(bands.points * live * size * simd.lanes)
+
+        def at(point: Expr, row: Expr, vector: int) -> list[Expr]:
+            return [ramp(((point * live + row) * size + vector) * simd.lanes, simd)]
+
+        with T.serial(0, bands.points) as point:
+            acc = Registers(live, size, simd)
+            acc.fill(lambda *_: splat(T.float32(0), simd))
+            self._multiply_point(acc, point, block, sources)
+            for row in range(live):
+                for v in range(size):
+                    T.buffer_store(sums, acc.get(row, v), at(point, row, v))
+        with T.serial(0, live) as row:
+            for v in range(size):
+                self._finish(
+                    [sums[at(point, row, v)[0]] for point in range(bands.points)],
+                    plane + row,
+                    channel + row,
+                    band[v],
+                    column[v],
+                )
+
+    def _multiply_point(
+        self, acc: Registers, point: Expr, block: Expr, sources: Sequence[Expr]
+    ) -> None:
+        """Add the products of all channels and taps at one point."""
+        channels, pitch = self._images.channels, self._bands.pitch
+        with T.serial(0, channels) as channel:
+            row = scalar((point * channels + channel) * pitch)
+            for tap in range(TAPS):
+                acc.multiply_add(
+                    self._weights_of(block, point, channel, tap), self._vectors(sources, row + tap)
+                )
+
+    def _weights_of(
+        self, block: Expr, point: Expr, channel: Expr, tap: int
+    ) -> Callable[[int], Expr]:
+        return lambda row: self._weight[block, point, channel, tap, row]
+
+    def _vectors(self, sources: Sequence[Expr], offset: Expr) -> Callable[[int], Expr]:
+        return lambda v: self._points[ramp(sources[v] + offset, self._simd)]
+
+    def _finish(
+        self, sums: Sequence[Expr], plane: Expr, channel: Expr, band: Expr, column: Expr
+    ) -> None:
+        """Turn a vector's sums at all points into its rows of the output."""
+        bands, target, output, simd = self._bands, self._images.target, self._output, self._simd
+        kept = Registers(bands.points, 1, simd)
+        kept.fill(lambda point, _: sums[point])
+        whole = target.height % bands.outputs or bands.outputs
+        for i, factors in enumerate(self._transforms.output):
+
+            def store(i: int = i, factors: Sequence[float] = factors) -> None:
+                value = _combination(factors, lambda point: kept.get(point, 0))
+                pixel = (band * bands.outputs + i) * target.pitch + column
+                output.finish(value + output.start(channel), plane, channel, pixel)
+
+            if i < whole:
+                store()
+                continue
+            with T.If(band < bands.count - 1), T.Then():
+                store()
+
+
+def _combination(factors: Sequence[float], vector: Callable[[int], Expr]) -> Expr:
+    """The sum of vectors by these factors."""
+    total: Expr = None
+    for i, factor in enumerate(factors):
+        if factor == 0:
+            continue
+        term = vector(i)
+        if total is None:
+            total = term if factor == 1 else term * constant(factor, term)
+        elif abs(factor) == 1:
+            total = total + term if factor > 0 else total - term
+        else:
+            total = total + term * constant(factor, term)
+    assert total is not None
+    return total
