@@ -17,6 +17,9 @@ from sparse_tvm.targets import Target
 _TYPICAL_SIZE = 28
 """Rows and columns of an image of which nobody knows them."""
 
+_TYPICAL_DENSITY = 0.1
+"""Share of a sparse weight that is stored."""
+
 _MOST_VECTORS = 8
 _SPARSE_SUMS = 16
 """Sums that a sparse weight's kernel keeps: more would reload few blocks less."""
@@ -25,6 +28,9 @@ _NEAR_SHARE, _NEAR_SHARE_OF_WINDOWS = 1.0, 0.5
 _SECOND_CACHE_SHARE = 0.6
 _FAR = 6.0
 """How many times the first cache a dense weight's rows must read of an image to do so in parts."""
+
+_PACKED_USES = {"dense": 20.0, "csr": 12.0, "bsr": 1.5}
+"""How often a vector of pixels must be read for a copy beside its neighbours to pay."""
 
 _STREAMED_WEIGHT_BYTES = 256 << 10
 _WINDOW_INDEX_CYCLES = 0.4
@@ -52,15 +58,27 @@ def blocking(op: Convolution, format: str, rows: int, target: Target) -> dict[st
         near = across * _read_bytes(op, vectors, simd) / target.caches.l1
         if near > _FAR:
             parameters["parts"] = min(round(near), op.channels)
-        return parameters
+        return {**parameters, **_packing(op, format, rows)}
     share = _NEAR_SHARE if taps == 1 else _NEAR_SHARE_OF_WINDOWS
     if rows < 4 or taps > 1:
         share *= min(rows, 2)  # blocks load a vector less often
         near = _read_bytes(op, vectors, simd) / (share * target.caches.l1)
         parameters["parts"] = max(1, min(round(near), op.channels))
-    if weight_bytes // 10 > _STREAMED_WEIGHT_BYTES:
+    if weight_bytes * _TYPICAL_DENSITY > _STREAMED_WEIGHT_BYTES:
         parameters["prefetch"] = 1
-    return parameters
+    return {**parameters, **_packing(op, format, rows)}
+
+
+def _packing(op: Convolution, format: str, rows: int) -> dict[str, int]:
+    """Whether the pixels that pass the weight are copied first, channels next to each other.
+
+    In large planes they are on as many pages as there are channels.
+    """
+    window = window_of(op)
+    if window.taps * op.frames.kernel > 1 or window.pads != (0, 0, 0, 0):
+        return {}
+    uses = op.out_channels / rows * (1.0 if format == "dense" else _TYPICAL_DENSITY)
+    return {"packed": 1} if uses >= _PACKED_USES[format] else {}
 
 
 def _group(format: str, rows: int, simd: Simd) -> int:

@@ -119,7 +119,8 @@ def conv_planes(
 
     The layout's parameters: ``vectors`` of pixels that a block row of the weight is multiplied
     with at a time, ``parts`` of its columns, ``rows_outermost`` (1: all pixels of an image pass a
-    block row before the next one comes), ``prefetch`` (1: weights are asked for ahead of use).
+    block row before the next one comes), ``prefetch`` (1: weights are asked for ahead of use), and
+    ``packed`` (1: vectors of pixels are copied before block rows pass them; of a tap in place).
     """
     out = (images.batch, images.out_channels, images.target)
     kernel = ConvKernel(images, layout, simd)
@@ -151,6 +152,9 @@ class ConvKernel:
         self._asks_ahead = few_registers and not self._rows_outermost
         short = self._asks_ahead and not layout.sparse and self._k <= _SHORT_SUM
         self._run = _RUN if short else 1
+        self._moves = self._taps > 1 or images.window.pads[:2] != (0, 0)
+        one_pass = not self._rows_outermost and self._run == 1
+        self._packs = bool(layout.get("packed", 0)) and one_pass and not self._moves
 
     def _rows_of(self, layout: Layout) -> int:
         """Rows of the weight that are computed together."""
@@ -175,8 +179,10 @@ class ConvKernel:
                 self._output.open()
                 self._count = vectors_of(images.target, self._simd)
                 self._groups = scalar(groups_of(self._count, self._group))
-                moves = self._taps > 1 or images.window.pads[:2] != (0, 0)
-                self._tap_offsets = self._table() if moves else None
+                self._tap_offsets = self._table() if self._moves else None
+                if self._packs:
+                    elements = planes * self._group * self._simd.lanes
+                    self._panel = T.alloc_buffer((elements,), self.element)
                 self._begin()
                 begin = scalar(thread * jobs // threads)
                 end = scalar((thread + 1) * jobs // threads)
@@ -256,6 +262,8 @@ class ConvKernel:
         image, group = scalar(unit // self._groups), scalar(unit % self._groups)
 
         def body(first: Expr, size: int) -> None:
+            if self._packs:
+                self._pack(image, first, size)
             self._each_block_row(
                 start,
                 stop,
@@ -265,6 +273,26 @@ class ConvKernel:
             )
 
         for_group_sizes(self._count, self._group, group, body)
+
+    def _pack(self, image: Expr, first: Expr, size: int) -> None:
+        """Copy ``size`` vectors of all planes, so that neighbours in time are so in memory."""
+        lanes, images = self._simd.lanes, self._images
+        source = self._source_of(image, first)
+        with T.serial(0, images.channels * len(images.window.phases)) as plane:
+            start = scalar(source + plane * self._source.size)
+            for v in range(size):
+                value = self._x[ramp(start + v * lanes, self._simd)]
+                T.buffer_store(self._panel, value, [ramp((plane * size + v) * lanes, self._simd)])
+
+    def _source_of(self, image: Expr, first: Expr) -> Expr:
+        """Where the vector ``first`` of pixels is in the first plane."""
+        return (
+            self._images.first_source(image)
+            * (self._images.channels * len(self._images.window.phases))
+            * self._source.size
+            + self._source.first
+            + first * self._simd.lanes
+        )
 
     def _each_block_row(self, start: Expr, stop: Expr, body: Callable[..., None]) -> None:
         """Call ``body(part, segment, block row, rows in it)`` for all parts of a range of rows."""
@@ -297,13 +325,7 @@ class ConvKernel:
         pixel = scalar(first * lanes)
         channel = scalar(block_row * self._rows)
         plane = scalar(image * self._images.out_channels + channel)
-        source = scalar(
-            self._images.first_source(image)
-            * (self._images.channels * len(self._images.window.phases))
-            * self._source.size
-            + self._source.first
-            + pixel
-        )
+        source = 0 if self._packs else scalar(self._source_of(image, first))
 
         if self._asks_ahead:
             following = block_row + 1
@@ -362,11 +384,12 @@ class ConvKernel:
         pixel: Expr,
     ) -> None:
         """Stream the stored blocks of one block row of one part."""
-        plane = self._source.size * len(self._images.window.phases)
+        size = acc.vectors * self._simd.lanes if self._packs else self._source.size
+        plane, x = size * len(self._images.window.phases), self._panel if self._packs else self._x
 
         def load(offset: Expr) -> Callable[[int], Expr]:
             start = scalar(source + offset)
-            return lambda v: self._x[ramp(start + v * self._simd.lanes, self._simd)]
+            return lambda v: x[ramp(start + v * self._simd.lanes, self._simd)]
 
         if not self._layout.sparse:
             seen = self._taps_seen(pixel, acc.vectors) if self._rows_apart else None

@@ -41,6 +41,7 @@ problems = st.fixed_dictionaries(
         "vectors": st.integers(1, 8),
         "rows_outermost": st.booleans(),
         "prefetch": st.booleans(),
+        "packed": st.booleans(),
         "padded": st.booleans(),
         "epilogue": epilogues,
         "target": st.sampled_from(FORMS),
@@ -60,6 +61,7 @@ def check(
     vectors,
     rows_outermost,
     prefetch,
+    packed,
     padded,
     epilogue,
     target,
@@ -77,6 +79,7 @@ def check(
         vectors=vectors,
         rows_outermost=int(rows_outermost),
         prefetch=int(prefetch),
+        packed=int(packed),
     )
     reads = window.reads
     gap = max(reads.gap, -window.wider, 1 - window.wider if padded else 0)
@@ -130,6 +133,7 @@ PROBLEM = {
     "vectors": 4,
     "rows_outermost": False,
     "prefetch": False,
+    "packed": False,
     "padded": True,
     "epilogue": [Bias(), Residual(), Activation("relu")],
     "target": TARGETS["x86-64-v2"],
@@ -148,6 +152,8 @@ FEW = settings(KERNELS, max_examples=12)  # each compiles for seconds
 @example({**PROBLEM, "format": "dense", "parts": 3})
 @example({**PROBLEM, "format": "dense", "parts": 2, "rows_outermost": True})
 @example({**PROBLEM, "window": Window(pads=(1, 2, 0, 0))})
+@example({**PROBLEM, "window": POINTWISE, "packed": True, "parts": 2, "padded": False})
+@example({**PROBLEM, "window": POINTWISE, "packed": True, "format": "dense", "rows": 4})
 @example({**PROBLEM, "window": Window(stride=(2, 2), pads=(0, 1, 0, 0)), "format": "dense"})
 @FEW
 def test_convolution(problem):
