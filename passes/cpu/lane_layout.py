@@ -34,7 +34,7 @@ from sparse_tvm.passes.graph import (
 )
 from sparse_tvm.passes.infrastructure import Context, Property, graph_pass
 from sparse_tvm.passes.program import Program
-from sparse_tvm.schedules.cpu.operators import LanePack, LaneUnpack
+from sparse_tvm.schedules.cpu.operators import LanePack, LaneUnpack, RotateHeads
 from sparse_tvm.schedules.cpu.simd import LANES, tiles_of
 
 _UNARY = {
@@ -104,6 +104,9 @@ class _LaneLayout(Rewrite):
         attention = dialect.match(value, Attention)
         if attention is not None:
             return self._attention(attention, var)
+        rotated = dialect.match(value, RotateHeads)
+        if rotated is not None:
+            return self._rotated(rotated, var)
         rounded = dialect.match(value, StepRound)
         if rounded is not None:
             x, *steps = rounded.args
@@ -202,6 +205,14 @@ class _LaneLayout(Rewrite):
         few = [rows] if by_heads[1] and by_heads[2] else []
         operands.append(relax.ShapeExpr([key_rows, *few]))
         return self._emit_tiled(found.op, operands, batch, rows, features)
+
+    def _rotated(self, found: dialect.OperatorCall[RotateHeads], var: relax.Var) -> _Tiled:
+        x, *angles = found.args
+        batch, rows, features = shape_of(var)
+        operands = [self._tiles_of(x, (batch, rows))]
+        operands += [self._tiles_of(angle, (shape_of(angle)[0], rows)) for angle in angles]
+        args = [operand.expr for operand in operands]
+        return self._emit_tiled(found.op, args, batch, rows, features)
 
     def _layer_norm(self, value: Any, centred: bool) -> _Tiled | None:
         x, *vectors = value.args

@@ -3,8 +3,8 @@
 Matches ``sparse_tvm.attention`` in float32 whose q, k or v was merged from heads,
 ``reshape(permute_dims(t, [0, 2, 1, 3]))`` of ``[batch, heads, rows, features]``, as after rotary
 positions or out of a cache, and lets the kernel read ``t``. Keys and values of fewer heads, each
-repeated for several of q's (``reshape(broadcast_to(...))``), are read unrepeated. Nothing is
-copied then. Leaves alone attention in other precisions, whose operands are rounded anyway, and k
+repeated for several of q's (``reshape(broadcast_to(...))``), are read unrepeated; heads that were
+split only to be merged again, as they were. Nothing is copied then. Leaves alone attention in other precisions, whose operands are rounded anyway, and k
 and v that are repeated differently.
 """
 
@@ -17,7 +17,7 @@ from tvm import relax
 
 from sparse_tvm.operators import FLOAT32, Attention
 from sparse_tvm.passes import dialect
-from sparse_tvm.passes.graph import Rewrite, product, same_dim, same_shape, shape_of
+from sparse_tvm.passes.graph import Rewrite, product, same, same_dim, same_shape, shape_of
 from sparse_tvm.passes.infrastructure import Context, graph_pass
 from sparse_tvm.passes.program import Program
 
@@ -49,7 +49,7 @@ class _ReadHeads(Rewrite):
         k, v = map(self._unrepeated, plain)
         if k.heads != v.heads:
             k, v = plain
-        if not (q.by_heads or k.by_heads or v.by_heads or k.heads != heads):
+        if all(same(each.expr, arg) for each, arg in zip((q, k, v), found.args, strict=False)):
             return None
         op = replace(
             found.op,
@@ -66,6 +66,9 @@ class _ReadHeads(Rewrite):
         source = self._swapped(merged.args[0]) if merged is not None else None
         by_heads = (batch, heads, rows, features // heads)
         if source is not None and same_shape(shape_of(source), by_heads):
+            unsplit = self._unsplit(source, batch, rows, features)
+            if unsplit is not None:
+                return _Operand(unsplit, False, batch, rows, heads)
             return _Operand(source, True, batch, rows, heads)
         return _Operand(expr, False, batch, rows, heads)
 
@@ -83,13 +86,20 @@ class _ReadHeads(Rewrite):
         shared = operand.heads // heads if isinstance(heads, int) else 0
         if not same_shape(shape_of(repeated), (batch, heads, shared, rows, size)):
             return operand
-        split = self._swapped(source)
-        unsplit = self.graph.op(split, "reshape") if split is not None else None
+        unsplit = self._unsplit(source, batch, rows, heads * size)
         if unsplit is not None:
-            merged = shape_of(unsplit.args[0])
-            if same_dim(merged[-1], heads * size) and same_dim(product(merged[:-1]), batch * rows):
-                return _Operand(unsplit.args[0], False, batch, rows, heads)
+            return _Operand(unsplit, False, batch, rows, heads)
         return _Operand(source, True, batch, rows, heads)
+
+    def _unsplit(self, heads: Any, batch: Any, rows: Any, features: int) -> Any:
+        """The tensor in rows that heads were split from, if it has no other features."""
+        split = self._swapped(heads)
+        unsplit = self.graph.op(split, "reshape") if split is not None else None
+        if unsplit is None:
+            return None
+        merged = shape_of(unsplit.args[0])
+        whole = same_dim(merged[-1], features) and same_dim(product(merged[:-1]), batch * rows)
+        return unsplit.args[0] if whole else None
 
     def _swapped(self, expr: Any) -> Any:
         """``t`` of ``permute_dims(t, [0, 2, 1, 3])``."""

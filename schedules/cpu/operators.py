@@ -41,3 +41,30 @@ class AppendRows(Operator):
 
     name: ClassVar[str] = "append_rows"
     operands: ClassVar[str] = "x, ..."
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotateHeads(Operator):
+    """Heads out of ``[batch, rows, features]``, turned by rotary positions (arXiv:2104.09864).
+
+    Of the first ``turned`` features of a head, each of the first half turns with that of the second
+    half, ``a * cos - b * sin`` and ``b * cos + a * sin``; the others stay.
+
+    Attributes
+    ----------
+    heads, size : int
+        Heads, and features of one.
+    first, stride : int
+        The first feature of the first head in x, and from a head to the next.
+    turned : int
+        How many features of a head turn, of as many cosines and sines; 0 without such operands.
+    """
+
+    name: ClassVar[str] = "rotate_heads"
+    operands: ClassVar[str] = "x, cos?, sin?"
+
+    heads: int
+    size: int
+    first: int
+    stride: int
+    turned: int = 0

@@ -29,6 +29,7 @@ from sparse_tvm.schedules.cpu.families.rows import (
     LanePackFamily,
     LaneUnpackFamily,
     LayerNormFamily,
+    RotateHeadsFamily,
 )
 from sparse_tvm.schedules.cpu.families.winograd import WinogradFamily
 from sparse_tvm.schedules.x86.families.dots import X86DotFamily
@@ -68,6 +69,7 @@ class CpuBackend(Backend):
                 LanePackFamily(),
                 LaneUnpackFamily(),
                 AppendRowsFamily(),
+                RotateHeadsFamily(),
                 ImagePackFamily(),
                 ImageMaskFamily(),
                 ImagePoolingFamily(),
@@ -112,6 +114,7 @@ class CpuBackend(Backend):
         from sparse_tvm.passes.cpu.lane_layout import lane_layout
         from sparse_tvm.passes.cpu.legalize import legalize
         from sparse_tvm.passes.cpu.read_heads import read_heads
+        from sparse_tvm.passes.cpu.rotate_heads import rotate_heads
         from sparse_tvm.passes.cpu.round_activations import round_activations
         from sparse_tvm.passes.cpu.schedule_rest import schedule_rest
         from sparse_tvm.passes.infrastructure import Phase
@@ -119,7 +122,10 @@ class CpuBackend(Backend):
 
         return (
             Phase("image layout", (image_layout,)),
-            Phase("lane layout", (read_heads, append_rows, lane_layout, round_activations)),
+            Phase(
+                "lane layout",
+                (rotate_heads, read_heads, append_rows, lane_layout, round_activations),
+            ),
             Phase("legalise", (legalize,)),
             Phase("schedule", (lower_kernels, schedule_rest)),
         )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from sparse_tvm.families import Extents, Kernel, KernelFamily, Op, Work, bytes_of
 from sparse_tvm.operators import FLOAT32, LayerNorm
 from sparse_tvm.schedules.cpu.families.extents import known_or_symbols, tiles_for
-from sparse_tvm.schedules.cpu.operators import AppendRows, LanePack, LaneUnpack
+from sparse_tvm.schedules.cpu.operators import AppendRows, LanePack, LaneUnpack, RotateHeads
 from sparse_tvm.schedules.cpu.precision import PRECISIONS
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.targets import Target
@@ -106,3 +106,23 @@ class AppendRowsFamily(MovesOnly[AppendRows]):
             for i, part in enumerate(operands)
         ]
         return Kernel(f"append_rows_{size}", append_rows(lead, rows, size, Simd.of(target)))
+
+
+@dataclass(frozen=True)
+class RotateHeadsFamily(MovesOnly[RotateHeads]):
+    """The kernel of :mod:`sparse_tvm.schedules.cpu.rotate`."""
+
+    name: ClassVar[str] = "rotate_heads"
+    operator: ClassVar[type[RotateHeads]] = RotateHeads
+
+    def build(
+        self, op: RotateHeads, operands: Sequence[Extents], output: Extents, target: Target
+    ) -> Kernel:
+        from sparse_tvm.schedules.cpu.rotate import rotate_heads
+
+        x, *angles = operands
+        tiles, features = tiles_for(x), x.shape[2]
+        assert features is not None
+        lead = known_or_symbols(angles[0], ("angle_lead", *_ROWS))[0] if angles else 1
+        function = rotate_heads(op, tiles, features, lead, Simd.of(target))
+        return Kernel(f"rotate_heads_{op.heads}x{op.size}", function)
