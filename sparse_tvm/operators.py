@@ -99,6 +99,14 @@ class Residual(Step):
 
 
 @dataclass(frozen=True)
+class Gate(Step):
+    """Multiply by a tensor shaped like the output."""
+
+    name: ClassVar[str] = "gate"
+    operand: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
 class Activation(Step):
     """Apply ``function``: relu, gelu, gelu_tanh, silu, hard_swish, tanh, sigmoid, hard_sigmoid."""
 
@@ -622,6 +630,7 @@ __all__ = [
     "DequantiseImage",
     "Epilogue",
     "Frames",
+    "Gate",
     "LayerNorm",
     "Layout",
     "Operator",

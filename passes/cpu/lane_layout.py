@@ -18,7 +18,7 @@ from typing import Any
 
 from tvm import relax, tirx
 
-from sparse_tvm.operators import Attention, Dense, LayerNorm, Operator, Residual, StepRound
+from sparse_tvm.operators import Attention, Dense, Gate, LayerNorm, Operator, Residual, StepRound
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.dense_to_sparse import WEIGHTS_STORED
 from sparse_tvm.passes.graph import (
@@ -177,7 +177,9 @@ class _LaneLayout(Rewrite):
         like = (source.lead, source.rows)
         steps = [step for step in op.epilogue if step.operand]
         operands = [
-            self._tiles_of(extra, like).expr if isinstance(step, Residual) else self.new(extra)
+            self._tiles_of(extra, like).expr
+            if isinstance(step, Residual | Gate)
+            else self.new(extra)
             for step, extra in zip(steps, extras, strict=True)
         ]
         args = [source.expr, *(self.new(array) for array in weight), *operands]

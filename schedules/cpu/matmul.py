@@ -68,8 +68,8 @@ def matmul(
 
     Arguments of the PrimFunc, in order:
     X ``[lead, tiles, k_in, LANES]``; the weight's arrays (see :class:`StoredWeight`); one argument
-    per bias (``[n_out]``) or residual (like Y) step of the epilogue; the number of rows, an int64,
-    if it is not known; last Y ``[lead, tiles, n_out, LANES]``.
+    per bias (``[n_out]``), residual or gate (like Y) step of the epilogue; the number of rows, an
+    int64, if it is not known; last Y ``[lead, tiles, n_out, LANES]``.
 
     Epilogue steps apply in order.
     """
@@ -222,7 +222,7 @@ class _WholeTiles:
             value = self.epilogue.apply(
                 sums[0].get(row, vector),
                 lambda bias: splat(bias[place[1]], self.simd),
-                lambda residual: residual[tuple(place)],
+                lambda like_y: like_y[tuple(place)],
             )
             T.buffer_store(y, value, place)
 

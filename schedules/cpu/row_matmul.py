@@ -153,7 +153,7 @@ class _FewRows:
         value = self.epilogue.apply(
             self.ys[place],
             lambda bias: _vector([bias[each] for each in outputs], m),
-            lambda residual: _vector([self.rows.load(residual, each) for each in outputs]),
+            lambda like_y: _vector([self.rows.load(like_y, each) for each in outputs]),
         )
         T.buffer_store(self.ys, value, [place])
         self._put_all(output, count)
@@ -162,13 +162,13 @@ class _FewRows:
         """Some outputs of each row, then of all."""
         for row, (tile, lane) in enumerate(zip(self.rows.tiles, self.rows.lanes, strict=True)):
 
-            def residual(extra: Buffer, tile: Expr = tile, lane: Expr = lane) -> Expr:
+            def like_y(extra: Buffer, tile: Expr = tile, lane: Expr = lane) -> Expr:
                 return _vector([extra[tile, output + i, lane] for i in range(count)])
 
             value = self.epilogue.apply(
                 self.ys[tuple(self.at(output, row, count))],
                 lambda bias: bias[span(output, count)],
-                residual,
+                like_y,
             )
             T.buffer_store(self.ys, value, self.at(output, row, count))
         self._put_all(output, count)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tvm.script.ir_builder import tirx as T
 
-from sparse_tvm.operators import Activation, Bias, Layout, Residual, Step
+from sparse_tvm.operators import Activation, Bias, Gate, Layout, Residual, Step
 from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP, index_dtype
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
@@ -121,7 +121,7 @@ class StoredWeight:
 
 @dataclass(frozen=True)
 class Epilogue:
-    """Steps after the product, each with its operand: a bias ``[n_out]``, a residual like Y."""
+    """Steps after the product, each with its operand: a bias ``[n_out]``, others like Y."""
 
     steps: Sequence[tuple[Step, Buffer]]
 
@@ -144,10 +144,10 @@ class Epilogue:
         )
 
     def flat(self, tiles: Tiles, n_out: int) -> Epilogue:
-        """The same with residuals seen as ``[count, n_out, LANES]``."""
+        """The same with operands like Y seen as ``[count, n_out, LANES]``."""
         return Epilogue(
             [
-                (step, tiles.flat(extra, n_out) if isinstance(step, Residual) else extra)
+                (step, tiles.flat(extra, n_out) if isinstance(step, Residual | Gate) else extra)
                 for step, extra in self.steps
             ]
         )
@@ -156,16 +156,18 @@ class Epilogue:
         self,
         value: Expr,
         bias: Callable[[Buffer], Expr],
-        residual: Callable[[Buffer], Expr],
+        like_y: Callable[[Buffer], Expr],
     ) -> Expr:
-        """All steps on a vector; ``bias`` and ``residual`` load from an operand for it."""
+        """All steps on a vector; ``bias`` and ``like_y`` load from an operand for it."""
         lanes = lanes_of(value)
         kept, at = local(lanes), span(0, lanes)
         for step, extra in self.steps:
             if isinstance(step, Bias):
                 value = value + bias(extra)
             elif isinstance(step, Residual):
-                value = value + residual(extra)
+                value = value + like_y(extra)
+            elif isinstance(step, Gate):
+                value = value * like_y(extra)
             else:
                 assert isinstance(step, Activation), step
                 # Functions read their argument many times: nested, they would grow exponentially.

@@ -110,6 +110,7 @@ class CpuBackend(Backend):
 
     def phases(self) -> Sequence[Phase]:
         from sparse_tvm.passes.cpu.append_rows import append_rows
+        from sparse_tvm.passes.cpu.fuse_gates import fuse_gates
         from sparse_tvm.passes.cpu.image_layout import image_layout
         from sparse_tvm.passes.cpu.lane_layout import lane_layout
         from sparse_tvm.passes.cpu.legalize import legalize
@@ -124,7 +125,14 @@ class CpuBackend(Backend):
             Phase("image layout", (image_layout,)),
             Phase(
                 "lane layout",
-                (rotate_heads, read_heads, append_rows, lane_layout, round_activations),
+                (
+                    fuse_gates,
+                    rotate_heads,
+                    read_heads,
+                    append_rows,
+                    lane_layout,
+                    round_activations,
+                ),
             ),
             Phase("legalise", (legalize,)),
             Phase("schedule", (lower_kernels, schedule_rest)),

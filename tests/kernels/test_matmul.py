@@ -24,7 +24,7 @@ from harness import (
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sparse_tvm.operators import Activation, Bias, Layout, Residual
+from sparse_tvm.operators import Activation, Bias, Gate, Layout, Residual
 from sparse_tvm.schedules.cpu.block_arrays import block_diagonal, split_arrays
 from sparse_tvm.schedules.cpu.matmul import matmul
 
@@ -38,7 +38,7 @@ ACTIVATIONS = {
     "hard_sigmoid": lambda y: np.clip(y / 6 + 0.5, 0, 1),
     "hard_swish": lambda y: y * np.clip(y / 6 + 0.5, 0, 1),
 }
-STEPS = [Bias(), Residual(), *map(Activation, ACTIVATIONS)]
+STEPS = [Bias(), Residual(), Gate(), *map(Activation, ACTIVATIONS)]
 
 extents = st.one_of(st.sampled_from([1, 2, 15, 16, 17, 33]), st.integers(1, 70))
 problems = st.fixed_dictionaries(
@@ -106,7 +106,9 @@ def check(
     expected = x.astype("float64") @ whole.T.astype("float64")
     operands = iter(extras)
     for step in epilogue:
-        if step.operand:
+        if step == Gate():
+            expected = expected * next(operands)
+        elif step.operand:
             expected = expected + next(operands)
         else:
             expected = ACTIVATIONS[step.function](expected)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from sparse_tvm.families import Extents, Kernel, WeightedFamily, Wish, Work, bytes_of, elements
-from sparse_tvm.operators import FLOAT32, Activation, Bias, Dense, Layout, Residual
+from sparse_tvm.operators import FLOAT32, Activation, Bias, Dense, Gate, Layout, Residual
 from sparse_tvm.schedules.cpu.block_arrays import block_diagonal, split_arrays
 from sparse_tvm.schedules.cpu.cost import dense_parts, dense_rows, matmul_seconds, part_counts
 from sparse_tvm.schedules.cpu.families.extents import tiles_for
@@ -65,7 +65,7 @@ class MatmulFamily(WeightedFamily[Dense]):
         if op.types != FLOAT32:
             return f"{self.name} computes float32 only"
         for step in op.epilogue:
-            if not isinstance(step, Bias | Residual | Activation):
+            if not isinstance(step, Bias | Residual | Gate | Activation):
                 return f"{self.name} has no epilogue {step}"
         return None
 
