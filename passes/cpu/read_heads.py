@@ -2,10 +2,11 @@
 
 Matches ``sparse_tvm.attention`` in float32 whose q, k or v was merged from heads,
 ``reshape(permute_dims(t, [0, 2, 1, 3]))`` of ``[batch, heads, rows, features]``, as after rotary
-positions or out of a cache, and lets the kernel read ``t``. Keys and values of fewer heads, each
-repeated for several of q's (``reshape(broadcast_to(...))``), are read unrepeated; heads that were
-split only to be merged again, as they were. Nothing is copied then. Leaves alone attention in other precisions, whose operands are rounded anyway, and k
-and v that are repeated differently.
+positions or out of a cache, and lets the kernel read ``t``, or what ``t`` was split from, if that
+is all of it. Keys and values of fewer heads, each repeated for several of q's
+(``reshape(broadcast_to(...))``), are read unrepeated. Nothing is copied then. Leaves alone
+attention in other precisions, whose operands are rounded anyway, and k and v that are repeated
+differently.
 """
 
 from __future__ import annotations
