@@ -51,7 +51,7 @@ NOT_RUN = {
     r"python scripts/prune_minilm\.py": "trains for an hour",
     r"python scripts/bench_classifiers\.py": "trains for an hour, and needs WordNet",
     r"python scripts/bench_pruning\.py": "takes an hour, and needs WordNet",
-    r"python scripts/(bench_\w+|roofline|check_plans|check_cost_model)\.py": "measures for minutes",
+    r"python scripts/(bench_\w+|roofline|check_plans|check_cost_model|check_tuning)\.py": "measures for minutes",
     r"python scripts/(load_test|soak|malformed_requests|chaos)\.py": "loads a server for minutes",
     r"minisign -[GS]": "asks for a password",
     r"minisign -V": "needs the key of -G",

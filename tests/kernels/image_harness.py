@@ -87,7 +87,7 @@ def phases_of(x: np.ndarray, window: Window) -> np.ndarray:
     out = np.zeros((batch, channels, len(window.phases), height, width), "float32")
     for number, (row, column) in enumerate(window.phases):
         if window.apart:
-            moved = np.pad(x, ((0, 0), (0, 0), (0, 0), (max(0, -column), width)))
+            moved = np.pad(x, ((0, 0), (0, 0), (0, 0), (max(0, -column), max(0, column) + width)))
             out[:, :, number] = moved[:, :, :, max(0, column) :][:, :, :, :width]
             continue
         part = x[:, :, row :: window.stride[0], column :: window.stride[1]][:, :, :height, :width]

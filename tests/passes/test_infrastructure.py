@@ -40,12 +40,15 @@ CONTEXT = replace(CONTEXT, options=replace(CONTEXT.options, integers=True))
 BERT = BertConfig(layers=1, hidden=32, heads=2, intermediate=48, vocabulary=40)
 
 
-def through(program: Program) -> dict[str, Program]:
+IN_FLOAT32 = context(target="x86-64-v3")
+
+
+def through(program: Program, within: Context = CONTEXT) -> dict[str, Program]:
     """A program before each pass of the pipeline, by the pass's name, and at the ``end``."""
     found = {}
     for one in PASSES:
         found[one.name] = program
-        program = one(program, CONTEXT)
+        program = one(program, within)
     return {**found, "end": program}
 
 
@@ -97,6 +100,39 @@ def stages_of_an_image() -> dict[str, Program]:
     return through(program)
 
 
+@pytest.fixture(scope="module")
+def stages_of_a_decoder() -> dict[str, Program]:
+    """What both have not: heads turned by rotary positions, and a gate."""
+    op, heads, size = relax.op, 2, 8
+
+    def part(emit, t, start, stop):
+        return emit(op.strided_slice(t, [3], [start], [stop]))
+
+    def by_heads(emit, t):
+        rows = emit(op.reshape(t, (1, 16, heads, size)))
+        return emit(op.permute_dims(rows, [0, 2, 1, 3]))
+
+    def turned(emit, t, cos, sin):
+        t = by_heads(emit, t)
+        second = emit(op.negative(part(emit, t, size // 2, size)))
+        other = emit(op.concat([second, part(emit, t, 0, size // 2)], axis=3))
+        cos, sin = (emit(op.expand_dims(angle, 1)) for angle in (cos, sin))
+        return emit(op.add(emit(op.multiply(t, cos)), emit(op.multiply(other, sin))))
+
+    def body(emit, x, cos, sin, gate, up):
+        activated = emit(op.nn.silu(emit(op.matmul(x, emit(op.permute_dims(gate))))))
+        gated = emit(op.multiply(activated, emit(op.matmul(x, emit(op.permute_dims(up))))))
+        q, k = (turned(emit, t, cos, sin) for t in (gated, x))
+        scores = emit(op.matmul(q, emit(op.permute_dims(k, [0, 1, 3, 2]))))
+        scores = emit(op.multiply(scores, relax.const(size**-0.5)))
+        mixed = emit(op.matmul(emit(op.nn.softmax(scores)), by_heads(emit, x)))
+        return op.reshape(emit(op.permute_dims(mixed, [0, 2, 1, 3])), (1, 16, heads * size))
+
+    inputs = {"x": (1, 16, heads * size), **dict.fromkeys(("cos", "sin"), (1, 16, size))}
+    weights = dict.fromkeys(("gate", "up"), (heads * size, heads * size))
+    return through(build(body, inputs, weights), IN_FLOAT32)
+
+
 def snapshot(program: Program) -> Program:
     """A copy that shares nothing with the program."""
     return Program(
@@ -116,8 +152,9 @@ def assert_same(program: Program, expected: Program) -> None:
 
 
 @BY_NAME
-def test_pass_leaves_its_argument_alone(one, stages, stages_of_an_image):
-    for program in (stages[one.name], stages_of_an_image[one.name]):
+def test_pass_leaves_its_argument_alone(one, stages, stages_of_an_image, stages_of_a_decoder):
+    for found in (stages, stages_of_an_image, stages_of_a_decoder):
+        program = found[one.name]
         expected = snapshot(program)
         assert one(program, CONTEXT) is not program
         assert_same(program, expected)
@@ -129,13 +166,13 @@ def test_pass_makes_the_same_of_the_same(one, stages):
 
 
 @BY_NAME
-def test_every_pass_has_something_to_do(one, stages, stages_of_an_image):
+def test_every_pass_has_something_to_do(one, stages, stages_of_an_image, stages_of_a_decoder):
     """Else the tests above would show nothing."""
     names = list(stages)
     after = names[names.index(one.name) + 1]
     assert any(
         found[one.name].module.script() != found[after].module.script()
-        for found in (stages, stages_of_an_image)
+        for found in (stages, stages_of_an_image, stages_of_a_decoder)
     )
 
 
