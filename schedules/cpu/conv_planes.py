@@ -35,6 +35,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     prim_func,
     ramp,
     scalar,
+    share_jobs,
     symbol,
 )
 from sparse_tvm.schedules.cpu.plane_code import (
@@ -173,7 +174,6 @@ class ConvKernel:
             threads = scalar(tirx.call_packed("runtime.NumThreads"))
             groups = groups_of(vectors_of(images.target, self._simd), self._group)
             units = 1 if self._rows_outermost else groups_of(groups, self._run)
-            jobs = scalar(images.batch * units * JOBS_PER_GROUP)
             with T.parallel(0, threads) as thread:
                 self._source = Extents(images.source)
                 self._output.open()
@@ -184,26 +184,21 @@ class ConvKernel:
                     elements = planes * self._group * self._simd.lanes
                     self._panel = T.alloc_buffer((elements,), self.element)
                 self._begin()
-                begin = scalar(thread * jobs // threads)
-                end = scalar((thread + 1) * jobs // threads)
-                first_unit = scalar(begin // JOBS_PER_GROUP)
-                stop_unit = (end + (JOBS_PER_GROUP - 1)) // JOBS_PER_GROUP
-                with T.serial(0, scalar(stop_unit - first_unit)) as i:
-                    unit = scalar(first_unit + i)
-                    job = scalar(tirx.max(begin - unit * JOBS_PER_GROUP, 0))
-                    last_job = scalar(tirx.min(end - unit * JOBS_PER_GROUP, JOBS_PER_GROUP))
-                    if self._sorted:
-                        start = scalar(self._partition[job])
-                        stop = scalar(self._partition[last_job])
-                    else:
-                        start = scalar(job * self._block_rows // JOBS_PER_GROUP)
-                        stop = scalar(last_job * self._block_rows // JOBS_PER_GROUP)
-                    if self._rows_outermost:
-                        self._rows_then_pixels(unit, start, stop, 0, self._groups)
-                    else:
-                        self._pixels_then_rows(unit, start, stop)
+                share_jobs(thread, threads, images.batch * units, self._jobs_of_unit)
                 self._end()
         return result["func"]
+
+    def _jobs_of_unit(self, unit: Expr, job: Expr, last_job: Expr) -> None:
+        """Compute the block rows of a range of jobs."""
+        if self._sorted:
+            start, stop = scalar(self._partition[job]), scalar(self._partition[last_job])
+        else:
+            start = scalar(job * self._block_rows // JOBS_PER_GROUP)
+            stop = scalar(last_job * self._block_rows // JOBS_PER_GROUP)
+        if self._rows_outermost:
+            self._rows_then_pixels(unit, start, stop, 0, self._groups)
+        else:
+            self._pixels_then_rows(unit, start, stop)
 
     @property
     def _sorted(self) -> bool:

@@ -25,6 +25,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.sym import Analyzer
 from tvm_ffi import structural_equal
 
+from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 
 Expr = Any
@@ -215,6 +216,25 @@ def for_group_sizes(
 def groups_of(count: Expr, limit: int) -> Expr:
     """How many groups of at most ``limit`` tiles there are."""
     return (count + (limit - 1)) // limit
+
+
+def share_jobs(
+    thread: Expr, threads: Expr, units: Expr, body: Callable[[Expr, Expr, Expr], None]
+) -> None:
+    """Call ``body(unit, first job, end of jobs)`` for a thread's share of all units' jobs.
+
+    Units have `JOBS_PER_GROUP` jobs each. Every thread takes one range of them all.
+    """
+    jobs = scalar(units * JOBS_PER_GROUP)
+    begin = scalar(thread * jobs // threads)
+    end = scalar((thread + 1) * jobs // threads)
+    first_unit = scalar(begin // JOBS_PER_GROUP)
+    stop_unit = (end + (JOBS_PER_GROUP - 1)) // JOBS_PER_GROUP
+    with T.serial(0, scalar(stop_unit - first_unit)) as i:
+        unit = scalar(first_unit + i)
+        job = scalar(tirx.max(begin - unit * JOBS_PER_GROUP, 0))
+        last_job = scalar(tirx.min(end - unit * JOBS_PER_GROUP, JOBS_PER_GROUP))
+        body(unit, job, last_job)
 
 
 def unrolled(count: Expr, by: int, body: Callable[[Expr, int], None]) -> None:

@@ -30,6 +30,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     ramp,
     scalar,
     scratch,
+    share_jobs,
     splat,
 )
 from sparse_tvm.schedules.cpu.plane_code import Extents, flat, one_of
@@ -100,7 +101,9 @@ class _Kernel:
             with T.parallel(0, threads) as thread:
                 self._transform_share(thread, threads)
             with T.parallel(0, threads) as thread:
-                self._multiply_share(thread, threads)
+                self._output.open()
+                units = images.batch * (bands.count // self._per_unit)
+                share_jobs(thread, threads, units, self._jobs_of_unit)
         return result["func"]
 
     def _transform_share(self, thread: Expr, threads: Expr) -> None:
@@ -145,33 +148,22 @@ class _Kernel:
             start = point + i * self._images.channels * bands.pitch
             T.buffer_store(self._points, value, [ramp(start, simd)])
 
-    def _multiply_share(self, thread: Expr, threads: Expr) -> None:
-        """Compute a thread's share of the blocks of rows of all units of bands."""
-        output, blocks = self._output, self._block_rows
-        output.open()
-        units = self._bands.count // self._per_unit
-        jobs = scalar(self._images.batch * units * JOBS_PER_GROUP)
-        begin = scalar(thread * jobs // threads)
-        end = scalar((thread + 1) * jobs // threads)
-        first_unit = scalar(begin // JOBS_PER_GROUP)
-        stop_unit = (end + (JOBS_PER_GROUP - 1)) // JOBS_PER_GROUP
-        with T.serial(0, scalar(stop_unit - first_unit)) as i:
-            unit = scalar(first_unit + i)
-            job = scalar(tirx.max(begin - unit * JOBS_PER_GROUP, 0))
-            last_job = scalar(tirx.min(end - unit * JOBS_PER_GROUP, JOBS_PER_GROUP))
-            start = scalar(job * blocks // JOBS_PER_GROUP)
-            image, first_band = scalar(unit // units), scalar(unit % units * self._per_unit)
-            remainder = self._images.out_channels % self._rows
-            with T.serial(0, scalar(last_job * blocks // JOBS_PER_GROUP - start)) as b:
-                block = scalar(start + b)
+    def _jobs_of_unit(self, unit: Expr, job: Expr, last_job: Expr) -> None:
+        """Compute the blocks of rows of a range of jobs in one unit of bands."""
+        blocks, units = self._block_rows, self._bands.count // self._per_unit
+        start = scalar(job * blocks // JOBS_PER_GROUP)
+        image, first_band = scalar(unit // units), scalar(unit % units * self._per_unit)
+        remainder = self._images.out_channels % self._rows
+        with T.serial(0, scalar(last_job * blocks // JOBS_PER_GROUP - start)) as b:
+            block = scalar(start + b)
 
-                def rows(live: int, block: Expr = block) -> None:
-                    self._block_row(image, first_band, block, live)
+            def rows(live: int) -> None:
+                self._block_row(image, first_band, block, live)
 
-                if remainder == 0:
-                    rows(self._rows)
-                else:
-                    one_of(block < blocks - 1, lambda: rows(self._rows), lambda: rows(remainder))
+            if remainder == 0:
+                rows(self._rows)
+            else:
+                one_of(block < blocks - 1, lambda: rows(self._rows), lambda: rows(remainder))
 
     def _block_row(self, image: Expr, first_band: Expr, block: Expr, live: int) -> None:
         """Compute ``live`` channels of the output in one unit of bands."""
