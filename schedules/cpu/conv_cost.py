@@ -7,7 +7,7 @@ of pixels costs there, and beyond, is the same as for tokens (see
 
 from __future__ import annotations
 
-from sparse_tvm.operators import Convolution, Layout
+from sparse_tvm.operators import STILL, Convolution, Layout
 from sparse_tvm.schedules.cpu.cost import line_cycles
 from sparse_tvm.schedules.cpu.image_operators import window_of
 from sparse_tvm.schedules.cpu.planes import Window
@@ -29,8 +29,19 @@ _SECOND_CACHE_SHARE = 0.6
 _FAR = 6.0
 """How many times the first cache a dense weight's rows must read of an image to do so in parts."""
 
+_MANY_REGISTERS = 32
+
 _PACKED_USES = {"dense": 20.0, "csr": 12.0, "bsr": 1.5}
 """How often a vector of pixels must be read for a copy beside its neighbours to pay."""
+
+_PACKED_WINDOW_USES = {"csr": 6.0, "bsr": 3.0}
+"""The same for the vectors of each tap, many of which are parts of two cache lines in place."""
+
+_PACKED_WINDOW_SHARE = 1.5
+"""Of the first cache: what is copied passes all rows in order, and half of it stays there."""
+
+_COPY_CYCLES = 1.2
+"""To copy a vector."""
 
 _STREAMED_WEIGHT_BYTES = 256 << 10
 _WINDOW_INDEX_CYCLES = 0.4
@@ -59,14 +70,37 @@ def blocking(op: Convolution, format: str, rows: int, target: Target) -> dict[st
         if near > _FAR:
             parameters["parts"] = min(round(near), op.channels)
         return {**parameters, **_packing(op, format, rows)}
+    if _packs_windows(op, format, rows, simd):
+        near = _packed_bytes(op, vectors, simd) / (_PACKED_WINDOW_SHARE * target.caches.l1)
+        parameters |= {"packed": 1, "parts": max(1, round(near))}
+        return {**parameters, **_streaming(weight_bytes)}
     share = _NEAR_SHARE if taps == 1 else _NEAR_SHARE_OF_WINDOWS
     if rows < 4 or taps > 1:
         share *= min(rows, 2)  # blocks load a vector less often
         near = _read_bytes(op, vectors, simd) / (share * target.caches.l1)
         parameters["parts"] = max(1, min(round(near), op.channels))
-    if weight_bytes * _TYPICAL_DENSITY > _STREAMED_WEIGHT_BYTES:
-        parameters["prefetch"] = 1
-    return {**parameters, **_packing(op, format, rows)}
+    return {**parameters, **_streaming(weight_bytes), **_packing(op, format, rows)}
+
+
+def _streaming(weight_bytes: int) -> dict[str, int]:
+    """Whether a sparse weight is asked for ahead of its use."""
+    return {"prefetch": 1} if weight_bytes * _TYPICAL_DENSITY > _STREAMED_WEIGHT_BYTES else {}
+
+
+def _packs_windows(op: Convolution, format: str, rows: int, simd: Simd) -> bool:
+    """Whether what each tap multiplies is copied first: lines of its own, and no offset to look up.
+
+    Measured with few registers only.
+    """
+    if op.frames != STILL or op.groups > 1 or simd.registers >= _MANY_REGISTERS:
+        return False
+    uses = op.out_channels / rows * _TYPICAL_DENSITY
+    return window_of(op).taps > 1 and uses >= _PACKED_WINDOW_USES[format]
+
+
+def _packed_bytes(op: Convolution, vectors: int, simd: Simd) -> float:
+    """Bytes of the copy of what all taps multiply with so many vectors of pixels."""
+    return 4.0 * op.matrix[1] * vectors * simd.lanes
 
 
 def _packing(op: Convolution, format: str, rows: int) -> dict[str, int]:
@@ -119,15 +153,20 @@ def conv_seconds(
         fmas *= _SPILLED
     weights = -(-rows // costs.scalars_per_load) * costs.load
     if layout.sparse:
-        near = _read_bytes(op, limit, simd) / parts
+        windows = window_of(op).taps * op.frames.kernel > 1
+        packed = windows and bool(layout.get("packed", 0))
+        bytes_of = _packed_bytes if packed else _read_bytes
+        near = bytes_of(op, limit, simd) / parts
         lines = vectors * line_cycles(near, target) * simd.lanes / LANES
         block = max(fmas, weights) + lines + costs.index  # too short for both to overlap
-        block += _WINDOW_INDEX_CYCLES if window_of(op).taps * op.frames.kernel > 1 else 0.0
+        block += _WINDOW_INDEX_CYCLES if windows and not packed else 0.0
     else:
         block = max(fmas, weights + vectors * costs.load) * _DENSE_LOOP
     segments = parts * -(-op.out_channels // rows)
     sums = rows * vectors * (costs.sum if parts > 1 else 1)
     compute = blocks * block + segments * (costs.row + sums)
+    if layout.sparse and packed:
+        compute += op.matrix[1] * vectors * _COPY_CYCLES
     passes = 1 if layout.get("rows_outermost", 0) else groups
     streamed = passes * blocks * (4 * rows + (2 if layout.sparse else 0)) / costs.streamed
     rows_out, columns_out = out_size(op)

@@ -13,8 +13,10 @@ pixels and many channels want each row's weights once, many pixels each pixel's 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Protocol
 
 from tvm import tirx
@@ -36,7 +38,11 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     ramp,
     scalar,
     share_jobs,
+    small_integers,
+    splat,
+    splats,
     symbol,
+    zero,
 )
 from sparse_tvm.schedules.cpu.plane_code import (
     Extents,
@@ -56,6 +62,12 @@ _MANY_REGISTERS = 32
 _RUN, _SHORT_SUM = 4, 32
 """Groups of pixels that a block row goes on with, where sums are as short: lines of the output
 follow each other then, of each plane."""
+
+_COLUMNS_TOGETHER = 64
+"""Columns that a part has at least for its weights to be loaded together: rows have a tenth."""
+
+_CHAINS = 8
+"""Independent sums that a loop over single weights has, if it has the registers."""
 
 _FAR_ROWS = 4
 """Rows of taps are apart that are so far as this share of an image's rows."""
@@ -121,7 +133,9 @@ def conv_planes(
     The layout's parameters: ``vectors`` of pixels that a block row of the weight is multiplied
     with at a time, ``parts`` of its columns, ``rows_outermost`` (1: all pixels of an image pass a
     block row before the next one comes), ``prefetch`` (1: weights are asked for ahead of use), and
-    ``packed`` (1: vectors of pixels are copied before block rows pass them; of a tap in place).
+    ``packed`` (1: what a part of the columns multiplies with vectors of pixels is copied before
+    block rows pass it, each column's vectors to lines of their own; of a dense weight, only where
+    it has one tap in place).
     """
     out = (images.batch, images.out_channels, images.target)
     kernel = ConvKernel(images, layout, simd)
@@ -155,7 +169,10 @@ class ConvKernel:
         self._run = _RUN if short else 1
         self._moves = self._taps > 1 or images.window.pads[:2] != (0, 0)
         one_pass = not self._rows_outermost and self._run == 1
-        self._packs = bool(layout.get("packed", 0)) and one_pass and not self._moves
+        in_place = self._moves and not layout.sparse
+        self._packs = bool(layout.get("packed", 0)) and one_pass and not in_place
+        long = self._k >= self._parts * _COLUMNS_TOGETHER
+        self._together = simd.weights_together(layout) if long else 1
 
     def _rows_of(self, layout: Layout) -> int:
         """Rows of the weight that are computed together."""
@@ -181,7 +198,7 @@ class ConvKernel:
                 self._groups = scalar(groups_of(self._count, self._group))
                 self._tap_offsets = self._table() if self._moves else None
                 if self._packs:
-                    elements = planes * self._group * self._simd.lanes
+                    elements = -(-self._k // self._parts) * self._group * self._simd.lanes
                     self._panel = T.alloc_buffer((elements,), self.element)
                 self._begin()
                 share_jobs(thread, threads, images.batch * units, self._jobs_of_unit)
@@ -257,27 +274,47 @@ class ConvKernel:
         image, group = scalar(unit // self._groups), scalar(unit % self._groups)
 
         def body(first: Expr, size: int) -> None:
-            if self._packs:
-                self._pack(image, first, size)
             self._each_block_row(
                 start,
                 stop,
                 lambda part, segment, row, live: self._block(
                     image, part, segment, row, live, first, size
                 ),
+                lambda part: self._pack(image, part, first, size) if self._packs else None,
             )
 
         for_group_sizes(self._count, self._group, group, body)
 
-    def _pack(self, image: Expr, first: Expr, size: int) -> None:
-        """Copy ``size`` vectors of all planes, so that neighbours in time are so in memory."""
-        lanes, images = self._simd.lanes, self._images
-        source = self._source_of(image, first)
-        with T.serial(0, images.channels * len(images.window.phases)) as plane:
-            start = scalar(source + plane * self._source.size)
+    def _first_column(self, part: Expr) -> Expr:
+        """The first column of a part of the weight."""
+        if self._parts == 1:
+            return 0
+        if self._layout.sparse:
+            return scalar((part * self._k + (self._parts - 1)) // self._parts)
+        return scalar(part * self._images.channels // self._parts)
+
+    def _pack(self, image: Expr, part: Expr, first: Expr, size: int) -> None:
+        """Copy ``size`` vectors of all columns of a part: neighbours in time, and in memory."""
+        lanes = self._simd.lanes
+        source, column = self._source_of(image, first), self._first_column(part)
+        count = self._k if self._parts == 1 else self._first_column(part + 1) - column
+        with T.serial(0, count) as i:
+            start = scalar(source + self._offset_of(scalar(column + i), self._plane))
             for v in range(size):
                 value = self._x[ramp(start + v * lanes, self._simd)]
-                T.buffer_store(self._panel, value, [ramp((plane * size + v) * lanes, self._simd)])
+                T.buffer_store(self._panel, value, [ramp((i * size + v) * lanes, self._simd)])
+
+    @property
+    def _plane(self) -> Expr:
+        """Elements of a channel of the images that are read, all of its phases."""
+        return self._source.size * len(self._images.window.phases)
+
+    def _offset_of(self, column: Expr, plane: Expr) -> Expr:
+        """How far it is from a pixel to what a column of the weight multiplies."""
+        if self._tap_offsets is None:
+            return column * plane
+        channel = scalar(column // self._taps)
+        return channel * plane + self._tap_offsets[column - channel * self._taps]
 
     def _source_of(self, image: Expr, first: Expr) -> Expr:
         """Where the vector ``first`` of pixels is in the first plane."""
@@ -289,10 +326,24 @@ class ConvKernel:
             + first * self._simd.lanes
         )
 
-    def _each_block_row(self, start: Expr, stop: Expr, body: Callable[..., None]) -> None:
-        """Call ``body(part, segment, block row, rows in it)`` for all parts of a range of rows."""
+    def _each_block_row(
+        self,
+        start: Expr,
+        stop: Expr,
+        body: Callable[..., None],
+        before: Callable[[Expr], None] = lambda part: None,
+    ) -> None:
+        """Call ``body(part, segment, block row, rows in it)`` for all parts of a range of rows.
+
+        And ``before(part)`` before those of a part.
+        """
+        with T.serial(0, self._parts) as part:
+            before(part)
+            self._rows_of_part(part, start, stop, body)
+
+    def _rows_of_part(self, part: Expr, start: Expr, stop: Expr, body: Callable[..., None]) -> None:
         remainder = self._images.out_channels % self._rows
-        with T.serial(0, self._parts) as part, T.serial(0, stop - start) as i:
+        with T.serial(0, stop - start) as i:
             segment = scalar(part * self._block_rows + start + i)
             row = scalar(self._order[segment] if self._sorted else start + i)
             if remainder == 0:
@@ -379,11 +430,13 @@ class ConvKernel:
         pixel: Expr,
     ) -> None:
         """Stream the stored blocks of one block row of one part."""
-        size = acc.vectors * self._simd.lanes if self._packs else self._source.size
-        plane, x = size * len(self._images.window.phases), self._panel if self._packs else self._x
+        plane, x = self._plane, self._x
+        if self._packs:
+            plane, x = acc.vectors * self._simd.lanes, self._panel
+            source = -self._first_column(part) * plane
 
         def load(offset: Expr) -> Callable[[int], Expr]:
-            start = scalar(source + offset)
+            start = scalar(source + offset, str(getattr(offset, "dtype", "int32")))
             return lambda v: x[ramp(start + v * self._simd.lanes, self._simd)]
 
         if not self._layout.sparse:
@@ -394,16 +447,45 @@ class ConvKernel:
         count = scalar(self._indptr[segment + 1] - first)
         if self._layout.get("prefetch", 0):
             self._prefetch(first, count)
+
+        def offset_of(column: Expr) -> Expr:
+            return column * plane if self._packs else self._offset_of(column, plane)
+
+        if self._together > 1:
+            self._accumulate_together(acc, first, count, lambda column: load(offset_of(column)))
+            return
         with T.serial(0, count) as p:
             at = first + p
-            column = scalar(self._indices[at])
-            if self._tap_offsets is None:
-                offset = column * plane
-            else:
-                channel = scalar(column // self._taps)
-                tap = column - channel * self._taps
-                offset = channel * plane + self._tap_offsets[tap]
+            offset = offset_of(scalar(self._indices[at]))
             acc.multiply_add(lambda row: self._data[at, 0, row], load(offset))
+
+    def _accumulate_together(
+        self, acc: Registers, first: Expr, count: Expr, x: Callable[[Expr], Callable[[int], Expr]]
+    ) -> None:
+        """The same for single weights, of which one load brings several."""
+        together, data = self._together, flat(self._data)
+        room = self._simd.accumulators // acc.vectors
+        chains = max(1, min(room, -(-_CHAINS // acc.vectors)))
+        sums = [acc, *(Registers(1, acc.vectors, self._simd) for _ in range(chains - 1))]
+        for other in sums[1:]:
+            other.fill(lambda *_: zero(self._simd))
+
+        def add(into: Registers, column: Expr, value: Expr) -> None:
+            vectors = x(column)
+            for v in range(acc.vectors):
+                into.set(0, v, into.get(0, v) + value * vectors(v))
+
+        with T.serial(0, count // together) as i:
+            at = scalar(first + i * together)
+            values, columns = splats(data, at, self._simd), small_integers(self._indices, at)
+            for step in range(together):
+                add(sums[step % chains], columns[step], values[step])
+        with T.serial(0, count % together) as i:
+            at = scalar(first + count // together * together + i)
+            value = splat(data[at], self._simd)
+            add(acc, scalar(self._indices[at], "int64"), value)
+        if chains > 1:
+            acc.fill(lambda row, v: reduce(operator.add, [s.get(row, v) for s in sums]))
 
     def _accumulate_dense(
         self,

@@ -154,6 +154,8 @@ FEW = settings(KERNELS, max_examples=12)  # each compiles for seconds
 @example({**PROBLEM, "window": Window(pads=(1, 2, 0, 0))})
 @example({**PROBLEM, "window": POINTWISE, "packed": True, "parts": 2, "padded": False})
 @example({**PROBLEM, "window": POINTWISE, "packed": True, "format": "dense", "rows": 4})
+@example({**PROBLEM, "packed": True, "parts": 4, "target": TARGETS["x86-64-v3"]})
+@example({**PROBLEM, "packed": True, "parts": 2, "format": "bsr", "rows": 4})
 @example({**PROBLEM, "window": Window(stride=(2, 2), pads=(0, 1, 0, 0)), "format": "dense"})
 @FEW
 def test_convolution(problem):
@@ -170,6 +172,15 @@ def test_taps_far_apart(format, rows_outermost, dilation, pads):
     window = Window((3, 3), dilation=(dilation, dilation), pads=pads, apart=True)
     problem = {**PROBLEM, "image": image, "window": window, "rows_outermost": rows_outermost}
     check(**{**problem, "format": format, "rows": 4, "vectors": 3})
+
+
+@pytest.mark.parametrize("window", [POINTWISE, SAME, Window((3, 3), (2, 2), pads=(1, 1, 1, 1))])
+@pytest.mark.parametrize("vectors", [1, 3, 4, 8])
+@pytest.mark.parametrize("packed", [False, True])
+def test_weights_loaded_together(window, vectors, packed):
+    image = {**IMAGE, "channels": 150, "height": 8, "width": 9}
+    problem = {**PROBLEM, "image": image, "window": window, "n": 12, "sparsity": 0.9, "parts": 2}
+    check(**{**problem, "vectors": vectors, "packed": packed, "target": TARGETS["x86-64-v3"]})
 
 
 @pytest.mark.parametrize("format", ["dense", "csr", "bsr"])

@@ -101,7 +101,8 @@ class ConvolutionFamily(ImageFamily):
                 found.append(layout.having(rows_outermost=1 - layout.get("rows_outermost", 0)))
                 if parts > 1:
                     found += [layout.having(parts=other) for other in (1, parts // 2)]
-            if op.kernel == (1, 1) and op.frames == STILL:
+            in_place = op.kernel != (1, 1) and not layout.sparse
+            if not in_place and op.frames == STILL:
                 found.append(layout.having(packed=1 - layout.get("packed", 0)))
             if not layout.sparse and op.groups == 1:
                 continue
