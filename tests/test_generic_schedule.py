@@ -353,3 +353,39 @@ def test_exponentials_of_padding():
     padded = np.pad(np.log(softmax(x, 0)), [(0, 0), (2, 0)])
     outer = np.pad(sigmoid(padded), [(0, 0), (1, 0)])
     np.testing.assert_allclose(run(x), outer * sigmoid(outer), rtol=1e-5, atol=1e-6)
+
+
+@each_target
+@pytest.mark.parametrize("size", [1, 5, 7, 19, 20, 32])
+def test_transposed_parts_joined(target, size):
+    """Boxes of a detector: channels last, and some of them other functions than the rest."""
+    op = relax.op
+
+    def boxes(x):
+        x = op.sigmoid(op.permute_dims(x, [0, 2, 3, 1]))
+        centre, extent, rest = (
+            op.strided_slice(x, [3], [start], [stop]) for start, stop in ((0, 2), (2, 4), (4, 9))
+        )
+        return op.concat([op.add(centre, centre), op.multiply(extent, extent), rest], 3)
+
+    run, x = compile_function(boxes, (2, 9, size, size), target=target), normal(2, 9, size, size)
+    expected = 1 / (1 + np.exp(-x.transpose(0, 2, 3, 1)))
+    expected[..., :2] *= 2
+    expected[..., 2:4] **= 2
+    np.testing.assert_allclose(run(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_transposed_parts_are_joined_in_vectors():
+    """Along what they read, for what is written is another part in each column."""
+    from tvm import topi
+
+    from sparse_tvm.schedules.cpu.generic import schedule_generic
+    from sparse_tvm.schedules.cpu.simd import Simd
+
+    x = tvm.te.placeholder((9, 40), name="x")
+    turned = topi.transpose(x, (1, 0))
+    low, high = (topi.strided_slice(turned, [0, i], [40, j]) for i, j in ((0, 4), (4, 9)))
+    joined = tvm.te.create_prim_func([x, topi.concatenate([topi.exp(low), high], axis=1)])
+    text = schedule_generic(joined, Simd(8, 16)).script()
+    assert "T.vectorized(8)" in text
+    assert "T.unroll" not in text

@@ -25,7 +25,7 @@ from tvm.error import InternalError
 from tvm.ir import Expr, TensorLoad
 from tvm_ffi import structural_map, structural_walk
 
-from sparse_tvm.schedules.cpu.conditions import replace, uses
+from sparse_tvm.schedules.cpu.conditions import comparisons, replace, uses
 from sparse_tvm.schedules.cpu.loops import stride, vectorise_innermost
 from sparse_tvm.schedules.cpu.simd import Simd
 
@@ -375,7 +375,11 @@ def _schedule_elementwise(schedule: Any, nest: _Nest, simd: Simd) -> None:
     work, loops = nest.work(schedule), list(nest.spatial)
     crossing = _crossing(nest)
     if crossing is not None:
-        _schedule_transpose(schedule, loops, crossing, work)
+        body = schedule.get(nest.block).body
+        if any(uses(condition, nest.variables[-1]) for condition in comparisons(body)):
+            _schedule_joined(schedule, loops, crossing, work, simd)
+        else:
+            _schedule_transpose(schedule, loops, crossing, work)
         return
     count = _row_loops(schedule, nest)
     outer, row = loops[:-count], _fused(schedule, loops[-count:])
@@ -433,6 +437,19 @@ def _crossing(nest: _Nest) -> int | None:
             if load.indices and _same(load.indices[-1], variable):
                 return index
     return None
+
+
+def _schedule_joined(schedule: Any, loops: list[Any], crossing: int, work: int, simd: Simd) -> None:
+    """Vectors along what is read: what joins transposed parts is another thing in each column."""
+    extent = _extent(schedule, loops[crossing])
+    size = _divisor(extent, _TILE, simd.lanes)
+    rows, row = schedule.split(
+        loops[crossing], [None, size if size > 1 else _divisor(extent, _TILE)]
+    )
+    outer = [*loops[:crossing], *loops[crossing + 1 : -1], rows]
+    schedule.reorder(*outer, loops[-1], row)
+    schedule.vectorize(row)
+    _parallelise(schedule, outer, work)
 
 
 def _schedule_transpose(schedule: Any, loops: list[Any], crossing: int, work: int) -> None:
