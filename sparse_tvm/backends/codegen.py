@@ -9,6 +9,7 @@ from tvm import relax
 from tvm.relax.backend.cpu_generic.pipeline import finalize_passes
 
 from sparse_tvm.backends.base import BackendTarget
+from sparse_tvm.backends.shorten_program import shorten_program
 from sparse_tvm.errors import BuildError
 from sparse_tvm.passes.program import Program
 from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
@@ -35,6 +36,7 @@ def generate(program: Program, target: BackendTarget) -> Any:
                 relax.transform.RemovePurityChecking(),
                 relax.transform.CallTIRRewrite(),
                 *finalize_passes(tvm_target),
+                shorten_program,
             ]
         )
         try:
