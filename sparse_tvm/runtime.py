@@ -159,6 +159,7 @@ class Model:
         self._mapped = mapped
         self._weights = _weights_tuple(mapped, manifest["weights"], device)
         self._own: set[int] | None = None
+        self._signature: list[Any] | None = None
 
     def __repr__(self) -> str:
         inputs = ", ".join(map(str, self.inputs))
@@ -236,7 +237,8 @@ class Model:
             When the device fails.
         """
         handle = self._device.stream_of(stream)
-        values = self._checked(self._named(inputs), handle)
+        named = self._named(inputs)
+        values = self._known(named) or self._checked(named, handle)
         if self._device.is_host:
             results = self._machine.call(self._run_on_host, values)
             return self._by_name(results, into)
@@ -302,6 +304,15 @@ class Model:
             )
         return {spec.name: value for spec, value in zip(self.inputs, inputs, strict=True)}
 
+    def _known(self, inputs: Mapping[str, Any]) -> list[Any] | None:
+        """Arrays of the dtypes and shapes of the last call that were found right, else None."""
+        try:
+            values = [inputs[name] for name in self._names]
+        except KeyError:
+            return None
+        known = len(inputs) == len(values) and self._signature == _signature(values) is not None
+        return values if known else None
+
     def _checked(self, inputs: Mapping[str, Any], stream: int | None = None) -> list[Any]:
         """Return the inputs as arrays, or as residents of the device, in the model's order."""
         self._refuse_if_closed()
@@ -314,6 +325,7 @@ class Model:
         ]
         if sizes:
             self._check_sizes(sizes)
+        self._signature = _signature(values)
         return values
 
     def _check_sizes(self, sizes: Mapping[str, int]) -> None:
@@ -408,6 +420,16 @@ class Model:
             taken.add(address)
             owned.append(result)
         return owned
+
+
+def _signature(values: Sequence[Any]) -> list[Any] | None:
+    """What is checked of arrays: dtypes and shapes; None where not all are NumPy's own."""
+    signature = []
+    for value in values:
+        if type(value) is not np.ndarray:
+            return None
+        signature.append((value.dtype, value.shape))
+    return signature
 
 
 def _limits(

@@ -289,9 +289,10 @@ def _set_pool(threads: int) -> bool:
     configure, size = _pool_functions()
     # The list's length sets the size of a new pool; its cores matter only to those who ask for
     # pinning with TVM_BIND_THREADS=1.
-    if getattr(_pool, "threads", None) != threads or size() != threads:
-        configure(_SHARE_ALL_CORES, threads, [str(core) for core in range(threads)])
-        _pool.threads = threads
+    if getattr(_pool, "threads", None) == threads and size() == threads:
+        return True
+    configure(_SHARE_ALL_CORES, threads, [str(core) for core in range(threads)])
+    _pool.threads = threads
     return bool(size() == threads)
 
 
