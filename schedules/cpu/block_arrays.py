@@ -60,11 +60,13 @@ def stored_arrays(w: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
     }
 
 
-def split_arrays(w: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
+def split_arrays(w: np.ndarray, layout: Layout, together: int = 1) -> dict[str, np.ndarray]:
     """The arguments of ``schedules.cpu.matmul`` for the weight ``[N, K]``.
 
     Those of `stored_arrays`; a sparse weight's blocks part by part, in each part job by job, and
     in each job the block rows by their number of blocks, with ``rows`` to tell which they are.
+    Of a sparse weight each block row of a part has a multiple of ``together`` blocks: the last one
+    again, with zeros, where there are fewer.
     """
     arrays = stored_arrays(w, layout)
     parts = layout.get("parts", 1)
@@ -76,18 +78,23 @@ def split_arrays(w: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
     part_of = arrays["indices"][: len(row_of)].astype(np.int64) * parts // k
     counts = np.zeros((parts, block_rows), np.int64)
     np.add.at(counts, (part_of, row_of), 1)
+    stored = counts + -counts % together
     job_of = np.searchsorted(partition, np.arange(block_rows), side="right")
-    rows = np.stack([np.lexsort((of_part, job_of)) for of_part in counts])
+    rows = np.stack([np.lexsort((of_part, job_of)) for of_part in stored])
     place = np.empty_like(rows)
     np.put_along_axis(place, rows, np.arange(block_rows)[None], axis=1)
     order = np.lexsort((place[part_of, row_of], part_of))
-    if not len(order):
-        order = np.arange(len(arrays["data"]))  # the one block of a weight without any
-    ends = np.cumsum(np.take_along_axis(counts, rows, axis=1))
+    real, filled = (np.take_along_axis(each, rows, axis=1).ravel() for each in (counts, stored))
+    within = np.arange(filled.sum()) - np.repeat(np.cumsum(filled) - filled, filled)
+    last = np.repeat(real - 1, filled)
+    taken = order[np.repeat(np.cumsum(real) - real, filled) + np.minimum(within, last)]
+    data = arrays["data"][taken] * (within <= last)[:, None, None]
+    if not len(taken):  # the one block of a weight without any
+        data, taken = arrays["data"], np.zeros(1, np.int64)
     return {
-        "data": np.ascontiguousarray(arrays["data"][order]),
-        "indices": arrays["indices"][order].astype(index_dtype(k)),
-        "indptr": np.concatenate([[0], ends]).astype(np.int32),
+        "data": np.ascontiguousarray(data),
+        "indices": arrays["indices"][taken].astype(index_dtype(k)),
+        "indptr": np.concatenate([[0], np.cumsum(filled)]).astype(np.int32),
         "rows": rows.astype(np.int32).ravel(),
         "partition": partition,
     }

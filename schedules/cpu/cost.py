@@ -25,6 +25,7 @@ from sparse_tvm.schedules.cpu.simd import (
     rows_per_pass,
     tiles_of,
 )
+from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.targets import Target
 
 _L1_SHARE = 0.85
@@ -34,9 +35,17 @@ _DENSE_LOOP = 1.04
 _MOST_ROWS = 12
 """Of a dense kernel's block: with 16, a tenth slower on one tile."""
 
+_PACKING_LANES, _PACKED_USES = 8, 2
+
 _SPILLED_WEIGHTS = 1.15
 
 _FEW_REGISTERS = 16
+
+_PACKED_LINE = 0.67
+"""Share of a far line's time that one of a part takes which was copied just before: few pages."""
+
+_COPY_LOADS = 2
+"""A vector that is copied takes as long as so many loads."""
 
 _PASSES = 3
 """From how many passes over a dense block on its columns are split."""
@@ -63,13 +72,16 @@ def matmul_cycles(
     fmas = rows * vectors * _fma_cycles(rows, limit, target, tokens)
     weights = -(-rows // costs.scalars_per_load) / simd.weights_together(layout) * costs.load
     if layout.sparse:
-        lines = tiles * line_cycles(_x_bytes(shape[1], tiles) / parts, target)
+        packed = bool(layout.get("packed", 0))
+        lines = tiles * line_cycles(_x_bytes(shape[1], tiles) / parts, target, packed)
         block = columns * max(fmas, weights + lines) + costs.index
     else:
         block = max(fmas, weights + vectors * costs.load) * _DENSE_LOOP
     segments = parts * -(-shape[0] // rows)
     sums = rows * vectors * (costs.sum if parts > 1 else 1)
     compute = blocks * block + segments * (costs.row + sums)
+    if layout.get("packed", 0):
+        compute += shape[1] * vectors * _COPY_LOADS * costs.load
     index_bytes = np.dtype(index_dtype(shape[1])).itemsize if layout.sparse else 0
     stored_bytes = blocks * (4 * rows * columns + index_bytes)
     streamed = compute + stored_bytes / costs.streamed
@@ -109,20 +121,31 @@ def _x_bytes(k_in: int, tiles: float) -> float:
     return k_in * tiles * LANES * 4
 
 
-def line_cycles(x_bytes: float, target: Target) -> float:
+def line_cycles(x_bytes: float, target: Target, packed: bool = False) -> float:
     """Mean cycles to load a cache line of an X of this size, of which rows are read at random."""
     near = LANES / target.lanes * target.costs.load
     hits = min(1.0, _L1_SHARE * target.caches.l1 / x_bytes)
-    return near + (1 - hits) * target.costs.l2_line
+    return near + (1 - hits) * target.costs.l2_line * (_PACKED_LINE if packed else 1.0)
 
 
 def part_counts(
     k_in: int, layout: Layout, target: Target, tokens: int = TYPICAL_TOKENS[0]
 ) -> list[int]:
-    """Numbers of parts worth a look: one, and those with X about as large as the first cache."""
+    """Numbers of parts worth a look: one, and those with X up to four times the first cache."""
     tiles = min(group_of(layout, Simd.of(target)), tiles_of(tokens))
     caches = _x_bytes(k_in, tiles) / target.caches.l1
-    return sorted({1, *(max(1, round(caches * share)) for share in (0.75, 1.0, 1.5))})
+    return sorted({1, *(max(1, round(caches * share)) for share in (0.25, 0.5, 0.75, 1.0, 1.5))})
+
+
+def packs(weight: WeightStatistics, layout: Layout, target: Target) -> bool:
+    """Whether each part's columns of X are copied before the weight's rows pass over them.
+
+    What a sparse row reads here and there is then in the first cache, brought by a stream that the
+    CPU foresees, and no two tiles' vectors want the same lines of it. On AVX2 that was 1.05 to 2
+    times as fast wherever a column is used twice or more; on other CPUs it was not measured.
+    """
+    uses = weight.stored_blocks(layout.block) / weight.shape[1]
+    return layout.sparse and Simd.of(target).lanes == _PACKING_LANES and uses >= _PACKED_USES
 
 
 def dense_parts(k_in: int, rows: int, target: Target) -> int:

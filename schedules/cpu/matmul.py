@@ -10,8 +10,9 @@ number of stored blocks, so that threads finish together.
 A sparse W with few rows per block does little with each vector of X, so what counts is where X
 comes from. Such a W is stored in parts of columns (K-splitting): the part of X that one part
 multiplies stays in the first cache while all rows of a thread pass over it, and the sums wait in Y
-from part to part. Within a part and a job, block rows are sorted by their number of blocks, for
-the CPU to foresee where the inner loop ends.
+from part to part. The layout's parameter ``packed`` (1) has each thread copy that part first, so
+that it comes as a stream, and no tiles lie a multiple of a page apart. Within a part and a job,
+block rows are sorted by their number of blocks, for the CPU to foresee where the inner loop ends.
 
 Where there are no more than eight tokens in all, which run time tells, :mod:`row_matmul` takes
 over.
@@ -26,7 +27,7 @@ from functools import reduce
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from sparse_tvm.operators import Layout, Step
+from sparse_tvm.operators import Gate, Layout, Residual, Step
 from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Expr,
@@ -38,6 +39,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     groups_of,
     prefetch,
     prim_func,
+    ramp,
     scalar,
     small_integers,
     splat,
@@ -47,8 +49,10 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     zero,
 )
 from sparse_tvm.schedules.cpu.row_matmul import few_rows
-from sparse_tvm.schedules.cpu.simd import ROW_COUNTS, Simd, group_of
+from sparse_tvm.schedules.cpu.simd import LANES, ROW_COUNTS, Simd, group_of
 from sparse_tvm.schedules.cpu.stored_weight import Epilogue, StoredWeight
+
+_ROWS_AHEAD = 4
 
 _CHAINS, _LOADED_TOGETHER_CHAINS = 4, 8
 """Independent sums that a loop over blocks has at least, if it has the registers."""
@@ -123,6 +127,7 @@ class _WholeTiles:
         self.block = weight.layout.block[0]
         self.limit = group_of(weight.layout, simd)
         self.together = simd.weights_together(weight.layout)
+        self.panel: Expr = None
 
     def run(self) -> None:
         """Emit the kernel, on all threads."""
@@ -135,6 +140,9 @@ class _WholeTiles:
         with T.parallel(0, threads) as thread:
             begin = scalar(thread * jobs // threads)
             end = scalar((thread + 1) * jobs // threads)
+            if self.weight.layout.get("packed", 0):
+                columns = -(-self.weight.k_in // self.weight.parts) + self.weight.layout.block[1]
+                self.panel = T.alloc_buffer((columns * limit * LANES,), "float32")
             first_group = scalar(begin // JOBS_PER_GROUP)
             group_stop = (end + (JOBS_PER_GROUP - 1)) // JOBS_PER_GROUP
             with T.serial(0, scalar(group_stop - first_group)) as i:
@@ -152,17 +160,20 @@ class _WholeTiles:
         """Compute a range of a part's block rows, part by part, for one group of tiles."""
         weight = self.weight
         remainder = weight.n_out % self.block
-        with T.serial(0, weight.parts) as part, T.serial(0, stop - start) as i:
-            segment = scalar(part * weight.block_rows + start + i)
-            block_row = scalar(weight.order[segment] if weight.layout.sparse else start + i)
-            if remainder == 0:
-                self._block_row(part, segment, block_row, self.block, vectors)
-            else:
-                with T.If(block_row < weight.block_rows - 1):
-                    with T.Then():
-                        self._block_row(part, segment, block_row, self.block, vectors)
-                    with T.Else():
-                        self._block_row(part, segment, block_row, remainder, vectors)
+        with T.serial(0, weight.parts) as part:
+            if self.panel is not None:
+                self._pack(part, vectors)
+            with T.serial(0, stop - start) as i:
+                segment = scalar(part * weight.block_rows + start + i)
+                block_row = scalar(weight.order[segment] if weight.layout.sparse else start + i)
+                if remainder == 0:
+                    self._block_row(part, segment, block_row, self.block, vectors)
+                else:
+                    with T.If(block_row < weight.block_rows - 1):
+                        with T.Then():
+                            self._block_row(part, segment, block_row, self.block, vectors)
+                        with T.Else():
+                            self._block_row(part, segment, block_row, remainder, vectors)
 
     def _block_row(
         self, part: Expr, segment: Expr, block_row: Expr, live: int, vectors: TileVectors
@@ -278,12 +289,16 @@ class _WholeTiles:
         first = scalar(weight.indptr[segment])
         count = scalar(weight.indptr[segment + 1] - first)
         weight.prefetch(first, count)
+        self._ask_for_sums(part, segment, vectors)
         if self.together > 1:
-            self._accumulate_together(sums, first, count, vectors)
+            self._accumulate_together(sums, part, first, count, vectors)
             return
 
         def one_column(into: Registers, at: Expr, column: Expr, c: int) -> None:
-            into.multiply_add(lambda row: weight.data[at, c, row], lambda v: x(column + c, v))
+            into.multiply_add(
+                lambda row: weight.data[at, c, row],
+                lambda v: self._x_at(part, column + c, v, vectors),
+            )
 
         def block(i: Expr, chain: int) -> None:
             at = first + i
@@ -294,24 +309,70 @@ class _WholeTiles:
         unrolled(count, len(sums), block)
 
     def _accumulate_together(
-        self, sums: list[Registers], first: Expr, count: Expr, vectors: TileVectors
+        self, sums: list[Registers], part: Expr, first: Expr, count: Expr, vectors: TileVectors
     ) -> None:
         """The same for single weights, of which one load brings several."""
-        weight, together = self.weight, self.together
+        weight, simd = self.weight, self.simd
         data = T.decl_buffer(weight.data.shape[:1], "float32", data=weight.data.data)
 
         def add(into: Registers, column: Expr, value: Expr) -> None:
             for v in range(vectors.count):
-                tile, lanes = vectors.at(v)
-                # In 64 bits, for only these leave the column alone to be added in the loop.
-                x = self.x[T.Cast("int64", tile), column, lanes]
-                into.set(0, v, into.get(0, v) + value * x)
+                into.set(0, v, into.get(0, v) + value * self._x_at(part, column, v, vectors))
 
-        with T.serial(0, count // together) as i:
-            at = scalar(first + i * together)
-            values, columns = splats(data, at, self.simd), small_integers(weight.indices, at)
-            for step in range(together):
+        # Rows are stored in whole fours: a loop over what is left would end unforeseen.
+        with T.serial(0, count // self.together) as i:
+            at = scalar(first + i * self.together)
+            values = splats(data, at, simd)
+            columns = small_integers(weight.indices, at)
+            for step in range(self.together):
                 add(sums[step % len(sums)], columns[step], values[step])
-        with T.serial(0, count % together) as i:
-            at = scalar(first + count // together * together + i)
-            add(sums[0], scalar(weight.indices[at], "int64"), splat(data[at], self.simd))
+
+    def _ask_for_sums(self, part: Expr, segment: Expr, vectors: TileVectors) -> None:
+        """Ask for what rows soon to come are added to: the CPU does not foresee their order."""
+        weight = self.weight
+        soon = tirx.min(segment + _ROWS_AHEAD, weight.parts * weight.block_rows - 1)
+        first = scalar(weight.order[soon] * self.block)
+
+        def ask(like_y: Expr) -> None:
+            for v in range(0, vectors.count, self.simd.per_tile):
+                for i in range(self.block):
+                    prefetch(like_y, (vectors.at(v)[0], first + i, 0))
+
+        ask(self.y)
+        others = [extra for step, extra in self.epilogue.steps if isinstance(step, Residual | Gate)]
+        if others:
+            with T.If(part == weight.parts - 1), T.Then():
+                for other in others:
+                    ask(other)
+
+    def _pack(self, part: Expr, vectors: TileVectors) -> None:
+        """Copy the part's columns of a group of tiles, whose vectors then are neighbours.
+
+        Tiles lie as far apart as they are large, which is often a multiple of a page: vectors of
+        one column would want the same lines of the first cache.
+        """
+        begin, end = (scalar(self._first_column(p)) for p in (part, part + 1))
+        wide = self.weight.layout.block[1] - 1  # the last blocks of a part may end in the next one
+        end = scalar(tirx.min(end + wide, self.weight.k_in)) if wide else end
+        with T.serial(0, end - begin) as i:
+            for v in range(vectors.count):
+                tile, lanes = vectors.at(v)
+                value = self.x[tile, begin + i, lanes]
+                T.buffer_store(self.panel, value, [self._panel_at(i, v, vectors)])
+
+    def _first_column(self, part: Expr) -> Expr:
+        """The first column of a part."""
+        parts = self.weight.parts
+        return (part * self.weight.k_in + (parts - 1)) // parts
+
+    def _panel_at(self, column: Expr, vector: int, vectors: TileVectors) -> Expr:
+        """Where a vector is in the packed part; ``column`` counts from the part's first."""
+        return ramp((column * vectors.count + vector) * self.simd.lanes, self.simd)
+
+    def _x_at(self, part: Expr, column: Expr, vector: int, vectors: TileVectors) -> Expr:
+        """A vector of X for a column."""
+        if self.panel is not None:
+            return self.panel[self._panel_at(column - self._first_column(part), vector, vectors)]
+        tile, lanes = vectors.at(vector)
+        # In 64 bits, for only these leave the column alone to be added in the loop.
+        return self.x[T.Cast("int64", tile), column, lanes]

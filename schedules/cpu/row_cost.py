@@ -14,7 +14,7 @@ import numpy as np
 
 from sparse_tvm.operators import Layout
 from sparse_tvm.schedules.cpu.block_arrays import index_dtype
-from sparse_tvm.schedules.cpu.simd import ROW_COUNTS
+from sparse_tvm.schedules.cpu.simd import LANES, ROW_COUNTS
 from sparse_tvm.targets import Target
 
 _LEAST_LANES = 4
@@ -22,6 +22,16 @@ _LEAST_LANES = 4
 
 _MEASURED_LANES = 8
 """Where narrower vectors were timed: AVX2."""
+
+
+_FILLED = 1.5
+"""Zeros that fill a row of single weights up to whole fours."""
+
+_NEAR = 2
+"""How many times the first cache X may fill before lines are waited for."""
+
+_OVERLAPPED = 0.4
+"""Share of a far line's time that one takes of which few are asked for at a time."""
 
 
 def outputs_in_lanes(layout: Layout, rows: int, lanes: int) -> bool:
@@ -93,7 +103,7 @@ def _compute_cycles(
 ) -> float:
     """Cycles of the arithmetic, all operands being near."""
     costs = target.costs
-    (n, _), (rows, columns), parts = shape, layout.block, layout.get("parts", 1)
+    (n, k), (rows, columns), parts = shape, layout.block, layout.get("parts", 1)
     together = four_together(layout, count, target.lanes)
     if together:
         share = rows / 4  # of a load of weights that a block takes
@@ -109,14 +119,22 @@ def _compute_cycles(
         vectors = -(-count // target.lanes)
         multiplied, loaded = vectors * rows, vectors + rows
     block = columns * max(multiplied * costs.fma, loaded * costs.load)
-    row = costs.row
-    if together and rows < 4:
+    row, segments = costs.row, parts * -(-n // rows)
+    if together and rows == 1:
+        blocks += round(_FILLED * segments)
+        block += _line_cycles(k / parts, target)
+    elif together and rows < 4:
         row *= 2  # what is left of a row by fours has a loop of its own
     if layout.sparse:
         block += costs.load / (2 if together and rows == 1 else 1)  # one load of four indices
         block += costs.index if rows > 1 else 0
-    segments = parts * -(-n // rows)
     return blocks * block + segments * (row + count * rows * costs.load)
+
+
+def _line_cycles(columns: float, target: Target) -> float:
+    """Mean cycles to wait for a column's line of X, of so many that are read at random."""
+    hits = min(1.0, _NEAR * target.caches.l1 / (columns * LANES * 4))
+    return (1 - hits) * _OVERLAPPED * target.costs.l2_line
 
 
 def _stored_bytes(k: int, layout: Layout, blocks: int) -> int:

@@ -65,21 +65,23 @@ def test_stored_arrays_are_the_weight(shape, block, sparsity, format, seed):
     block=st.tuples(st.integers(1, 8), st.integers(1, 4)),
     parts=st.integers(1, 6),
     sparsity=st.sampled_from([0.0, 0.3, 0.8, 0.97, 1.0]),
+    together=st.sampled_from([1, 4]),
     seed=st.integers(0, 99),
 )
 @settings(deadline=None, max_examples=200)
-def test_split_arrays_are_the_weight_in_order(shape, block, parts, sparsity, seed):
+def test_split_arrays_are_the_weight_in_order(shape, block, parts, sparsity, together, seed):
     rng = np.random.default_rng(seed)
     w = rng.standard_normal(shape).astype("float32") * (rng.random(shape) >= sparsity)
     w = w.astype("float32")
     layout = Layout("matmul", "bsr", (min(block[0], shape[0]), min(block[1], shape[1])))
     layout = layout.having(parts=parts)
-    arrays = split_arrays(w, layout)
+    arrays = split_arrays(w, layout, together)
     (n, k), (rows, columns) = shape, layout.block
     block_rows = -(-n // rows)
     indptr, partition = arrays["indptr"], arrays["partition"]
     order = arrays["rows"].reshape(parts, block_rows)
     counts = np.diff(indptr).reshape(parts, block_rows)
+    assert not (counts % together).any()
     padded = np.zeros((block_rows * rows, k), "float64")
     for part, segment in np.ndindex(parts, block_rows):
         at = part * block_rows + segment

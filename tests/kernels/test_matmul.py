@@ -51,6 +51,7 @@ problems = st.fixed_dictionaries(
         "empty_rows": st.booleans(),
         "block": st.tuples(st.integers(1, 16), st.integers(1, 8)),
         "parts": st.sampled_from([1, 1, 2, 3, 5]),
+        "packed": st.sampled_from([0, 1]),
         "epilogue": st.lists(st.sampled_from(STEPS), max_size=4),
         "symbolic": st.booleans(),
         "threads": thread_counts,
@@ -69,6 +70,7 @@ def check(
     empty_rows,
     block,
     parts,
+    packed,
     epilogue,
     symbolic,
     target,
@@ -90,14 +92,16 @@ def check(
 
     block_rows, columns = min(block[0], n), min(block[1], k)
     blocks = {"dense": (block_rows, 1), "csr": (1, 1), "bsr": (block_rows, columns)}
-    layout = Layout("matmul", format, blocks[format]).having(parts=parts)
+    layout = Layout("matmul", format, blocks[format]).having(parts=parts, packed=packed)
     tiles = tiles_for(lead, rows, symbolic)
     known = None if symbolic else rows
     kernel = matmul(tiles, known, n, k * groups, layout, epilogue, simd(target), groups)
     whole = block_diagonal(w, groups)
     arguments = [
         to_tiles(x),
-        *split_arrays(whole if layout.sparse else w, layout).values(),
+        *split_arrays(
+            whole if layout.sparse else w, layout, simd(target).weights_together(layout)
+        ).values(),
         *(extra if extra.ndim == 1 else to_tiles(extra) for extra in extras),
         *([rows] if symbolic else []),
     ]
@@ -125,6 +129,7 @@ SMALLEST = {
     "empty_rows": False,
     "block": (1, 1),
     "parts": 1,
+    "packed": 0,
     "epilogue": [],
     "symbolic": False,
     "threads": 1,

@@ -11,7 +11,13 @@ import numpy as np
 from sparse_tvm.families import Extents, Kernel, WeightedFamily, Wish, Work, bytes_of, elements
 from sparse_tvm.operators import FLOAT32, Activation, Bias, Dense, Gate, Layout, Residual
 from sparse_tvm.schedules.cpu.block_arrays import block_diagonal, split_arrays
-from sparse_tvm.schedules.cpu.cost import dense_parts, dense_rows, matmul_seconds, part_counts
+from sparse_tvm.schedules.cpu.cost import (
+    dense_parts,
+    dense_rows,
+    matmul_seconds,
+    packs,
+    part_counts,
+)
 from sparse_tvm.schedules.cpu.families.extents import tiles_for
 from sparse_tvm.schedules.cpu.row_cost import few_rows_seconds
 from sparse_tvm.schedules.cpu.simd import LANES, ROW_COUNTS, Simd, group_of
@@ -82,8 +88,9 @@ class MatmulFamily(WeightedFamily[Dense]):
                 found.append(layout.having(parts=parts) if parts > 1 else layout)
         for format, block in wished_blocks(weight, wish):
             layout = Layout(self.name, format, block)
+            packed = {"packed": 1} if packs(weight, layout, target) else {}
             for parts in part_counts(weight.shape[1], layout, target):
-                found.append(layout.having(parts=parts) if parts > 1 else layout)
+                found.append(layout.having(**({"parts": parts} if parts > 1 else {}), **packed))
         return found
 
     def variants(
@@ -104,6 +111,7 @@ class MatmulFamily(WeightedFamily[Dense]):
                 found.append(layout.having(parts=parts) if parts > 1 else layout)
         halves = {layout: group_of(layout, simd) // 2 for layout in found}
         found += [one.having(group=half) for one, half in halves.items() if half]
+        found += [one.having(packed=1) for one in found if one.sparse]
         known = {*self.candidates(op, weight, target, wish)}
         return [layout for layout in dict.fromkeys(found) if layout not in known]
 
@@ -116,7 +124,8 @@ class MatmulFamily(WeightedFamily[Dense]):
     def pack(
         self, op: Dense, w: np.ndarray, layout: Layout, target: Target
     ) -> dict[str, np.ndarray]:
-        return split_arrays(block_diagonal(w, op.groups) if layout.sparse else w, layout)
+        whole = block_diagonal(w, op.groups) if layout.sparse else w
+        return split_arrays(whole, layout, Simd.of(target).weights_together(layout))
 
     def build(
         self, op: Dense, operands: Sequence[Extents], output: Extents, target: Target
@@ -130,6 +139,7 @@ class MatmulFamily(WeightedFamily[Dense]):
         parts = layout.get("parts", 1)
         split = [f"{parts}parts"] if parts > 1 else []
         split += [f"{group}tiles" for name, group in layout.parameters if name == "group"]
+        split += ["packed"] if layout.get("packed", 0) else []
         split += [f"{op.groups}groups"] if op.groups > 1 else []
         title = "_".join([layout.format + size, f"{n}x{k}", *split, *op.step_titles])
         tiles, (count,) = tiles_for(operands[0]), operands[-1].shape
