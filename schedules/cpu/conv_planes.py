@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Protocol
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from sparse_tvm.operators import STILL, Frames, Layout, Step
+from sparse_tvm.operators import Layout, Step
 from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP, index_dtype
 from sparse_tvm.schedules.cpu.image_output import ImageOutput
+from sparse_tvm.schedules.cpu.images import Images
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
@@ -51,7 +51,7 @@ from sparse_tvm.schedules.cpu.plane_code import (
     one_of,
     vectors_of,
 )
-from sparse_tvm.schedules.cpu.planes import Planes, Window
+from sparse_tvm.schedules.cpu.planes import Planes
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 
 _PREFETCH_BYTES = 4096
@@ -71,50 +71,6 @@ _CHAINS = 8
 
 _FAR_ROWS = 4
 """Rows of taps are apart that are so far as this share of an image's rows."""
-
-
-@dataclass(frozen=True)
-class Images:
-    """What a kernel reads and writes.
-
-    ``source`` are the planes that the window reads, by phases if it is strided. ``inputs`` is the
-    number of images, where a convolution over time has another one than ``batch``, its output's.
-    """
-
-    batch: Expr
-    channels: int
-    out_channels: int
-    source: Planes
-    target: Planes
-    window: Window
-    sizes: Sequence[Any] = ()
-    inputs: Expr = None
-    frames: Frames = STILL
-
-    @property
-    def sources(self) -> Expr:
-        """Images that are read: as many as are written, but for videos."""
-        return self.batch if self.inputs is None else self.inputs
-
-    def first_source(self, image: Expr) -> Expr:
-        """The first image that one of the output is computed from."""
-        if self.frames == STILL:
-            return image
-        video, frame = image // self.frames.out, image % self.frames.out
-        return video * self.frames.count + frame * self.frames.stride
-
-    def frame(self, source: Any) -> Expr:
-        """How far it is from a tap to the same one of the next image that it reads."""
-        planes = self.channels * len(self.window.phases)
-        return self.frames.dilation * planes * source.size
-
-    def offsets(self, source: Any) -> list[Expr]:
-        """Where each tap finds its operand, from a pixel of the first image of those it reads."""
-        return [
-            time * self.frame(source) + offset
-            for time in range(self.frames.kernel)
-            for offset in self.window.offsets(source)
-        ]
 
 
 def conv_planes(

@@ -23,6 +23,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     Tiles,
     argument,
     scalar,
+    share_jobs,
     zero,
 )
 from sparse_tvm.schedules.cpu.low_output import Output
@@ -190,18 +191,10 @@ def for_job_ranges(
     thread's work.
     """
     threads = scalar(tirx.call_packed("runtime.NumThreads"))
-    jobs = scalar(groups * JOBS_PER_GROUP)
     with T.parallel(0, threads) as thread:
-        begin = scalar(thread * jobs // threads)
-        end = scalar((thread + 1) * jobs // threads)
-        first = scalar(begin // JOBS_PER_GROUP)
         if around:
             around[0]()
-        with T.serial(0, scalar((end + (JOBS_PER_GROUP - 1)) // JOBS_PER_GROUP - first)) as i:
-            group = scalar(first + i)
-            start = scalar(tirx.max(begin - group * JOBS_PER_GROUP, 0))
-            stop = scalar(tirx.min(end - group * JOBS_PER_GROUP, JOBS_PER_GROUP))
-            body(group, start, stop)
+        share_jobs(thread, threads, groups, body)
         if around:
             around[1]()
 

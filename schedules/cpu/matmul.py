@@ -28,7 +28,6 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.operators import Gate, Layout, Residual, Step
-from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Expr,
     Registers,
@@ -41,6 +40,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     prim_func,
     ramp,
     scalar,
+    share_jobs,
     small_integers,
     splat,
     splats,
@@ -136,25 +136,20 @@ class _WholeTiles:
         # of X serves all its rows.
         tiles, limit = self.tiles, self.limit
         threads = scalar(tirx.call_packed("runtime.NumThreads"))
-        jobs = scalar(groups_of(tiles.count, limit) * JOBS_PER_GROUP)
         with T.parallel(0, threads) as thread:
-            begin = scalar(thread * jobs // threads)
-            end = scalar((thread + 1) * jobs // threads)
             if self.weight.layout.get("packed", 0):
                 columns = -(-self.weight.k_in // self.weight.parts) + self.weight.layout.block[1]
                 self.panel = T.alloc_buffer((columns * limit * LANES,), "float32")
-            first_group = scalar(begin // JOBS_PER_GROUP)
-            group_stop = (end + (JOBS_PER_GROUP - 1)) // JOBS_PER_GROUP
-            with T.serial(0, scalar(group_stop - first_group)) as i:
-                group = scalar(first_group + i)
-                job = scalar(tirx.max(begin - group * JOBS_PER_GROUP, 0))
-                last_job = scalar(tirx.min(end - group * JOBS_PER_GROUP, JOBS_PER_GROUP))
+
+            def jobs(group: Expr, job: Expr, last_job: Expr) -> None:
                 start, stop = self.weight.first_of(job), self.weight.first_of(last_job)
 
-                def body(first: Expr, size: int, start: Expr = start, stop: Expr = stop) -> None:
+                def body(first: Expr, size: int) -> None:
                     self._rows(TileVectors(first, size, self.simd), start, stop)
 
                 for_group_sizes(tiles.count, limit, group, body)
+
+            share_jobs(thread, threads, groups_of(tiles.count, limit), jobs)
 
     def _rows(self, vectors: TileVectors, start: Expr, stop: Expr) -> None:
         """Compute a range of a part's block rows, part by part, for one group of tiles."""

@@ -17,8 +17,8 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.operators import Step
-from sparse_tvm.schedules.cpu.conv_planes import Images
 from sparse_tvm.schedules.cpu.image_output import ImageOutput
+from sparse_tvm.schedules.cpu.images import Images
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,

@@ -18,8 +18,8 @@ from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.operators import Layout, Step
 from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP
-from sparse_tvm.schedules.cpu.conv_planes import Images
 from sparse_tvm.schedules.cpu.image_output import ImageOutput
+from sparse_tvm.schedules.cpu.images import Images
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Expr,
     Registers,

@@ -23,8 +23,9 @@ from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.operators import Layout
 from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP, index_dtype
-from sparse_tvm.schedules.cpu.conv_planes import ConvKernel, Images
+from sparse_tvm.schedules.cpu.conv_planes import ConvKernel
 from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
+from sparse_tvm.schedules.cpu.images import Images
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Expr,
     argument,

@@ -15,7 +15,8 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.operators import Layout
-from sparse_tvm.schedules.cpu.conv_planes import ConvKernel, Images
+from sparse_tvm.schedules.cpu.conv_planes import ConvKernel
+from sparse_tvm.schedules.cpu.images import Images
 from sparse_tvm.schedules.cpu.lane_tiles import Buffer, Expr, argument, scalar, scratch
 from sparse_tvm.schedules.cpu.plane_code import flat
 from sparse_tvm.schedules.cpu.precision import INT8

@@ -23,7 +23,8 @@ from image_harness import (
 
 from sparse_tvm.operators import Activation, Bias, Layout, Residual
 from sparse_tvm.schedules.cpu.block_arrays import split_arrays
-from sparse_tvm.schedules.cpu.conv_planes import Images, conv_planes
+from sparse_tvm.schedules.cpu.conv_planes import conv_planes
+from sparse_tvm.schedules.cpu.images import Images
 from sparse_tvm.schedules.cpu.planes import Border, Planes, Window
 from sparse_tvm.targets import TARGETS
 

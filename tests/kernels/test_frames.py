@@ -9,8 +9,9 @@ from image_harness import Extent, convolved, from_planes, to_planes
 
 from sparse_tvm.operators import Frames, Layout
 from sparse_tvm.schedules.cpu.block_arrays import split_arrays
-from sparse_tvm.schedules.cpu.conv_planes import Images, conv_planes
+from sparse_tvm.schedules.cpu.conv_planes import conv_planes
 from sparse_tvm.schedules.cpu.frames import pad_frames
+from sparse_tvm.schedules.cpu.images import Images
 from sparse_tvm.schedules.cpu.lane_tiles import symbol
 from sparse_tvm.schedules.cpu.planes import Border, Planes, Window
 

@@ -10,7 +10,8 @@ from harness import simd
 
 from sparse_tvm.operators import Convolution, Layout
 from sparse_tvm.schedules.cpu.conv_cost import blocking, dense_rows
-from sparse_tvm.schedules.cpu.conv_planes import Images, conv_planes
+from sparse_tvm.schedules.cpu.conv_planes import conv_planes
+from sparse_tvm.schedules.cpu.images import Images
 from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
 from sparse_tvm.schedules.cpu.lane_tiles import symbol
 from sparse_tvm.schedules.cpu.planes import Border, Planes, Window

@@ -20,7 +20,7 @@ from image_harness import (
 )
 
 from sparse_tvm.operators import Activation, Bias, Residual
-from sparse_tvm.schedules.cpu.conv_planes import Images
+from sparse_tvm.schedules.cpu.images import Images
 from sparse_tvm.schedules.cpu.planes import Border, Planes, Window
 from sparse_tvm.schedules.cpu.window_planes import window_planes
 from sparse_tvm.schedules.cpu.windows import DEPTHWISE, MAX, MEAN, reads_in_place

@@ -19,8 +19,8 @@ from image_harness import (
 )
 
 from sparse_tvm.operators import Activation, Bias, Layout, Residual
-from sparse_tvm.schedules.cpu.conv_planes import Images
 from sparse_tvm.schedules.cpu.families.winograd import packed
+from sparse_tvm.schedules.cpu.images import Images
 from sparse_tvm.schedules.cpu.planes import Border, Planes, Window
 from sparse_tvm.schedules.cpu.winograd import OUTPUTS, Bands, transforms
 from sparse_tvm.schedules.cpu.winograd_planes import winograd_planes

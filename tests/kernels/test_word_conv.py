@@ -28,9 +28,9 @@ from test_conv_planes import FEW, IMAGE, POINTWISE, SAME
 from word_images import EXACT, from_word_planes, multiply_add, to_word_planes
 
 from sparse_tvm.operators import Bias, Layout, Residual
-from sparse_tvm.schedules.cpu.conv_planes import Images
 from sparse_tvm.schedules.cpu.dots import Dot
 from sparse_tvm.schedules.cpu.families.words import arrays_of
+from sparse_tvm.schedules.cpu.images import Images
 from sparse_tvm.schedules.cpu.planes import Border, Planes, Window
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.word_conv import DEPTHWISE, word_conv

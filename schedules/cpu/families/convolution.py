@@ -187,7 +187,7 @@ class DepthwiseFamily(ImageFamily):
 
 def images_of(op: ImageConvolution, x: Extents) -> tuple[Any, list[Planes]]:
     """What the kernel reads and writes, and the planes of its residuals."""
-    from sparse_tvm.schedules.cpu.conv_planes import Images
+    from sparse_tvm.schedules.cpu.images import Images
     from sparse_tvm.schedules.cpu.lane_tiles import symbol
 
     window, (size, sizes) = window_of(op), symbols_of(op.size)

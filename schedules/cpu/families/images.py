@@ -110,7 +110,7 @@ class ImagePoolingFamily(MovesOnly[ImagePooling]):
     def build(
         self, op: ImagePooling, operands: Sequence[Extents], output: Extents, target: Target
     ) -> Kernel:
-        from sparse_tvm.schedules.cpu.conv_planes import Images
+        from sparse_tvm.schedules.cpu.images import Images
         from sparse_tvm.schedules.cpu.window_planes import window_planes
 
         size, sizes = symbols_of(op.size)

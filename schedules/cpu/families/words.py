@@ -36,8 +36,8 @@ from sparse_tvm.targets import Target
 if TYPE_CHECKING:
     from tvm import tirx
 
-    from sparse_tvm.schedules.cpu.conv_planes import Images
     from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
+    from sparse_tvm.schedules.cpu.images import Images
     from sparse_tvm.schedules.cpu.word_output import Output, PackBytes
 
     DeclareOutput = Callable[[], Output]
@@ -136,7 +136,7 @@ class WordConvolutionFamily(ImageFamily):
     def build(
         self, op: Convolution, operands: Sequence[Extents], output: Extents, target: Target
     ) -> Kernel:
-        from sparse_tvm.schedules.cpu.conv_planes import Images
+        from sparse_tvm.schedules.cpu.images import Images
         from sparse_tvm.schedules.cpu.lane_tiles import symbol
         from sparse_tvm.schedules.cpu.word_output import FloatOutput, WordOutput
 

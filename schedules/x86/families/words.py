@@ -28,9 +28,9 @@ from sparse_tvm.targets import Target
 if TYPE_CHECKING:
     from tvm import tirx
 
-    from sparse_tvm.schedules.cpu.conv_planes import Images
     from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
     from sparse_tvm.schedules.cpu.families.words import DeclareOutput
+    from sparse_tvm.schedules.cpu.images import Images
     from sparse_tvm.schedules.cpu.word_output import PackBytes
 
 
