@@ -389,3 +389,32 @@ def test_transposed_parts_are_joined_in_vectors():
     text = schedule_generic(joined, Simd(8, 16)).script()
     assert "T.vectorized(8)" in text
     assert "T.unroll" not in text
+
+
+@each_target
+def test_many_indices_that_wrap_around_anywhere(target):
+    """Each cut makes bounds longer: the loop stays whole where there would be too many."""
+    from sparse_tvm.schedules.cpu.generic import schedule_generic
+    from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
+    from sparse_tvm.schedules.cpu.simd import Simd
+
+    te = tvm.te
+    m, n = (tirx.Var(name, "int64") for name in "mn")
+    x, z = te.placeholder((m,), name="x"), te.placeholder((n,), name="z")
+
+    def element(i):
+        return sum((x[tirx.floormod(i + k * m, 3)] for k in range(1, 7)), z[i])
+
+    function = te.create_prim_func([x, z, te.compute((n,), element)], index_dtype_override=None)
+    scheduled = schedule_generic(function, Simd.of(target))
+    assert len(scheduled.script()) < 10_000
+    with (
+        tvm.transform.PassContext(config=FAST_MATH),
+        tvm.target.Target(target.tvm_target()) as host,
+    ):
+        built = tvm.compile(scheduled.with_attr("global_symbol", "main"), host).jit()
+    xs, zs = normal(7), normal(1000)
+    y = tvm.runtime.tensor(np.zeros_like(zs))
+    built["main"](*map(tvm.runtime.tensor, (xs, zs)), y)
+    expected = zs + sum(xs[(np.arange(1000) + k * 7) % 3] for k in range(1, 7))
+    np.testing.assert_allclose(y.numpy(), expected, rtol=1e-5, atol=1e-5)

@@ -26,11 +26,22 @@ _LEAST = 8
 """Elements that are worth a loop; fewer are written out."""
 
 
-def split_wraps(loop: tirx.For, finish: Callable[[tirx.For], _Stmt]) -> _Stmt:
-    """Rewrite an innermost loop as loops within which no index wraps, each of them finished."""
+_MOST_CUTS = 3
+"""Cuts, one in the other, where periods begin anywhere: each makes bounds three times as long."""
+
+
+def split_wraps(loop: tirx.For, finish: Callable[[tirx.For], _Stmt], cuts: int = 0) -> _Stmt:
+    """Rewrite an innermost loop as loops within which no index wraps, each of them finished.
+
+    Where more indices wrap than there are to be ``cuts``, the loop stays as it is.
+    """
     found = _wrap(loop, 1)
     if found is None:
-        return finish(loop) if _wrap(loop, -1) is None else split_wraps(_backwards(loop), finish)
+        if _wrap(loop, -1) is None:
+            return finish(loop)
+        return split_wraps(_backwards(loop), finish, cuts)
+    if cuts == _MOST_CUTS:
+        return _element_by_element(loop)
     offset, size = found
     dtype = loop.loop_var.ty.dtype
     first = _ANALYZER.simplify(tirx.floormod(offset, size))  # of the first element, in its period
@@ -52,7 +63,19 @@ def split_wraps(loop: tirx.For, finish: Callable[[tirx.For], _Stmt]) -> _Stmt:
             tirx.For(outer, zero, periods, loop.kind, tirx.SeqStmt(listed)), lambda rest: rest
         )
     part = tirx.For(inner, zero, extent, loop.kind, body(_ANALYZER.simplify(low + inner)))
-    return tirx.For(outer, zero, periods, loop.kind, split_wraps(part, finish))
+    rest = split_wraps(part, finish, cuts + (not whole))
+    return tirx.For(outer, zero, periods, loop.kind, rest)
+
+
+def _element_by_element(loop: tirx.For) -> tirx.For:
+    """The loop, out of which LLVM makes no vectors: it does not where something is prefetched."""
+    stores: list[tirx.BufferStore] = []
+    structural_walk(loop.body, (tirx.BufferStore, stores.append))
+    target = tirx.address_of(stores[0].buffer[tuple(stores[0].indices)])
+    write, all_levels, data = 1, 3, 1  # of LLVM's intrinsic
+    numbers = [tirx.const(number, "int32") for number in (write, all_levels, data)]
+    ask = tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", target, *numbers))
+    return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, tirx.SeqStmt([ask, loop.body]))
 
 
 def _backwards(loop: tirx.For) -> tirx.For:
