@@ -206,6 +206,23 @@ def test_division_of_integers_never_ends_the_process(node, constant, dtype, tmp_
     assert found[2] == 0
 
 
+@pytest.mark.parametrize("direction", ["LEFT", "RIGHT"])
+@pytest.mark.parametrize("dtype", ["int8", "int32", "int64", "uint8", "uint32"])
+def test_shifts_by_any_number_of_bits(direction, dtype, tmp_path):
+    """Negative ones shift all out, as do too many: what processors make of those differs."""
+    info, bits = np.iinfo(dtype), np.dtype(dtype).itemsize * 8
+    x = np.array([5, info.min, info.max, info.max, info.min, 9], dtype)
+    counts = np.array([1, 2, bits - 1, bits, bits + 3, -1 if info.min else bits]).astype(dtype)
+    node = f'BitShift<direction="{direction}">'
+    model = build(f"({dtype}[6] x, {dtype}[6] n) => ({dtype}[6] y) {{ y = {node}(x, n) }}")
+    sparse_tvm.compile(model, tmp_path / "model.so", verify=False)
+    found = sparse_tvm.load(tmp_path / "model.so").run({"x": x, "n": counts})["y"]
+    many = [int(count) if 0 <= count < bits else bits for count in counts]
+    pairs = zip(map(int, x), many, strict=True)
+    exact = [a >> n if direction == "RIGHT" else a << n for a, n in pairs]
+    assert found.tolist() == [(y - info.min) % (1 << bits) + info.min for y in exact]
+
+
 def test_largest_along_an_axis_of_a_computed_size(tmp_path):
     graph = """(float[n,3] x) => (float[2,3] y) {
         z = Concat<axis=0>(x, x)

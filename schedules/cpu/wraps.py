@@ -71,7 +71,7 @@ def _element_by_element(loop: tirx.For) -> tirx.For:
     """The loop, out of which LLVM makes no vectors: it does not where something is prefetched."""
     stores: list[tirx.BufferStore] = []
     structural_walk(loop.body, (tirx.BufferStore, stores.append))
-    target = tirx.address_of(stores[0].buffer[tuple(stores[0].indices)])
+    target = tirx.address_of(stores[0].buffer[tuple(0 for _ in stores[0].indices)])
     write, all_levels, data = 1, 3, 1  # of LLVM's intrinsic
     numbers = [tirx.const(number, "int32") for number in (write, all_levels, data)]
     ask = tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", target, *numbers))
