@@ -206,6 +206,20 @@ def test_division_of_integers_never_ends_the_process(node, constant, dtype, tmp_
     assert found[2] == 0
 
 
+def test_padding_by_reflection_of_what_was_reshaped(tmp_path):
+    """Many indices wrap around there: it took exponential time to compile."""
+    graph = """(float[1,3,3,4] x) => (float[1,1,3,6,4] y) {
+        z = Unsqueeze(x, axis)
+        y = Pad<mode="reflect">(z, pads)
+    }"""
+    pads = np.array([0, 0, 0, 1, 0, 0, 0, 0, 2, 0])
+    sparse_tvm.compile(build(graph, axis=np.array([1]), pads=pads), tmp_path / "model.so")
+    x = normal(1, 3, 3, 4)
+    y = sparse_tvm.load(tmp_path / "model.so").run({"x": x})["y"]
+    expected = np.pad(x[:, None], [(0, 0)] * 3 + [(1, 2), (0, 0)], mode="reflect")
+    np.testing.assert_array_equal(y, expected)
+
+
 @pytest.mark.parametrize("direction", ["LEFT", "RIGHT"])
 @pytest.mark.parametrize("dtype", ["int8", "int32", "int64", "uint8", "uint32"])
 def test_shifts_by_any_number_of_bits(direction, dtype, tmp_path):
