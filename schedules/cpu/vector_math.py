@@ -28,10 +28,14 @@ _EXP_POLY = (
     5.0000001201e-1,
 )
 _EXP_LOWEST = -87.336544
+_SATURATED = 87.0
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 
 ROUNDING = 12582912.0
 """1.5 * 2**23: added to a small float, it leaves the nearest integer in the lowest bits."""
+
+_EXP2 = (0.00132764719, 0.00967554366, 0.0555071328, 0.240221197, 0.693146968, 1.00000007)
+"""2**r in powers of r, fitted for |r| <= 1/2: 8e-8 relative."""
 
 _ROUGH_EXP2 = (0.055171323, 0.24261055, 0.69326099, 0.99992811)
 
@@ -146,16 +150,9 @@ def rough_exp(x: Expr) -> Expr:
     """e**x for x <= 0, to 1e-4 of its value; about e**-87 below -87."""
 
     def with_power(t: Expr) -> Expr:
-        lanes = lanes_of(t)
-        integer = "int32" if lanes == 1 else f"int32x{lanes}"
-
         def with_shifted(shifted: Expr) -> Expr:
             rest = t - (shifted - constant(ROUNDING, t))
-            poly = _let(rest, lambda r: _horner(r, _ROUGH_EXP2))
-            bits = T.reinterpret(integer, shifted)  # the integer is in the lowest ones
-            exponent = T.shift_left(bits, constant(23, t, "int32"))
-            total = T.reinterpret(integer, poly) + exponent
-            return T.reinterpret(integer.replace("int", "float"), total)
+            return _scaled(_let(rest, lambda r: _horner(r, _ROUGH_EXP2)), shifted)
 
         return _let(t + constant(ROUNDING, t), with_shifted)
 
@@ -187,8 +184,34 @@ def sigmoid(x: Expr) -> Expr:
 
 
 def silu(x: Expr) -> Expr:
-    """x * sigmoid(x), by tanh(x / 2): two thirds of the time that the exponential takes."""
-    return _let(x * constant(0.5, x), lambda half: half + half * tanh(half))
+    """x / (1 + exp(-x)), of which -x log2 e is rounded to an integer by adding a large number.
+
+    It is exact to a few roundings, and -87 or less is near 0.
+    """
+
+    def with_lowest(v: Expr) -> Expr:
+        def with_exponent(c: Expr) -> Expr:
+            scale = constant(-math.log2(math.e), c)
+
+            def with_shifted(shifted: Expr) -> Expr:
+                rest = c * scale - (shifted - constant(ROUNDING, c))
+                power = _scaled(_let(rest, lambda r: _horner(r, _EXP2)), shifted)
+                return v / (constant(1.0, v) + power)
+
+            return _let(c * scale + constant(ROUNDING, c), with_shifted)
+
+        return _let(tirx.min(v, constant(_SATURATED, v)), with_exponent)
+
+    return _let(tirx.max(x, constant(-_SATURATED, x)), with_lowest)
+
+
+def _scaled(value: Expr, shifted: Expr) -> Expr:
+    """``value`` times two to the power of the integer in the lowest bits of a float."""
+    lanes = lanes_of(value)
+    suffix = "" if lanes == 1 else f"x{lanes}"
+    bits = T.reinterpret(f"int32{suffix}", shifted)
+    exponent = T.shift_left(bits, constant(23, value, "int32"))
+    return T.reinterpret(f"float32{suffix}", T.reinterpret(f"int32{suffix}", value) + exponent)
 
 
 def hard_sigmoid(x: Expr) -> Expr:
