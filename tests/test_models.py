@@ -457,7 +457,17 @@ def test_layer_rules_choose_convolutions(tmp_path):
     model = build(graph, first=normal(16, 8, 1, 1), second=normal(16, 1, 3, 3))
     layers = check(model, tmp_path, tolerance=1e-4, layer_rules=["first=csr"]).manifest["layers"]
     assert [layer["format"] for layer in layers] == ["csr", "dense"]
-    assert layers[1]["reason"].startswith("depthwise")
+    assert layers[1]["reason"] == "no zeros"
+
+
+@pytest.mark.parametrize("name", ["depthwise", "depthwise strided", "depthwise multiplied"])
+def test_sparse_depthwise_convolution(name, tmp_path):
+    x, w, attributes = CONVOLUTIONS[name]
+    weight = normal(*w) * (np.random.default_rng(0).random(w) < 0.2)
+    graph = f"(float{list(x)} x) => (float[N] y) {{ a = Conv<{attributes}>(x, w) y = Relu(a) }}"
+    result = check(build(graph, w=weight.astype(np.float32)), tmp_path, tolerance=1e-4)
+    (layer,) = result.manifest["layers"]
+    assert (layer["op"], layer["format"]) == ("convolution", "csr")
 
 
 OTHERS = {

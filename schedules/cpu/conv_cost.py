@@ -48,6 +48,9 @@ _WINDOW_INDEX_CYCLES = 0.4
 _DENSE_LOOP = 1.04
 _SPILLED = 2.0
 
+_STORED_TAP = 1.6
+"""What a stored tap of a depthwise convolution takes at most, in times of one of a dense window."""
+
 
 def blocking(op: Convolution, format: str, rows: int, target: Target) -> dict[str, int]:
     """The layout parameters of :func:`~sparse_tvm.schedules.cpu.conv_planes.conv_planes`."""
@@ -171,6 +174,14 @@ def conv_seconds(
     streamed = passes * blocks * (4 * rows + (2 if layout.sparse else 0)) / costs.streamed
     rows_out, columns_out = out_size(op)
     return target.seconds(groups * compute + streamed) * pixels / (rows_out * columns_out)
+
+
+def depthwise_seconds(
+    op: Convolution, taps: int, pixels: int, target: Target, *, sparse: bool
+) -> float:
+    """The same for a depthwise convolution that has so many ``taps`` in all of its channels."""
+    blocks = round(taps * _STORED_TAP) if sparse else taps
+    return conv_seconds(op, Layout("", "dense"), blocks, pixels, target)
 
 
 def plane_vectors(op: Convolution, simd: Simd) -> int:

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from sparse_tvm.schedules.cpu.planes import Border, Extent, Window
 from sparse_tvm.schedules.cpu.simd import LANES
 
 DIRECT_VECTORS = 8
+ROW_BITS = 16
+COLUMN_MASK = (1 << ROW_BITS) - 1
 _LOWEST = -3.4028234663852886e38
 
 
@@ -52,3 +56,24 @@ def reads_in_place(window: Window) -> Border:
         (bottom, max(right, beyond)),
         any(window.pads),
     )
+
+
+def stored_taps(w: np.ndarray, window: Window) -> dict[str, np.ndarray]:
+    """The weight ``[channels, taps]`` of a depthwise convolution.
+
+    ``data`` float32 and ``taps`` int32 ``[stored]`` are the taps that are not zero, channel by
+    channel, and how many rows and columns they are from the window's first one: rows in the upper
+    16 bits. ``indptr`` int32 ``[channels + 1]`` is where each channel's begin.
+    """
+    channels, taps = np.nonzero(w)
+    rows, columns = np.divmod(taps, window.kernel[1])
+    places = (rows * window.dilation[0] << ROW_BITS) + columns * window.dilation[1]
+    data = w[channels, taps]
+    if not len(data):  # kernels want at least one element
+        data, places = np.zeros(1), np.zeros(1)
+    counts = np.bincount(channels, minlength=len(w))
+    return {
+        "data": data.astype(np.float32),
+        "taps": places.astype(np.int32),
+        "indptr": np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+    }

@@ -197,6 +197,6 @@ def _prunable(subject: Subject, costs: Costs, structures: Sequence[str]) -> Sequ
     if not found:
         raise ModelError(
             f"{subject.name}: pruning makes no layer faster on {subject.context.target.name}",
-            hint="layers this small, or depthwise, stay dense; try another --structure",
+            hint="layers this small stay dense; try another --structure",
         )
     return found

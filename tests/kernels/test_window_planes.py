@@ -1,4 +1,5 @@
-"""Depthwise convolutions and pooling in planes against NumPy: any window, CPU, thread count."""
+"""Depthwise convolutions, dense and sparse, and pooling in planes against NumPy: any window, CPU,
+thread count."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ from image_harness import (
 from sparse_tvm.operators import Activation, Bias, Residual
 from sparse_tvm.schedules.cpu.images import Images
 from sparse_tvm.schedules.cpu.planes import Border, Planes, Window
+from sparse_tvm.schedules.cpu.sparse_windows import sparse_window_planes
 from sparse_tvm.schedules.cpu.window_planes import window_planes
-from sparse_tvm.schedules.cpu.windows import DEPTHWISE, MAX, MEAN, reads_in_place
+from sparse_tvm.schedules.cpu.windows import DEPTHWISE, MAX, MEAN, reads_in_place, stored_taps
 from sparse_tvm.targets import TARGETS
 
 SAME = Window((3, 3), pads=(1, 1, 1, 1))
@@ -35,6 +37,7 @@ problems = st.fixed_dictionaries(
         "image": images,
         "window": st.one_of(square, windows),
         "operation": st.sampled_from([DEPTHWISE, MAX, MEAN]),
+        "density": st.sampled_from([None, 0.0, 0.1, 0.3, 1.0]),
         "multiplier": st.integers(1, 2),
         "padded": st.booleans(),
         "epilogue": epilogues,
@@ -44,8 +47,10 @@ problems = st.fixed_dictionaries(
 )
 
 
-def check(image, window, operation, multiplier, padded, epilogue, target, threads):
+def check(image, window, operation, density, multiplier, padded, epilogue, target, threads):
+    """``density`` is the share of taps that are stored, None for a kernel that stores all."""
     extent = Extent(image)
+    sparse = density is not None and operation is DEPTHWISE
     if not operation.weighted:
         multiplier = 1
     assume(all(size > 0 for size in window.out_size(extent.numbers)))
@@ -72,23 +77,21 @@ def check(image, window, operation, multiplier, padded, epilogue, target, thread
 
     source, wanted, like = planes(extent.symbols)
     source_here, there, like_here = planes(extent.numbers)
-    kernel = window_planes(
-        Images(extent.batch, channels, n, source, wanted, window, extent.names),
-        operation,
-        epilogue,
-        [like] * epilogue.count(Residual()),
-        simd(target),
-    )
+    of = Images(extent.batch, channels, n, source, wanted, window, extent.names)
+    after = (epilogue, [like] * epilogue.count(Residual()), simd(target))
+    kernel = sparse_window_planes(of, *after) if sparse else window_planes(of, operation, *after)
     taps = np.stack(list(taps_of(x, window)), axis=2).astype("float64")
     if operation is DEPTHWISE:
         w = rng.standard_normal((n, window.taps)).astype("float32")
+        w *= rng.random(w.shape) < (density if sparse else 1.0)
+        weight = list(stored_taps(w, window).values()) if sparse else [w]
         y = np.einsum("bckyx,ck->bcyx", np.repeat(taps, multiplier, axis=1), w)
     else:
         y = taps.max(axis=2) if operation is MAX else taps.mean(axis=2)
     y, extras = apply_epilogue(y, epilogue, rng)
     arguments = [
         to_planes(x, source_here),
-        *([w] if operation is DEPTHWISE else []),
+        *(weight if operation is DEPTHWISE else []),
         *extent.sizes,
         *([mask(there)] if padded else []),
         *(extra if extra.ndim == 1 else to_planes(extra, like_here) for extra in extras),
@@ -106,6 +109,7 @@ PROBLEM = {
     "image": IMAGE,
     "window": SAME,
     "operation": DEPTHWISE,
+    "density": None,
     "multiplier": 1,
     "padded": False,
     "epilogue": [Bias(), Residual(), Activation("relu")],
@@ -127,8 +131,27 @@ def test_window(problem):
     check(**problem)
 
 
+@pytest.mark.parametrize("density", [None, 0.3])
 @pytest.mark.parametrize("window", [SAME, DOWN])
 @pytest.mark.parametrize("size", [1, 7, 14, 28, 57])
-def test_square_images(window, size):
+def test_square_images(window, size, density):
     image = {**IMAGE, "height": size, "width": size}
-    check(**{**PROBLEM, "image": image, "window": window, "padded": True})
+    check(**{**PROBLEM, "image": image, "window": window, "density": density, "padded": True})
+
+
+@pytest.mark.parametrize("target", FORMS, ids=lambda target: target.name)
+@pytest.mark.parametrize(
+    ("window", "size", "symbolic"),
+    [
+        (SAME, 13, False),
+        (DOWN, 30, False),
+        (DOWN, 30, True),
+        (Window((5, 5), (2, 2), pads=(2, 2, 2, 2)), 137, False),
+        (Window((3, 3), (2, 1), pads=(1, 1, 1, 1)), 9, False),
+        (Window((3, 2), (1, 3), dilation=(2, 2)), 17, False),
+    ],
+)
+def test_few_taps(window, size, symbolic, target):
+    image = {**IMAGE, "channels": 5, "height": size, "width": size, "symbolic": symbolic}
+    few = {"image": image, "window": window, "density": 0.3, "padded": True, "target": target}
+    check(**{**PROBLEM, **few})

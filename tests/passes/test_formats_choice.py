@@ -244,12 +244,21 @@ def convolution(groups):
     )
 
 
-@pytest.mark.parametrize("format", ["auto", "csr"])
-def test_depthwise_weight_stays_dense_and_says_why(format):
+@pytest.mark.parametrize(
+    ("sparsity", "format", "stored"),
+    [(0.9, "auto", "csr"), (0.2, "auto", "dense"), (0.2, "csr", "csr"), (0.9, "dense", "dense")],
+)
+def test_depthwise_weight_is_sparse_if_few_taps_are_left(sparsity, format, stored):
     op = convolution(16)
-    choice = chosen(weight(op.matrix, 0.9), op=op, format=format)
+    choice = chosen(weight(op.matrix, sparsity), op=op, format=format)
+    assert choice.layout == Layout("depthwise_convolution", stored)
+
+
+def test_depthwise_weight_has_no_blocks():
+    op = convolution(16)
+    choice = chosen(weight(op.matrix, 0.9), op=op, format="bsr", block="4x1")
     assert choice.layout == Layout("depthwise_convolution", "dense")
-    assert choice.reason == "depthwise: there is no sum to shorten"
+    assert "no kernels for it" in choice.reason
 
 
 def test_blocks_of_a_convolution_are_not_wide():

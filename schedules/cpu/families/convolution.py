@@ -11,13 +11,13 @@ import numpy as np
 from sparse_tvm.families import Extents, Kernel, WeightedFamily, Wish, Work, bytes_of
 from sparse_tvm.operators import FLOAT32, STILL, Convolution, Layout
 from sparse_tvm.schedules.cpu.block_arrays import block_diagonal, split_arrays
-from sparse_tvm.schedules.cpu.conv_cost import blocking, conv_seconds, dense_rows
+from sparse_tvm.schedules.cpu.conv_cost import blocking, conv_seconds, dense_rows, depthwise_seconds
 from sparse_tvm.schedules.cpu.families.extents import symbols_of
 from sparse_tvm.schedules.cpu.families.matmul import wished_blocks
 from sparse_tvm.schedules.cpu.image_operators import ImageConvolution, window_of
 from sparse_tvm.schedules.cpu.planes import Planes
 from sparse_tvm.schedules.cpu.simd import Simd
-from sparse_tvm.schedules.cpu.windows import DEPTHWISE
+from sparse_tvm.schedules.cpu.windows import DEPTHWISE, stored_taps
 from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.targets import Target
 
@@ -145,7 +145,10 @@ class ConvolutionFamily(ImageFamily):
 
 @dataclass(frozen=True)
 class DepthwiseFamily(ImageFamily):
-    """Kernels of :mod:`sparse_tvm.schedules.cpu.window_planes`."""
+    """Kernels of :mod:`sparse_tvm.schedules.cpu.window_planes`.
+
+    And of :mod:`~sparse_tvm.schedules.cpu.sparse_windows`, where few taps are not zero.
+    """
 
     name: ClassVar[str] = "depthwise_convolution"
     operator: ClassVar[type[Convolution]] = Convolution
@@ -154,10 +157,8 @@ class DepthwiseFamily(ImageFamily):
     def candidates(
         self, op: Convolution, weight: WeightStatistics, target: Target, wish: Wish | None = None
     ) -> Sequence[Layout]:
-        return [Layout(self.name, "dense")]
-
-    def remark(self, op: Convolution) -> str:
-        return "depthwise: there is no sum to shorten"
+        formats = ("dense", "csr")
+        return [Layout(self.name, f) for f in formats if wish is None or wish.format == f]
 
     def cost(
         self,
@@ -167,22 +168,31 @@ class DepthwiseFamily(ImageFamily):
         tokens: int,
         target: Target,
     ) -> float:
-        return conv_seconds(op, layout, weight.shape[0] * weight.shape[1], tokens, target)
+        taps = weight.nonzeros if layout.sparse else weight.shape[0] * weight.shape[1]
+        return depthwise_seconds(op, taps, tokens, target, sparse=layout.sparse)
 
     def pack(
         self, op: Convolution, w: np.ndarray, layout: Layout, target: Target
     ) -> dict[str, np.ndarray]:
+        if layout.sparse:
+            return stored_taps(w, window_of(op))
         return {"data": np.ascontiguousarray(w)}
 
     def build(
         self, op: Convolution, operands: Sequence[Extents], output: Extents, target: Target
     ) -> Kernel:
+        from sparse_tvm.schedules.cpu.sparse_windows import sparse_window_planes
         from sparse_tvm.schedules.cpu.window_planes import window_planes
 
         assert isinstance(op, ImageConvolution)
         images, residuals = images_of(op, operands[0])
-        function = window_planes(images, DEPTHWISE, op.epilogue, residuals, Simd.of(target))
-        return Kernel("_".join(["depthwise_conv2d", size_title(op), *op.step_titles]), function)
+        simd, title = Simd.of(target), ["depthwise_conv2d", size_title(op), *op.step_titles]
+        if op.stored.sparse:
+            function = sparse_window_planes(images, op.epilogue, residuals, simd)
+            title.insert(1, op.stored.format)
+        else:
+            function = window_planes(images, DEPTHWISE, op.epilogue, residuals, simd)
+        return Kernel("_".join(title), function)
 
 
 def images_of(op: ImageConvolution, x: Extents) -> tuple[Any, list[Planes]]:
