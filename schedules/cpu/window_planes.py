@@ -3,8 +3,8 @@
 With a stride of one, a window moves along a plane as along one long row; with another, along each
 row. A row is read once, in whole vectors: the taps of one column of the window share a sum, and
 sums of neighbouring columns are shifted against each other at the end, by lanes that come from
-the vector before or behind. Where rows are few and short, or a window is wider than a vector, each
-tap loads its operand itself.
+the vector before or behind. Where rows are few and short, a window is wider than a vector, or its
+weights do not fit into registers, each tap loads its operand itself, for several vectors.
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ def window_planes(
             output.clear_border(plane, scalar(target.pixels) // simd.lanes * simd.lanes)
             if along_plane:
                 count = vectors_of(target, simd)
-                row.compute(start, 0, count, rolls(window, count), True)
+                row.compute(start, 0, count, wraps=True)
             else:
                 count = scalar((there.width + (simd.lanes - 1)) // simd.lanes)
                 whole = scalar((there.pitch + (simd.lanes - 1)) // simd.lanes)
                 with T.serial(0, there.height) as line:
                     begin = scalar(start + line * (window.stride[0] * source.pitch))
                     pixel = scalar(line * there.pitch)
-                    row.compute(begin, pixel, count, rolls(window, count), False)
+                    row.compute(begin, pixel, count, wraps=False)
                     if target.border.padded:
                         with T.serial(0, whole - count) as i:
                             output.clear(plane, pixel + (count + i) * simd.lanes)
@@ -119,15 +119,15 @@ class _Row:
         kept.fill(lambda _, tap: splat(w[self._channel, tap], self._simd))
         return lambda tap: kept.get(0, tap)
 
-    def compute(self, start: Expr, pixel: Expr, count: Expr, roll: bool, wraps: bool) -> None:
+    def compute(self, start: Expr, pixel: Expr, count: Expr, *, wraps: bool) -> None:
         """Compute ``count`` vectors of pixels from ``pixel`` on, whose first is ``x[start]``.
 
         ``wraps`` tells whether what lies in front of the first vector is read as any other.
         """
-        if roll:
+        if rolls(self._window, count, self._operation, self._simd):
             self._roll(start, pixel, count, wraps)
             return
-        size = DIRECT_VECTORS if self._simd.registers >= 32 else 4
+        size = DIRECT_VECTORS
         groups = scalar(count // size)
         with T.serial(0, groups) as group:
             self._direct(start, pixel, scalar(group * size), size)

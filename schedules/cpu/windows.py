@@ -10,11 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparse_tvm.schedules.cpu.planes import Border, Extent, Window
-from sparse_tvm.schedules.cpu.simd import LANES
+from sparse_tvm.schedules.cpu.simd import LANES, Simd
 
 DIRECT_VECTORS = 8
 ROW_BITS = 16
 COLUMN_MASK = (1 << ROW_BITS) - 1
+_MANY_REGISTERS = 32
+_MOST_IN_PLACE = 25
+"""Taps of a window, with few registers, that cost less than to shift sums against each other."""
+
 _LOWEST = -3.4028234663852886e38
 
 
@@ -38,8 +42,15 @@ class Operation:
 DEPTHWISE, MAX, MEAN = Operation("depthwise"), Operation("max"), Operation("mean")
 
 
-def rolls(window: Window, vectors: Extent) -> bool:
-    """Whether rows are read once, for all columns of the window; else each tap reads its own."""
+def rolls(window: Window, vectors: Extent, operation: Operation, simd: Simd) -> bool:
+    """Whether rows are read once, for all columns of the window; else each tap reads its own.
+
+    Where a window's weights do not fit into the registers, each is loaded for each vector then,
+    instead of once for several.
+    """
+    few = simd.registers < _MANY_REGISTERS and window.taps <= _MOST_IN_PLACE
+    if few and operation.weighted and not window.strided:
+        return False
     far = max(abs(step) for step, _ in window.steps(1)) >= 4
     short = isinstance(vectors, int) and vectors <= 2 * DIRECT_VECTORS
     return window.stride[1] <= 2 and not far and (window.strided or not short)
