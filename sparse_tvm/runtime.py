@@ -154,10 +154,13 @@ class Model:
         self.device, self.hardware = str(device), device.hardware()
         self._staged = [StagedInput(spec, device) for spec in self.inputs]
         self._names = [spec.name for spec in self.inputs]
+        self._output_names = [spec.name for spec in self.outputs]
         self._limits = _limits(self.inputs, self.bounds)
         self._memory = MemoryBound()
         self._mapped = mapped
-        self._weights = _weights_tuple(mapped, manifest["weights"], device)
+        weights = _weights(mapped, manifest["weights"], device)
+        self._weights = device.tvm_ffi.convert(weights)
+        self._last = () if machine.bind(weights) else (self._weights,)
         self._own: set[int] | None = None
         self._signature: list[Any] | None = None
 
@@ -190,7 +193,8 @@ class Model:
     def _release(self) -> None:
         self._closed = True
         with self._device.submitting():
-            self._weights, self._staged, self._mapped = None, [], np.empty(0, np.uint8)
+            self._weights, self._last, self._staged = None, (), []
+            self._mapped = np.empty(0, np.uint8)
             self._machine.close()
             self._device.close()
 
@@ -253,7 +257,7 @@ class Model:
     def _by_name(self, results: list[Any], into: Callable[[Any], Any] | None) -> dict[str, Any]:
         if into is not None:
             results = [into(result) for result in results]
-        return {spec.name: result for spec, result in zip(self.outputs, results, strict=True)}
+        return dict(zip(self._output_names, results, strict=True))
 
     def trace(self, inputs: Mapping[str, Any], runs: int = 1) -> list[list[Call]]:
         """Run the model and time every function that the program calls.
@@ -306,12 +310,16 @@ class Model:
 
     def _known(self, inputs: Mapping[str, Any]) -> list[Any] | None:
         """Arrays of the dtypes and shapes of the last call that were found right, else None."""
-        try:
-            values = [inputs[name] for name in self._names]
-        except KeyError:
+        signature = self._signature
+        if signature is None or len(inputs) != len(signature):
             return None
-        known = len(inputs) == len(values) and self._signature == _signature(values) is not None
-        return values if known else None
+        values = []
+        for name, (dtype, shape) in zip(self._names, signature, strict=True):
+            value = inputs.get(name)
+            if type(value) is not np.ndarray or value.dtype != dtype or value.shape != shape:
+                return None
+            values.append(value)
+        return values
 
     def _checked(self, inputs: Mapping[str, Any], stream: int | None = None) -> list[Any]:
         """Return the inputs as arrays, or as residents of the device, in the model's order."""
@@ -382,7 +390,9 @@ class Model:
         """The same where there are neither residents nor streams: small models live by it."""
         self._refuse_if_closed()
         if self._limits:
-            self._bound_memory(tuple([value.shape for value in values]))
+            shapes = tuple([value.shape for value in values])
+            if shapes not in self._memory:
+                self._bound_memory(shapes)
         tensors = [staged.fill(v) for staged, v in zip(self._staged, values, strict=True)]
         return self._copied(self._results(self._machine.main, tensors), values)
 
@@ -390,7 +400,7 @@ class Model:
         self._memory.before_run(shapes, lambda: sum(map(StagedInput.nbytes, self._staged, shapes)))
 
     def _results(self, main: Any, tensors: Sequence[Any]) -> Sequence[Any]:
-        result = main(*tensors, self._weights)
+        result = main(*tensors, *self._last)
         return [result] if hasattr(result, "__dlpack__") else result
 
     def _copied(self, results: Sequence[Any], values: Sequence[Any]) -> list[np.ndarray]:
@@ -476,14 +486,14 @@ def _allow_tiles(path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> N
         )
 
 
-def _weights_tuple(mapped: np.ndarray, entries: Sequence[Mapping[str, Any]], device: Device) -> Any:
-    """Return the weights as the program's last argument: tensors over the mapped file."""
+def _weights(mapped: np.ndarray, entries: Sequence[Mapping[str, Any]], device: Device) -> list[Any]:
+    """Return the weights, the program's last arguments: tensors over the mapped file."""
     tensors = []
     for entry in entries:
         raw = mapped[entry["offset"] : entry["offset"] + entry["nbytes"]]
         weight = raw.view(np.dtype(entry["dtype"])).reshape(entry["shape"])
         tensors.append(device.constant(weight))
-    return device.tvm_ffi.convert(tensors)
+    return tensors
 
 
 def _index_of(path: str | os.PathLike[str], device: str | None, compiled_for: str) -> int:

@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
@@ -26,6 +26,11 @@ from sparse_tvm.errors import ArtifactError
 
 ONE_BY_ONE = "one_by_one"
 """A program's second function, where ``main`` launches kernels as graphs: this one calls each."""
+
+WEIGHTS_APART = "weights_apart"
+"""A program's function that takes the weights one by one, where ``main`` takes them as a tuple."""
+
+_BOUND = "bound"
 
 _CAPTURES = 3
 """How often to try to capture graphs."""
@@ -162,6 +167,8 @@ class VirtualMachine:
         self._main, self._one_by_one = machine["main"], _one_by_one(machine)
         self._captures = 0 if self._one_by_one is None else _CAPTURES
         self.refused = ""
+        self._weights: Sequence[Any] = ()
+        self._machine: Any = machine
         self._library: Library | None = library  # released after what runs its code
         _machines.add(self)
 
@@ -170,6 +177,13 @@ class VirtualMachine:
         self._running = threading.Lock()
         self._creating = threading.Lock()
         self._own_thread: _OwnThread | None = None
+
+    def bind(self, weights: Sequence[Any]) -> bool:
+        """Bind the weights, for calls to leave them out; False where the program cannot."""
+        if not self._machine.implements_function(WEIGHTS_APART):
+            return False
+        self._weights, self._main = weights, _with_weights(self._machine, weights)
+        return True
 
     def main(self, *args: Any) -> Any:
         """Run the program once; to be called by :meth:`call`.
@@ -204,7 +218,8 @@ class VirtualMachine:
 
     def close(self) -> None:
         """Give back the program and what it keeps on its device; nothing may be called then."""
-        self._main = self._one_by_one = None
+        self._main = self._one_by_one = self._machine = None
+        self._weights = ()
         self._library = None
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -214,7 +229,8 @@ class VirtualMachine:
         in_main_thread = threading.get_ident() == threading.main_thread().ident
         may_have_workers = self._threads == 1 or not _forks
         if in_main_thread and may_have_workers and _set_pool(self._threads):
-            return self._alone(function, *args)
+            with self._running:
+                return function(*args)
         with self._creating:
             if self._own_thread is None:
                 self._own_thread = _OwnThread(self._threads)
@@ -229,6 +245,8 @@ class VirtualMachine:
         assert self._library is not None
         machine = _instance(self._library, self._device)
         machine["set_instrument"](runtime().convert_func(callback))
+        if self._weights:
+            return _with_weights(machine, self._weights)
         return _one_by_one(machine) or machine["main"]
 
     def _alone(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -260,6 +278,10 @@ class MemoryBound:
     def __init__(self) -> None:
         self._sizes: dict[tuple[tuple[int, ...], ...], int] = {}
 
+    def __contains__(self, shapes: tuple[tuple[int, ...], ...]) -> bool:
+        """Whether nothing has to be noted before a run of these shapes."""
+        return shapes in self._sizes
+
     def before_run(self, shapes: tuple[tuple[int, ...], ...], size_of: Callable[[], int]) -> None:
         """Note that inputs of `shapes`, of as many bytes in all as `size_of` tells, come next."""
         if shapes in self._sizes:
@@ -277,6 +299,12 @@ def _instance(library: Library, device: Device) -> Any:
     machine = library.module["vm_load_executable"]()
     machine["vm_initialization"](*device.machine_arguments())
     return machine
+
+
+def _with_weights(machine: Any, weights: Sequence[Any]) -> Any:
+    """The program with its last arguments bound."""
+    machine["save_function"](WEIGHTS_APART, _BOUND, True, *weights)
+    return machine[_BOUND]
 
 
 def _one_by_one(machine: Any) -> Any:

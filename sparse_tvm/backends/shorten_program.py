@@ -4,6 +4,10 @@ TVM's lowering makes shapes, sizes and tensors anew for every kernel, and forget
 its use. An instruction takes 50 to 100 ns: nothing beside a large kernel, much beside a small one,
 and thirteen layers of 256 features took 250 of them. Here shapes, sizes and tensors over the same
 memory are made once, and what costs nothing to keep is kept until the program returns.
+
+``main`` takes all weights as one tuple, and takes it apart with an instruction per weight. A second
+function, ``WEIGHTS_APART``, takes them one by one: a runtime binds them once, when it loads the
+program. ``main`` calls it.
 """
 
 from __future__ import annotations
@@ -14,11 +18,16 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from sparse_tvm.vm import WEIGHTS_APART
+
 _SAME_EACH_TIME = {"vm.builtin.make_shape", "vm.builtin.make_prim_value", "relax.vm.alloc_tensor"}
 """Shapes and sizes are read from a heap whose places are written once, before they are read, and
 tensors are views of storage that is there."""
 
 _KILL = "relax.vm.kill_object"
+
+_CHECK_TUPLE = "vm.builtin.check_tuple_info"
+"""That a tuple has so many fields: of weights apart the program knows by their number."""
 
 Expr = Any
 
@@ -26,13 +35,60 @@ Expr = Any
 def _shortened_module(module: tvm.IRModule, _context: Any) -> tvm.IRModule:
     for variable, function in module.functions_items():
         if isinstance(function, relax.Function):
-            module.update_func(variable, _shortened(function))
+            shorter = _shortened(function)
+            apart = _weights_apart(shorter) if variable.name_hint == "main" else None
+            if apart is not None:
+                called = tvm.ir.GlobalVar(WEIGHTS_APART)
+                module.update_func(called, apart)
+                shorter = _taking_apart(shorter, called)
+            module.update_func(variable, shorter)
     return module
+
+
+def _weights_apart(function: relax.Function) -> relax.Function | None:
+    """The function with a parameter for each field of its last one, where that is but taken apart.
+
+    None where there is no such tuple, or something else is done with it.
+    """
+    if not function.params or not isinstance(function.params[-1].ty, relax.TupleType):
+        return None
+    *inputs, weights = function.params
+    fields = [relax.Var(f"weight_{i}", each) for i, each in enumerate(weights.ty.fields)]
+    instead: dict[int, Expr] = {}
+    kept = []
+    for binding in _bindings(function):
+        value = binding.value
+        if isinstance(value, relax.TupleGetItem) and value.tuple_value.same_as(weights):
+            instead[hash(binding.var)] = fields[value.index]
+        elif _callee(value) != _CHECK_TUPLE or not value.args[0].same_as(weights):
+            kept.append(relax.VarBinding(binding.var, _renamed(value, instead)))
+    body = relax.SeqExpr([relax.BindingBlock(kept)], _renamed(function.body.body, instead))
+    if any(variable.same_as(weights) for variable in relax.analysis.free_vars(body)):
+        return None
+    made = relax.Function([*inputs, *fields], body, function.ret_ty, function.is_pure)
+    return made.with_attr("global_symbol", WEIGHTS_APART)
+
+
+def _taking_apart(function: relax.Function, called: tvm.ir.GlobalVar) -> relax.Function:
+    """A function of the same parameters that calls the one with weights apart."""
+    *inputs, weights = params = [relax.Var(each.name, each.ty) for each in function.params]
+    fields = [relax.Var(f"weight_{i}", each) for i, each in enumerate(weights.ty.fields)]
+    bindings = [
+        relax.VarBinding(field, relax.TupleGetItem(weights, i)) for i, field in enumerate(fields)
+    ]
+    result = relax.Var("result", function.ret_ty)
+    bindings.append(relax.VarBinding(result, relax.Call(called, [*inputs, *fields])))
+    body = relax.SeqExpr([relax.BindingBlock(bindings)], result)
+    return relax.Function(params, body, function.ret_ty, function.is_pure, function.attrs)
+
+
+def _bindings(function: relax.Function) -> list[Any]:
+    return [each for block in function.body.blocks for each in block.bindings]
 
 
 def _shortened(function: relax.Function) -> relax.Function:
     """The function with fewer bindings; as it was where it branches, which ours do not."""
-    bindings = [each for block in function.body.blocks for each in block.bindings]
+    bindings = _bindings(function)
     if any(isinstance(each.value, relax.If) for each in bindings):
         return function
     sharing = _Sharing(function.params)
@@ -67,19 +123,24 @@ class _Sharing:
         return relax.VarBinding(binding.var, value)
 
     def renamed(self, expr: Expr) -> Expr:
-        """An expression, flat as they are here, in terms of the variables that are left."""
-        if isinstance(expr, relax.Var):
-            return self._instead.get(hash(expr), expr)
-        if isinstance(expr, relax.Tuple):
-            return relax.Tuple([self.renamed(field) for field in expr.fields])
-        if isinstance(expr, relax.TupleGetItem):
-            return relax.TupleGetItem(self.renamed(expr.tuple_value), expr.index)
-        if isinstance(expr, relax.Call):
-            args = [self.renamed(arg) for arg in expr.args]
-            if all(new.same_as(old) for new, old in zip(args, expr.args, strict=True)):
-                return expr  # with its type, by which a result of nothing gets no register
-            return relax.Call(expr.op, args, expr.attrs, expr.ty_args)
-        return expr
+        """An expression in terms of the variables that are left."""
+        return _renamed(expr, self._instead)
+
+
+def _renamed(expr: Expr, instead: dict[int, Expr]) -> Expr:
+    """An expression, flat as they are here, with some variables in place of others."""
+    if isinstance(expr, relax.Var):
+        return instead.get(hash(expr), expr)
+    if isinstance(expr, relax.Tuple):
+        return relax.Tuple([_renamed(field, instead) for field in expr.fields])
+    if isinstance(expr, relax.TupleGetItem):
+        return relax.TupleGetItem(_renamed(expr.tuple_value, instead), expr.index)
+    if isinstance(expr, relax.Call):
+        args = [_renamed(arg, instead) for arg in expr.args]
+        if all(new.same_as(old) for new, old in zip(args, expr.args, strict=True)):
+            return expr  # with its type, by which a result of nothing gets no register
+        return relax.Call(expr.op, args, expr.attrs, expr.ty_args)
+    return expr
 
 
 def _last_kills(bindings: Sequence[Any]) -> list[Any]:
