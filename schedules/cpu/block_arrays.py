@@ -10,6 +10,9 @@ from sparse_tvm.sparsity.formats import BSR
 JOBS_PER_GROUP = 16
 """Row partitions per group of tiles: enough to balance up to sixteen threads on one group."""
 
+_MOST_FILLED = 1.4
+"""How many times as many blocks rows may have for being equally long."""
+
 
 def index_dtype(k_in: int) -> str:
     """Type of column indices: the smaller, the less streams from memory."""
@@ -60,13 +63,16 @@ def stored_arrays(w: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
     }
 
 
-def split_arrays(w: np.ndarray, layout: Layout, together: int = 1) -> dict[str, np.ndarray]:
+def split_arrays(
+    w: np.ndarray, layout: Layout, together: int = 1, abreast: int = 1
+) -> dict[str, np.ndarray]:
     """The arguments of ``schedules.cpu.matmul`` for the weight ``[N, K]``.
 
     Those of `stored_arrays`; a sparse weight's blocks part by part, in each part job by job, and
     in each job the block rows by their number of blocks, with ``rows`` to tell which they are.
     Of a sparse weight each block row of a part has a multiple of ``together`` blocks: the last one
-    again, with zeros, where there are fewer.
+    again, with zeros, where there are fewer. A job has a multiple of ``abreast`` block rows, and
+    every so many in that order have equally many blocks, where that takes few more zeros.
     """
     arrays = stored_arrays(w, layout)
     parts = layout.get("parts", 1)
@@ -74,6 +80,7 @@ def split_arrays(w: np.ndarray, layout: Layout, together: int = 1) -> dict[str, 
         return arrays
     indptr, partition, k = arrays["indptr"], arrays["partition"], w.shape[1]
     block_rows = len(indptr) - 1
+    partition[:-1] -= partition[:-1] % abreast
     row_of = np.repeat(np.arange(block_rows), np.diff(indptr))
     part_of = arrays["indices"][: len(row_of)].astype(np.int64) * parts // k
     counts = np.zeros((parts, block_rows), np.int64)
@@ -84,7 +91,8 @@ def split_arrays(w: np.ndarray, layout: Layout, together: int = 1) -> dict[str, 
     place = np.empty_like(rows)
     np.put_along_axis(place, rows, np.arange(block_rows)[None], axis=1)
     order = np.lexsort((place[part_of, row_of], part_of))
-    real, filled = (np.take_along_axis(each, rows, axis=1).ravel() for each in (counts, stored))
+    real, filled = (np.take_along_axis(each, rows, axis=1) for each in (counts, stored))
+    real, filled = real.ravel(), _made_equal(filled, abreast).ravel()
     within = np.arange(filled.sum()) - np.repeat(np.cumsum(filled) - filled, filled)
     last = np.repeat(real - 1, filled)
     taken = order[np.repeat(np.cumsum(real) - real, filled) + np.minimum(within, last)]
@@ -98,6 +106,20 @@ def split_arrays(w: np.ndarray, layout: Layout, together: int = 1) -> dict[str, 
         "rows": rows.astype(np.int32).ravel(),
         "partition": partition,
     }
+
+
+def _made_equal(counts: np.ndarray, abreast: int) -> np.ndarray:
+    """Counts ``[parts, block rows]``, every so many made as large as the largest of them.
+
+    They stay as they are where one is 0, or all together would be much larger.
+    """
+    block_rows = counts.shape[1]
+    whole = np.pad(counts, ((0, 0), (0, -block_rows % abreast)))
+    each = whole.reshape(len(counts), -1, abreast)
+    equal = np.broadcast_to(each.max(axis=2, keepdims=True), each.shape)
+    cheap = equal.sum(axis=2, keepdims=True) <= _MOST_FILLED * each.sum(axis=2, keepdims=True)
+    filled = np.where(cheap & each.all(axis=2, keepdims=True), equal, each)
+    return filled.reshape(whole.shape)[:, :block_rows]
 
 
 def balanced_partition(indptr: np.ndarray, jobs: int = JOBS_PER_GROUP) -> np.ndarray:

@@ -23,9 +23,8 @@ _LEAST_LANES = 4
 _MEASURED_LANES = 8
 """Where narrower vectors were timed: AVX2."""
 
-
-_FILLED = 1.5
-"""Zeros that fill a row of single weights up to whole fours."""
+_FILLED = 3.0
+"""Zeros that fill a row of single weights up to whole fours, as many as its neighbours have."""
 
 _NEAR = 2
 """How many times the first cache X may fill before lines are waited for."""

@@ -101,6 +101,14 @@ class RowProduct:
         """Whether outputs alone fill the lanes."""
         return outputs_in_lanes(self.weight.layout, self.m, self.simd.lanes)
 
+    @property
+    def abreast(self) -> int:
+        """Rows of single weights that are summed up side by side, as far as registers go."""
+        together = four_together(self.weight.layout, self.m, self.simd.lanes)
+        vectors = -(-4 * self.m // self.simd.lanes)
+        fits = self.simd.rows_abreast(self.weight.layout)
+        return min(fits, _CHAINS // vectors) if together else 1
+
     def x(self, column: Expr, row: int = 0, lanes: int = 1) -> Expr:
         """Some rows' values of an input column."""
         return self.xs[span(column * self.m + row, lanes)]
@@ -128,12 +136,37 @@ class RowProduct:
         """Compute a range of each part's block rows."""
         weight = self.weight
         if weight.layout.sparse:
-            with T.serial(0, weight.parts) as part, T.serial(0, stop - start) as i:
-                segment = scalar(part * weight.block_rows + start + i)
-                self._block_row(part, segment, scalar(weight.order[segment]))
+            abreast = self.abreast
+            with T.serial(0, weight.parts) as part:
+                begin, count = scalar(part * weight.block_rows + start), stop - start
+                if abreast > 1:
+                    with T.serial(0, count // abreast) as i:
+                        self._some_rows(part, scalar(begin + i * abreast))
+                    begin = scalar(begin + count // abreast * abreast)
+                    count = count % abreast
+                self._one_after_the_other(part, begin, count)
         else:
             with T.serial(0, stop - start) as i:
                 self._dense_block(scalar(start + i))
+
+    def _one_after_the_other(self, part: Expr, begin: Expr, count: Expr) -> None:
+        """One part's product for some block rows."""
+        with T.serial(0, count) as i:
+            segment = scalar(begin + i)
+            self._block_row(part, segment, scalar(self.weight.order[segment]))
+
+    def _some_rows(self, part: Expr, segment: Expr) -> None:
+        """The same for as many rows as are summed up side by side, if they are equally long.
+
+        They lie by their length, so that the first and the last tell.
+        """
+        indptr, last = self.weight.indptr, segment + self.abreast - 1
+        equal = indptr[segment + 1] - indptr[segment] == indptr[last + 1] - indptr[last]
+        with T.If(equal):
+            with T.Then():
+                self._rows_abreast(part, segment)
+            with T.Else():
+                self._one_after_the_other(part, segment, self.abreast)
 
     def _dense_block(self, block: Expr) -> None:
         """All outputs of a dense block: as many vectors at a time as there are registers for."""
@@ -281,6 +314,61 @@ class RowProduct:
                 ),
             )
             for one in range(size)
+        ]
+
+    def _rows_abreast(self, part: Expr, segment: Expr) -> None:
+        """One part's product for rows of single weights, all equally long.
+
+        They are stored one after the other, in whole fours, and summed up side by side.
+        """
+        weight, m, abreast = self.weight, self.m, self.abreast
+        first = scalar(weight.indptr[segment], "int64")
+        count = scalar(weight.indptr[segment + 1] - first, "int64")
+        lanes = min(4 * m, self.simd.lanes)
+        vectors = 4 * m // lanes
+        sums = Sums(abreast * vectors, lanes)
+        data = T.decl_buffer(weight.data.shape[:1], "float32", data=weight.data.data)
+        ahead = PREFETCH_BYTES // 4
+        with T.serial(0, count // 4) as i:
+            prefetch(data, (first + i * 4 * abreast + ahead,))
+            prefetch(weight.indices, (first + i * 4 * abreast + ahead,))
+            for row in range(abreast):
+                at = scalar(first + count * row + i * 4, "int64")
+                four = data[span(at, 4)]
+                if m > 1:
+                    four = four_twice(four, self.simd)
+                columns = small_integers(weight.indices, at)
+                for vector in range(vectors):
+                    places = range(vector * lanes, (vector + 1) * lanes)
+                    # Shuffles stay within halves, of which each has all four.
+                    w = [
+                        place // m + (4 if m > 1 and 2 * (place % lanes) >= lanes else 0)
+                        for place in places
+                    ]
+                    sums.add(
+                        row * vectors + vector,
+                        four if m == 1 else tirx.Shuffle([four], w),
+                        self._rows_of(columns, [place // m for place in places[::m]]),
+                    )
+        for row, total in enumerate(self._totals_abreast(sums, vectors, lanes)):
+            block_row = scalar(weight.order[segment + row])
+            self._save(part, [span(block_row * m, m)], total)
+
+    def _totals_abreast(self, sums: Sums, vectors: int, lanes: int) -> list[Expr]:
+        """Of each row, what its four weights' lanes have, added up."""
+        m, abreast = self.m, self.abreast
+        if m == 1:
+            every = [sums.get(row) for row in range(abreast)]
+            four = [tirx.Shuffle(every, list(range(i, 4 * abreast, 4))) for i in range(4)]
+            kept = local(abreast)
+            T.buffer_store(kept, reduce(add, four), [span(0, abreast)])
+            return [kept[row] for row in range(abreast)]
+        kept = local(4 * m * abreast)
+        for i in range(abreast * vectors):
+            T.buffer_store(kept, sums.get(i), [span(i * lanes, lanes)])
+        return [
+            reduce(add, [kept[span((row * 4 + weight) * m, m)] for weight in range(4)])
+            for row in range(abreast)
         ]
 
     def _rows_of(self, columns: Sequence[Expr], which: Sequence[int]) -> Expr:

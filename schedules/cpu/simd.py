@@ -72,6 +72,13 @@ class Simd:
         avx2 = self.lanes == 8
         return 4 if avx2 and layout.sparse and layout.block == (1, 1) else 1
 
+    def rows_abreast(self, layout: Layout) -> int:
+        """How many rows of such a weight have equally many, for few tokens to pass over together.
+
+        A short row's time is the CPU not foreseeing its end, and its sum waiting for itself.
+        """
+        return 4 if self.weights_together(layout) > 1 else 1
+
 
 def tiles_of(rows: Any) -> Any:
     """Tiles that hold this many rows."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 from hypothesis import given, settings
@@ -66,22 +66,30 @@ def test_stored_arrays_are_the_weight(shape, block, sparsity, format, seed):
     parts=st.integers(1, 6),
     sparsity=st.sampled_from([0.0, 0.3, 0.8, 0.97, 1.0]),
     together=st.sampled_from([1, 4]),
+    abreast=st.sampled_from([1, 4]),
     seed=st.integers(0, 99),
 )
 @settings(deadline=None, max_examples=200)
-def test_split_arrays_are_the_weight_in_order(shape, block, parts, sparsity, together, seed):
+def test_split_arrays_are_the_weight_in_order(
+    shape, block, parts, sparsity, together, abreast, seed
+):
     rng = np.random.default_rng(seed)
     w = rng.standard_normal(shape).astype("float32") * (rng.random(shape) >= sparsity)
     w = w.astype("float32")
     layout = Layout("matmul", "bsr", (min(block[0], shape[0]), min(block[1], shape[1])))
     layout = layout.having(parts=parts)
-    arrays = split_arrays(w, layout, together)
+    arrays = split_arrays(w, layout, together, abreast)
     (n, k), (rows, columns) = shape, layout.block
     block_rows = -(-n // rows)
     indptr, partition = arrays["indptr"], arrays["partition"]
     order = arrays["rows"].reshape(parts, block_rows)
     counts = np.diff(indptr).reshape(parts, block_rows)
     assert not (counts % together).any()
+    assert not (partition[:-1] % abreast).any()
+    for part, first in product(range(parts), range(0, block_rows, abreast)):
+        some = counts[part, first : first + abreast]
+        short = len(some) < abreast
+        assert len({*some}) == 1 or short or not all(some) or 4 * max(some) > 1.4 * sum(some)
     padded = np.zeros((block_rows * rows, k), "float64")
     for part, segment in np.ndindex(parts, block_rows):
         at = part * block_rows + segment
@@ -98,6 +106,15 @@ def test_split_arrays_are_the_weight_in_order(shape, block, parts, sparsity, tog
             assert np.all(np.diff(counts[part, start:stop]) >= 0)
     assert arrays["indices"].dtype == np.uint16
     assert all(array.flags.c_contiguous and array.size for array in arrays.values())
+
+
+def test_one_long_row_does_not_make_its_neighbours_long():
+    w = np.zeros((16, 64), "float32")
+    w[::5, :] = 1
+    w[1::5, :8] = 1
+    layout = Layout("matmul", "csr", (1, 1))
+    arrays = split_arrays(w, layout, 4, 4)
+    assert len(arrays["indices"]) <= 1.4 * np.count_nonzero(w)
 
 
 @given(

@@ -100,7 +100,10 @@ def check(
     arguments = [
         to_tiles(x),
         *split_arrays(
-            whole if layout.sparse else w, layout, simd(target).weights_together(layout)
+            whole if layout.sparse else w,
+            layout,
+            simd(target).weights_together(layout),
+            simd(target).rows_abreast(layout),
         ).values(),
         *(extra if extra.ndim == 1 else to_tiles(extra) for extra in extras),
         *([rows] if symbolic else []),

@@ -94,6 +94,12 @@ def networks(draw):
     )
 
 
+def stored(w, op, target):
+    """The weight's arrays, as the family packs them."""
+    together, abreast = simd(target).weights_together, simd(target).rows_abreast
+    return split_arrays(w, op.stored, together(op.stored), abreast(op.stored))
+
+
 @given(
     op=networks(),
     steps=st.integers(1, 5),
@@ -115,7 +121,7 @@ def test_recurrent(target, op, steps, batch, symbolic, threads, seed):
     arrays = (
         {"data": w[:, :, None]}
         if op.stored.block == (1, 1) and not op.stored.sparse
-        else split_arrays(w, op.stored)
+        else stored(w, op, target)
     )
     values = {
         "bias": normal(hidden),
@@ -146,7 +152,7 @@ def test_a_length_beyond_the_steps_reads_nothing_behind_them():
     target = every_form.args[1][0]
     kernel = recurrent(op, 2, 2, simd(target))
     gates, lengths = np.ones((2, 2, 4), "float32"), np.array([1000, -1], "int32")
-    arrays = split_arrays(np.zeros((4, 4), "float32"), op.stored)
+    arrays = stored(np.zeros((4, 4), "float32"), op, target)
     found = run(kernel, target, 1, [gates, *arrays.values(), lengths], (3, 2, 4))
     np.testing.assert_array_equal(found[:, 0], 1)
     np.testing.assert_array_equal(found[:, 1], 0)

@@ -125,7 +125,8 @@ class MatmulFamily(WeightedFamily[Dense]):
         self, op: Dense, w: np.ndarray, layout: Layout, target: Target
     ) -> dict[str, np.ndarray]:
         whole = block_diagonal(w, op.groups) if layout.sparse else w
-        return split_arrays(whole, layout, Simd.of(target).weights_together(layout))
+        simd = Simd.of(target)
+        return split_arrays(whole, layout, simd.weights_together(layout), simd.rows_abreast(layout))
 
     def build(
         self, op: Dense, operands: Sequence[Extents], output: Extents, target: Target

@@ -58,7 +58,8 @@ class RecurrentFamily(WeightedFamily[Recurrent]):
     def pack(
         self, op: Recurrent, w: np.ndarray, layout: Layout, target: Target
     ) -> dict[str, np.ndarray]:
-        return split_arrays(w, layout)
+        simd = Simd.of(target)
+        return split_arrays(w, layout, simd.weights_together(layout), simd.rows_abreast(layout))
 
     def build(
         self, op: Recurrent, operands: Sequence[Extents], output: Extents, target: Target
