@@ -69,6 +69,18 @@ def test_saturates_instead_of_overflowing(name):
     assert not np.isnan(apply(getattr(vector_math, name), x, 1)).any()
 
 
+@pytest.mark.parametrize("lanes", [1, 8, 16])
+def test_weights_of_a_soft_max(lanes):
+    x = np.concatenate([np.linspace(-90, 0, 8192), np.linspace(-2, 0, 8192)]).astype("float32")
+    got = apply(vector_math.exp_to_one, x, lanes)
+    exact = np.exp(x.astype("float64"))
+    np.testing.assert_allclose(got, exact, rtol=2e-6, atol=2e-38)
+    assert np.all(np.abs(got - exact) <= 2e-7)
+    hidden = np.full(16, -np.inf, "float32")
+    hidden[0], hidden[1], hidden[2] = 0, np.finfo("float32").min, -88.1
+    assert apply(vector_math.exp_to_one, hidden, lanes).tolist() == [1.0] + [0.0] * 15
+
+
 @pytest.mark.parametrize("lanes", [1, 16])
 def test_rough_functions(lanes):
     x = np.linspace(-86, 0, 8192).astype("float32")

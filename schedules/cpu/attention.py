@@ -102,10 +102,7 @@ class _Attention:
     @property
     def block(self) -> int:
         """Keys, or features of the result, that are summed up together."""
-        block = min(_KEY_BLOCK, self.simd.accumulators // (self.group * self.simd.per_tile))
-        while LANES % block:
-            block -= 1
-        return block
+        return min(_KEY_BLOCK, self.simd.accumulators // (self.group * self.simd.per_tile))
 
     def run(self) -> None:
         """Emit the jobs, in parallel."""
@@ -165,18 +162,20 @@ class _Attention:
             return self.q[(*q.at(lead, head, tile, 0, d)[:-1], lanes)]
 
         def blocks(tile: Expr, at: Callable[..., tuple[Expr, ...]]) -> None:
-            with T.serial(0, LANES // self.block) as i:
-                acc = Registers(self.block, vectors.count, self.simd)
+            def block(begin: Expr, live: int) -> None:
+                acc = Registers(live, vectors.count, self.simd)
                 acc.fill(lambda row, vector: zero(self.simd))
 
                 def key(row: int, d: Expr) -> Expr:
-                    return self.k[at(lead, key_head, tile, i * self.block + row, d)]
+                    return self.k[at(lead, key_head, tile, begin + row, d)]
 
                 self._add_products(acc, k.size, k.neighbours == "features", key, query)
-                for row in range(self.block):
+                for row in range(live):
                     for vector in range(vectors.count):
-                        place = self._place(tile * LANES + i * self.block + row, vector)
+                        place = self._place(tile * LANES + begin + row, vector)
                         T.buffer_store(scores, acc.get(row, vector), place)
+
+            _blocks(LANES, self.block, block)
 
         with T.serial(0, _between(first, tirx.min(stop, k.full_tiles))) as tile:
             blocks(first + tile, k.at)
@@ -227,30 +226,31 @@ class _Attention:
         problem, simd = self.problem, self.simd
         first = shown[0] * LANES
         count = _between(first, tirx.min(shown[1] * LANES, problem.key_rows))
+
+        def scaled(key: Expr, vector: int) -> Expr:
+            score = scores[tuple(self._place(key, vector))]
+            score *= splat(T.float32(problem.scale), simd)
+            if self.mask is not None and problem.mask is not None:
+                of_query = (problem.heads, vectors.at(vector)[0], key, vectors.at(vector)[1])
+                score += mask_at(self.mask, problem.mask, lead, head, *of_query)
+            return score
+
+        # Scaled twice, which takes less time than to store what is scaled.
         top = Registers(1, vectors.count, simd)
         top.fill(lambda _, vector: splat(T.float32(LOWEST), simd))
         with T.serial(0, count) as i:
-            key = first + i
             for vector in range(vectors.count):
-                at = self._place(key, vector)
-                score = scores[tuple(at)] * splat(T.float32(problem.scale), simd)
-                if self.mask is not None and problem.mask is not None:
-                    of_query = (problem.heads, vectors.at(vector)[0], key, vectors.at(vector)[1])
-                    score += mask_at(self.mask, problem.mask, lead, head, *of_query)
-                masked = Registers(1, 1, simd)
-                masked.set(0, 0, score)
-                T.buffer_store(scores, masked.get(0, 0), at)
-                top.set(0, vector, tirx.max(top.get(0, vector), masked.get(0, 0)))
+                top.set(0, vector, tirx.max(top.get(0, vector), scaled(first + i, vector)))
 
         total = Registers(1, vectors.count, simd)
         total.fill(lambda _, vector: zero(simd))
         with T.serial(0, count) as i:
             for vector in range(vectors.count):
-                at = self._place(first + i, vector)
-                weight = Registers(1, 1, simd)
-                weight.set(0, 0, vector_math.exp(scores[tuple(at)] - top.get(0, vector)))
+                below, weight = Registers(1, 1, simd), Registers(1, 1, simd)
+                below.set(0, 0, scaled(first + i, vector) - top.get(0, vector))
+                weight.set(0, 0, vector_math.exp_to_one(below.get(0, 0)))
                 total.set(0, vector, total.get(0, vector) + weight.get(0, 0))
-                T.buffer_store(scores, weight.get(0, 0), at)
+                T.buffer_store(scores, weight.get(0, 0), self._place(first + i, vector))
         # The largest score has weight 1, so only a query without any key has a sum of 0.
         total.fill(
             lambda _, vector: (
@@ -303,10 +303,12 @@ def _between(first: Expr, stop: Expr) -> Expr:
     return stop if isinstance(first, int) and first == 0 else tirx.max(stop - first, 0)
 
 
-def _blocks(extent: int, block: int, body: Callable[[Expr, int], None]) -> None:
-    """Call ``body(first, live)`` for each block of ``extent``, the last one possibly short."""
-    if extent >= block:
-        with T.serial(0, extent // block) as i:
-            body(i * block, block)
-    if extent % block:
-        body(extent // block * block, extent % block)
+def _blocks(extent: int, most: int, body: Callable[[Expr, int], None]) -> None:
+    """Call ``body(first, live)`` for blocks of ``extent``, as large and as even as can be."""
+    count = -(-extent // most)
+    larger, size = extent % count, extent // count
+    if larger:
+        with T.serial(0, larger) as i:
+            body(i * (size + 1), size + 1)
+    with T.serial(0, count - larger) as i:
+        body(larger * (size + 1) + i * size, size)

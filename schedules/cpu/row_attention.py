@@ -156,7 +156,8 @@ def _soft_max(scores: Buffer, padded: Expr, simd: Simd) -> Expr:
     T.buffer_store(each, broadcast(T.float32(0), lanes), every)
     with T.serial(0, padded // lanes) as i:
         at = span(i * lanes, lanes)
-        T.buffer_store(scores, vector_math.exp(scores[at] - broadcast(top[0], lanes)), [at])
+        below = scores[at] - broadcast(top[0], lanes)
+        T.buffer_store(scores, vector_math.exp_to_one(below), [at])
         T.buffer_store(each, each[tuple(every)] + scores[at], every)
     T.buffer_store(total, T.float32(0), [0])
     with T.serial(0, lanes) as i:
