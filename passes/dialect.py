@@ -46,7 +46,14 @@ def call_several(
     op: Operator, args: Sequence[Any], shape: Sequence[Any], dtypes: Sequence[str]
 ) -> relax.Call:
     """Build a call that returns a tuple of tensors of one shape."""
-    return _call(op, args, [relax.TensorType(tuple(shape), dtype) for dtype in dtypes])
+    return call_results(op, args, [(shape, dtype) for dtype in dtypes])
+
+
+def call_results(
+    op: Operator, args: Sequence[Any], results: Sequence[tuple[Sequence[Any], str]]
+) -> relax.Call:
+    """Build a call that returns a tuple of tensors of these shapes and types."""
+    return _call(op, args, [relax.TensorType(tuple(shape), dtype) for shape, dtype in results])
 
 
 def _call(op: Operator, args: Sequence[Any], types: Any) -> relax.Call:

@@ -213,6 +213,10 @@ class Rewrite:
         with self.builder.function("rebuilt", list(old.params)):
             with self.builder.dataflow():
                 for binding in self.graph.bindings:
+                    if isinstance(binding, relax.MatchCast):  # defines sizes that depend on data
+                        value = self.new(binding.value)
+                        self._new[binding.var] = self.builder.match_cast(value, binding.ty)
+                        continue
                     replacement = self.rewrite(binding.var, binding.value)
                     if replacement is None:
                         replacement = self.new(binding.value)

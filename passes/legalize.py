@@ -12,7 +12,7 @@ from typing import Any
 
 import tvm
 from tvm import relax, s_tir, te, tirx, topi
-from tvm_ffi import structural_map
+from tvm_ffi import structural_map, structural_walk
 
 from sparse_tvm.passes.graph import OPAQUE, dtype_of, shape_of
 
@@ -64,7 +64,56 @@ def legalized(
                 relax.transform.DeadCodeElimination(["main"]),
             ]
         )
-        return finish(_with_all_reads(_views(fuse(_sizes_apart(lower(module))))))
+        fused = _with_all_reads(_views(fuse(_sizes_apart(lower(module)))))
+        return finish(_sizes_first(fused))
+
+
+def _sizes_first(module: tvm.IRModule) -> tvm.IRModule:
+    """Read sizes that depend on data before anything has them in its shape.
+
+    FuseOps orders bindings by the tensors that they take.
+    """
+    main = module["main"]
+    bindings = [binding for block in main.body.blocks for binding in block.bindings]
+    if not any(isinstance(binding, relax.MatchCast) for binding in bindings):
+        return module
+    reading: dict[Any, relax.Binding] = {}
+    for binding in bindings:
+        reading[binding.var] = binding
+        if isinstance(binding, relax.MatchCast):
+            reading.update(dict.fromkeys(_variables(binding.ty), binding))
+    ordered: dict[relax.Binding, None] = {}
+
+    def place(binding: relax.Binding) -> None:
+        pending = [binding]
+        while pending:
+            needed = [reading.get(v) for v in _needs(pending[-1])]
+            missing = [b for b in needed if b is not None and b not in ordered]
+            if missing:
+                pending += missing
+            else:
+                ordered[pending.pop()] = None
+
+    for binding in bindings:
+        place(binding)
+    [block] = main.body.blocks
+    body = relax.SeqExpr([type(block)(list(ordered))], main.body.body)
+    module["main"] = relax.Function(main.params, body, main.ret_ty, main.is_pure, main.attrs)
+    return module
+
+
+def _needs(binding: relax.Binding) -> list[Any]:
+    """The tensors and sizes that a binding's value is made of."""
+    if isinstance(binding, relax.MatchCast):
+        return _variables(binding.value)
+    return _variables(binding.value) + _variables(binding.var.ty)
+
+
+def _variables(node: Any) -> list[Any]:
+    found: list[Any] = []
+    structural_walk(node, (relax.Var, found.append))
+    structural_walk(node, (tirx.Var, found.append))
+    return found
 
 
 def _sizes_apart(module: tvm.IRModule) -> tvm.IRModule:

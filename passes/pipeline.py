@@ -16,6 +16,7 @@ from sparse_tvm.passes.fuse_product import fuse_product
 from sparse_tvm.passes.infrastructure import Phase
 from sparse_tvm.passes.keep_integer_images import keep_integer_images
 from sparse_tvm.passes.keep_integers import keep_integers
+from sparse_tvm.passes.select_by_data import select_by_data
 from sparse_tvm.passes.set_precision import set_precision
 from sparse_tvm.passes.signals_to_tokens import signals_to_tokens
 from sparse_tvm.passes.split_recurrent import split_recurrent
@@ -29,6 +30,7 @@ def graph_phases() -> Sequence[Phase]:
             "canonicalise",
             (
                 split_recurrent,
+                select_by_data,
                 split_transposed,
                 fc_transpose,
                 fuse_activations,

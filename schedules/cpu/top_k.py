@@ -12,7 +12,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import Expr, argument, prim_func
 
 
 def top_k(
-    shape: Sequence[Expr], axis: int, k: int, largest: bool, dtype: str, index_dtype: str
+    shape: Sequence[Expr], axis: int, k: Expr, largest: bool, dtype: str, index_dtype: str
 ) -> tirx.PrimFunc:
     """Build the kernel x of ``shape`` -> values and indices, with extent ``k`` on ``axis``.
 
@@ -36,7 +36,9 @@ def top_k(
             best = T.alloc_buffer((k,), dtype)
             where = T.alloc_buffer((k,), index_dtype)
             first, last = job // inner, job % inner
-            with T.serial(0, extent) as i:
+            with T.serial(
+                0, extent if isinstance(k, int) else tirx.Select(k > 0, extent, T.int64(0))
+            ) as i:
                 value = x[first, i, last]
                 with T.If(tirx.any(i < k, better(value, best[k - 1]))), T.Then():
                     # Everything worse moves down by one; what was last falls out.

@@ -31,6 +31,12 @@ from sparse_tvm.schedules.cpu.families.rows import (
     LayerNormFamily,
     RotateHeadsFamily,
 )
+from sparse_tvm.schedules.cpu.families.selection import (
+    LargestElementsFamily,
+    SelectNonzeroFamily,
+    SuppressBoxesFamily,
+    UniqueRowsFamily,
+)
 from sparse_tvm.schedules.cpu.families.winograd import WinogradFamily
 from sparse_tvm.schedules.x86.families.dots import X86DotFamily
 from sparse_tvm.schedules.x86.families.tile_attention import TileAttentionFamily
@@ -85,6 +91,10 @@ class CpuBackend(Backend):
                 X86DotConvolutionFamily(),
                 X86WordRowsFamily(),
                 LineRoundFamily(),
+                SelectNonzeroFamily(),
+                SuppressBoxesFamily(),
+                UniqueRowsFamily(),
+                LargestElementsFamily(),
             ]
         )
 

@@ -43,6 +43,12 @@ from sparse_tvm.operators.images import (
     QuantisedConvolution,
     QuantiseImage,
 )
+from sparse_tvm.operators.selection import (
+    LargestElements,
+    SelectNonzero,
+    SuppressBoxes,
+    UniqueRows,
+)
 from sparse_tvm.operators.tokens import (
     Attention,
     Dense,
@@ -68,6 +74,7 @@ __all__ = [
     "Epilogue",
     "Frames",
     "Gate",
+    "LargestElements",
     "LayerNorm",
     "Layout",
     "Operator",
@@ -78,9 +85,12 @@ __all__ = [
     "QuantisedConvolution",
     "Recurrent",
     "Residual",
+    "SelectNonzero",
     "Step",
     "StepRound",
+    "SuppressBoxes",
     "Types",
+    "UniqueRows",
     "WeightedOperator",
     "all_operators",
     "from_json",

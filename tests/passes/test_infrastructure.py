@@ -62,8 +62,14 @@ def stages() -> dict[str, Program]:
 @pytest.fixture(scope="module")
 def stages_of_an_image() -> dict[str, Program]:
     """What BERT has not: a quantised convolution, a transposed one, a norm spelled out, a product
-    that is no attention, a quantised layer, and attention to a cache."""
+    that is no attention, a quantised layer, attention to a cache, and a count of what is not zero."""
     op = relax.op
+
+    def counted(emit, x):
+        types = [relax.TensorType(shape, "int64") for shape in ((30,), (1,))]
+        fields = relax.Tuple([x, tvm.ir.StringImm("{}")])
+        found = emit(relax.call_dps_packed("onnx.NonZero", fields, types))
+        return emit(op.astype(emit(relax.TupleGetItem(found, 1)), "float32"))
 
     def rounded(emit, x):
         steps, low, high = (relax.const(value, "float32") for value in (0.1, -100.0, 155.0))
@@ -90,6 +96,7 @@ def stages_of_an_image() -> dict[str, Program]:
         product = emit(op.matmul(emit(op.add(total, quantised(emit, normal, v))), other))
         larger = emit(op.nn.conv2d_transpose(image, t, strides=(2, 2)))
         total = emit(op.add(product, emit(op.mean(attention(emit, cache)))))
+        total = emit(op.add(total, counted(emit, other)))
         return op.add(total, emit(op.mean(larger)))
 
     inputs = {"image": (1, 4, 6, 8), "other": (6, 5), "cache": (1, 1, 3, 16)}

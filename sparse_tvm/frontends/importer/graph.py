@@ -131,7 +131,7 @@ class Importer:
                 value = self.by_tvm(node, node.tensors())
                 outputs = (Tensor(self.normalize(value), self),)
             if len(outputs) == 1 and isinstance(outputs[0], Tensor):
-                outputs = self._fields(outputs[0])
+                outputs = self.fields(outputs[0])
             if any(proto.output[len(outputs) :]):
                 raise ValueError(f"its output {proto.output[len(outputs)]} is not supported")
             for name, output in zip(proto.output, outputs, strict=False):
@@ -171,7 +171,7 @@ class Importer:
             if of in forms:
                 forms[name] = forms[of]
 
-    def _fields(self, output: Tensor) -> tuple[Tensor, ...]:
+    def fields(self, output: Tensor) -> tuple[Tensor, ...]:
         """Take a tuple apart."""
         value = output.value
         if isinstance(value, relax.Tuple):
@@ -182,6 +182,19 @@ class Importer:
         fields = range(len(value.ty.fields))
         emit = self.builder.emit
         return tuple(Tensor(emit(relax.TupleGetItem(value, field)), self) for field in fields)
+
+    def counts(self, vector: relax.Expr, name: str) -> list[Size]:
+        """Return the elements of an int64 vector as symbolic sizes, called by `name`.
+
+        They are read at run time, and taken as 0 if negative.
+        """
+        zero = relax.const(0, "int64")
+        known = self.builder.emit(relax.op.maximum(vector, zero))
+        [rank] = shape_of(known)
+        sizes = [self.sizes.count(name) for _ in range(rank)]
+        shape = self.builder.emit(relax.op.tensor_to_shape(known))
+        self.builder.match_cast(shape, relax.ShapeType(sizes))
+        return sizes
 
     def _bind(self, name: str, output: Any, node: rules.Node) -> None:
         if isinstance(output, Known):
@@ -249,7 +262,7 @@ class Importer:
         for first, second in combinations(shapes, 2):
             for one, other in zip(reversed(first), reversed(second), strict=False):
                 symbols = [size.name for size in (one, other) if isinstance(size, tirx.Var)]
-                if len(set(symbols)) == 2:
+                if len(set(symbols)) == 2 and self.sizes.counted.isdisjoint(symbols):
                     raise SameSize(*symbols)
                 if not self.sizes.equal(one, other) and self.sizes.demand_equal(one, other):
                     raise Narrower

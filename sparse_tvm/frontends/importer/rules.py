@@ -40,6 +40,12 @@ class Values(Scope, Protocol):
     def checked(self, value: relax.Expr, inputs: Sequence[relax.Expr | None]) -> relax.Expr:
         """Demand that the shape of what was computed from `inputs` is known."""
 
+    def fields(self, value: Tensor) -> tuple[Tensor, ...]:
+        """Take a tuple apart."""
+
+    def counts(self, vector: relax.Expr, name: str) -> list[Size]:
+        """Return the elements of an int64 vector as symbolic sizes, called by `name`."""
+
     def shape(self, name: str) -> list[Size]:
         """Return the sizes of a value of the graph."""
 
@@ -208,6 +214,18 @@ class Node:
     def emit(self, value: relax.Expr) -> Tensor:
         """Return an expression as a tensor, its type inferred."""
         return Tensor(self.scope.normalize(value), self.scope)
+
+    def fields(self, value: Tensor) -> tuple[Tensor, ...]:
+        """Take a tuple apart."""
+        return self.scope.fields(value)
+
+    def counts(self, vector: relax.Expr) -> list[Size]:
+        """Return the elements of an int64 vector, read at run time, as sizes."""
+        return self.scope.counts(self.scope.normalize(vector), self.op.lower())
+
+    def depends_on_data(self, position: int) -> bool:
+        """Whether the elements of an input are known at run time only."""
+        return self.known(position) is None and self.constant(position) is None
 
     def _name(self, position: int) -> str:
         return self.names[position] if position < len(self.names) else ""

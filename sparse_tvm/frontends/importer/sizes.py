@@ -27,17 +27,20 @@ _COMPARISONS: dict[str, tuple[Callable[..., bool], type[tirx.Expr], type[tirx.Ex
 
 
 class Sizes:
-    """Arithmetic on sizes, by what is known about the symbolic dimensions: they are positive.
+    """Arithmetic on sizes, by what is known about the symbolic dimensions: inputs' are positive.
 
     Attributes
     ----------
     bounds : dict[str, tuple[int, int]]
         Smallest and largest value of the dimensions for which the user gives them, or the model
         implies them: it reads from a table of so many rows.
+    counted : set[str]
+        The sizes that depend on data. They may be 0, and nothing can be demanded of them.
     """
 
     def __init__(self, bounds: dict[str, tuple[int, int]]) -> None:
         self.bounds = bounds
+        self.counted: set[str] = set()
         self._analyzer = tvm.sym.Analyzer()
 
     def declare(self, dimension: tirx.Var) -> None:
@@ -45,6 +48,14 @@ class Sizes:
         low, high = self.bounds.get(dimension.name, (1, LARGEST_SIZE))
         extent = tvm.ir.Range.from_min_extent(as_expr(low), as_expr(high - low + 1))
         self._analyzer.bind(dimension, extent, allow_override=True)
+
+    def count(self, name: str) -> tirx.Var:
+        """Introduce a size that depends on data."""
+        size = tirx.Var(f"{name}_{len(self.counted)}", "int64")
+        self.counted.add(size.name)
+        extent = tvm.ir.Range.from_min_extent(as_expr(0), as_expr(LARGEST_SIZE + 1))
+        self._analyzer.bind(size, extent)
+        return size
 
     def bind_index(self, index: tirx.Var, extent: Size) -> None:
         """Introduce a loop variable that counts from 0 to below `extent`."""
@@ -154,7 +165,7 @@ class Sizes:
         """
         for dimension in tirx.analysis.undefined_vars(as_expr(size)):
             offset = self.simplify(size - dimension)
-            if isinstance(offset, int):
+            if isinstance(offset, int) and dimension.name not in self.counted:
                 low, high = self.bounds.get(dimension.name, (1, LARGEST_SIZE))
                 self.bounds[dimension.name] = low, min(high, largest - offset)
                 self.declare(dimension)
@@ -170,7 +181,7 @@ class Sizes:
         [dimension, *others] = tirx.analysis.undefined_vars(as_expr(left) + as_expr(right)) or [
             None
         ]
-        if dimension is None or others:
+        if dimension is None or others or dimension.name in self.counted:
             return False
         low, high = self.bounds.get(dimension.name, (1, LARGEST_SIZE))
         differ = bisect_left(
@@ -197,6 +208,8 @@ class Sizes:
         if self.compare("Greater", size, 0):
             return True
         dimensions = tirx.analysis.undefined_vars(as_expr(size))
+        if any(dimension.name in self.counted for dimension in dimensions):
+            return False
         if len(dimensions) != 1:
             return len(dimensions) > 1
         [dimension] = dimensions

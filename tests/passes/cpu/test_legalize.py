@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import apply, build, compile_and_run, operators
+from helpers import apply, build, compile_and_run, operators, program
 from tvm import relax, tirx
+from tvm.script import ir as I
+from tvm.script import relax as R
+from tvm.script import tirx as T
 
 from sparse_tvm.passes.cpu.legalize import legalize
 from sparse_tvm.passes.fuse_product import fuse_product
@@ -110,3 +113,26 @@ def test_no_output_is_memory_of_an_input_or_of_another_output():
     for body in (of_input, of_output):
         after = legalized(body, {"x": (6, 10)})
         assert operators(after)[-1] == "call_tir", body
+
+
+def test_sizes_are_read_before_they_are_used():
+    # FuseOps moves the slice, which takes no tensor that is computed, in front of the count.
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(x: R.Tensor((5,), "float32"), many: R.Tensor((1,), "float32")):
+            R.func_attr({"num_input": 2})
+            count = T.int64()
+            with R.dataflow():
+                rows = R.astype(many, "int64")
+                shape = R.tensor_to_shape(rows)
+                _ = R.match_cast(shape, R.Shape([count]))
+                part = R.strided_slice(x, [0], [0], [count], assume_inbound=True)
+                y = R.tanh(part)
+                R.output(y)
+            return y
+
+    x = np.arange(5, dtype=np.float32)
+    for rows in (0, 3):
+        y = compile_and_run(program(Before), x, np.float32([rows]))
+        np.testing.assert_allclose(y, np.tanh(x[:rows]), rtol=1e-5)

@@ -12,6 +12,7 @@ from sparse_tvm.frontends.importer.operators import (  # noqa: F401
     recurrent,
     reduction,
     resize,
+    selection,
     shifts,
     vision,
 )

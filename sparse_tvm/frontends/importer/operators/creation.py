@@ -21,7 +21,11 @@ from sparse_tvm.frontends.importer.tensors import Tensor
 def _constant_of_shape(node: Node) -> Form:
     tensor = node.attributes.get("value")
     fill = np.float32(0) if tensor is None else onnx.numpy_helper.to_array(tensor)
-    shape, value, dtype = node.vector(0), fill.reshape(()).item(), fill.dtype.name
+    value, dtype = fill.reshape(()).item(), fill.dtype.name
+    if node.form is Tensor and node.depends_on_data(0):
+        shape = node.counts(node.tensor(0))
+    else:
+        shape = node.vector(0)
     if node.form is Known:
         if not all(isinstance(size, int) for size in shape) or math.prod(shape) > MAX_ELEMENTS:
             raise NotInForm
@@ -31,6 +35,8 @@ def _constant_of_shape(node: Node) -> Form:
 
 @rule("Range")
 def _range(node: Node) -> Form:
+    if node.form is Tensor and any(map(node.depends_on_data, range(3))):
+        return _run_time_range(node)
     [start], [limit], [step] = (node.vector(position) for position in range(3))
     if node.form is Known:
         if not all(isinstance(value, int | float) for value in (start, limit, step)):
@@ -42,6 +48,21 @@ def _range(node: Node) -> Form:
         raise NotInForm
     extent = node.sizes.simplify(limit - start)
     return IndexExpression((extent,), start + index(0), node.dtype(0), node.sizes).simple()
+
+
+def _run_time_range(node: Node) -> Tensor:
+    """As many numbers as there are steps from the first to before the limit, rounded up."""
+    dtype = node.dtype(0)
+    start, limit, step = (node.emit(node.tensor(i)).reshape([1]).value for i in range(3))
+    way = node.emit(relax.op.subtract(limit, start)).value
+    if dtype in INTEGERS:  # rounded down on the other side of zero, it is rounded up
+        way = node.emit(relax.op.floor_divide(relax.op.negative(way), step)).value
+        steps = node.emit(relax.op.negative(way))
+    else:
+        steps = node.emit(relax.op.ceil(relax.op.divide(way, step)))
+    [count] = node.counts(steps.astype("int64").value)
+    numbers = node.emit(relax.op.arange(0, count, 1, "int64")).astype(dtype)
+    return node.emit(relax.op.add(start, relax.op.multiply(numbers.value, step)))
 
 
 @rule("OneHot")
