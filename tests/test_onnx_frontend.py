@@ -216,19 +216,6 @@ def test_unsupported_operators_are_all_listed():
     assert "\n" not in message
 
 
-def test_loops_are_refused():
-    graph = """(float[2] x, int64 m, bool c) => (float[2] y) {
-        ["/again"] y = Loop (m, c, x) <
-            body = b (int64 i, bool go, float[2] s) => (bool on, float[2] t) {
-                on = Identity(go)
-                t = Relu(s)
-            }
-        >
-    }"""
-    with pytest.raises(ModelError, match=r"Loop \(control flow; node /again\)"):
-        import_onnx(build(graph))
-
-
 def test_operators_of_onnxruntime():
     imports = ', "com.microsoft" : 1'
     gelu = "(float[2,16] x) => (float[2,16] y) { y = com.microsoft.FastGelu(x) }"

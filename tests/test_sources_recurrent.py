@@ -60,6 +60,6 @@ def test_keras_lstm_of_any_length(tmp_path: Path) -> None:
 
 
 def test_keras_gru_which_tf2onnx_leaves_a_loop_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"operators that cannot be compiled: Loop \(control flow"):
+    with pytest.raises(ModelError, match="how often it runs depends on"):
         sparse_tvm.compile(keras_model("GRU"), tmp_path / "model.so")
     assert not list(tmp_path.iterdir())

@@ -62,7 +62,7 @@ def stages() -> dict[str, Program]:
 @pytest.fixture(scope="module")
 def stages_of_an_image() -> dict[str, Program]:
     """What BERT has not: a quantised convolution, a transposed one, a norm spelled out, a product
-    that is no attention, a quantised layer, attention to a cache, and a count of what is not zero."""
+    that is no attention, a quantised layer, attention to a cache, a count of non-zeros."""
     op = relax.op
 
     def counted(emit, x):

@@ -1,4 +1,4 @@
-"""``If``: the branch that is taken, where that is known; both, and a choice, where it is not."""
+"""Graphs within nodes: copies of them, to be put in the node's place."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ from sparse_tvm.frontends.onnx.rewrite import constants_to_initializers
 
 
 def branch(node: onnx.NodeProto, taken: bool) -> onnx.GraphProto:
-    """Return a copy of a branch, to be put in the node's place.
-
-    What it computes has names of its own: both branches may use the same.
-    """
+    """Return a copy of a branch of ``If``."""
     wanted = "then_branch" if taken else "else_branch"
+    return copied(node, wanted, wanted)
+
+
+def copied(node: onnx.NodeProto, attribute: str, name: str) -> onnx.GraphProto:
+    """Return a copy of a node's graph, called by `name`.
+
+    What it takes and computes has names of its own: other copies use the same.
+    """
+    first = next(output for output in node.output if output)
     graph = onnx.GraphProto()
-    graph.CopyFrom(next(a.g for a in node.attribute if a.name == wanted))
+    graph.CopyFrom(next(a.g for a in node.attribute if a.name == attribute))
     constants_to_initializers(graph)
-    names = {name: f"{node.output[0]}.{wanted}.{name}" for name in _defined(graph)}
-    for tensor in graph.initializer:
+    taken = {value.name for value in graph.input}
+    names = {own: f"{first}.{name}.{own}" for own in _defined(graph) | taken}
+    for tensor in (*graph.initializer, *graph.input):
         tensor.name = names[tensor.name]
     _rename(graph, names)
     return graph

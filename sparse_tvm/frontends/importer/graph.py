@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -13,14 +13,16 @@ from tvm import relax, tirx
 
 from sparse_tvm.frontends.importer import index_expressions, operators, rules
 from sparse_tvm.frontends.importer.branches import branch
+from sparse_tvm.frontends.importer.forms import Form
 from sparse_tvm.frontends.importer.index_expressions import Coordinates, IndexExpression
 from sparse_tvm.frontends.importer.known import MAX_ELEMENTS, Known
+from sparse_tvm.frontends.importer.loops import unroll
 from sparse_tvm.frontends.importer.sizes import Size, Sizes, as_text
 from sparse_tvm.frontends.importer.tensors import Tensor, materialise, shape_of
 from sparse_tvm.frontends.importer.tvm_adapter import OPERATORS, TvmConverter, input_variables
 from sparse_tvm.frontends.onnx.detach import size_of
 
-SUPPORTED_OPS = OPERATORS | frozenset(operators.RULES) | {"If"}
+SUPPORTED_OPS = OPERATORS | frozenset(operators.RULES) | {"If", "Loop", "Scan"}
 """What can be imported."""
 
 _WINDOWS = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool")
@@ -124,6 +126,9 @@ class Importer:
             if proto.op_type == "If":
                 self._import_branches(proto)
                 return
+            if proto.op_type in ("Loop", "Scan"):
+                unroll(proto, self._tvm.attributes(proto), self)
+                return
             node = rules.Node(proto, self, self._tvm.attributes(proto), self.opset)
             standard = proto.domain in ("", "ai.onnx")
             outputs = rules.apply(node) if standard else None
@@ -146,11 +151,11 @@ class Importer:
         (name,) = proto.input
         known = self.known.get(name)
         if known is not None and known.is_constant:
-            results = self._import_branch(branch(proto, bool(known.constant())))
+            results = self.import_graph(branch(proto, bool(known.constant())))
             for output, result in zip(proto.output, results, strict=True):
-                self._alias(output, result)
+                self.alias(output, result)
             return
-        taken, other = (self._import_branch(branch(proto, which)) for which in (True, False))
+        taken, other = (self.import_graph(branch(proto, which)) for which in (True, False))
         condition = self.normalize(relax.op.reshape(self.tensor(name), ()))
         for output, pair in zip(proto.output, zip(taken, other, strict=True), strict=True):
             yes, no = map(self.tensor, pair)
@@ -158,18 +163,32 @@ class Importer:
                 raise ValueError("which of two shapes its output has depends on data")
             self._tensors[output] = self.builder.emit(relax.op.where(condition, yes, no))
 
-    def _import_branch(self, graph: onnx.GraphProto) -> list[str]:
+    def import_graph(self, graph: onnx.GraphProto) -> list[str]:
+        """Import the nodes of a graph within a node, and return the names of its outputs."""
         self._read_initializers(graph)
         for node in graph.node:
             self._import(node)
         return [value.name for value in graph.output]
 
-    def _alias(self, name: str, of: str) -> None:
+    def alias(self, name: str, of: str) -> None:
         """Give a value another name."""
         values: tuple[dict[str, Any], ...] = (self.known, self.index_expressions, self._tensors)
         for forms in values:
             if of in forms:
                 forms[name] = forms[of]
+
+    def carried(self, name: str) -> Form:
+        """Return a value of the graph: known if it is, else a run-time tensor."""
+        known = self.known.get(name)
+        return Tensor(self.tensor(name), self) if known is None else known
+
+    def define(self, name: str, value: Form) -> None:
+        """Give a value a name."""
+        if isinstance(value, Known):
+            self.known[name] = value
+        else:
+            assert isinstance(value, Tensor)
+            self._tensors[name] = self.builder.emit(value.value)
 
     def fields(self, output: Tensor) -> tuple[Tensor, ...]:
         """Take a tuple apart."""
@@ -182,6 +201,10 @@ class Importer:
         fields = range(len(value.ty.fields))
         emit = self.builder.emit
         return tuple(Tensor(emit(relax.TupleGetItem(value, field)), self) for field in fields)
+
+    def compute(self, function: Callable[..., Any], *arguments: Any, name: str) -> relax.Expr:
+        """Return what a function of tensor expressions computes, as a loop nest called `name`."""
+        return self.builder.emit_te(function, *arguments, primfunc_name_hint=name)
 
     def counts(self, vector: relax.Expr, name: str) -> list[Size]:
         """Return the elements of an int64 vector as symbolic sizes, called by `name`.

@@ -43,7 +43,6 @@ _SUPPORTED_CONTRIB_OPS = {
 
 # TVM imports these, but what comes of it cannot be compiled here.
 _UNSUPPORTED_OPS = {
-    "control flow": {"Loop", "Scan"},
     "a sequence or an optional": {
         "ConcatFromSequence",
         "Optional",
@@ -195,11 +194,11 @@ def _check_operators(program: onnx.ModelProto) -> None:
 
 
 def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Yield the nodes of a graph, and of the branches in it."""
+    """Yield the nodes of a graph, and of the graphs within them."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
-            if node.op_type == "If" and attribute.type == onnx.AttributeProto.GRAPH:
+            if attribute.type == onnx.AttributeProto.GRAPH:
                 yield from _all_nodes(attribute.g)
 
 

@@ -43,6 +43,9 @@ class Values(Scope, Protocol):
     def fields(self, value: Tensor) -> tuple[Tensor, ...]:
         """Take a tuple apart."""
 
+    def compute(self, function: Callable[..., Any], *arguments: Any, name: str) -> relax.Expr:
+        """Return what a function of tensor expressions computes, as a loop nest called `name`."""
+
     def counts(self, vector: relax.Expr, name: str) -> list[Size]:
         """Return the elements of an int64 vector as symbolic sizes, called by `name`."""
 
@@ -214,6 +217,10 @@ class Node:
     def emit(self, value: relax.Expr) -> Tensor:
         """Return an expression as a tensor, its type inferred."""
         return Tensor(self.scope.normalize(value), self.scope)
+
+    def compute(self, function: Callable[..., Any], *arguments: Any, name: str) -> Tensor:
+        """Return what a function of tensor expressions computes, as a loop nest called `name`."""
+        return Tensor(self.scope.compute(function, *arguments, name=name), self.scope)
 
     def fields(self, value: Tensor) -> tuple[Tensor, ...]:
         """Take a tuple apart."""

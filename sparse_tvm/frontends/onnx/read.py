@@ -29,6 +29,7 @@ from sparse_tvm.frontends.onnx.quantised import CONTRIB_DOMAIN, spell_quantised
 from sparse_tvm.frontends.onnx.weights import find_weights
 from sparse_tvm.frontends.onnx.widen import widen
 
+_SCAN_AS_TODAY = 9
 OLDEST_OPSET = 6
 NEWEST_OPSET = onnx.defs.onnx_opset_version()
 
@@ -145,6 +146,11 @@ def _check_versions(model: onnx.ModelProto, where: str) -> None:
         raise ModelError(
             f"{where}: opset {opset} is too old: {supported}",
             hint="export it again, or convert it with onnx.version_converter",
+        )
+    if opset < _SCAN_AS_TODAY and any(node.op_type == "Scan" for node in model.graph.node):
+        raise ModelError(
+            f"{where}: Scan of opset {opset} has a batch, unlike all after it",
+            hint="export it again with a newer opset",
         )
     if opset > NEWEST_OPSET:
         raise ModelError(

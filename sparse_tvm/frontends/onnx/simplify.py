@@ -88,9 +88,14 @@ def simplify(
 
 
 def _weight_names(model: onnx.ModelProto) -> set[str]:
-    """Return the names of all that is a layer's weight, however small, or large."""
+    """Return the names of all that is a layer's weight, however small, or large.
+
+    The window of a transform is none: it becomes part of one.
+    """
     layers = {ref.initializer for ref in find_weights(model)}
-    return layers | {name for name, tensor in stored_tensors(model.graph) if is_weight(tensor)}
+    large = {name for name, tensor in stored_tensors(model.graph) if is_weight(tensor)}
+    windows = {name for n in model.graph.node if n.op_type == "STFT" for name in n.input[2:3]}
+    return (layers | large) - windows
 
 
 def _foldable(model: onnx.ModelProto) -> set[str]:

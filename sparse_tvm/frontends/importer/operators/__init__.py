@@ -14,6 +14,7 @@ from sparse_tvm.frontends.importer.operators import (  # noqa: F401
     resize,
     selection,
     shifts,
+    signals,
     vision,
 )
 from sparse_tvm.frontends.importer.rules import RULES

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import tvm
-from tvm import relax
+from tvm import relax, te, tirx
 from tvm.ir import GenericConst
 
 from sparse_tvm.frontends.importer.forms import NotInForm
@@ -171,6 +171,25 @@ def _places(node: Node) -> list[int | None] | None:
         else:
             return None
     return places or None
+
+
+@rule("ReverseSequence")
+def _reverse_sequence(node: Node) -> Any:
+    if node.form is not Tensor:
+        raise NotInForm
+    batch = node.attributes.get("batch_axis", 1)
+    time = node.attributes.get("time_axis", 0)
+
+    def compute(x: Any, lengths: Any) -> Any:
+        def element(*at: Any) -> Any:
+            many = lengths[at[batch]]
+            place = list(at)
+            place[time] = tirx.if_then_else(at[time] < many, many - 1 - at[time], at[time])
+            return x[tuple(place)]
+
+        return te.compute(x.shape, element, name="reversed", tag="injective")
+
+    return node.compute(compute, node.tensor(0), node.tensor(1), name="reverse_sequence")
 
 
 def wrap(node: Node, indices: relax.Expr, extents: Sequence[Size]) -> relax.Expr:
