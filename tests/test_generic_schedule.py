@@ -418,3 +418,32 @@ def test_many_indices_that_wrap_around_anywhere(target):
     built["main"](*map(tvm.runtime.tensor, (xs, zs)), y)
     expected = zs + sum(xs[(np.arange(1000) + k * 7) % 3] for k in range(1, 7))
     np.testing.assert_allclose(y.numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_boxes_of_several_maps():
+    """A detector's anchors: maps of six boxes a pixel, flattened, joined and decoded."""
+    op, sizes = relax.op, (4, 2, 1)
+
+    def decoded(*maps):
+        rows = []
+        for x, size in zip(maps, sizes, strict=True):
+            split = op.permute_dims(op.reshape(x, (1, 6, 4, size, size)), [0, 3, 4, 1, 2])
+            rows.append(op.reshape(split, (1, 6 * size * size, 4)))
+        joined = op.reshape(op.concat(rows, 1), (126, 4))
+        x, y, w, h = (op.strided_slice(joined, [1], [i], [i + 1]) for i in range(4))
+        halves = [op.multiply(op.exp(side), relax.const(0.5, "float32")) for side in (w, h)]
+        low = [op.subtract(at, half) for at, half in zip((x, y), halves, strict=True)]
+        high = [op.add(at, half) for at, half in zip((x, y), halves, strict=True)]
+        corners = op.reshape(op.concat([*low, *high], 1), (126, 2, 2))
+        inside = op.minimum(op.maximum(corners, relax.const(-1.0, "float32")), relax.const(1.0))
+        return op.reshape(op.concat([inside, inside], 0), (252, 4))
+
+    maps = [normal(1, 24, size, size) for size in sizes]
+    rows = [
+        x.reshape(6, 4, size, size).transpose(2, 3, 0, 1).reshape(-1, 4)
+        for x, size in zip(maps, sizes, strict=True)
+    ]
+    at, sides = np.split(np.concatenate(rows), 2, 1)
+    corners = np.concatenate([at - np.exp(sides) / 2, at + np.exp(sides) / 2], 1).clip(-1, 1)
+    run = compile_function(decoded, *(x.shape for x in maps))
+    np.testing.assert_allclose(run(*maps), np.concatenate([corners] * 2), rtol=1e-5, atol=1e-5)

@@ -256,14 +256,34 @@ def _schedule_group(schedule: Any, last: _Nest, others: Sequence[_Nest], simd: S
     at = _fused(schedule, around)
     if work >= _WORTH_PARALLEL:
         schedule.parallel(at)
-    members = [nest for nest in placed if nest is not last]
-    for nest in members:
+    members = [last]
+    for nest in placed:
+        readers = [other for other in placed if other.reads(nest)]
+        if nest is last or any(other not in members for other in readers):
+            continue
+        if not _needs_a_part(schedule, nest, at):
+            continue
         schedule.compute_at(nest.block, at, preserve_unit_loops=True)
+        members.append(nest)
         _, *loops = schedule.get_loops(nest.block)
         count = len(nest.spatial)
         _order_reduction(schedule, nest, loops[:count], loops[count:])
     _order_reduction(schedule, last, row, last.reduction)
-    return members
+    return members[1:]
+
+
+def _needs_a_part(schedule: Any, nest: _Nest, at: Any) -> bool:
+    """Whether a piece needs a part of a nest only, as far as TVM can tell.
+
+    It computes the whole for each piece where it understands no better what is read.
+    """
+    pieces, whole = _extent(schedule, at), nest.work(schedule)
+    if pieces <= 1:
+        return True
+    trial = schedule.copy()
+    trial.compute_at(nest.block, at, preserve_unit_loops=True)
+    _, *loops = trial.get_loops(nest.block)
+    return prod(_extent(trial, loop) or _UNKNOWN for loop in loops) < whole
 
 
 def _pieces(

@@ -57,7 +57,7 @@ def split_wraps(loop: tirx.For, finish: Callable[[tirx.For], _Stmt], cuts: int =
 
     zero = tirx.const(0, dtype)
     periods = _ANALYZER.simplify(tirx.floordiv(end + (size - 1), size))
-    if whole and size < _LEAST:
+    if whole and size < _LEAST and not _allocates(loop.body):
         listed = [body(tirx.const(element, dtype)) for element in range(size)]
         return split_wraps(
             tirx.For(outer, zero, periods, loop.kind, tirx.SeqStmt(listed)), lambda rest: rest
@@ -65,6 +65,13 @@ def split_wraps(loop: tirx.For, finish: Callable[[tirx.For], _Stmt], cuts: int =
     part = tirx.For(inner, zero, extent, loop.kind, body(_ANALYZER.simplify(low + inner)))
     rest = split_wraps(part, finish, cuts + (not whole))
     return tirx.For(outer, zero, periods, loop.kind, rest)
+
+
+def _allocates(body: _Stmt) -> bool:
+    """Whether a statement has memory of its own, which copies of it would share."""
+    found: list[Any] = []
+    structural_walk(body, (tirx.AllocBuffer, found.append))
+    return bool(found)
 
 
 def _element_by_element(loop: tirx.For) -> tirx.For:
