@@ -147,3 +147,23 @@ def test_two_counts_do_not_fit_each_other(tmp_path):
     onnx.save(build(graph), tmp_path / "m.onnx")
     with pytest.raises(SparseTvmError, match="Add"):
         sparse_tvm.compile(tmp_path / "m.onnx", tmp_path / "m.so")
+
+
+def test_branches_of_different_sizes(tmp_path):
+    graph = """(float[n,4] x, float[n] m) => (float[k,4] y, float[4] s) {
+        chosen = Greater(m, zero)
+        r = Compress<axis=0>(x, chosen)
+        size = Size(r)
+        none = Equal(size, nothing)
+        y = If (none) <
+            then_branch = a () => (float[1,4] u) { u = Slice(x, nothings, ones) },
+            else_branch = b () => (float[k,4] v) { v = Relu(r) }
+        >
+        s = ReduceSum<keepdims=0>(y, nothings)
+    }"""
+    numbers = {"nothing": np.array(0), "nothings": np.array([0]), "ones": np.array([1])}
+    feeds = [
+        {"x": each["x"][:, :4], "m": each["m"]}
+        for each in (rows(n, share) for n in (1, 7) for share in (0.0, 0.5, 1.0))
+    ]
+    check(graph, tmp_path, feeds, zero=np.float32(0), **numbers)

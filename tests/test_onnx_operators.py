@@ -286,12 +286,12 @@ def test_if_by_a_size_takes_one_branch(operator, shape):
     assert imported.outputs[0].shape == shape
 
 
-def test_if_of_two_shapes_is_refused():
+def test_if_of_two_ranks_is_refused():
     graph = """(float[n,1,4] x, bool c) => (float[n,k] y) {
         y = If<then_branch = t () => (float[n,4] u) { u = Squeeze(x, one) },
                else_branch = e () => (float[n,1,4] u) { u = Relu(x) }>(c)
     }"""
-    with pytest.raises(ModelError, match="which of two shapes its output has depends on data"):
+    with pytest.raises(ModelError, match="which of two ranks its output has depends on data"):
         import_onnx(build(graph, one=np.array([1])))
 
 

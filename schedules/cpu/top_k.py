@@ -37,7 +37,10 @@ def top_k(
             where = T.alloc_buffer((k,), index_dtype)
             first, last = job // inner, job % inner
             with T.serial(
-                0, extent if isinstance(k, int) else tirx.Select(k > 0, extent, T.int64(0))
+                0,
+                extent
+                if isinstance(k, int)
+                else tirx.Select(k > 0, T.int64(1), T.int64(0)) * extent,
             ) as i:
                 value = x[first, i, last]
                 with T.If(tirx.any(i < k, better(value, best[k - 1]))), T.Then():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import onnx
+from tvm import te, tirx
 
+from sparse_tvm.frontends.importer.sizes import Size
 from sparse_tvm.frontends.onnx.rewrite import constants_to_initializers
 
 
@@ -13,6 +16,15 @@ def branch(node: onnx.NodeProto, taken: bool) -> onnx.GraphProto:
     """Return a copy of a branch of ``If``."""
     wanted = "then_branch" if taken else "else_branch"
     return copied(node, wanted, wanted)
+
+
+def one_of(sizes: Sequence[Size], which: te.Tensor, yes: te.Tensor, no: te.Tensor) -> te.Tensor:
+    """Copy one of two tensors, which has these sizes."""
+
+    def element(*at: Any) -> Any:
+        return tirx.if_then_else(which(), yes(*at), no(*at))
+
+    return te.compute(tuple(sizes), element, name="one_of", tag="injective")
 
 
 def copied(node: onnx.NodeProto, attribute: str, name: str) -> onnx.GraphProto:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -12,7 +13,7 @@ from onnx import numpy_helper
 from tvm import relax, tirx
 
 from sparse_tvm.frontends.importer import index_expressions, operators, rules
-from sparse_tvm.frontends.importer.branches import branch
+from sparse_tvm.frontends.importer.branches import branch, one_of
 from sparse_tvm.frontends.importer.forms import Form
 from sparse_tvm.frontends.importer.index_expressions import Coordinates, IndexExpression
 from sparse_tvm.frontends.importer.known import MAX_ELEMENTS, Known
@@ -159,9 +160,22 @@ class Importer:
         condition = self.normalize(relax.op.reshape(self.tensor(name), ()))
         for output, pair in zip(proto.output, zip(taken, other, strict=True), strict=True):
             yes, no = map(self.tensor, pair)
-            if yes.ty.dtype != no.ty.dtype or not self.sizes.same(shape_of(yes), shape_of(no)):
-                raise ValueError("which of two shapes its output has depends on data")
-            self._tensors[output] = self.builder.emit(relax.op.where(condition, yes, no))
+            if self.sizes.same(shape_of(yes), shape_of(no)):
+                chosen = relax.op.where(condition, yes, no)
+            else:
+                chosen = self._one_of(condition, yes, no)
+            self._tensors[output] = self.builder.emit(chosen)
+
+    def _one_of(self, condition: relax.Expr, yes: relax.Expr, no: relax.Expr) -> relax.Expr:
+        """Return one of two tensors of different sizes; its sizes are counted at run time."""
+        shapes = [shape_of(yes), shape_of(no)]
+        if len(shapes[0]) != len(shapes[1]):
+            raise ValueError("which of two ranks its output has depends on data")
+        either = [self.normalize(materialise(Known.shape(shape))) for shape in shapes]
+        counted = self.counts(self.normalize(relax.op.where(condition, *either)), "if")
+        both = zip(*shapes, counted, strict=True)
+        sizes = [size if self.sizes.equal(size, other) else own for size, other, own in both]
+        return self.compute(partial(one_of, sizes), condition, yes, no, name="one_of")
 
     def import_graph(self, graph: onnx.GraphProto) -> list[str]:
         """Import the nodes of a graph within a node, and return the names of its outputs."""
