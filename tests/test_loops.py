@@ -46,7 +46,7 @@ def test_a_loop(inputs, last, runs):
     ("inputs", "given", "reason"),
     [
         ("times, yes, x", ", int64 times", "how often it runs depends on"),
-        ("times, yes, x", ", bool yes", "whether it runs at all depends on data"),
+        ("times, yes, x", ", bool yes", "whether it runs at all depends on"),
     ],
 )
 def test_a_loop_that_depends_on_data_is_refused(inputs, given, reason):

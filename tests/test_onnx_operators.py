@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from onnx_models import assert_same_as_onnxruntime, build, normal
+from onnx_models import assert_same_as_onnxruntime, build, executor, normal
 
 import sparse_tvm
 from sparse_tvm.errors import InputError, ModelError, OptionError
@@ -315,3 +315,40 @@ def test_a_slice_to_a_billion_is_one_to_the_end():
     }"""
     stored = {"zero": np.array([0]), "one": np.array([1]), "billion": np.array([10**9])}
     assert import_onnx(build(graph, **stored)).outputs[0].shape == ("n - 1", 4)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize(
+    "window",
+    [
+        "kernel_shape=[3, 2], strides=[2, 1]",
+        "kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=[2, 2]",
+        "kernel_shape=[2, 2], dilations=[2, 3]",
+    ],
+)
+def test_max_pooling_with_indices(window, order):
+    """Also of elements that are the same, of which the first counts."""
+    graph = f"""(float[n,3,h,9] x) => (float[n,3,a,b] y, int64[n,3,a,b] i) {{
+        f = Floor(x)
+        y, i = MaxPool<storage_order={order}, {window}>(f)
+    }}"""
+    assert_same_as_onnxruntime(build(graph), sizes=({"n": 1, "h": 5}, {"n": 2, "h": 12}))
+
+
+def test_one_hot_of_values_known_at_run_time():
+    graph = """(int64[n,3] x, float[2] v) => (float[n,6,3] y) { y = OneHot<axis=1>(x, depth, v) }"""
+    model = build(graph, depth=np.array(6))
+    assert_same_as_onnxruntime(model, sizes=({"n": 1}, {"n": 4}))
+
+
+@pytest.mark.parametrize("options", ["", "<k=1>", "<dtype=11, k=-2>"])
+def test_eye_of_another_type(options):
+    dtype = "double" if "11" in options else "float"
+    graph = f"""(float[3,5] x) => ({dtype}[3,5] y) {{
+        y = EyeLike{options}(x)
+    }}"""
+    imported = import_onnx(build(graph))
+    offset = {"": 0, "<k=1>": 1}.get(options, -2)
+    [value] = executor(imported)({"x": np.zeros((3, 5), np.float32)})
+    np.testing.assert_array_equal(value, np.eye(3, 5, offset))
+    assert value.dtype == np.dtype("float64" if "11" in options else "float32")

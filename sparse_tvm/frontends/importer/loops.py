@@ -16,6 +16,9 @@ MOST_NODES = 4096
 """Nodes that a loop may become."""
 
 
+_UNKNOWN = "depends on data, or on sizes of inputs, which --input-shape fixes"
+
+
 class Graph(Protocol):
     """The function that is being built."""
 
@@ -49,9 +52,9 @@ def _unroll_loop(node: onnx.NodeProto, attributes: dict[str, Any], graph: Graph)
     times, go_on, *states = node.input
     most = _integer(graph, times) if times else None
     if go_on and _integer(graph, go_on) is None:
-        raise ValueError("whether it runs at all depends on data")
+        raise ValueError(f"whether it runs at all {_UNKNOWN}")
     if most is None and times:
-        raise ValueError("how often it runs depends on the sizes of inputs, or on data")
+        raise ValueError(f"how often it runs {_UNKNOWN}")
     count, running, parts = 0, not go_on or bool(_integer(graph, go_on)), _Parts(node, len(states))
     while running and (most is None or count < most):
         body = copied(node, "body", str(count))

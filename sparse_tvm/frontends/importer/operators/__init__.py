@@ -8,6 +8,7 @@ from sparse_tvm.frontends.importer.operators import (  # noqa: F401
     indexing,
     movement,
     normalization,
+    pooling,
     quantisation,
     recurrent,
     reduction,

@@ -65,16 +65,36 @@ def _run_time_range(node: Node) -> Tensor:
     return node.emit(relax.op.add(start, relax.op.multiply(numbers.value, step)))
 
 
+@rule("EyeLike")
+def _eye_like(node: Node) -> Any:
+    """A constant, where its size is known; else TVM's, which has the input's type."""
+    shape = [size for size in node.shape(0) if isinstance(size, int)]
+    if node.form is not Tensor or len(shape) != len(node.shape(0)):
+        raise NotInForm
+    code = node.attributes.get("dtype")
+    dtype = np.dtype(node.dtype(0)) if code is None else onnx.helper.tensor_dtype_to_np_dtype(code)
+    rows, columns = shape
+    ones = np.eye(rows, columns, node.attributes.get("k", 0)).astype(dtype)
+    return node.emit(relax.const(ones, dtype.name))
+
+
 @rule("OneHot")
 def _one_hot(node: Node) -> Any:
-    """Keep the dtype of the two values: TVM makes them float64."""
-    depth, values = node.scalar(1), node.constant(2)
-    if node.form is not Tensor or depth is None or values is None:
+    """Keep the dtype of the two values, which may be known at run time only."""
+    depth = node.scalar(1)
+    if node.form is not Tensor or depth is None:
         raise NotInForm
-    off, on = (tirx.const(value, values.dtype.name) for value in values.tolist())
     indices = node.input(0)
     if not indices.dtype.startswith("int"):
         indices = indices.astype("int64")
     indices = wrap(node, indices.value, [int(depth)])
     axis = node.axis(-1, len(node.shape(0)) + 1)
-    return node.emit(relax.op.one_hot(indices, on, off, int(depth), axis))
+    if node.constant(2) is not None:
+        values = node.constant(2)
+        off, on = (tirx.const(value, values.dtype.name) for value in values.tolist())
+        return node.emit(relax.op.one_hot(indices, on, off, int(depth), axis))
+    yes, no = (tirx.const(value, "int32") for value in (1, 0))
+    chosen = node.emit(relax.op.one_hot(indices, yes, no, int(depth), axis)).astype("bool")
+    pair = node.emit(node.tensor(2))
+    off, on = (pair.slice({0: (i, i + 1, 1)}).value for i in (0, 1))
+    return node.emit(relax.op.where(chosen.value, on, off))
