@@ -372,3 +372,15 @@ def test_slices_back_to_the_last_element_are_empty(start):
     tensors = {"start": start, "axes": 0, "minus": -1}
     model = build(graph, **{name: np.array([value]) for name, value in tensors.items()})
     assert_same_as_onnxruntime(model, sizes=[{"n": 3}])
+
+
+def test_a_slice_back_of_an_axis_within(tmp_path):
+    """With a size that is 0 for some inputs, by which nothing may be divided."""
+    graph = """(float[b,n,12] x) => (float[b,m,12] y) { y = Slice(x, start, end, axes, step) }"""
+    tensors = {"start": 100, "end": 1, "axes": 1, "step": -1}
+    model = build(graph, **{name: np.array([value]) for name, value in tensors.items()})
+    sparse_tvm.compile(model, tmp_path / "m.so", verify=False)
+    artifact = sparse_tvm.load(tmp_path / "m.so")
+    for rows in (1, 2, 3, 120):
+        x = np.arange(2 * rows * 12, dtype=np.float32).reshape(2, rows, 12)
+        np.testing.assert_array_equal(artifact.run({"x": x})["y"], x[:, 100:1:-1])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
-from tvm import relax
+from tvm import relax, te
 
 from sparse_tvm.frontends.importer.forms import Form, NotInForm
 from sparse_tvm.frontends.importer.known import Known
@@ -115,13 +115,13 @@ def _split(node: Node) -> tuple[Form, ...]:
 
 
 @rule("Slice")
-def _slice(node: Node) -> Form:
+def _slice(node: Node) -> Any:
     starts, ends = node.vector(1), node.vector(2)
     axes = node.integers(3, default=range(len(starts)))
     steps = node.integers(4, default=[1] * len(starts))
     shape = node.shape(0)
     window: dict[int, tuple[Size, Size, int]] = {}
-    backwards: dict[int, tuple[Size, Size, int]] = {}
+    backwards: dict[int, int] = {}
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         axis %= len(shape)
         if step > 0:
@@ -136,9 +136,33 @@ def _slice(node: Node) -> Form:
             raise NotInForm
         # TVM's size of a part taken backwards may be negative: first the part, then all of it.
         window[axis] = first, last, 1
-        backwards[axis] = -1, -shape[axis] - 1, step
-    result: Form = node.input(0).slice(window)
-    return result.slice(backwards) if backwards else result
+        backwards[axis] = step
+    result = node.input(0).slice(window)
+    return _backwards(node, result, backwards) if backwards else result
+
+
+def _backwards(node: Node, part: Tensor, steps: Mapping[int, int]) -> Tensor:
+    """From the last element on, in negative steps along these axes.
+
+    A nest of ours: TVM's is full of conditions on sizes, and may divide by one that is 0.
+    """
+    shape = part.sizes_of_axes
+    result = [
+        node.sizes.floordiv(size - steps[axis] - 1, -steps[axis]) if axis in steps else size
+        for axis, size in enumerate(shape)
+    ]
+
+    def compute(x: te.Tensor) -> te.Tensor:
+        def element(*at: Any) -> Any:
+            places = [
+                x.shape[axis] - 1 + index * steps[axis] if axis in steps else index
+                for axis, index in enumerate(at)
+            ]
+            return x[tuple(places)]
+
+        return te.compute(result, element, name="backwards", tag="injective")
+
+    return node.compute(compute, part.value, name="backwards")
 
 
 def _span(node: Node, extent: Size, start: Size, end: Size, least: int = 0) -> tuple[Size, Size]:
