@@ -38,9 +38,9 @@ def tiny_model(
     nodes = [helper.make_node("MatMul", ["x", "fc.weight"], ["y"], name="fc_node")]
     nodes += [helper.make_node(op, ["y"], [op], name=f"odd_{op.lower()}") for op in odd_ops]
     types = {
-        "NonZero": (TensorProto.INT64, [2, "found"]),
+        "Det": (TensorProto.FLOAT, []),
         "ReduceSum": (TensorProto.FLOAT, [1, 1]),
-        "Unique": (TensorProto.FLOAT, ["kinds"]),
+        "StringNormalizer": (TensorProto.STRING, ["kinds"]),
     }
     outputs = {"y": (TensorProto.FLOAT, [rows, w.shape[1]])} | {op: types[op] for op in odd_ops}
     graph = helper.make_graph(
@@ -142,8 +142,8 @@ BAD_MODELS: dict[str, tuple[Content, tuple[str, ...]]] = {
     "no scale": (lambda: with_scale(0), ("fc_dequantise", "fc.scale", "0, not a positive")),
     "lost data": (with_missing_data, ("lost.bin", "fc.weight")),
     "operators": (
-        lambda: tiny_model(odd_ops=("NonZero", "Unique")),
-        ("NonZero", "odd_nonzero", "Unique", "odd_unique"),
+        lambda: tiny_model(odd_ops=("Det", "StringNormalizer")),
+        ("Det", "odd_det", "StringNormalizer", "odd_stringnormalizer"),
     ),
 }
 
