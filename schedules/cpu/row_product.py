@@ -279,18 +279,7 @@ class RowProduct:
                 if blocks == 4
                 else [scalar(weight.indices[at + block], "int64") for block in range(blocks)]
             )
-            for vector in range(vectors):
-                places = range(vector * lanes, (vector + 1) * lanes)
-                # Shuffles stay within halves, of which each has all four.
-                w = [
-                    place // m + (4 if m > 1 and 2 * (place % lanes) >= lanes else 0)
-                    for place in places
-                ]
-                sums.add(
-                    chain * vectors + vector,
-                    four if m == 1 else tirx.Shuffle([four], w),
-                    self._rows_of(columns, [place // m // size for place in places[::m]]),
-                )
+            self._add_four(sums, chain, four, columns, size)
 
         unrolled(count // blocks, chains, step)
         totals = [(v * lanes, sums.total(v, vectors)) for v in range(vectors)]
@@ -316,6 +305,28 @@ class RowProduct:
             for one in range(size)
         ]
 
+    def _add_four(
+        self, sums: Sums, group: int, four: Expr, columns: Sequence[Expr], size: int = 1
+    ) -> None:
+        """Add four weights' products with all rows to a group of sums, one for each vector.
+
+        ``columns`` has one index for each ``size`` of them.
+        """
+        m, lanes = self.m, sums.lanes
+        vectors = 4 * m // lanes
+        for vector in range(vectors):
+            places = range(vector * lanes, (vector + 1) * lanes)
+            # Shuffles stay within halves, of which each has all four.
+            w = [
+                place // m + (4 if m > 1 and 2 * (place % lanes) >= lanes else 0)
+                for place in places
+            ]
+            sums.add(
+                group * vectors + vector,
+                four if m == 1 else tirx.Shuffle([four], w),
+                self._rows_of(columns, [place // m // size for place in places[::m]]),
+            )
+
     def _rows_abreast(self, part: Expr, segment: Expr) -> None:
         """One part's product for rows of single weights, all equally long.
 
@@ -338,18 +349,7 @@ class RowProduct:
                 if m > 1:
                     four = four_twice(four, self.simd)
                 columns = small_integers(weight.indices, at)
-                for vector in range(vectors):
-                    places = range(vector * lanes, (vector + 1) * lanes)
-                    # Shuffles stay within halves, of which each has all four.
-                    w = [
-                        place // m + (4 if m > 1 and 2 * (place % lanes) >= lanes else 0)
-                        for place in places
-                    ]
-                    sums.add(
-                        row * vectors + vector,
-                        four if m == 1 else tirx.Shuffle([four], w),
-                        self._rows_of(columns, [place // m for place in places[::m]]),
-                    )
+                self._add_four(sums, row, four, columns)
         for row, total in enumerate(self._totals_abreast(sums, vectors, lanes)):
             block_row = scalar(weight.order[segment + row])
             self._save(part, [span(block_row * m, m)], total)

@@ -1,4 +1,4 @@
-"""The largest of windows, with where it is; the largest of samples of regions."""
+"""The largest of windows, with where it is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from sparse_tvm.frontends.importer.forms import NotInForm
 from sparse_tvm.frontends.importer.rules import Node, rule
 from sparse_tvm.frontends.importer.sizes import Size, as_expr
 from sparse_tvm.frontends.importer.tensors import Tensor
+from sparse_tvm.frontends.importer.windows import Windows
 
 
 @rule("MaxPool")
@@ -18,38 +19,21 @@ def _max_pool(node: Node) -> Any:
     """With indices into the whole tensor, of the first of equal elements; else TVM's."""
     if node.form is not Tensor or not node.wants(1):
         raise NotInForm
-    kernel = list(node.attributes["kernel_shape"])
-    size = node.shape(0)[2:]
-    ones = [1] * len(kernel)
-    strides = list(node.attributes.get("strides", ones))
-    dilations = list(node.attributes.get("dilations", ones))
     if node.attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
         raise ValueError("it has indices, and auto_pad instead of pads")
-    pads = list(node.attributes.get("pads", [0] * 2 * len(kernel)))
     if node.attributes.get("ceil_mode", 0):
         raise ValueError("it has indices, and rounds its size up")
-    rows = [
-        node.sizes.floordiv(
-            s + pads[i] + pads[i + len(kernel)] - dilations[i] * (kernel[i] - 1) - 1, strides[i]
-        )
-        + 1
-        for i, s in enumerate(size)
-    ]
+    windows = Windows.of(node, node.attributes["kernel_shape"])
     backwards = bool(node.attributes.get("storage_order", 0))
-    nest = _largest_with_index(kernel, strides, dilations, pads, rows, backwards)
+    nest = _largest_with_index(windows, windows.counts(node, node.shape(0)[2:]), backwards)
     values = node.compute(nest, node.tensor(0), name="max_pool_with_indices")
     return node.fields(values)
 
 
-def _largest_with_index(
-    kernel: Sequence[int],
-    strides: Sequence[int],
-    dilations: Sequence[int],
-    pads: Sequence[int],
-    rows: Sequence[Size],
-    backwards: bool,
-) -> Any:
+def _largest_with_index(windows: Windows, rows: Sequence[Size], backwards: bool) -> Any:
     """The nest; ``backwards`` counts an image's elements with its first axis innermost."""
+
+    kernel, strides = windows.kernel, windows.strides
 
     def better(one: Any, other: Any) -> Any:
         (i, a), (j, b) = one, other
@@ -64,7 +48,7 @@ def _largest_with_index(
 
         def window(at: Any, channel: Any, *place: Any) -> Any:
             places = [
-                place[i] * strides[i] + within[i] * dilations[i] - pads[i]
+                place[i] * strides[i] + within[i] * windows.dilations[i] - windows.pads[i]
                 for i in range(len(kernel))
             ]
             inside = tirx.all(*(tirx.all(p >= 0, p < s) for p, s in zip(places, size, strict=True)))

@@ -12,6 +12,7 @@ from sparse_tvm.frontends.importer.forms import NotInForm
 from sparse_tvm.frontends.importer.rules import Node, rule
 from sparse_tvm.frontends.importer.sizes import Size, as_expr
 from sparse_tvm.frontends.importer.tensors import Tensor
+from sparse_tvm.frontends.importer.windows import Windows
 
 
 @rule("ConvTranspose")
@@ -54,16 +55,10 @@ def _col2im(node: Node) -> Tensor:
         raise NotInForm
     image, kernel = node.vector(1), node.integers(2)
     batch, columns, count = node.shape(0)
-    strides, dilations, pads = _window(node, len(kernel))
+    windows = Windows.of(node, kernel)
+    strides, dilations, pads = windows.strides, windows.dilations, windows.pads
     channels = node.sizes.floordiv(columns, prod(kernel))
-    blocks = [
-        node.sizes.floordiv(
-            size + pads[axis] + pads[axis + len(kernel)] - dilations[axis] * (kernel[axis] - 1) - 1,
-            strides[axis],
-        )
-        + 1
-        for axis, size in enumerate(image)
-    ]
+    blocks = windows.counts(node, image)
     if not node.sizes.equal(node.sizes.product(blocks), count):
         raise ValueError(f"its input has {count} blocks, not {node.sizes.product(blocks)}")
 
@@ -120,7 +115,8 @@ def _deform_conv(node: Node) -> Tensor:
 def _columns_of(node: Node, kernel: Sequence[int], out: Sequence[Size]) -> Any:
     """What each output pixel is the sum of: ``[batch, channels, kernel, rows, columns]``."""
     batch, channels, *size = node.shape(0)
-    strides, dilations, pads = _window(node, 2)
+    windows = Windows.of(node, kernel)
+    strides, dilations, pads = windows.strides, windows.dilations, windows.pads
     per_offset = channels // node.attributes.get("offset_group", 1)
     taps = prod(kernel)
 
@@ -159,14 +155,6 @@ def _between(x: te.Tensor, where: Any, points: Sequence[Any], size: Sequence[Siz
 def _distance(value: Any) -> Any:
     """The distance from 0."""
     return tirx.max(value, -value)
-
-
-def _window(node: Node, rank: int) -> tuple[list[int], list[int], list[int]]:
-    """Strides, dilations and pads, those in front of all axes first."""
-    ones = [1] * rank
-    strides = list(node.attributes.get("strides", ones))
-    dilations = list(node.attributes.get("dilations", ones))
-    return strides, dilations, list(node.attributes.get("pads", [0] * 2 * rank))
 
 
 def _flat(indices: Sequence[Any], sizes: Sequence[Size]) -> Any:
