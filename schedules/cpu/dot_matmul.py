@@ -26,6 +26,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     prim_func,
     ramp,
     scalar,
+    side_by_side,
     symbol,
 )
 from sparse_tvm.schedules.cpu.low_matmul import (
@@ -37,9 +38,12 @@ from sparse_tvm.schedules.cpu.low_matmul import (
     row_range,
 )
 from sparse_tvm.schedules.cpu.low_precision import words_like
-from sparse_tvm.schedules.cpu.simd import Simd, dot_group_limit
+from sparse_tvm.schedules.cpu.simd import LANES, Simd, dot_group_limit
 
 _WORDS_PER_LINE = 16
+
+_ROWS_AHEAD = 4
+"""How many block rows ahead their outputs are asked for: CPUs do not foresee their order."""
 
 
 MultiplyAdd = Callable[[Expr, Expr, Expr], Expr]
@@ -108,13 +112,20 @@ def dot_matmul(
                 with T.serial(0, lines) as line:
                     step(line, lambda row: data[segment, line, row])
             else:
+                soon = scalar(weight.rows[tirx.min(segment + _ROWS_AHEAD, block_rows - 1)] * rows)
+                for place in range(vectors.count // simd.per_tile):
+                    for row in range(rows):
+                        outputs.ask(soon + row, vectors.first + place)
                 _for_blocks(data, weight, rows, segment, step)
-            for vector in range(vectors.count):
-                tile, lanes = vectors.at(vector)
-                with outputs.output.peak(tile - vectors.first, lanes.base) as peak:
+            # Whole tiles at once: what follows a sum is long, and CPUs look few of them ahead.
+            for place in range(vectors.count // simd.per_tile):
+                tile = vectors.first + place
+                with outputs.output.peak(place, 0, LANES) as peak:
                     for row in range(live):
-                        sums, place = acc[at(row, vector)], block_row * rows + row
-                        outputs.finish(sums, place, tile, lanes.base, peak)
+                        parts = [
+                            acc[at(row, place * simd.per_tile + i)] for i in range(simd.per_tile)
+                        ]
+                        outputs.finish(side_by_side(parts), block_row * rows + row, tile, 0, peak)
 
         def rows_kernel(first_tile: Expr, size: int, start: Expr, stop: Expr) -> None:
             vectors = TileVectors(first_tile, size, simd)

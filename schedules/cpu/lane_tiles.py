@@ -173,6 +173,14 @@ def zero(simd: Simd) -> Expr:
     return splat(T.float32(0), simd)
 
 
+def side_by_side(vectors: Sequence[Expr]) -> Expr:
+    """Vectors as one, which LLVM computes in as many registers."""
+    if len(vectors) == 1:
+        return vectors[0]
+    count = len(vectors) * int(vectors[0].ty.dtype.lanes)
+    return tirx.Shuffle(list(vectors), [tirx.const(i, "int32") for i in range(count)])
+
+
 class TileVectors:
     """The vectors of ``count`` consecutive tiles, numbered across them.
 

@@ -9,7 +9,7 @@ rounded when all features of its tokens are there, since int8's scale depends on
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -22,6 +22,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     Registers,
     Tiles,
     argument,
+    prefetch,
     scalar,
     share_jobs,
     zero,
@@ -30,7 +31,7 @@ from sparse_tvm.schedules.cpu.low_output import Output
 from sparse_tvm.schedules.cpu.low_precision import Lines
 from sparse_tvm.schedules.cpu.precision import Precision
 from sparse_tvm.schedules.cpu.simd import Simd
-from sparse_tvm.schedules.cpu.vector_math import ACTIVATIONS, ROUGH_ACTIVATIONS
+from sparse_tvm.schedules.cpu.vector_math import ACTIVATIONS, ROUGH_ACTIVATIONS, lanes_of
 
 PREFETCH_BYTES = 4096
 """How far ahead of its use a weight is asked for."""
@@ -137,12 +138,20 @@ class Rows:
                 (step, tiles.flat(extra, n) if isinstance(step, Residual) else extra)
             )
 
+    def ask(self, row: Expr, tile: Expr) -> None:
+        """Ask for what soon is added to a row of a tile, and for where it goes."""
+        self.output.ask(row, tile)
+        for step, extra in self._steps:
+            if isinstance(step, Residual):
+                prefetch(extra, (tile, row, 0))
+
     def finish(
         self, sums: Expr, row: Expr, tile: Expr, first: Expr, peak: Registers | None
     ) -> None:
         """Scale the sums of a row for some tokens of a tile, apply the epilogue and store.
 
-        ``sums`` is a vector of int32 for int8, else of float32; ``peak`` is the output's.
+        ``sums`` is a vector of int32 for int8, else of float32; ``peak`` is the output's. Vectors
+        may be wider than registers, so that more of them are on their way at once.
         """
         self.output.store(self._finished(sums, row, tile, first), row, tile, first, peak)
 
@@ -157,7 +166,8 @@ class Rows:
         self.output.store_pair(even, odd, row, tile, first)
 
     def _finished(self, sums: Expr, row: Expr, tile: Expr, first: Expr) -> Expr:
-        lanes = self.simd.lanes
+        lanes = lanes_of(sums)
+        simd = replace(self.simd, lanes=lanes)
         value = sums
         if self.problem.precision.scaled:
             exact = sums + T.broadcast(self._correction[row], lanes)
@@ -171,10 +181,10 @@ class Rows:
                 value = value + extra[tile, row, T.ramp(first, 1, lanes)]
             else:
                 assert isinstance(step, Activation), step
-                held = Registers(1, 1, self.simd)  # activations repeat their argument
+                held = Registers(1, 1, simd)  # activations repeat their argument
                 held.set(0, 0, value)
                 value = functions[step.function](held.get(0, 0))
-        held = Registers(1, 1, self.simd)
+        held = Registers(1, 1, simd)
         held.set(0, 0, value)
         return held.get(0, 0)
 

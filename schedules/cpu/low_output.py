@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -20,6 +21,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     Registers,
     Tiles,
     argument,
+    prefetch,
     scalar,
     scratch,
 )
@@ -32,6 +34,7 @@ from sparse_tvm.schedules.cpu.low_precision import (
 )
 from sparse_tvm.schedules.cpu.precision import Precision
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
+from sparse_tvm.schedules.cpu.vector_math import lanes_of
 
 
 class Output:
@@ -93,27 +96,34 @@ class Output:
             T.buffer_store(self._peaks, peak, at)
 
     @contextmanager
-    def peak(self, place: Expr, first: Expr) -> Iterator[Registers | None]:
+    def peak(self, place: Expr, first: Expr, lanes: int) -> Iterator[Registers | None]:
         """The largest magnitudes of some tokens in a register, while rows of theirs are stored."""
         if not self.has_peaks:
             yield None
             return
-        at = T.ramp(place * LANES + first, 1, self._simd.lanes)
-        register = Registers(1, 1, self._simd)
+        at = T.ramp(place * LANES + first, 1, lanes)
+        register = Registers(1, 1, replace(self._simd, lanes=lanes))
         register.set(0, 0, self._seen[at])
         yield register
         T.buffer_store(self._seen, register.get(0, 0), [at])
 
+    def ask(self, row: Expr, tile: Expr) -> None:
+        """Ask for where a row of a tile is stored, if rows are stored as they come."""
+        if self.precision is None:
+            prefetch(self._y, (tile, row, 0))
+        elif self._waits:
+            prefetch(self._rows, (tile, row, 0))
+
     def store(
         self, value: Expr, row: Expr, tile: Expr, first: Expr, peak: Registers | None
     ) -> None:
-        """Store ``simd.lanes`` tokens of one row, from token ``first`` of a tile."""
-        lanes = self._simd.lanes
+        """Store some tokens of one row, from token ``first`` of a tile."""
+        lanes = lanes_of(value)
         at = [tile, row, T.ramp(first, 1, lanes)]
         if self.precision is None:
             T.buffer_store(self._y, value, at)
             return
-        held = Registers(1, 1, self._simd)
+        held = Registers(1, 1, replace(self._simd, lanes=lanes))
         held.set(0, 0, value)
         if peak is not None:
             peak.set(0, 0, tirx.max(peak.get(0, 0), magnitude(held.get(0, 0))))

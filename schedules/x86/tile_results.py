@@ -78,7 +78,7 @@ class TileResults:
         # A loop, whose end LLVM cannot foresee: unrolled, an epilogue exceeds the cache of code.
         for first in range(0, LANES, lanes):
             if not output.in_pairs:
-                with output.peak(place, first) as peak, T.serial(0, count) as i:
+                with output.peak(place, first, lanes) as peak, T.serial(0, count) as i:
                     r = scalar(row + i)
                     outputs.finish(load(r, first), first_row + r, tile, first, peak)
                 continue
