@@ -17,8 +17,7 @@ import onnx
 import onnx_suite
 
 from sparse_tvm.frontends.importer import model as importer
-from sparse_tvm.frontends.importer.graph import SUPPORTED_OPS
-from sparse_tvm.frontends.importer.operators import RULES
+from sparse_tvm.frontends.importer.graph import OWN_OPS, SUPPORTED_OPS
 from sparse_tvm.frontends.onnx.quantised import QUANTISED_OPS
 
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
@@ -61,7 +60,7 @@ def coverage_page() -> str:
     """Return the page."""
     schemas = [s for s in onnx.defs.get_all_schemas() if s.domain == "" and not s.deprecated]
     defined = importer._defined_only() | QUANTISED_OPS
-    compiled = (SUPPORTED_OPS | defined) - importer._REASONS.keys()
+    compiled = SUPPORTED_OPS | defined
     reasons = refusals()
     held = operators_of_cases()
     rows, refused = [], []
@@ -70,9 +69,9 @@ def coverage_page() -> str:
         cases = held[name]
         failing = [case for case in cases if case in reasons]
         if name not in compiled:
-            refused.append(f"| {name} | {_reason(name, [reasons[case] for case in failing])} |")
+            refused.append(f"| {name} | {_reason([reasons[case] for case in failing])} |")
             continue
-        by = "rule" if name in {*RULES, "If"} else "definition" if name in defined else "TVM"
+        by = "rule" if name in OWN_OPS else "definition" if name in defined else "TVM"
         why = _listed([reasons[case] for case in failing])
         count = f"{len(cases) - len(failing)} of {len(cases)}" if cases else ""
         rows.append(f"| {name} | {schema.since_version} | {by} | {count} | {why} |")
@@ -98,9 +97,8 @@ def operators_of_cases() -> dict[str, list[str]]:
     return held
 
 
-def _reason(name: str, whys: list[str]) -> str:
-    kind = importer._REASONS.get(name)
-    return kind or _listed([why for why in whys if "cannot be compiled" not in why]) or "no rule"
+def _reason(whys: list[str]) -> str:
+    return _listed([why for why in whys if "cannot be compiled" not in why]) or "no rule"
 
 
 def _listed(whys: list[str]) -> str:

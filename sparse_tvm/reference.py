@@ -144,9 +144,17 @@ class Reference(ReferenceModel):
         try:
             results = self._session.run(names, dict(inputs))
         except Exception as error:  # its exceptions have no base of their own
-            reason = str(error).partition("\n")[0]
-            raise ModelError(f"ONNX Runtime cannot run {self.name}: {reason}") from error
+            raise cannot_run("ONNX Runtime", self.name, error) from error
         return dict(zip(names, results, strict=True))
+
+
+def cannot_run(engine: str, model: str, error: Exception) -> ModelError:
+    """Say that a framework refuses a model's inputs, which may be random ones."""
+    reason = str(error).strip().partition("\n")[0]
+    return ModelError(
+        f"{engine} cannot run {model}: {reason}",
+        hint="--verify-inputs FILE.npz gives other inputs than random ones",
+    )
 
 
 def _session(source: str | bytes, options: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import source_models  # noqa: F401 (skips where a framework is missing)
 import torch
@@ -30,9 +31,9 @@ class Bags(nn.Module):
 class Offsets(nn.Module):
     """Bags of any size, whose beginnings are an input."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.bags = nn.EmbeddingBag(50, 64)
+        self.bags = nn.EmbeddingBag(50, 64, **options)
 
     def forward(self, indices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         return self.bags(indices, offsets)
@@ -67,7 +68,25 @@ def test_other_bags_stay() -> None:
         assert "aten.embedding_bag.padding_idx" in targets
 
 
-def test_bags_of_any_size_are_refused(tmp_path: Path) -> None:
-    flat, begins = torch.ones(18, dtype=torch.int64), torch.tensor([0, 5, 12])
-    with pytest.raises(ModelError, match="a sequence"):
-        sparse_tvm.compile(Offsets().eval(), tmp_path / "model.so", example_inputs=(flat, begins))
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_of_any_size(mode: str, tmp_path: Path) -> None:
+    """Bags are unrolled, their beginnings are data, and a bag may be empty."""
+    torch.manual_seed(0)
+    module = Offsets(mode=mode).eval()
+    flat = torch.arange(18)
+    inputs = (flat, torch.tensor([0, 5, 12]))
+    with pytest.raises(ModelError, match=r"PyTorch cannot run the model: offsets\[0\]") as refused:
+        sparse_tvm.compile(module, tmp_path / "model.so", example_inputs=inputs)
+    assert "--verify-inputs" in refused.value.hint
+    sparse_tvm.compile(
+        module,
+        tmp_path / "model.so",
+        example_inputs=inputs,
+        verify_inputs={"indices": inputs[0].numpy(), "offsets": inputs[1].numpy()},
+    )
+    loaded = sparse_tvm.load(tmp_path / "model.so")
+    for begins in ([0, 5, 12], [0, 0, 17], [0, 18, 18], [0, 1, 1]):
+        offsets = torch.tensor(begins)
+        [found] = loaded.run({"indices": flat.numpy(), "offsets": offsets.numpy()}).values()
+        expected = module(flat, offsets).detach()
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

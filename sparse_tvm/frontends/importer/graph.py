@@ -12,7 +12,7 @@ import tvm
 from onnx import numpy_helper
 from tvm import relax, tirx
 
-from sparse_tvm.frontends.importer import index_expressions, operators, rules
+from sparse_tvm.frontends.importer import index_expressions, operators, rules, sequences
 from sparse_tvm.frontends.importer.branches import branch, one_of
 from sparse_tvm.frontends.importer.forms import Form
 from sparse_tvm.frontends.importer.index_expressions import Coordinates, IndexExpression
@@ -23,7 +23,10 @@ from sparse_tvm.frontends.importer.tensors import Tensor, materialise, shape_of
 from sparse_tvm.frontends.importer.tvm_adapter import OPERATORS, TvmConverter, input_variables
 from sparse_tvm.frontends.onnx.detach import size_of
 
-SUPPORTED_OPS = OPERATORS | frozenset(operators.RULES) | {"If", "Loop", "Scan"}
+OWN_OPS = frozenset({*operators.RULES, *sequences.OPERATORS, "Identity", "If", "Loop", "Scan"})
+"""What is not left to TVM's importer, at least where that would not do."""
+
+SUPPORTED_OPS = OPERATORS | OWN_OPS
 """What can be imported."""
 
 _WINDOWS = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool")
@@ -81,6 +84,7 @@ class Importer:
         self.sizes = Sizes(bounds)
         self.known: dict[str, Known] = {}
         self.index_expressions: dict[str, IndexExpression | Coordinates] = {}
+        self.sequences: dict[str, sequences.Elements] = {}
         self.builder = relax.BlockBuilder()
         self._tvm = TvmConverter(self.builder, opset)
         self._tensors: dict[str, relax.Expr] = {}
@@ -103,7 +107,7 @@ class Importer:
         with self.builder.function("main", params=inputs):
             with self.builder.dataflow():
                 for node in self.graph.node:
-                    self._import(node)
+                    self.import_node(node)
                 outputs = [self.tensor(value.name) for value in self.graph.output]
                 result = outputs[0] if len(outputs) == 1 else relax.Tuple(outputs)
                 result = self.builder.emit_output(result)
@@ -122,30 +126,38 @@ class Importer:
             if expression is not None:
                 self.index_expressions[tensor.name] = expression
 
-    def _import(self, proto: onnx.NodeProto) -> None:
+    def import_node(self, proto: onnx.NodeProto) -> None:
+        """Import a node, and name what it computes."""
         try:
-            if proto.op_type == "If":
+            attributes = self._tvm.attributes(proto)
+            if proto.op_type == "Identity":
+                self.alias(proto.output[0], proto.input[0])
+            elif proto.op_type == "If":
                 self._import_branches(proto)
-                return
-            if proto.op_type in ("Loop", "Scan"):
-                unroll(proto, self._tvm.attributes(proto), self)
-                return
-            node = rules.Node(proto, self, self._tvm.attributes(proto), self.opset)
-            standard = proto.domain in ("", "ai.onnx")
-            outputs = rules.apply(node) if standard else None
-            if outputs is None:
-                value = self.by_tvm(node, node.tensors())
-                outputs = (Tensor(self.normalize(value), self),)
-            if len(outputs) == 1 and isinstance(outputs[0], Tensor):
-                outputs = self.fields(outputs[0])
-            if any(proto.output[len(outputs) :]):
-                raise ValueError(f"its output {proto.output[len(outputs)]} is not supported")
-            for name, output in zip(proto.output, outputs, strict=False):
-                self._bind(name, output, node)
+            elif proto.op_type in ("Loop", "Scan"):
+                unroll(proto, attributes, self)
+            elif proto.op_type in sequences.OPERATORS:
+                sequences.apply(proto, attributes, self)
+            else:
+                self._import_operator(proto, attributes)
         except (SameSize, Narrower, NodeError):
             raise
         except Exception as error:
             raise NodeError(proto) from error
+
+    def _import_operator(self, proto: onnx.NodeProto, attributes: dict[str, Any]) -> None:
+        node = rules.Node(proto, self, attributes, self.opset)
+        standard = proto.domain in ("", "ai.onnx")
+        outputs = rules.apply(node) if standard else None
+        if outputs is None:
+            value = self.by_tvm(node, node.tensors())
+            outputs = (Tensor(self.normalize(value), self),)
+        if len(outputs) == 1 and isinstance(outputs[0], Tensor):
+            outputs = self.fields(outputs[0])
+        if any(proto.output[len(outputs) :]):
+            raise ValueError(f"its output {proto.output[len(outputs)]} is not supported")
+        for name, output in zip(proto.output, outputs, strict=False):
+            self._bind(name, output, node)
 
     def _import_branches(self, proto: onnx.NodeProto) -> None:
         """Import the branch that an ``If`` always takes, or both, and choose between results."""
@@ -158,13 +170,26 @@ class Importer:
             return
         taken, other = (self.import_graph(branch(proto, which)) for which in (True, False))
         condition = self.normalize(relax.op.reshape(self.tensor(name), ()))
-        for output, pair in zip(proto.output, zip(taken, other, strict=True), strict=True):
-            yes, no = map(self.tensor, pair)
-            if self.sizes.same(shape_of(yes), shape_of(no)):
-                chosen = relax.op.where(condition, yes, no)
-            else:
-                chosen = self._one_of(condition, yes, no)
-            self._tensors[output] = self.builder.emit(chosen)
+        for output, yes, no in zip(proto.output, taken, other, strict=True):
+            self._choose(output, condition, yes, no)
+
+    def _choose(self, output: str, condition: relax.Expr, yes: str, no: str) -> None:
+        """Give the name of one of two values, or sequences of as many, to that one."""
+        if yes in self.sequences or no in self.sequences:
+            both = [self.sequences.get(name) or () for name in (yes, no)]
+            if len(both[0]) != len(both[1]):
+                raise ValueError("how long a sequence is depends on data")
+            names = [f"{output}.{index}" for index in range(len(both[0]))]
+            for name, *pair in zip(names, *both, strict=True):
+                self._choose(name, condition, *pair)
+            self.sequences[output] = tuple(names)
+            return
+        tensors = self.tensor(yes), self.tensor(no)
+        if self.sizes.same(*map(shape_of, tensors)):
+            chosen = relax.op.where(condition, *tensors)
+        else:
+            chosen = self._one_of(condition, *tensors)
+        self._tensors[output] = self.builder.emit(chosen)
 
     def _one_of(self, condition: relax.Expr, yes: relax.Expr, no: relax.Expr) -> relax.Expr:
         """Return one of two tensors of different sizes; its sizes are counted at run time."""
@@ -181,13 +206,13 @@ class Importer:
         """Import the nodes of a graph within a node, and return the names of its outputs."""
         self._read_initializers(graph)
         for node in graph.node:
-            self._import(node)
+            self.import_node(node)
         return [value.name for value in graph.output]
 
     def alias(self, name: str, of: str) -> None:
         """Give a value another name."""
-        values: tuple[dict[str, Any], ...] = (self.known, self.index_expressions, self._tensors)
-        for forms in values:
+        values: list[dict[str, Any]] = [self.known, self.index_expressions]
+        for forms in (*values, self._tensors, self.sequences):
             if of in forms:
                 forms[name] = forms[of]
 

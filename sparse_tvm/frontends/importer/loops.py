@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnx
 
+from sparse_tvm.frontends.importer import sequences
 from sparse_tvm.frontends.importer.branches import copied
 from sparse_tvm.frontends.importer.forms import Form
 from sparse_tvm.frontends.importer.known import Known
@@ -19,19 +20,14 @@ MOST_NODES = 4096
 _UNKNOWN = "depends on data, or on sizes of inputs, which --input-shape fixes"
 
 
-class Graph(Protocol):
+class Graph(sequences.Graph, Protocol):
     """The function that is being built."""
-
-    known: dict[str, Known]
 
     def carried(self, name: str) -> Form:
         """Return a value of the graph."""
 
     def define(self, name: str, value: Form) -> None:
         """Give a value a name."""
-
-    def alias(self, name: str, of: str) -> None:
-        """Give a value another name."""
 
     def import_graph(self, graph: onnx.GraphProto) -> list[str]:
         """Import the nodes of a graph within a node, and return the names of its outputs."""
@@ -122,12 +118,10 @@ class _Parts:
                 continue
             if not self.rows:
                 raise ValueError("it never runs")
-            values = [graph.carried(row[place]) for row in self.rows]
+            values = [row[place] for row in self.rows]
             if any(backwards[place : place + 1]):
                 values.reverse()
-            axis = axes[place] % (len(values[0].sizes_of_axes) + 1)
-            first, *rest = (value.expand_dims([axis]) for value in values)
-            graph.define(name, first.concat(rest, axis))
+            sequences.join(graph, values, name, axes[place], new=True)
 
 
 def _hand_over(graph: Graph, names: Sequence[str], values: Sequence[str]) -> None:

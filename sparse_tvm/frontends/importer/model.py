@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -29,7 +29,9 @@ from sparse_tvm.frontends.input_shapes import InputShapes, Shapes, choose_shapes
 from sparse_tvm.frontends.onnx.detach import as_array
 from sparse_tvm.frontends.onnx.quantised import CONTRIB_DOMAIN, was_quantised
 from sparse_tvm.frontends.onnx.read import describe, first_few, one_line, read_onnx
+from sparse_tvm.frontends.onnx.rewrite import all_nodes
 from sparse_tvm.frontends.onnx.simplify import input_specs, set_input_shapes, simplify
+from sparse_tvm.frontends.onnx.specs import demand_tensor
 from sparse_tvm.frontends.onnx.weights import find_weights
 from sparse_tvm.frontends.onnx.widen import widened_types
 from sparse_tvm.spec import LARGEST_SIZE, TensorSpec
@@ -40,24 +42,6 @@ _SUPPORTED_CONTRIB_OPS = {
     "FastGelu",
     "SkipLayerNormalization",
 }
-
-# TVM imports these, but what comes of it cannot be compiled here.
-_UNSUPPORTED_OPS = {
-    "a sequence or an optional": {
-        "ConcatFromSequence",
-        "Optional",
-        "OptionalGetElement",
-        "OptionalHasElement",
-        "SequenceAt",
-        "SequenceConstruct",
-        "SequenceEmpty",
-        "SequenceErase",
-        "SequenceInsert",
-        "SequenceLength",
-        "SplitToSequence",
-    },
-}
-_REASONS = {op: reason for reason, ops in _UNSUPPORTED_OPS.items() for op in ops}
 
 
 @dataclass
@@ -145,6 +129,8 @@ def _import(
     input_shapes: InputShapes | None,
     source: str | os.PathLike[str] | onnx.ModelProto,
 ) -> ImportedModel:
+    for output in proto.graph.output:
+        demand_tensor(output)
     shapes = choose_shapes(input_specs(proto), input_shapes or {})
     program, tensors = simplify(proto, shapes.specs, definitions=_defined_only())
     _check_operators(program)
@@ -180,26 +166,14 @@ def _defined_only() -> frozenset[str]:
 def _check_operators(program: onnx.ModelProto) -> None:
     """Refuse a model that holds operators that cannot be compiled, and name them all."""
     refused: dict[str, list[str]] = {}
-    for node in _all_nodes(program.graph):
+    for node in all_nodes(program.graph):
         known = _SUPPORTED_CONTRIB_OPS if node.domain == CONTRIB_DOMAIN else SUPPORTED_OPS
-        if node.op_type not in known or node.op_type in _REASONS:
+        if node.op_type not in known:
             op = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
             refused.setdefault(op, []).append(node.name or node.output[0])
     if refused:
-        found = [
-            f"{op} ({_REASONS[op] + '; ' if op in _REASONS else ''}node {first_few(nodes)})"
-            for op, nodes in refused.items()
-        ]
+        found = [f"{op} (node {first_few(nodes)})" for op, nodes in refused.items()]
         raise ModelError(f"operators that cannot be compiled: {', '.join(found)}")
-
-
-def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Yield the nodes of a graph, and of the graphs within them."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _all_nodes(attribute.g)
 
 
 def _import_program(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import cast
 
 import numpy as np
@@ -35,7 +35,7 @@ def expand(model: onnx.ModelProto, ops: Collection[str]) -> onnx.ModelProto:
 
     `model` may be changed.
     """
-    while found := [n for n in model.graph.node if n.domain == "" and n.op_type in ops]:
+    while found := [n for n in all_nodes(model.graph) if n.domain == "" and n.op_type in ops]:
         for node in found:
             _write_defaults(node)
         # The definitions depend on types, which inlining looks up in value_info alone.
@@ -49,6 +49,15 @@ def expand(model: onnx.ModelProto, ops: Collection[str]) -> onnx.ModelProto:
         del inlined.graph.value_info[:]
         model = onnx.shape_inference.infer_shapes(inlined)
     return model
+
+
+def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes of a graph, and of the graphs within them."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from all_nodes(attribute.g)
 
 
 def _write_defaults(node: onnx.NodeProto) -> None:

@@ -24,7 +24,7 @@ from sparse_tvm.frontends.torch.export import quiet, to_onnx
 from sparse_tvm.frontends.torch.masks import fold_masks
 from sparse_tvm.frontends.torch.pickles import check_archive, load_pickle
 from sparse_tvm.frontends.torch.quantised import import_operators
-from sparse_tvm.reference import ReferenceModel
+from sparse_tvm.reference import ReferenceModel, cannot_run
 from sparse_tvm.sparsity.sources import torch_layout, torch_to_dense
 
 _EXAMPLE_SIZE = 2  # of a dimension that stays symbolic
@@ -201,8 +201,11 @@ class TorchReference(ReferenceModel):
             for name in self.inputs
         ]
         args, kwargs = pytree.tree_unflatten(tensors, self._structure)
-        with torch.no_grad():
-            leaves = pytree.tree_leaves(self._module(*args, **kwargs))
+        try:
+            with torch.no_grad():
+                leaves = pytree.tree_leaves(self._module(*args, **kwargs))
+        except Exception as error:
+            raise cannot_run("PyTorch", "the model", error) from error
         found = {
             name: (leaf.float() if leaf.dtype == torch.bfloat16 else leaf).numpy()
             for name, leaf in zip(self.outputs, leaves, strict=True)

@@ -16,6 +16,7 @@ from sparse_tvm.frontends.importer.operators import (  # noqa: F401
     selection,
     shifts,
     signals,
+    slices,
     vision,
 )
 from sparse_tvm.frontends.importer.rules import RULES

@@ -245,6 +245,15 @@ def _cast(node: Node) -> Any:
     return node.input(0).astype(dtype)
 
 
+@rule("CastLike")
+def _cast_like(node: Node) -> Any:
+    """Of the second input no more is read than its type."""
+    if node.form is not Tensor:
+        raise NotInForm
+    known = node.known(0) or node.index_expression(0)
+    return None if known is None else known.astype(node.dtype(1))
+
+
 @rule("Clip")
 def _clip(node: Node) -> Any:
     if node.form is not Tensor or any(node.has(p) and node.scalar(p) is None for p in (1, 2)):

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
-from tvm import relax, te
+from tvm import relax
 
 from sparse_tvm.frontends.importer.forms import Form, NotInForm
 from sparse_tvm.frontends.importer.known import Known
 from sparse_tvm.frontends.importer.rules import Node, rule
 from sparse_tvm.frontends.importer.sizes import Size, is_number
 from sparse_tvm.frontends.importer.tensors import Tensor
-from sparse_tvm.spec import LARGEST_SIZE
-
-
-@rule("Identity")
-def _identity(node: Node) -> Any:
-    return node.input(0)
 
 
 @rule("Reshape")
@@ -112,83 +106,6 @@ def _split(node: Node) -> tuple[Form, ...]:
     if node.form is Tensor and all(isinstance(p, int) and p > 0 for p in parts):
         return (node.emit(relax.op.split(data.value, bounds[1:-1], axis)),)
     return tuple(data.slice({axis: (begin, end, 1)}) for begin, end in pairwise(bounds))
-
-
-@rule("Slice")
-def _slice(node: Node) -> Any:
-    starts, ends = node.vector(1), node.vector(2)
-    axes = node.integers(3, default=range(len(starts)))
-    steps = node.integers(4, default=[1] * len(starts))
-    shape = node.shape(0)
-    window: dict[int, tuple[Size, Size, int]] = {}
-    backwards: dict[int, int] = {}
-    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        axis %= len(shape)
-        if step > 0:
-            window[axis] = *_span(node, shape[axis], start, end), step
-            continue
-        # ONNX moves the first element into the axis, so there is one before its end.
-        first, last = _span(node, shape[axis], *_turned(shape[axis], start, end), least=1)
-        if isinstance(first, int) and isinstance(last, int):
-            window[axis] = (last - 1, first - 1, step) if first < last else (0, 0, 1)
-            continue
-        if node.form is not Tensor:
-            raise NotInForm
-        # TVM's size of a part taken backwards may be negative: first the part, then all of it.
-        window[axis] = first, last, 1
-        backwards[axis] = step
-    result = node.input(0).slice(window)
-    return _backwards(node, result, backwards) if backwards else result
-
-
-def _backwards(node: Node, part: Tensor, steps: Mapping[int, int]) -> Tensor:
-    """From the last element on, in negative steps along these axes.
-
-    A nest of ours: TVM's is full of conditions on sizes, and may divide by one that is 0.
-    """
-    shape = part.sizes_of_axes
-    result = [
-        node.sizes.floordiv(size - steps[axis] - 1, -steps[axis]) if axis in steps else size
-        for axis, size in enumerate(shape)
-    ]
-
-    def compute(x: te.Tensor) -> te.Tensor:
-        def element(*at: Any) -> Any:
-            places = [
-                x.shape[axis] - 1 + index * steps[axis] if axis in steps else index
-                for axis, index in enumerate(at)
-            ]
-            return x[tuple(places)]
-
-        return te.compute(result, element, name="backwards", tag="injective")
-
-    return node.compute(compute, part.value, name="backwards")
-
-
-def _span(node: Node, extent: Size, start: Size, end: Size, least: int = 0) -> tuple[Size, Size]:
-    """Where the elements from `start` to `end` begin and end in an axis of any extent.
-
-    The end is at least `least`.
-    """
-    first, last = (node.sizes.slice_bound(bound, extent) for bound in (start, end))
-    for low in (least, first):
-        if not node.sizes.compare("GreaterOrEqual", last, low):
-            last = node.sizes.maximum(last, low)
-    return first, last
-
-
-def _turned(extent: Size, start: Size, end: Size) -> tuple[Size, Size]:
-    """The bounds, from the lowest on, of the elements of a slice whose step is negative."""
-    return _behind(end, extent), _behind(start, extent)
-
-
-def _behind(position: Size, extent: Size) -> Size:
-    """The position behind another; behind -1, the last element, there is none."""
-    if not isinstance(position, int):
-        return position + 1
-    if position == -1 or position > LARGEST_SIZE:
-        return extent
-    return position + 1 if position >= -LARGEST_SIZE else 0
 
 
 @rule("Shape", "Size")
