@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Protocol
 
 from tvm import tirx
@@ -101,7 +101,7 @@ def conv_planes(
 class Sums(Protocol):
     """Sums of some rows by some vectors in registers."""
 
-    def multiply_add(self, weight: Callable[[int], Expr], x: Callable[[int], Expr]) -> None:
+    def multiply_add(self, weight: Callable[[int], Any], x: Callable[[int], Expr]) -> None:
         """Add the outer product of ``weight(row)`` and ``x(vector)``."""
 
 
@@ -461,7 +461,7 @@ class ConvKernel:
             channel = first + i
             if self._tap_offsets is None:
                 acc.multiply_add(
-                    lambda row: self._data[block_row, channel, row], load(channel * plane)
+                    partial(self._weight_at, block_row, channel), load(channel * plane)
                 )
                 return
             frames, taps = self._images.frames.kernel, self._images.window.taps
@@ -472,7 +472,7 @@ class ConvKernel:
                 offset = channel * plane + offsets[tap]
                 if frames > 1:
                     offset = offset + frame * self._images.frame(self._source)
-                acc.multiply_add(lambda row: self._data[block_row, k, row], load(offset))
+                acc.multiply_add(partial(self._weight_at, block_row, k), load(offset))
 
             if seen is not None:
                 start, stop = seen
@@ -482,6 +482,10 @@ class ConvKernel:
             # The window's taps are few enough for LLVM to unroll them, those of all images are not.
             with T.serial(0, frames) as frame, T.serial(0, taps) as tap:
                 multiply(frame, tap)
+
+    def _weight_at(self, block_row: Expr, k: Expr, row: int) -> Any:
+        """What of a dense weight's row of a block meets column ``k``."""
+        return self._data[block_row, k, row]
 
     @property
     def _rows_apart(self) -> bool:

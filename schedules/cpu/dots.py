@@ -29,6 +29,8 @@ class Dot:
     signed : bool
         Whether it takes the zero point off x; else the product of the zero point and the weights
         is left to subtract.
+    halves : bool
+        Whether each word of the weight is two, its even bytes and its odd ones in 16 bits each.
     gathered : float
         Cycles that a line of x takes longer from the second cache than from the first, where that
         is known to be more than in float32 kernels.
@@ -41,4 +43,5 @@ class Dot:
     cycles: float
     largest_weight: int = 128
     signed: bool = False
+    halves: bool = False
     gathered: float = 0.0

@@ -9,13 +9,16 @@ the weight. Forms of the weight:
 ``csr``        every word that holds a non-zero, row by row.
 ``depthwise``  each word-plane of the output reads one of the input's, a byte of it per row.
 
+A dot product in halves takes a word of the weight as two: what multiplies the even bytes of x, and
+the odd ones. Of a depthwise row, there is one alone.
+
 The sums are integers, exact; what turns them into the output is
 :mod:`~sparse_tvm.schedules.cpu.word_output`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from tvm import tirx
@@ -24,7 +27,6 @@ from tvm.script.ir_builder import tirx as T
 from sparse_tvm.operators import Layout
 from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP, index_dtype
 from sparse_tvm.schedules.cpu.conv_planes import ConvKernel
-from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
 from sparse_tvm.schedules.cpu.images import Images
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Expr,
@@ -41,6 +43,15 @@ from sparse_tvm.schedules.cpu.word_planes import BYTES
 
 DEPTHWISE = "depthwise"
 
+MultiplyAdd = Callable[..., Expr]
+"""A dot product instruction: sums, words of x and words of weights to new sums.
+
+In halves, the weights are two words, ``even`` and ``odd``, either of which may be None.
+"""
+
+Words = Sequence[Expr | None]
+"""The words of a row that meet a word of x: one, or the two halves."""
+
 
 def word_conv(
     images: Images,
@@ -48,20 +59,20 @@ def word_conv(
     declare_output: Callable[[], Output],
     simd: Simd,
     multiply_add: MultiplyAdd,
-    signed: bool,
+    *,
+    halves: bool = False,
 ) -> tirx.PrimFunc:
     """Build the kernel.
 
-    ``images`` counts channels in word-planes, and rows of the weight in whole words. ``signed``
-    tells that the dot product takes 128 off the bytes of x.
+    ``images`` counts channels in word-planes, and rows of the weight in whole words. ``halves``
+    tells that the dot product takes weights in halves; a sparse one does not.
 
     Arguments of the PrimFunc, in order: x int32 ``[batch, planes * phases, source.size]``; the
-    weight ``data`` int32, dense ``[block rows, planes * taps, rows]``, depthwise
-    ``[planes, taps, 4]``, sparse ``[blocks, 1, rows]`` with ``indices``, ``indptr``, ``rows`` and
-    ``partition``; if signed ``shift`` int32 ``[rows]``, 128 times the sum of each row; ``sizes``;
-    then those of the output.
+    weight ``data`` int32, dense ``[block rows, planes * taps, rows]``, in halves
+    ``[..., 2 * rows]``, depthwise ``[planes, taps, 4]``, sparse ``[blocks, 1, rows]`` with
+    ``indices``, ``indptr``, ``rows`` and ``partition``; ``sizes``; then those of the output.
     """
-    return _WordKernel(images, layout, simd, multiply_add, signed).build(declare_output)
+    return _WordKernel(images, layout, simd, multiply_add, halves).build(declare_output)
 
 
 class _Sums:
@@ -78,19 +89,20 @@ class _Sums:
     def get(self, row: int, vector: int) -> Expr:
         return self._buffer[self._at(row, vector)]
 
-    def start(self, value: Callable[[int], Expr]) -> None:
-        """Begin with ``value(row)`` in each vector of a row."""
+    def clear(self) -> None:
+        """Begin."""
         for row in range(self._rows):
             for vector in range(self._vectors):
-                T.buffer_store(self._buffer, value(row), [self._at(row, vector)])
+                zero = words_like(0, self._simd.lanes)
+                T.buffer_store(self._buffer, zero, [self._at(row, vector)])
 
     def multiply_add(
         self,
-        weight: Callable[[int], Expr],
+        weight: Callable[[int], Words],
         x: Callable[[int], Expr],
         rows: range | None = None,
     ) -> None:
-        """Add the outer product of ``weight(row)``, words, and ``x(vector)``, vectors of them."""
+        """Add the outer product of ``weight(row)`` and ``x(vector)``, vectors of words."""
         operands = []
         for vector in range(self._vectors):
             held = local(self._simd.lanes, "int32")
@@ -98,9 +110,12 @@ class _Sums:
             T.buffer_store(held, x(vector), at)
             operands.append(held[at[0]])
         for row in rows or range(self._rows):
-            w = T.broadcast(weight(row), self._simd.lanes)
+            words = [
+                None if word is None else T.broadcast(word, self._simd.lanes)
+                for word in weight(row)
+            ]
             for vector, operand in enumerate(operands):
-                total = self._multiply_add(self.get(row, vector), operand, w)
+                total = self._multiply_add(self.get(row, vector), operand, *words)
                 T.buffer_store(self._buffer, total, [self._at(row, vector)])
 
 
@@ -113,10 +128,10 @@ class _WordKernel(ConvKernel):
         layout: Layout,
         simd: Simd,
         multiply_add: MultiplyAdd,
-        signed: bool,
+        halves: bool,
     ) -> None:
         super().__init__(images, layout, simd)
-        self._multiply_add, self._signed = multiply_add, signed
+        self._multiply_add, self._halves = multiply_add, halves
         self._by_row, self._depthwise = layout.format == "csr", layout.format == DEPTHWISE
 
     def _rows_of(self, layout: Layout) -> int:
@@ -125,7 +140,8 @@ class _WordKernel(ConvKernel):
     def _declare_weight(self) -> None:
         rows, block_rows = self._rows, self._block_rows
         if self._layout.format == "dense":
-            self._data = argument("data", (block_rows, self._k, rows), "int32")
+            words = 2 * rows if self._halves else rows
+            self._data = argument("data", (block_rows, self._k, words), "int32")
         elif self._depthwise:
             self._data = argument("data", (block_rows, self._taps, rows), "int32")
         else:
@@ -136,8 +152,6 @@ class _WordKernel(ConvKernel):
             self._indptr = argument("indptr", (block_rows * segments + 1,), "int32")
             self._order = argument("rows", (block_rows,), "int32")
             self._partition = argument("partition", (JOBS_PER_GROUP + 1,), "int32")
-        if self._signed:
-            self._shift = argument("shift", (self._images.out_channels,), "int32")
 
     @property
     def _sorted(self) -> bool:
@@ -160,12 +174,7 @@ class _WordKernel(ConvKernel):
         planes = images.channels * len(images.window.phases)
         source = scalar(image * planes * self._source.size + self._source.first + pixel)
 
-        def fresh(row: int) -> Expr:
-            if self._signed:
-                return T.broadcast(self._shift[channel + row], lanes)
-            return words_like(0, lanes)
-
-        sums.start(fresh)
+        sums.clear()
         self._add_products(sums, segment, source, live)
         for row in range(0, live, BYTES):
             for vector in range(size):
@@ -187,7 +196,7 @@ class _WordKernel(ConvKernel):
                 offset = segment * plane
                 if self._tap_offsets is not None:
                     offset = offset + self._tap_offsets[tap]
-                sums.multiply_add(partial(self._weight_at, segment, tap), load(offset))
+                sums.multiply_add(partial(self._byte_at, segment, tap), load(offset))
         elif self._layout.format == "dense":
             self._accumulate_dense(sums, 0, segment, load, plane)
         elif self._by_row:
@@ -197,8 +206,17 @@ class _WordKernel(ConvKernel):
         else:
             self._add_blocks(sums, segment, load, plane, range(live))
 
-    def _weight_at(self, segment: Expr, k: Expr, row: int) -> Expr:
-        return self._data[segment, k, row]
+    def _weight_at(self, block_row: Expr, k: Expr, row: int) -> Words:
+        if not self._halves:
+            return (self._data[block_row, k, row],)
+        return self._data[block_row, k, 2 * row], self._data[block_row, k, 2 * row + 1]
+
+    def _byte_at(self, plane: Expr, tap: int, row: int) -> Words:
+        """What of a tap meets byte ``row`` of a word of x."""
+        word = self._data[plane, tap, row]
+        if not self._halves:
+            return (word,)
+        return (word, None) if row % 2 == 0 else (None, word)
 
     def _add_blocks(
         self,
@@ -218,4 +236,6 @@ class _WordKernel(ConvKernel):
             else:
                 word = scalar(column // self._taps)
                 offset = word * plane + self._tap_offsets[column - word * self._taps]
-            sums.multiply_add(lambda row: self._data[at, 0, row - rows.start], load(offset), rows)
+            sums.multiply_add(
+                lambda row: (self._data[at, 0, row - rows.start],), load(offset), rows
+            )

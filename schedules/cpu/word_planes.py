@@ -21,6 +21,9 @@ from sparse_tvm.sparsity.quantise import as_words
 BYTES = INT8.unit
 """Channels in a word."""
 
+_PAIR = 128
+"""Steps that 16 bits hold, times a byte of x."""
+
 
 def word_planes(channels: int) -> int:
     """Planes of words that so many channels take."""
@@ -43,17 +46,44 @@ def weight_words(w: np.ndarray, taps: int) -> np.ndarray:
     return np.ascontiguousarray(words.swapaxes(1, 2)).reshape(n, -1)
 
 
-def depthwise_words(w: np.ndarray) -> np.ndarray:
+def halves_of(words: np.ndarray) -> np.ndarray:
+    """Words as two each, int32 ``[..., 2]``: the even bytes, and the odd ones, in 16 bits."""
+    pairs = words[..., None].view(np.int8).reshape(*words.shape, 2, 2).astype(np.int16)
+    return np.ascontiguousarray(pairs.swapaxes(-1, -2)).view(np.int32)[..., 0]
+
+
+def exact_parts(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Words as sums of two, the second mostly zero, for 16 bits to hold sums of their products.
+
+    Two products with bytes of x, 0 to 255, are summed up: of weights on the same side of zero,
+    at most `_PAIR` steps together, of others in any case.
+    """
+    pairs = words[..., None].view(np.int8).reshape(*words.shape, 2, 2)
+    first, second = (pairs[..., i].astype(np.int16) for i in range(2))
+    room = np.clip(second, np.minimum(-_PAIR - first, 0), np.maximum(_PAIR - first, 0))
+
+    def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        parts = np.stack([first, second], axis=-1).astype(np.int8)
+        return parts.reshape(*words.shape, BYTES).view(np.int32)[..., 0]
+
+    return joined(first, room), joined(np.zeros_like(first), second - room)
+
+
+def depthwise_words(w: np.ndarray, *, halves: bool = False) -> np.ndarray:
     """The words of a depthwise int8 weight ``[channels, taps]``: int32 ``[planes, taps, 4]``.
 
-    Channel i of a plane multiplies byte i alone.
+    Channel i of a plane multiplies byte i alone. In halves, its word is the one of that byte.
     """
     channels, taps = w.shape
     padded = np.pad(w, ((0, -channels % BYTES), (0, 0))).reshape(-1, BYTES, taps)
     alone = np.zeros((len(padded), taps, BYTES, BYTES), np.int8)
     for byte in range(BYTES):
         alone[:, :, byte, byte] = padded[:, byte]
-    return alone.view(np.int32)[..., 0]
+    words = alone.view(np.int32)[..., 0]
+    if not halves:
+        return words
+    both = halves_of(words)
+    return np.stack([both[..., i, i % 2] for i in range(BYTES)], axis=-1)
 
 
 def padded_to(values: np.ndarray, multiple: int) -> np.ndarray:

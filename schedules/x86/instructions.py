@@ -9,7 +9,7 @@ Words are 32 bits: four bytes or two bf16. Vectors of words are int32 for LLVM's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from tvm import tirx
@@ -82,14 +82,62 @@ def signed_vpmaddubsw(acc: Expr, x: Expr, w: Expr) -> Expr:
 
 def _madd(acc: Expr, x: Expr, w: Expr) -> Expr:
     lanes = lanes_of(acc)
-    if lanes == 4:
-        to_pairs, to_words = "llvm.x86.ssse3.pmadd.ub.sw.128", "llvm.x86.sse2.pmadd.wd"
-    else:
-        to_pairs, to_words = "llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"
+    to_pairs = f"llvm.x86.{'ssse3.pmadd.ub.sw.128' if lanes == 4 else 'avx2.pmadd.ub.sw'}"
     pairs = T.call_llvm_pure_intrin(f"int16x{2 * lanes}", to_pairs, x, w)
     ones = T.broadcast(tirx.const(1, "int16"), 2 * lanes)
-    return acc + T.call_llvm_pure_intrin(f"int32x{lanes}", to_words, pairs, ones)
+    return acc + T.call_llvm_pure_intrin(f"int32x{lanes}", _MADD_WORDS[lanes], pairs, ones)
 
+
+def plain_halves(acc: Expr, x: Expr, even: Expr | None, odd: Expr | None) -> Expr:
+    """The twin of ``vpmaddwd_halves``."""
+    return _halves(acc, x, even, odd, _plain_madd_words)
+
+
+def vpmaddwd_halves(acc: Expr, x: Expr, even: Expr | None, odd: Expr | None) -> Expr:
+    """``vpmaddwd`` of the even bytes of x and of the odd ones, in 16 bits each: exact.
+
+    As many multiplications as ``vpmaddubsw`` and ``vpmaddwd``, and no sum in 16 bits. The bytes
+    come apart once for all rows of the weight.
+    """
+    return _halves(acc, x, even, odd, _madd_words)
+
+
+def _halves(
+    acc: Expr, x: Expr, even: Expr | None, odd: Expr | None, products: Callable[[Expr, Expr], Expr]
+) -> Expr:
+    lanes = lanes_of(acc)
+    if even is not None:
+        acc = acc + products(T.bitwise_and(x, words_like(0x00FF00FF, lanes)), even)
+    if odd is not None:
+        pairs = T.reinterpret(f"uint16x{2 * lanes}", x)
+        eight = T.broadcast(tirx.const(8, "uint16"), 2 * lanes)
+        x = T.reinterpret(f"int32x{lanes}", T.shift_right(pairs, eight))
+        acc = acc + products(x, odd)
+    return acc
+
+
+def _madd_words(x: Expr, w: Expr) -> Expr:
+    """Sums of two products of 16 bits, both of words."""
+    lanes = lanes_of(x)
+    x, w = (T.reinterpret(f"int16x{2 * lanes}", value) for value in (x, w))
+    return T.call_llvm_pure_intrin(f"int32x{lanes}", _MADD_WORDS[lanes], x, w)
+
+
+def _plain_madd_words(x: Expr, w: Expr) -> Expr:
+    bits = words_like(16, lanes_of(x))
+    low = [T.shift_right(T.shift_left(value, bits), bits) for value in (x, w)]
+    high = [T.shift_right(value, bits) for value in (x, w)]
+    return low[0] * low[1] + high[0] * high[1]
+
+
+_MADD_WORDS = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd"}
+
+HALVES: dict[str, Callable[..., Expr]] = {
+    "avx2-halves": vpmaddwd_halves,
+    "sse2-halves": vpmaddwd_halves,
+    "plain-halves": plain_halves,
+}
+"""``(acc, x, even, odd)`` likewise, by the name of a :class:`Dot` that multiplies halves."""
 
 MULTIPLY_ADD: dict[str, MultiplyAdd] = {
     "avx512vnni": vpdpbusd,

@@ -24,5 +24,13 @@ AVX2_SIGNED = Dot(
 )
 SSSE3 = Dot("ssse3", 4, 16, ("ssse3",), 4.4, largest_weight=64)
 SSSE3_SIGNED = Dot("ssse3-signed", 4, 16, ("ssse3",), 6.6, largest_weight=127, signed=True)
+AVX2_HALVES = Dot("avx2-halves", 8, 16, ("avx2",), 3.0, halves=True)
+SSE2_HALVES = Dot("sse2-halves", 4, 16, ("ssse3",), 6.0, halves=True)
+IMAGE_DOTS = (AVX512_VNNI, AVX_VNNI, AVX2_HALVES, SSE2_HALVES)
+"""Of dense convolutions, exact for all bytes, the fastest first."""
+
+SPARSE_IMAGE_DOTS = (AVX512_VNNI, AVX_VNNI, AVX2, SSSE3)
+"""Of sparse ones, where a word with too large a pair of weights is stored as two."""
+
 DOTS = (AVX512_VNNI, AVX_VNNI, AVX2, AVX2_SIGNED, SSSE3, SSSE3_SIGNED)
 """The fastest first: those with smaller weights lose a bit of them, and are half as fast again."""

@@ -25,7 +25,13 @@ from image_harness import (
 )
 from low_precision import TILE_TARGETS
 from test_conv_planes import FEW, IMAGE, POINTWISE, SAME
-from word_images import EXACT, from_word_planes, multiply_add, to_word_planes
+from word_images import (
+    DENSE_DOTS,
+    SPARSE_DOTS,
+    from_word_planes,
+    multiply_add,
+    to_word_planes,
+)
 
 from sparse_tvm.operators import Bias, Layout, Residual
 from sparse_tvm.schedules.cpu.dots import Dot
@@ -35,17 +41,25 @@ from sparse_tvm.schedules.cpu.planes import Border, Planes, Window
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.word_conv import DEPTHWISE, word_conv
 from sparse_tvm.schedules.cpu.word_output import FloatOutput, WordOutput, plain_bytes
-from sparse_tvm.schedules.cpu.word_planes import padded_to, weight_words, word_planes
+from sparse_tvm.schedules.cpu.word_planes import (
+    exact_parts,
+    padded_to,
+    weight_words,
+    word_planes,
+)
 from sparse_tvm.schedules.x86 import tile_weights
 from sparse_tvm.schedules.x86.instructions import PlainTiles, saturated_bytes
 from sparse_tvm.schedules.x86.tile_conv import tile_conv
+
+STORED_TAPS = "stored taps"
+"""Depthwise, and sparse."""
 
 problems = st.fixed_dictionaries(
     {
         "image": images.map(lambda image: {**image, "channels": 3 * image["channels"]}),
         "window": st.one_of(st.just(POINTWISE), windows, apart),
         "n": st.integers(1, 20),
-        "format": st.sampled_from(["dense", "csr", "bsr", DEPTHWISE]),
+        "format": st.sampled_from(["dense", "csr", "bsr", DEPTHWISE, STORED_TAPS]),
         "rows": st.sampled_from([4, 8]),
         "sparsity": st.sampled_from([0.0, 0.5, 0.9, 1.0]),
         "vectors": st.integers(1, 6),
@@ -53,7 +67,7 @@ problems = st.fixed_dictionaries(
         "padded": st.booleans(),
         "zeros": st.tuples(st.integers(0, 255), st.integers(0, 255)),
         "epilogue": st.one_of(st.none(), epilogues),
-        "dot": st.sampled_from(EXACT),
+        "dot": st.integers(0, 99),
         "threads": thread_counts,
     }
 )
@@ -75,19 +89,21 @@ def check(
     threads,
 ):
     """Bytes come out where there is no epilogue, else float32."""
-    (dot, target), (x_zero, y_zero) = dot, zeros
+    dots = DENSE_DOTS if format in ("dense", DEPTHWISE) else SPARSE_DOTS
+    (dot, target), (x_zero, y_zero) = dots[dot % len(dots)] if isinstance(dot, int) else dot, zeros
     tiles = not isinstance(dot, Dot)
     extent = Extent(image)
     assume(all(size > 0 for size in window.out_size(extent.numbers)))
     rng = np.random.default_rng(image["seed"])
     channels = image["channels"]
-    depthwise = format == DEPTHWISE
+    depthwise = format in (DEPTHWISE, STORED_TAPS)
+    format = "csr" if format == STORED_TAPS else format
     n = channels if depthwise else n
     x = rng.integers(0, 256, (image["batch"], channels, *extent.numbers), np.uint8)
-    w = rng.integers(-127, 128, (n, (1 if depthwise else channels) * window.taps)).astype(np.int8)
+    w = rng.integers(-128, 128, (n, (1 if depthwise else channels) * window.taps)).astype(np.int8)
     w[rng.random(w.shape) < sparsity] = 0
-    block = (4, 4) if depthwise else (1, 4) if format == "csr" else (rows, 4)
-    layout = Layout("test", "dense" if depthwise else format, block).having(
+    block = (1, 4) if format == "csr" else (4, 4) if depthwise else (rows, 4)
+    layout = Layout("test", "dense" if format == DEPTHWISE else format, block).having(
         vectors=vectors, rows_outermost=int(rows_outermost)
     )
 
@@ -106,7 +122,7 @@ def check(
     source_here, there, like_here = planes(extent.numbers)
     unit = Simd(16, 32) if tiles else Simd(dot.lanes, dot.registers)
 
-    plain = dot is PlainTiles or (not tiles and dot.name == "plain")
+    plain = dot is PlainTiles or (not tiles and dot.name.startswith("plain"))
     pack = plain_bytes if plain else saturated_bytes
 
     def declare_output():
@@ -129,8 +145,10 @@ def check(
         weight = tile_weights.image_tiles(weight_words(w, window.taps), window.taps, rows // 16)
     else:
         form = replace(layout, format=format)
-        kernel = word_conv(images_, form, declare_output, unit, multiply_add(dot), dot.signed)
-        weight = arrays_of(w, layout, window.taps, depthwise=depthwise, signed=dot.signed)
+        kernel = word_conv(
+            images_, form, declare_output, unit, multiply_add(dot), halves=dot.halves
+        )
+        weight = arrays_of(w, layout, window.taps, dot, depthwise=depthwise)
     centred = x.astype("int32") - x_zero
     if depthwise:
         taps = np.stack(list(taps_of(centred, window)), axis=2)
@@ -198,7 +216,7 @@ PROBLEM = {
     "padded": True,
     "zeros": (7, 130),
     "epilogue": None,
-    "dot": EXACT[0],
+    "dot": 0,
     "threads": 2,
 }
 
@@ -237,7 +255,25 @@ def test_every_unit(unit, channels, n, rows):
     check(**{**PROBLEM, **changed})
 
 
-@pytest.mark.parametrize("dot", EXACT, ids=[dot.name for dot, _ in EXACT])
-@pytest.mark.parametrize("format", ["dense", "csr", "bsr", DEPTHWISE])
-def test_every_dot_product(dot, format):
+@pytest.mark.parametrize("dot", DENSE_DOTS, ids=[dot.name for dot, _ in DENSE_DOTS])
+@pytest.mark.parametrize("format", ["dense", DEPTHWISE])
+def test_every_dense_dot_product(dot, format):
     check(**{**PROBLEM, "dot": dot, "format": format, "rows": 4})
+
+
+@pytest.mark.parametrize("dot", SPARSE_DOTS, ids=[dot.name for dot, _ in SPARSE_DOTS])
+@pytest.mark.parametrize("format", ["csr", "bsr", STORED_TAPS])
+def test_every_sparse_dot_product(dot, format):
+    check(**{**PROBLEM, "dot": dot, "format": format, "rows": 4})
+
+
+def test_parts_of_words_are_exact():
+    """Of all pairs of weights: no part's sum with bytes of 255 exceeds 16 bits."""
+    every = np.arange(-128, 128, dtype=np.int8)
+    pairs = np.stack(np.meshgrid(every, every), axis=-1).reshape(256, 256, 2)
+    words = np.concatenate([pairs, pairs[::-1]], axis=-1).view(np.int32)[..., 0]
+    parts = np.stack(exact_parts(words))[..., None].view(np.int8).astype(np.int64)
+    assert (parts.sum(axis=0) == words[..., None].view(np.int8)).all()
+    sums = 255 * parts.reshape(2, 256, 256, 2, 2).sum(axis=-1)
+    assert sums.max() <= 32767
+    assert sums.min() >= -32768

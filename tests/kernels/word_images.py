@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 from harness import PORTABLE
 from image_harness import from_planes, to_planes
-from low_precision import DOT_TARGETS
+from low_precision import DOT_TARGETS, runnable
 
 from sparse_tvm.schedules.cpu.dots import Dot
 from sparse_tvm.schedules.cpu.planes import Planes
 from sparse_tvm.schedules.cpu.word_output import PackBytes, plain_bytes
-from sparse_tvm.schedules.x86.instructions import MULTIPLY_ADD, saturated_bytes
-from sparse_tvm.sparsity.quantise import LARGEST
+from sparse_tvm.schedules.x86.instructions import HALVES, MULTIPLY_ADD, saturated_bytes
+from sparse_tvm.schedules.x86.units import IMAGE_DOTS, SPARSE_IMAGE_DOTS
 from sparse_tvm.targets import Target
 
-EXACT = [
-    (dot, target)
-    for dot, target in DOT_TARGETS
-    if dot.largest_weight >= LARGEST and dot.name in MULTIPLY_ADD
-]
-"""Dot products of x86 that multiply all weights exactly, and a target of this machine with each."""
+_PLAIN = [one for one in DOT_TARGETS if one[0].name == "plain"]
+_PLAIN_HALVES = [(replace(dot, name="plain-halves", halves=True), target) for dot, target in _PLAIN]
+_PLAIN_PAIRS = [(replace(dot, largest_weight=64), target) for dot, target in _PLAIN]
+
+
+def _runnable(dots: Sequence[Dot]) -> list[tuple[Dot, Target]]:
+    return [(dot, target) for dot in dots if (target := runnable(dot.features))]
+
+
+DENSE_DOTS = [*_PLAIN, *_PLAIN_HALVES, *_runnable(IMAGE_DOTS)]
+SPARSE_DOTS = [*_PLAIN, *_PLAIN_PAIRS, *_runnable(SPARSE_IMAGE_DOTS)]
+"""Dot products of x86, and a target of this machine with each."""
 
 POISON = 0xA5
 """Fills what nobody may read."""
@@ -27,7 +36,7 @@ POISON = 0xA5
 
 def multiply_add(dot: Dot):
     """The instruction itself."""
-    return MULTIPLY_ADD[dot.name]
+    return (HALVES if dot.halves else MULTIPLY_ADD)[dot.name]
 
 
 def packing(target: Target) -> PackBytes:

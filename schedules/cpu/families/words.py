@@ -12,6 +12,7 @@ import numpy as np
 from sparse_tvm.families import Extents, Kernel, Wish, Work
 from sparse_tvm.operators import STILL, Convolution, Layout, QuantisedConvolution
 from sparse_tvm.schedules.cpu import word_weights
+from sparse_tvm.schedules.cpu.block_arrays import block_diagonal, index_dtype
 from sparse_tvm.schedules.cpu.conv_cost import plane_vectors
 from sparse_tvm.schedules.cpu.dots import Dot
 from sparse_tvm.schedules.cpu.families.convolution import ImageFamily, size_title
@@ -20,12 +21,12 @@ from sparse_tvm.schedules.cpu.families.low_precision import UNSTRUCTURED, fits_w
 from sparse_tvm.schedules.cpu.families.rows import MovesOnly
 from sparse_tvm.schedules.cpu.image_operators import WordConvolution, WordRows, window_of
 from sparse_tvm.schedules.cpu.planes import Planes
-from sparse_tvm.schedules.cpu.precision import ZERO_POINT
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.schedules.cpu.word_planes import (
     BYTES,
     depthwise_words,
-    padded_to,
+    exact_parts,
+    halves_of,
     weight_words,
     word_planes,
 )
@@ -36,8 +37,8 @@ from sparse_tvm.targets import Target
 if TYPE_CHECKING:
     from tvm import tirx
 
-    from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
     from sparse_tvm.schedules.cpu.images import Images
+    from sparse_tvm.schedules.cpu.word_conv import MultiplyAdd
     from sparse_tvm.schedules.cpu.word_output import Output, PackBytes
 
     DeclareOutput = Callable[[], Output]
@@ -50,6 +51,9 @@ _RESULT_CYCLES = 2.5
 
 _BLOCK_CYCLES = 1.5
 """To find a stored block's word."""
+
+_LOOP_CYCLES = 12.0
+"""For the end of a loop over stored blocks, whose number differs from row to row."""
 
 
 class WordConvolutionFamily(ImageFamily):
@@ -96,9 +100,6 @@ class WordConvolutionFamily(ImageFamily):
         if op.groups > 1 and (not op.depthwise or op.out_channels != op.channels):
             return f"{self.name} has no kernel for {op.groups} groups of {op.channels} channels"
         return self.lacks(target)
-
-    def remark(self, op: Convolution) -> str | None:
-        return "depthwise: there is no sum to shorten" if op.depthwise else None
 
     def candidates(
         self, op: Convolution, weight: WeightStatistics, target: Target, wish: Wish | None = None
@@ -168,31 +169,22 @@ class DotConvolutionFamily(WordConvolutionFamily):
     name: ClassVar[str] = "word_convolution"
     rate: ClassVar[float] = float(BYTES)
     dots: ClassVar[tuple[Dot, ...]]
-    """Of a kind of CPU, the fastest first."""
+    """Of a kind of CPU for dense weights, the fastest first."""
+    sparse_dots: ClassVar[tuple[Dot, ...]]
+    """The same for sparse ones, with as many lanes."""
 
     @abstractmethod
     def multiply_add(self, dot: Dot) -> MultiplyAdd:
         """The instruction itself."""
 
-    def refuses(self, op: Convolution, target: Target) -> str | None:
-        dot = self._able(target)
-        if dot and isinstance(op, QuantisedConvolution) and op.steps > dot.largest_weight:
-            return f"{target.name} multiplies no weights {op.steps} steps from 0"
-        return super().refuses(op, target)
-
-    def _able(self, target: Target) -> Dot | None:
-        """The target's instruction, if it multiplies weights of almost all bytes exactly."""
-        able = (d for d in self.dots if target.has(*d.features) and d.largest_weight >= LARGEST)
-        return next(able, None)
-
-    def dot(self, target: Target) -> Dot:
+    def dot(self, target: Target, *, sparse: bool = False) -> Dot:
         """The target's instruction."""
-        dot = self._able(target)
-        assert dot is not None, f"{self.name} was to refuse {target.name}"
-        return dot
+        dots = self.sparse_dots if sparse else self.dots
+        return next(dot for dot in dots if target.has(*dot.features))
 
     def lacks(self, target: Target) -> str | None:
-        return None if self._able(target) else f"{target.name} has no dot products of bytes"
+        able = any(target.has(*dot.features) for dot in self.dots)
+        return None if able else f"{target.name} has no dot products of bytes"
 
     def simd(self, target: Target) -> Simd:
         dot = self.dot(target)
@@ -203,8 +195,9 @@ class DotConvolutionFamily(WordConvolutionFamily):
         wide = simd.registers > 16 and op.out_channels > BYTES and not op.depthwise
         heights = (BYTES, _MOST_ROWS) if wide else (BYTES,)
         forms = [("dense", rows, rows) for rows in heights]
+        forms.append((UNSTRUCTURED, 1, BYTES))
         if not op.depthwise:
-            forms += [(UNSTRUCTURED, 1, BYTES), *(("bsr", rows, rows) for rows in heights)]
+            forms += [("bsr", rows, rows) for rows in heights]
         found = []
         for format, rows, together in forms:
             limit = min(simd.accumulators // together, _MOST_VECTORS, plane_vectors(op, simd))
@@ -220,7 +213,8 @@ class DotConvolutionFamily(WordConvolutionFamily):
         tokens: int,
         target: Target,
     ) -> float:
-        dot, costs, simd = self.dot(target), target.costs, self.simd(target)
+        dot, costs = self.dot(target, sparse=layout.sparse), target.costs
+        simd = self.simd(target)
         vectors = plane_vectors(op, simd)
         groups = -(-vectors // layout.get("vectors", 1))
         group = vectors / groups
@@ -228,26 +222,29 @@ class DotConvolutionFamily(WordConvolutionFamily):
         words = taps if op.depthwise else word_planes(op.channels) * taps
         block_rows = -(-op.out_channels // max(rows, BYTES))
         per_dot = dot.cycles * simd.lanes / LANES
+        if op.depthwise and dot.halves:
+            per_dot /= 2  # of one byte there is one half
         if layout.sparse:
             # A block holds four channels of one tap, which lie ``taps`` columns apart.
-            blocks = weight.stored_blocks((rows, BYTES))
+            blocks = weight.nonzeros if op.depthwise else weight.stored_blocks((rows, BYTES))
             block = max(rows * per_dot, costs.load) * group + _BLOCK_CYCLES + costs.index
+            loops = -(-op.out_channels // rows)
         else:
             blocks = block_rows * words
-            block = max(rows * per_dot, costs.load) * group
+            block, loops = max(rows * per_dot, costs.load) * group, 0
         finish = block_rows * max(rows, BYTES) * (group * _RESULT_CYCLES + 1)
-        weight_bytes = blocks * 4 * rows
+        weight_bytes = blocks * 4 * rows * (2 if dot.halves else 1)
         again = layout.get("rows_outermost", 0) == 0 and weight_bytes > target.caches.l2 // 2
         streamed = (groups if again else 1) * weight_bytes / costs.streamed
-        cycles = groups * (blocks * block + finish) + streamed
+        cycles = groups * (blocks * block + loops * _LOOP_CYCLES + finish) + streamed
         return target.seconds(cycles) * self.share(op, tokens)
 
     def pack(
         self, op: Convolution, w: np.ndarray, layout: Layout, target: Target
     ) -> dict[str, np.ndarray]:
         values, _ = quantise_rows(w)
-        dot, taps = self.dot(target), window_of(op).taps
-        return arrays_of(values, layout, taps, depthwise=op.depthwise, signed=dot.signed)
+        dot, taps = self.dot(target, sparse=layout.sparse), window_of(op).taps
+        return arrays_of(values, layout, taps, dot, depthwise=op.depthwise)
 
     def kernel(
         self,
@@ -259,37 +256,41 @@ class DotConvolutionFamily(WordConvolutionFamily):
     ) -> tuple[str, tirx.PrimFunc]:
         from sparse_tvm.schedules.cpu.word_conv import DEPTHWISE, word_conv
 
-        dot = self.dot(target)
-        form = replace(layout, format=DEPTHWISE) if op.depthwise else layout
-        unit = self.multiply_add(dot), dot.signed
-        function = word_conv(images, form, declare_output, self.simd(target), *unit)
+        dot, simd = self.dot(target, sparse=layout.sparse), self.simd(target)
+        whole = op.depthwise and not layout.sparse
+        form = replace(layout, format=DEPTHWISE) if whole else layout
+        multiply_add = self.multiply_add(dot)
+        function = word_conv(images, form, declare_output, simd, multiply_add, halves=dot.halves)
         rows = f"_{layout.block[0]}x{BYTES}" if layout.format == "bsr" else ""
         return f"{dot.name.replace('-', '_')}_{form.format}{rows}", function
 
 
 def arrays_of(
-    w: np.ndarray, layout: Layout, taps: int, *, depthwise: bool, signed: bool
+    w: np.ndarray, layout: Layout, taps: int, dot: Dot, *, depthwise: bool
 ) -> dict[str, np.ndarray]:
     """The arguments of :func:`~sparse_tvm.schedules.cpu.word_conv.word_conv` for a weight.
 
     It is int8, ``[out_channels, channels * taps]``, or ``[channels, taps]`` of a depthwise one.
     """
-    arrays = {"data": depthwise_words(w)} if depthwise else _blocks(weight_words(w, taps), layout)
-    if signed:
-        sums = w.sum(axis=1, dtype=np.int32) * np.int32(ZERO_POINT)
-        arrays["shift"] = padded_to(sums, BYTES)
-    return arrays
-
-
-def _blocks(words: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
-    rows = layout.block[0]
     if not layout.sparse:
-        return word_weights.dense_rows(words, rows)
+        if depthwise:
+            return {"data": depthwise_words(w, halves=dot.halves)}
+        data = word_weights.dense_rows(weight_words(w, taps), layout.block[0])["data"]
+        if dot.halves:
+            data = halves_of(data).reshape(*data.shape[:2], -1)
+        return {"data": data}
+    words = weight_words(block_diagonal(w, len(w)) if depthwise else w, taps)
+    columns = words.shape[1]
+    if dot.largest_weight < LARGEST:
+        words = np.hstack(exact_parts(words))
     if layout.format == UNSTRUCTURED:
-        return word_weights.single_words(words, BYTES)
-    arrays = word_weights.sparse_rows(words, rows)
-    data, indices = arrays["data"], arrays["indices"]
-    return {**arrays, "data": data[:, None], "indices": indices[:, 0]}
+        arrays = word_weights.single_words(words, BYTES)
+    else:
+        arrays = word_weights.sparse_rows(words, layout.block[0])
+        data, indices = arrays["data"], arrays["indices"]
+        arrays |= {"data": data[:, None], "indices": indices[:, 0]}
+    indices = arrays["indices"] % columns
+    return {**arrays, "indices": indices.astype(index_dtype(columns))}
 
 
 class WordRowsFamily(MovesOnly[WordRows]):

@@ -20,7 +20,13 @@ from sparse_tvm.schedules.cpu.image_operators import window_of
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.word_planes import BYTES, weight_words, word_planes
 from sparse_tvm.schedules.x86 import tile_weights
-from sparse_tvm.schedules.x86.units import AMX_FEATURES, AMX_RATE, DOTS, TILE_ROWS
+from sparse_tvm.schedules.x86.units import (
+    AMX_FEATURES,
+    AMX_RATE,
+    IMAGE_DOTS,
+    SPARSE_IMAGE_DOTS,
+    TILE_ROWS,
+)
 from sparse_tvm.sparsity.quantise import quantise_rows
 from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.targets import Target
@@ -28,9 +34,9 @@ from sparse_tvm.targets import Target
 if TYPE_CHECKING:
     from tvm import tirx
 
-    from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
     from sparse_tvm.schedules.cpu.families.words import DeclareOutput
     from sparse_tvm.schedules.cpu.images import Images
+    from sparse_tvm.schedules.cpu.word_conv import MultiplyAdd
     from sparse_tvm.schedules.cpu.word_output import PackBytes
 
 
@@ -52,12 +58,13 @@ class X86WordRowsFamily(_Packs, WordRowsFamily):
 class X86DotConvolutionFamily(_Packs, DotConvolutionFamily):
     """SSSE3, AVX2 and VNNI."""
 
-    dots: ClassVar[tuple[Dot, ...]] = DOTS
+    dots: ClassVar[tuple[Dot, ...]] = IMAGE_DOTS
+    sparse_dots: ClassVar[tuple[Dot, ...]] = SPARSE_IMAGE_DOTS
 
     def multiply_add(self, dot: Dot) -> MultiplyAdd:
-        from sparse_tvm.schedules.x86.instructions import MULTIPLY_ADD
+        from sparse_tvm.schedules.x86.instructions import HALVES, MULTIPLY_ADD
 
-        return MULTIPLY_ADD[dot.name]
+        return (HALVES if dot.halves else MULTIPLY_ADD)[dot.name]
 
 
 @dataclass(frozen=True)
