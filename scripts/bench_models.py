@@ -4,6 +4,7 @@
     python scripts/bench_models.py --sweep         # BERT's speed-up from 0 to 99 % zeros
     python scripts/bench_models.py --shapes        # one artifact at many batches and lengths
     python scripts/bench_models.py --precision     # BERT in bf16 and int8, beside others' int8
+    python scripts/bench_models.py --precision --variant 90%:4x1@fp32 --variant 90%:4x4@int8
 
 Every model is pruned from the same weights and compiled; every output must agree with ONNX
 Runtime's on the same pruned weights. All engines that run one model are timed in one run,
@@ -59,6 +60,8 @@ def main(
     duration: Annotated[float, typer.Option(help="Seconds of runs per engine.")] = 5.0,
     workdir: Annotated[Path, typer.Option(help="Where models and results go.")] = BUILD,
     reuse: Annotated[bool, typer.Option("--reuse", help="Time what is compiled there.")] = False,
+    variant: Annotated[list[str] | None, typer.Option(help="Of --precision; repeatable.")] = None,
+    only_prepare: Annotated[bool, typer.Option(help="With --precision, time nothing.")] = False,
 ) -> None:
     """Compare compiled models with ONNX Runtime, OpenVINO and PyTorch."""
     for name in model:
@@ -70,7 +73,8 @@ def main(
         if sweep:
             failures = bench.sweep(layers)
         elif precision:
-            failures = bench.precision()
+            chosen = [Variant(text) for text in variant or ()]
+            failures = bench.precision(chosen or bench_low_precision.variants(), only_prepare)
         elif shapes:
             failures = bench.shapes(layers)
         else:
@@ -123,10 +127,13 @@ class Bench:
         self.plot("sweep", measured, title)
         return [*wrong_outputs(measured), *dips(measured)]
 
-    def precision(self) -> list[str]:
+    def precision(self, variants: Sequence[Variant], only_prepare: bool) -> list[str]:
         workload = WORKLOADS["bert"]
         dense = self.build("bert", workload.build())
-        compiled = self.compile_all("bert", dense, bench_low_precision.variants())
+        compiled = self.compile_all("bert", dense, variants)
+        if only_prepare:
+            bench_low_precision.engines(workload, dense, 1, workload.feed())  # others' int8 models
+            return []
         measured: list[Measurement] = []
         for threads in self.threads:
             engines = bench_low_precision.engines(workload, dense, threads, workload.feed())

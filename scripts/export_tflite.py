@@ -2,7 +2,8 @@
 
 Classifiers of images only, in the operators that their exporters use: the same weights, images with
 their channels last, and activations as the converter fuses them. Needs TensorFlow (the ``sources``
-environment); outputs are compared with ONNX Runtime's.
+environment); outputs are compared with ONNX Runtime's. ``--quantised`` writes ``NAME-int8.tflite``,
+too, which the converter rounds to bytes by random images, for ``bench_convnets.py --quantised``.
 """
 
 from __future__ import annotations
@@ -99,15 +100,31 @@ def spatial(pads: Sequence[int]) -> list[list[int]]:
     return [[0, 0], [top, bottom], [left, right], [0, 0]]
 
 
-def main(models: Annotated[list[Path], typer.Argument(help="NAME.onnx")]) -> None:
+def in_bytes(converter: Any, shape: Sequence[int]) -> Any:
+    """The converter, told to round weights and activations to bytes."""
+    rng = np.random.default_rng(1)
+    images = [rng.standard_normal(shape).astype(np.float32) for _ in range(2)]
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.representative_dataset = lambda: ([image] for image in images)
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    return converter
+
+
+def main(
+    models: Annotated[list[Path], typer.Argument(help="NAME.onnx")],
+    quantised: Annotated[bool, typer.Option(help="Write it in int8, too.")] = False,
+) -> None:
     for path in models:
         model = onnx.load(path)
         function = translate(model)
         channels, *size = (d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim[1:])
         signature = tf.TensorSpec((1, *size, channels), tf.float32)
         traced = tf.function(function).get_concrete_function(signature)
-        converted = tf.lite.TFLiteConverter.from_concrete_functions([traced]).convert()
-        path.with_suffix(".tflite").write_bytes(converted)
+        converter = tf.lite.TFLiteConverter.from_concrete_functions([traced])
+        path.with_suffix(".tflite").write_bytes(converter.convert())
+        if quantised:
+            rounded = in_bytes(converter, (1, *size, channels)).convert()
+            path.with_name(f"{path.stem}-int8.tflite").write_bytes(rounded)
         x = np.random.default_rng(0).standard_normal((1, channels, *size)).astype(np.float32)
         (expected,) = Reference(path, threads=1).run({model.graph.input[0].name: x}).values()
         error = np.abs(traced(x.transpose(0, 2, 3, 1)).numpy() - expected).max()
