@@ -109,7 +109,10 @@ class _DenseToSparse(Rewrite):
         weight = MeasuredWeight(matrix)
         options, evidence = self._context.options, self._context.evidence
         choice = choose(op, weight, options, backend, target, tokens, evidence)
-        arrays = backend.weighted_family(choice.layout).pack(op, matrix, choice.layout, target)
+        family = backend.weighted_family(choice.layout)
+        arrays = family.pack(op, matrix, choice.layout, target)
+        if (second := family.second_form(choice.layout, arrays)) is not None:
+            choice = replace(choice, reason=f"{choice.reason}; {second}")
         source = self.graph.value(w)
         name = source.name if isinstance(source, relax.Var) else op.layer
         forms = sum(same(known, source) for known, _ in self._stored)
@@ -143,7 +146,7 @@ class _DenseToSparse(Rewrite):
             nnz=structure.nnz,
             structure=structure.label,
             format=layout.format,
-            block=layout.block if layout.format not in ("dense", "csr") else None,
+            block=layout.block if layout.block != (1, 1) and layout.sparse else None,
             kernel="",
             epilogue=tuple(map(str, op.epilogue)),
             reason=reason,

@@ -12,7 +12,7 @@ Only ``build`` needs TVM; families import it there, so that planning and profili
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, Generic, TypeVar
@@ -160,6 +160,10 @@ class WeightedFamily(KernelFamily[Weighted]):
     ) -> Sequence[Layout]:
         """More layouts that only a measurement can tell to be better, for the tuner."""
         return ()
+
+    def second_form(self, layout: Layout, arrays: Mapping[str, np.ndarray]) -> str | None:
+        """What the report says of arrays that hold a weight twice, for different sizes."""
+        return None
 
     def remark(self, op: Weighted) -> str | None:
         """Why the family has no sparse layouts for ``op``, where it has none."""

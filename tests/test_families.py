@@ -303,6 +303,33 @@ def test_int8_is_predicted_fastest_on_avx2_where_it_was_measured(
     assert expected != "bsr" or best.block in ((2, 4), (4, 4))
 
 
+@pytest.mark.parametrize(
+    ("shape", "sparsity", "beside"),
+    [((256, 256), 0.7, True), ((256, 256), 0.95, True), ((3072, 768), 0.9, False)],
+)
+def test_sliced_rows_lie_beside_csr_where_one_token_is_much_faster_so(shape, sparsity, beside):
+    """In the second cache; a longer stream would only be longer."""
+    target, family = get_target("x86-64-v3"), CPU.family("matmul")
+    known = MeasuredWeight(weight(shape, sparsity, "unstructured"))
+    op = Dense(layer="fc", matrix=shape)
+    both = [layout for layout in family.candidates(op, known, target) if layout.get("sell", 0)]
+    assert bool(both) == beside
+    for layout in both:
+        alone = replace(layout, parameters=tuple(p for p in layout.parameters if p[0] != "sell"))
+        one, many = (
+            [family.cost(op, each, known, tokens, target) for each in (layout, alone)]
+            for tokens in (1, 4)
+        )
+        assert one[0] * 1.2 < one[1]
+        assert many[0] == many[1]
+        arrays = family.pack(op, weight(shape, sparsity, "unstructured"), layout, target)
+        extra = sum(array.nbytes for name, array in arrays.items() if "slice" in name)
+        assert f"1 and 2 tokens, {extra / 1e3:.0f} kB" in family.second_form(layout, arrays)
+        assert family.second_form(alone, arrays) is None
+    no_vpermps = get_target("cortex-a76")
+    assert not any(one.get("sell", 0) for one in family.candidates(op, known, no_vpermps))
+
+
 PLAN = """
 import sys
 from sparse_tvm.backends import backends

@@ -6,9 +6,13 @@ import numpy as np
 
 from sparse_tvm.operators import Layout
 from sparse_tvm.sparsity.formats import BSR
+from sparse_tvm.sparsity.sliced import SlicedRows
 
 JOBS_PER_GROUP = 16
 """Row partitions per group of tiles: enough to balance up to sixteen threads on one group."""
+
+STEPS_TOGETHER = 4
+"""Steps of a slice whose places lie in one word per lane."""
 
 _MOST_FILLED = 1.4
 """How many times as many blocks rows may have for being equally long."""
@@ -73,7 +77,11 @@ def split_arrays(
     Of a sparse weight each block row of a part has a multiple of ``together`` blocks: the last one
     again, with zeros, where there are fewer. A job has a multiple of ``abreast`` block rows, and
     every so many in that order have equally many blocks, where that takes few more zeros.
+    Besides, or with the format ``sell`` alone, those of `sliced_arrays`, if the layout wants them.
     """
+    lanes = layout.get("sell", 0)
+    if layout.format == "sell":
+        return sliced_arrays(w, lanes)
     arrays = stored_arrays(w, layout)
     parts = layout.get("parts", 1)
     if not layout.sparse:
@@ -105,6 +113,24 @@ def split_arrays(
         "indptr": np.concatenate([[0], np.cumsum(filled)]).astype(np.int32),
         "rows": rows.astype(np.int32).ravel(),
         "partition": partition,
+        **(sliced_arrays(w, lanes) if lanes else {}),
+    }
+
+
+def sliced_arrays(w: np.ndarray, lanes: int) -> dict[str, np.ndarray]:
+    """A weight ``[N, K]`` in slices, as :class:`stored_weight.SlicedWeight` has its arrays."""
+    rows = SlicedRows.from_dense(w, lanes, STEPS_TOGETHER)
+    data, places, windows = rows.data, rows.places, rows.windows
+    if not len(data):  # an all-zero weight: kernels want at least one element
+        data = np.zeros((STEPS_TOGETHER, lanes), np.float32)
+        places, windows = data.astype(np.uint8), np.zeros(STEPS_TOGETHER, np.int32)
+    words = places.reshape(-1, STEPS_TOGETHER, lanes).swapaxes(1, 2)
+    return {
+        "sliced_data": data.reshape(-1, STEPS_TOGETHER, lanes),
+        "sliced_places": np.ascontiguousarray(words).view("<i4")[..., 0],
+        "sliced_windows": windows.reshape(-1, STEPS_TOGETHER).astype(index_dtype(w.shape[1])),
+        "slices": rows.indptr // STEPS_TOGETHER,
+        "sliced_partition": balanced_partition(rows.indptr),
     }
 
 

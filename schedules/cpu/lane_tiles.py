@@ -135,11 +135,14 @@ def splats(buffer: Buffer, first: Expr, simd: Simd) -> list[Expr]:
 
 def four_twice(four: Expr, simd: Simd) -> Expr:
     """Four elements in both halves of a vector of eight, for shuffles stay within halves."""
-    kept = Registers(1, 1, simd)
-    # The fence, which is no instruction, keeps LLVM from seeing where elements come from, and from
-    # loading each by itself.
-    both = tirx.Shuffle([four, four], list(range(simd.lanes)))
-    kept.set(0, 0, T.call_llvm_pure_intrin(f"float32x{simd.lanes}", "llvm.arithmetic.fence", both))
+    # LLVM would see where elements come from, and load each by itself.
+    return fenced(tirx.Shuffle([four, four], list(range(simd.lanes))), simd)
+
+
+def fenced(vector: Expr, simd: Simd) -> Expr:
+    """A vector in a register, of which LLVM does not see what it was made of: no instruction."""
+    kept, name = Registers(1, 1, simd), "llvm.arithmetic.fence"
+    kept.set(0, 0, T.call_llvm_pure_intrin(f"float32x{simd.lanes}", name, vector))
     return kept.get(0, 0)
 
 

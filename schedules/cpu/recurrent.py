@@ -26,7 +26,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     span,
 )
 from sparse_tvm.schedules.cpu.row_cost import sequences_together
-from sparse_tvm.schedules.cpu.row_product import RowProduct
+from sparse_tvm.schedules.cpu.row_product import row_product
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.stored_weight import StoredWeight
 from sparse_tvm.schedules.cpu.vector_math import ACTIVATIONS, constant, lanes_of
@@ -104,10 +104,10 @@ class _Sequences:
     def __init__(self, network: _Network, first: Expr, m: int) -> None:
         self.network, self.op, self.first, self.m = network, network.op, first, m
         self.hidden = network.op.hidden
-        self.product = RowProduct.allocate(network.weight, m, network.simd)
+        self.product = row_product(network.weight, m, network.simd)
         self.h = self.product.xs
         twice = self.op.cell == "gru" and not self.op.reset_after
-        self.of_reset = RowProduct.allocate(network.weight, m, network.simd) if twice else None
+        self.of_reset = row_product(network.weight, m, network.simd) if twice else None
         self.c = T.alloc_buffer((m * self.hidden,), "float32") if self.op.states == 2 else None
 
     def run(self) -> None:
@@ -158,7 +158,7 @@ class _Sequences:
 
     def _h(self, i: Expr, unit: Expr, lanes: int) -> Expr:
         """Where the hidden state of some units is."""
-        return span(unit * self.m + i, lanes, self.m)
+        return self.product.place(unit, i, lanes)
 
     def _begin(self, i: Expr, row: Expr, unit: Expr, lanes: int) -> None:
         def initial(name: str) -> Expr:

@@ -24,7 +24,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     span,
     unrolled,
 )
-from sparse_tvm.schedules.cpu.row_product import Sums
+from sparse_tvm.schedules.cpu.row_sums import Sums
 from sparse_tvm.schedules.cpu.simd import Simd
 
 FEW_QUERIES = 8

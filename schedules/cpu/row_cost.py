@@ -26,6 +26,13 @@ _MEASURED_LANES = 8
 _FILLED = 3.0
 """Zeros that fill a row of single weights up to whole fours, as many as its neighbours have."""
 
+_PICKED = 2.1
+"""Cycles of a step of sliced rows, for each row of activations."""
+
+_CACHED_BYTES, _CACHED = 24.0, 2
+"""Bytes a cycle that come from a cache step after step, and how many times one core's share of the
+last one is enough for that: the others seldom use theirs."""
+
 _NEAR = 2
 """How many times the first cache X may fill before lines are waited for."""
 
@@ -69,6 +76,20 @@ def few_rows_seconds(
     return target.seconds(cycles + sum(shape) * count * costs.load)
 
 
+def sliced_rows_seconds(
+    shape: tuple[int, int], lanes: int, steps: int, target: Target, tokens: int
+) -> float:
+    """The same for a weight in sliced rows, which take so many steps."""
+    count = next(c for c in ROW_COUNTS if c >= tokens)
+    compute = _sliced_cycles(shape[0], lanes, steps, target, count)
+    stored, costs = _sliced_bytes(shape[1], lanes, steps), target.costs
+    if stored <= target.caches.l2:
+        cycles = compute + stored / costs.second
+    else:
+        cycles = max(stored / costs.last, compute + 0.5 * stored / costs.last)
+    return target.seconds(cycles + sum(shape) * count * costs.load)
+
+
 def sequences_together(lanes: int) -> tuple[int, ...]:
     """How many sequences' states are multiplied together: fewer count as so many."""
     return 1, 4, max(8, lanes)
@@ -79,22 +100,51 @@ def sequence_seconds(
 ) -> float:
     """Seconds on one core for a step of so many sequences.
 
-    The weight of a step comes from the second cache at half its speed, and its arrival and the
-    arithmetic overlap little: a step is too short.
+    The arrival of the weight and the arithmetic overlap little: a step is too short.
     """
-    counts = sequences_together(target.lanes)
-    groups, rest = divmod(sequences, counts[-1])
-    each = [counts[-1]] * groups + [next(c for c in counts if c >= rest)] * (rest > 0)
-    stored = _stored_bytes(shape[1], layout, blocks)
-    costs, near = target.costs, stored <= target.caches.l2
-    streamed = stored / (costs.second / 2 if near else costs.last)
+    costs = target.costs
+    streamed = _step_cycles(_stored_bytes(shape[1], layout, blocks), target)
     cycles = 0.0
-    for count in each:
+    for count in _counts(target.lanes, sequences):
         cycles += streamed + _compute_cycles(shape, layout, blocks, target, count)
         together = four_together(layout, count, target.lanes)
         if layout.block == (1, 1) and count == 1 and not together:
             cycles -= blocks * costs.load  # scalars: nothing waits for an index
     return target.seconds(cycles)
+
+
+def sliced_sequence_seconds(
+    shape: tuple[int, int], lanes: int, steps: int, target: Target, sequences: int
+) -> float:
+    """The same for a weight in sliced rows: half of what arrives comes while it computes."""
+    streamed = _step_cycles(_sliced_bytes(shape[1], lanes, steps), target)
+    return target.seconds(
+        sum(
+            _sliced_cycles(shape[0], lanes, steps, target, count) + streamed / 2
+            for count in _counts(target.lanes, sequences)
+        )
+    )
+
+
+def _step_cycles(stored: int, target: Target) -> float:
+    """Cycles for a weight to arrive that the step before had, too: from a cache that holds it."""
+    cached = stored <= _CACHED * target.caches.l3
+    return stored / (_CACHED_BYTES if cached else 2 * target.costs.last)
+
+
+def _sliced_cycles(n: int, lanes: int, steps: int, target: Target, count: int) -> float:
+    return steps * _PICKED * count + -(-n // lanes) * target.costs.row
+
+
+def _sliced_bytes(k: int, lanes: int, steps: int) -> int:
+    return steps * (lanes * 5 + np.dtype(index_dtype(k)).itemsize)
+
+
+def _counts(lanes: int, sequences: int) -> list[int]:
+    """As how many each group of sequences counts."""
+    counts = sequences_together(lanes)
+    groups, rest = divmod(sequences, counts[-1])
+    return [counts[-1]] * groups + [next(c for c in counts if c >= rest)] * (rest > 0)
 
 
 def _compute_cycles(

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
@@ -23,7 +22,8 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     scalar,
     span,
 )
-from sparse_tvm.schedules.cpu.row_product import RowProduct
+from sparse_tvm.schedules.cpu.row_product import row_product
+from sparse_tvm.schedules.cpu.row_sums import RowProduct
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.stored_weight import Epilogue, StoredWeight
 from sparse_tvm.schedules.cpu.vector_math import lanes_of
@@ -68,18 +68,19 @@ class _Rows:
             with T.Else():
                 apart()
 
-    def copy(self, x: Buffer, xs: Buffer, k_in: int) -> None:
-        """Copy the rows of a tiled X to ``[k_in, count]``."""
+    def copy(self, x: Buffer, product: RowProduct) -> None:
+        """Copy the rows of a tiled X to where a product wants them."""
+        xs, k_in = product.xs, product.weight.k_in
 
         def together() -> None:
             with T.serial(0, k_in) as k:
                 lanes = x[0, k, span(0, self.count)]
-                T.buffer_store(xs, lanes, [span(k * self.count, self.count)])
+                T.buffer_store(xs, lanes, [product.place_of_all(k)])
 
         def apart() -> None:
             with T.serial(0, k_in) as k:
                 for i, (tile, lane) in enumerate(zip(self.tiles, self.lanes, strict=True)):
-                    T.buffer_store(xs, x[tile, k, lane], [k * self.count + i])
+                    T.buffer_store(xs, x[tile, k, lane], [product.place(k, i, 1)])
 
         self._either(together, apart)
 
@@ -112,21 +113,15 @@ class _FewRows:
     """The kernel for ``rows.count`` rows, on one thread's share of the weight."""
 
     def __init__(
-        self,
-        weight: StoredWeight,
-        rows: _Rows,
-        x: Buffer,
-        y: Buffer,
-        epilogue: Epilogue,
-        simd: Simd,
+        self, product: RowProduct, rows: _Rows, x: Buffer, y: Buffer, epilogue: Epilogue
     ) -> None:
-        self.rows, self.y, self.epilogue, self.simd = rows, y, epilogue, simd
-        self.m, self.product = rows.count, RowProduct.allocate(weight, rows.count, simd)
-        self.ys, self.at = self.product.ys, self.product.at
-        rows.copy(x, self.product.xs, weight.k_in)
+        self.product, self.rows, self.y, self.epilogue = product, rows, y, epilogue
+        self.m, self.simd = product.m, product.simd
+        self.ys, self.at = product.ys, product.at
+        rows.copy(x, product)
 
     def run(self, start: Expr, stop: Expr) -> None:
-        """Compute a range of each part's block rows."""
+        """Compute a range of the product's blocks."""
         self.product.run(start, stop)
         block, n_out = self.product.block, self.product.weight.n_out
         first = scalar(start * block)
@@ -166,11 +161,11 @@ class _FewRows:
                 return _vector([extra[tile, output + i, lane] for i in range(count)])
 
             value = self.epilogue.apply(
-                self.ys[tuple(self.at(output, row, count))],
+                self.ys[self.at(output, row, count)],
                 lambda bias: bias[span(output, count)],
                 like_y,
             )
-            T.buffer_store(self.ys, value, self.at(output, row, count))
+            T.buffer_store(self.ys, value, [self.at(output, row, count)])
         self._put_all(output, count)
 
     def _put_all(self, output: Expr, count: int) -> None:
@@ -180,7 +175,7 @@ class _FewRows:
 
     def _put(self, output: Expr) -> None:
         """Put one output of all rows into their tiles."""
-        values = [self.ys[tuple(self.at(output, row, 1))] for row in range(self.m)]
+        values = [self.ys[self.at(output, row, 1)] for row in range(self.m)]
         self.rows.store(self.y, output, values)
 
 
@@ -200,8 +195,8 @@ def few_rows(
     """
     threads = scalar(tirx.call_packed("runtime.NumThreads"))
     with T.parallel(0, threads) as thread:
-        start = weight.first_of(scalar(thread * JOBS_PER_GROUP // threads))
-        stop = weight.first_of(scalar((thread + 1) * JOBS_PER_GROUP // threads))
+        product = row_product(weight, count, simd)
+        start, stop = product.share(thread, threads)
         with T.If(start < stop), T.Then():
             rows = _Rows.find(count, tiles, per_lead)
-            _FewRows(weight, rows, x, y, epilogue, simd).run(start, stop)
+            _FewRows(product, rows, x, y, epilogue).run(start, stop)

@@ -16,6 +16,10 @@ LANES = 16
 """Rows per tile: 16 float32 are one cache line."""
 
 
+_PERMUTATIONS = {8: "llvm.x86.avx2.permps", 16: "llvm.x86.avx512.permvar.sf.512"}
+"""``vpermps``, by the lanes of a vector."""
+
+
 @dataclass(frozen=True)
 class Simd:
     """What a kernel needs to know of a CPU's vector unit.
@@ -30,18 +34,22 @@ class Simd:
         Whether a multiply-add takes a factor from any element of a vector, as on Arm.
     zero_point : int
         How an int8 activation of 0 is stored: x86 multiplies unsigned bytes, Arm signed ones.
+    permutation : str or None
+        LLVM's intrinsic that gives each lane any element of a vector, of float32 by int32.
     """
 
     lanes: int
     registers: int
     by_element: bool = False
     zero_point: int = ZERO_POINT
+    permutation: str | None = None
 
     @classmethod
     def of(cls, target: Target) -> Simd:
         """The vector unit of a target."""
         arm = target.architecture == "aarch64"
-        return cls(target.lanes, target.registers, arm, 0 if arm else ZERO_POINT)
+        permutation = None if arm else _PERMUTATIONS.get(target.lanes)
+        return cls(target.lanes, target.registers, arm, 0 if arm else ZERO_POINT, permutation)
 
     @property
     def accumulators(self) -> int:
@@ -89,6 +97,9 @@ MAX_GROUP = 4
 """Tiles whose accumulators share a pass over W: enough to reuse each weight 64 times."""
 
 _WEIGHTS_TOGETHER_GROUP = 2
+
+MOST_SLICED_ROWS = 2
+"""Rows of activations that sliced rows are faster for than the other form of single weights."""
 
 ROW_COUNTS = (1, 2, 4, 8)
 """Rows of activations, in all, that there are kernels of their own for: fewer count as so many."""

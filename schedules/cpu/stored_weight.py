@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.operators import Activation, Bias, Gate, Layout, Residual, Step
-from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP, index_dtype
+from sparse_tvm.schedules.cpu.block_arrays import (
+    JOBS_PER_GROUP,
+    STEPS_TOGETHER,
+    index_dtype,
+)
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
@@ -31,6 +35,38 @@ PREFETCH_BYTES = 4096
 
 
 @dataclass(frozen=True)
+class SlicedWeight:
+    """A weight ``[n_out, k_in]`` in slices of ``lanes`` rows, as arguments of the open PrimFunc.
+
+    Of each group of ``STEPS_TOGETHER`` steps, ``data`` ``[groups, steps, lanes]``; ``places`` int32
+    ``[groups, lanes]``, a byte for each step; ``windows`` ``[groups, steps]``. Besides ``slices``
+    int32 ``[ceil(n_out / lanes) + 1]`` (first group of each slice) and ``partition`` int32
+    ``[JOBS_PER_GROUP + 1]`` (first slice of each job). See
+    :class:`sparse_tvm.sparsity.sliced.SlicedRows`.
+    """
+
+    lanes: int
+    data: Buffer
+    places: Buffer
+    windows: Buffer
+    slices: Buffer
+    partition: Buffer
+
+    @classmethod
+    def declare(cls, lanes: int, n_out: int, k_in: int) -> SlicedWeight:
+        """Declare the arrays as the next arguments."""
+        groups = symbol("step_groups")
+        return cls(
+            lanes,
+            argument("sliced_data", (groups, STEPS_TOGETHER, lanes)),
+            argument("sliced_places", (groups, lanes), "int32"),
+            argument("sliced_windows", (groups, STEPS_TOGETHER), index_dtype(k_in)),
+            argument("slices", (-(-n_out // lanes) + 1,), "int32"),
+            argument("sliced_partition", (JOBS_PER_GROUP + 1,), "int32"),
+        )
+
+
+@dataclass(frozen=True)
 class StoredWeight:
     """A weight ``[n_out, k_in]``, as the arguments of the open PrimFunc.
 
@@ -42,17 +78,21 @@ class StoredWeight:
     ``[parts * ceil(n_out / r) + 1]`` (first block of each block row of each part), ``order`` int32
     ``[parts * ceil(n_out / r)]`` (which block row that is) and ``partition`` int32
     ``[JOBS_PER_GROUP + 1]`` (first of a part's block rows for each job).
+
+    ``sliced`` is a form for few rows of activations, of as many lanes as the layout's parameter
+    ``sell`` says: the only one of the format ``sell``, and of others one besides.
     """
 
     layout: Layout
     n_out: int
     k_in: int
     groups: int
-    data: Buffer
+    data: Buffer = None
     indices: Buffer = None
     indptr: Buffer = None
     order: Buffer = None
     partition: Buffer = None
+    sliced: SlicedWeight | None = None
 
     @classmethod
     def declare(cls, layout: Layout, n_out: int, k_in: int, groups: int = 1) -> StoredWeight:
@@ -62,6 +102,10 @@ class StoredWeight:
         if not layout.sparse:
             data = argument("data", (block_rows, k_in // groups, rows))
             return cls(layout, n_out, k_in, groups, data)
+        lanes = layout.get("sell", 0)
+        if layout.format == "sell":
+            sliced = SlicedWeight.declare(lanes, n_out, k_in)
+            return cls(layout, n_out, k_in, groups, sliced=sliced)
         blocks, segments = symbol("blocks"), layout.get("parts", 1) * block_rows
         return cls(
             layout,
@@ -73,6 +117,7 @@ class StoredWeight:
             argument("indptr", (segments + 1,), "int32"),
             argument("rows", (segments,), "int32"),
             argument("partition", (JOBS_PER_GROUP + 1,), "int32"),
+            SlicedWeight.declare(lanes, n_out, k_in) if lanes else None,
         )
 
     @property

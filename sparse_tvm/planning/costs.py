@@ -145,6 +145,11 @@ def _stored_bytes(layout: Layout, weight: AssumedWeight, dtype: str) -> float:
     if layout.format == "2:4":
         return n * k / 2 * (value + _PLACE_BYTES)
     index = _INDEX_BYTES if k <= _NARROW else _WIDE_INDEX_BYTES
+    lanes = layout.get("sell", 0)
+    sliced = weight.window_steps(lanes) * (lanes * (value + 1) + index) if lanes else 0
+    if layout.format == "sell":
+        return float(sliced)
     parts = layout.get("parts", 1)
     blocks = weight.stored_blocks(layout.block)
-    return float(blocks * (value * rows * columns + index) + _ROW_BYTES * parts * -(-n // rows))
+    blocked = blocks * (value * rows * columns + index) + _ROW_BYTES * parts * -(-n // rows)
+    return float(blocked + sliced)

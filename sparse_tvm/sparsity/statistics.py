@@ -11,6 +11,7 @@ import numpy as np
 
 from sparse_tvm.sparsity.analysis import Structure, analyse, density_map
 from sparse_tvm.sparsity.formats import occupied_blocks
+from sparse_tvm.sparsity.sliced import steps_per_slot, window_steps
 
 
 class WeightStatistics(ABC):
@@ -37,6 +38,14 @@ class WeightStatistics(ABC):
     def stored_blocks(self, block: tuple[int, int]) -> int:
         """How many blocks of this size, laid from the first corner, hold a value other than 0."""
 
+    def window_steps(self, lanes: int) -> int:
+        """How many steps sliced rows take; here, were the values at random places.
+
+        See :class:`sparse_tvm.sparsity.sliced.SlicedRows`.
+        """
+        n, k = self.shape
+        return round(steps_per_slot(round(1 - self.sparsity, 2), lanes) * -(-n // lanes) * k)
+
     @property
     def nonzeros(self) -> int:
         """Number of values other than 0."""
@@ -50,6 +59,7 @@ class MeasuredWeight(WeightStatistics):
         self.shape = (int(w.shape[0]), int(w.shape[1]))
         self._mask = w != 0
         self._stored: dict[tuple[int, int], int] = {}
+        self._steps: dict[int, int] = {}
 
     @cached_property
     def structure(self) -> Structure:
@@ -81,6 +91,11 @@ class MeasuredWeight(WeightStatistics):
         if block not in self._stored:
             self._stored[block] = int(np.count_nonzero(occupied_blocks(self._mask, block)))
         return self._stored[block]
+
+    def window_steps(self, lanes: int) -> int:
+        if lanes not in self._steps:
+            self._steps[lanes] = window_steps(self._mask, lanes)
+        return self._steps[lanes]
 
 
 @dataclass(frozen=True)

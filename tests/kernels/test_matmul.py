@@ -77,6 +77,7 @@ def check(
     threads,
     seed,
     groups=1,
+    sell=False,
 ):
     rng = np.random.default_rng(seed)
     w = rng.standard_normal((n, k)) * (rng.random((n, k)) >= sparsity)
@@ -93,6 +94,7 @@ def check(
     block_rows, columns = min(block[0], n), min(block[1], k)
     blocks = {"dense": (block_rows, 1), "csr": (1, 1), "bsr": (block_rows, columns)}
     layout = Layout("matmul", format, blocks[format]).having(parts=parts, packed=packed)
+    layout = layout.having(sell=simd(target).lanes) if sell else layout
     tiles = tiles_for(lead, rows, symbolic)
     known = None if symbolic else rows
     kernel = matmul(tiles, known, n, k * groups, layout, epilogue, simd(target), groups)
@@ -167,6 +169,16 @@ def test_dense(target, problem):
 @every_form
 def test_csr(target, problem):
     check("csr", target=target, **problem)
+
+
+@given(problem=problems, rows=st.sampled_from([1, 2, 3, 40]), more=st.integers(0, 50))
+@example(problem=ALL_ZERO, rows=1, more=9)
+@example(problem={**EVERY_STEP, "sparsity": 0.5}, rows=2, more=0)
+@PER_FORM
+@every_form
+def test_csr_and_sliced_rows(target, problem, rows, more):
+    problem = {**problem, "rows": rows, "k": simd(target).lanes + more}
+    check("csr", target=target, sell=True, **problem)
 
 
 @given(problem=problems)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from harness import PER_FORM, every_form, run, simd, thread_counts
 from hypothesis import given, settings
@@ -26,6 +28,7 @@ LAYOUTS = [
     Layout("recurrent", "bsr", (8, 1)),
     Layout("recurrent", "bsr", (16, 1)),
     Layout("recurrent", "bsr", (3, 2)),
+    Layout("recurrent", "sell"),  # of as many lanes as the target has
 ]
 
 
@@ -73,7 +76,8 @@ def networks(draw):
     functions = st.sampled_from(list(FUNCTIONS))
     gate = () if cell == "rnn" else (draw(st.sampled_from(["sigmoid", "tanh"])),)
     rest = [draw(functions) for _ in range({"lstm": 2, "gru": 1, "rnn": 1}[cell])]
-    hidden = draw(st.integers(2, 40))
+    layout = draw(st.sampled_from(LAYOUTS))
+    hidden = draw(st.integers(16 if layout.format == "sell" else 2, 40))
     reset_after = cell == "gru" and draw(st.booleans())
     possible = ["lengths", "hidden"]
     possible += ["peepholes", "cell"] if cell == "lstm" else []
@@ -82,7 +86,7 @@ def networks(draw):
     return Recurrent(
         layer="net",
         matrix=(GATES[cell] * hidden, hidden),
-        layout=draw(st.sampled_from(LAYOUTS)),
+        layout=layout,
         cell=cell,
         functions=(*gate, *rest),
         given=tuple(
@@ -112,6 +116,8 @@ def stored(w, op, target):
 @every_form
 def test_recurrent(target, op, steps, batch, symbolic, threads, seed):
     rng = np.random.default_rng(seed)
+    if op.stored.format == "sell":
+        op = replace(op, layout=op.stored.having(sell=simd(target).lanes))
     n, hidden = op.matrix
 
     def normal(*shape):

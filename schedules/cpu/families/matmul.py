@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,8 +19,8 @@ from sparse_tvm.schedules.cpu.cost import (
     part_counts,
 )
 from sparse_tvm.schedules.cpu.families.extents import tiles_for
-from sparse_tvm.schedules.cpu.row_cost import few_rows_seconds
-from sparse_tvm.schedules.cpu.simd import LANES, ROW_COUNTS, Simd, group_of
+from sparse_tvm.schedules.cpu.row_cost import few_rows_seconds, sliced_rows_seconds
+from sparse_tvm.schedules.cpu.simd import LANES, MOST_SLICED_ROWS, ROW_COUNTS, Simd, group_of
 from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.targets import Target
 
@@ -29,6 +29,9 @@ _DENSE_ROWS = LANES
 
 _TUNED_ROWS = (4, 8, 12)
 """More rows of a dense block that may be worth a measurement."""
+
+_WORTH_STORING_TWICE = 1.2
+"""How much faster sliced rows must be for one token to be stored beside another form."""
 
 _BLOCKS = ((2, 1), (4, 1), (8, 1), (16, 1))
 _MAX_BLOCK_ROWS, _MAX_BLOCK_COLUMNS = 16, 8
@@ -91,7 +94,7 @@ class MatmulFamily(WeightedFamily[Dense]):
             packed = {"packed": 1} if packs(weight, layout, target) else {}
             for parts in part_counts(weight.shape[1], layout, target):
                 found.append(layout.having(**({"parts": parts} if parts > 1 else {}), **packed))
-        return found
+        return [*found, *_sliced(found, weight, target)]
 
     def variants(
         self, op: Dense, weight: WeightStatistics, target: Target, wish: Wish | None = None
@@ -118,7 +121,11 @@ class MatmulFamily(WeightedFamily[Dense]):
     def cost(
         self, op: Dense, layout: Layout, weight: WeightStatistics, tokens: int, target: Target
     ) -> float:
-        predict = few_rows_seconds if tokens <= ROW_COUNTS[-1] else matmul_seconds
+        lanes, few = layout.get("sell", 0), tokens <= ROW_COUNTS[-1]
+        if lanes and tokens <= MOST_SLICED_ROWS:
+            steps = weight.window_steps(lanes)
+            return sliced_rows_seconds(weight.shape, lanes, steps, target, tokens)
+        predict = few_rows_seconds if few else matmul_seconds
         return predict(weight.shape, layout, stored_blocks(weight, layout), target, tokens)
 
     def pack(
@@ -127,6 +134,12 @@ class MatmulFamily(WeightedFamily[Dense]):
         whole = block_diagonal(w, op.groups) if layout.sparse else w
         simd = Simd.of(target)
         return split_arrays(whole, layout, simd.weights_together(layout), simd.rows_abreast(layout))
+
+    def second_form(self, layout: Layout, arrays: Mapping[str, np.ndarray]) -> str | None:
+        if not layout.get("sell", 0):
+            return None
+        kilobytes = sum(array.nbytes for name, array in arrays.items() if "slice" in name) / 1e3
+        return f"stored once more for 1 and {MOST_SLICED_ROWS} tokens, {kilobytes:.0f} kB"
 
     def build(
         self, op: Dense, operands: Sequence[Extents], output: Extents, target: Target
@@ -140,6 +153,7 @@ class MatmulFamily(WeightedFamily[Dense]):
         parts = layout.get("parts", 1)
         split = [f"{parts}parts"] if parts > 1 else []
         split += [f"{group}tiles" for name, group in layout.parameters if name == "group"]
+        split += ["and_sell"] if layout.get("sell", 0) else []
         split += ["packed"] if layout.get("packed", 0) else []
         split += [f"{op.groups}groups"] if op.groups > 1 else []
         title = "_".join([layout.format + size, f"{n}x{k}", *split, *op.step_titles])
@@ -177,6 +191,23 @@ def _of_groups(
         if format == "dense" or (per_group % rows == 0 and weight.shape[1] % columns == 0)
     ]
     return [Layout("matmul", format, block) for format, block in dict.fromkeys(found)]
+
+
+def _sliced(layouts: Sequence[Layout], weight: WeightStatistics, target: Target) -> list[Layout]:
+    """CSR with sliced rows beside it, where these are much faster for one token."""
+    lanes = Simd.of(target).lanes
+    if Simd.of(target).permutation is None or weight.shape[1] < lanes:
+        return []
+    rows = [layout for layout in layouts if layout.format == "csr"]
+    if not rows:
+        return []
+    one = sliced_rows_seconds(weight.shape, lanes, weight.window_steps(lanes), target, 1)
+    blocks = weight.stored_blocks((1, 1))
+    return [
+        layout.having(sell=lanes)
+        for layout in rows
+        if _WORTH_STORING_TWICE * one < few_rows_seconds(weight.shape, layout, blocks, target, 1)
+    ]
 
 
 def layer_work(

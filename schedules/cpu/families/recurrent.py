@@ -14,7 +14,7 @@ from sparse_tvm.operators import FLOAT32, Layout, Recurrent
 from sparse_tvm.schedules.cpu.block_arrays import split_arrays
 from sparse_tvm.schedules.cpu.families.extents import known_or_symbols
 from sparse_tvm.schedules.cpu.families.matmul import stored_blocks, wished_blocks
-from sparse_tvm.schedules.cpu.row_cost import sequence_seconds
+from sparse_tvm.schedules.cpu.row_cost import sequence_seconds, sliced_sequence_seconds
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.targets import Target
@@ -40,10 +40,16 @@ class RecurrentFamily(WeightedFamily[Recurrent]):
     ) -> Sequence[Layout]:
         dense = wish is None or wish.format == "dense"
         found = [Layout(self.name, "dense", (LANES, 1))] if dense else []
-        return [
-            *found,
-            *(Layout(self.name, *form) for form in wished_blocks(weight, wish)),
-        ]
+        found += [Layout(self.name, *form) for form in wished_blocks(weight, wish)]
+        simd, tall = Simd.of(target), weight.block[0] if weight.block else 1
+        # Blocks as tall as a vector fill its lanes by themselves.
+        if simd.permutation is not None and tall < simd.lanes <= weight.shape[1]:
+            found += [
+                Layout(self.name, "sell").having(sell=simd.lanes)
+                for layout in found
+                if layout.format == "csr"
+            ]
+        return found
 
     def unpacked(self, op: Recurrent) -> Layout:
         return Layout(self.name, "dense", (1, 1))
@@ -52,6 +58,10 @@ class RecurrentFamily(WeightedFamily[Recurrent]):
         self, op: Recurrent, layout: Layout, weight: WeightStatistics, tokens: int, target: Target
     ) -> float:
         """Seconds of one step of ``tokens`` sequences."""
+        if layout.format == "sell":
+            lanes = layout.get("sell", 0)
+            steps = weight.window_steps(lanes)
+            return sliced_sequence_seconds(weight.shape, lanes, steps, target, tokens)
         blocks = stored_blocks(weight, layout)
         return sequence_seconds(weight.shape, layout, blocks, target, tokens)
 
@@ -68,7 +78,7 @@ class RecurrentFamily(WeightedFamily[Recurrent]):
 
         steps, batch, _ = known_or_symbols(operands[0], ("steps", "batch", "features"))
         rows, columns = op.stored.block
-        size = f"_{rows}x{columns}" if op.stored.format != "csr" else ""
+        size = f"_{rows}x{columns}" if op.stored.format not in ("csr", "sell") else ""
         way = "_backward" if op.backward else ""
         title = f"{op.cell}_{op.stored.format}{size}_{op.hidden}{way}"
         return Kernel(title, recurrent(op, steps, batch, Simd.of(target)))
