@@ -128,7 +128,7 @@ def test_layers_are_sparse_and_say_why(tmp_path):
     assert list(layers) == ["net.input", "r"]
     for layer, shape in (("net.input", [1024, 256]), ("r", [1024, 256])):
         assert layers[layer]["shape"] == shape
-        assert layers[layer]["format"] in ("csr", "bsr")
+        assert layers[layer]["format"] in ("csr", "bsr", "sell")
         assert "faster than dense" in layers[layer]["reason"]
 
 

@@ -43,12 +43,9 @@ class RecurrentFamily(WeightedFamily[Recurrent]):
         found += [Layout(self.name, *form) for form in wished_blocks(weight, wish)]
         simd, tall = Simd.of(target), weight.block[0] if weight.block else 1
         # Blocks as tall as a vector fill its lanes by themselves.
-        if simd.permutation is not None and tall < simd.lanes <= weight.shape[1]:
-            found += [
-                Layout(self.name, "sell").having(sell=simd.lanes)
-                for layout in found
-                if layout.format == "csr"
-            ]
+        fits = simd.permutation is not None and tall < simd.lanes <= weight.shape[1]
+        if fits and wish is None:
+            found.append(Layout(self.name, "sell").having(sell=simd.lanes))
         return found
 
     def unpacked(self, op: Recurrent) -> Layout:
