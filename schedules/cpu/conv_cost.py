@@ -34,11 +34,15 @@ _MANY_REGISTERS = 32
 _PACKED_USES = {"dense": 20.0, "csr": 12.0, "bsr": 1.5}
 """How often a vector of pixels must be read for a copy beside its neighbours to pay."""
 
-_PACKED_WINDOW_USES = {"csr": 6.0, "bsr": 3.0}
+_PACKED_WINDOW_USES = {"dense": 16.0, "csr": 6.0, "bsr": 3.0}
 """The same for the vectors of each tap, many of which are parts of two cache lines in place."""
 
 _PACKED_WINDOW_SHARE = 1.5
 """Of the first cache: what is copied passes all rows in order, and half of it stays there."""
+
+_PACKED_FROM, _PACKED_DENSE_SHARE = 1.5, 2.0
+"""How many times the first cache a dense weight's rows must read of an image to read a copy of it
+instead, and of it a part's copy may be."""
 
 _COPY_CYCLES = 1.2
 """To copy a vector."""
@@ -70,6 +74,10 @@ def blocking(op: Convolution, format: str, rows: int, target: Target) -> dict[st
             return parameters
         across = len({column for _, column in window.phases})
         near = across * _read_bytes(op, vectors, simd) / target.caches.l1
+        if near > _PACKED_FROM and _packs_windows(op, format, rows, simd):
+            share = _packed_bytes(op, vectors, simd) / (_PACKED_DENSE_SHARE * target.caches.l1)
+            parts = max(1, min(round(share), op.channels))
+            return {**parameters, "packed": 1, **({"parts": parts} if parts > 1 else {})}
         if near > _FAR:
             parameters["parts"] = min(round(near), op.channels)
         return {**parameters, **_packing(op, format, rows)}
@@ -95,9 +103,11 @@ def _packs_windows(op: Convolution, format: str, rows: int, simd: Simd) -> bool:
 
     Measured with few registers only.
     """
-    if op.frames != STILL or op.groups > 1 or simd.registers >= _MANY_REGISTERS:
+    if op.groups > 1 or simd.registers >= _MANY_REGISTERS:
         return False
-    uses = op.out_channels / rows * _TYPICAL_DENSITY
+    if op.frames != STILL and format != "dense":
+        return False
+    uses = op.out_channels / rows * (1.0 if format == "dense" else _TYPICAL_DENSITY)
     return window_of(op).taps > 1 and uses >= _PACKED_WINDOW_USES[format]
 
 

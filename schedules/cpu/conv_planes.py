@@ -90,8 +90,7 @@ def conv_planes(
     with at a time, ``parts`` of its columns, ``rows_outermost`` (1: all pixels of an image pass a
     block row before the next one comes), ``prefetch`` (1: weights are asked for ahead of use), and
     ``packed`` (1: what a part of the columns multiplies with vectors of pixels is copied before
-    block rows pass it, each column's vectors to lines of their own; of a dense weight, only where
-    it has one tap in place).
+    block rows pass it, each column's vectors to lines of their own).
     """
     out = (images.batch, images.out_channels, images.target)
     kernel = ConvKernel(images, layout, simd)
@@ -125,8 +124,9 @@ class ConvKernel:
         self._run = _RUN if short else 1
         self._moves = self._taps > 1 or images.window.pads[:2] != (0, 0)
         one_pass = not self._rows_outermost and self._run == 1
-        in_place = self._moves and not layout.sparse
-        self._packs = bool(layout.get("packed", 0)) and one_pass and not in_place
+        # Copied, all taps count.
+        skips = self._rows_apart and not layout.sparse
+        self._packs = bool(layout.get("packed", 0)) and one_pass and not skips
         long = self._k >= self._parts * _COLUMNS_TOGETHER
         self._together = simd.weights_together(layout) if long else 1
 
@@ -154,7 +154,7 @@ class ConvKernel:
                 self._groups = scalar(groups_of(self._count, self._group))
                 self._tap_offsets = self._table() if self._moves else None
                 if self._packs:
-                    elements = -(-self._k // self._parts) * self._group * self._simd.lanes
+                    elements = self._most_columns * self._group * self._simd.lanes
                     self._panel = T.alloc_buffer((elements,), self.element)
                 self._begin()
                 share_jobs(thread, threads, images.batch * units, self._jobs_of_unit)
@@ -247,13 +247,24 @@ class ConvKernel:
             return 0
         if self._layout.sparse:
             return scalar((part * self._k + (self._parts - 1)) // self._parts)
-        return scalar(part * self._images.channels // self._parts)
+        return scalar(part * self._images.channels // self._parts * self._taps)
+
+    @property
+    def _most_columns(self) -> int:
+        """Columns that a part of the weight has at most."""
+        if self._layout.sparse:
+            return -(-self._k // self._parts)
+        return -(-self._images.channels // self._parts) * self._taps
+
+    def _columns_of(self, part: Expr) -> tuple[Expr, Expr]:
+        """The first column of a part of the weight, and how many it has."""
+        first = self._first_column(part)
+        return first, self._k if self._parts == 1 else self._first_column(part + 1) - first
 
     def _pack(self, image: Expr, part: Expr, first: Expr, size: int) -> None:
         """Copy ``size`` vectors of all columns of a part: neighbours in time, and in memory."""
         lanes = self._simd.lanes
-        source, column = self._source_of(image, first), self._first_column(part)
-        count = self._k if self._parts == 1 else self._first_column(part + 1) - column
+        source, (column, count) = self._source_of(image, first), self._columns_of(part)
         with T.serial(0, count) as i:
             start = scalar(source + self._offset_of(scalar(column + i), self._plane))
             for v in range(size):
@@ -395,6 +406,12 @@ class ConvKernel:
             start = scalar(source + offset, str(getattr(offset, "dtype", "int32")))
             return lambda v: x[ramp(start + v * self._simd.lanes, self._simd)]
 
+        if not self._layout.sparse and self._packs:
+            column, count = self._columns_of(part)
+            with T.serial(0, count) as i:
+                k = column + i
+                acc.multiply_add(lambda row: self._data[block_row, k, row], load(k * plane))
+            return
         if not self._layout.sparse:
             seen = self._taps_seen(pixel, acc.vectors) if self._rows_apart else None
             self._accumulate_dense(acc, part, block_row, load, plane, seen)
