@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from sparse_tvm.backends.base import Backend
 from sparse_tvm.passes.dense_to_sparse import dense_to_sparse
 from sparse_tvm.passes.fc_transpose import fc_transpose
+from sparse_tvm.passes.fold_batch_norm import fold_batch_norm
 from sparse_tvm.passes.fuse_activations import fuse_activations
 from sparse_tvm.passes.fuse_attention import fuse_attention
 from sparse_tvm.passes.fuse_convolution import fuse_convolution
@@ -32,6 +33,7 @@ def graph_phases() -> Sequence[Phase]:
                 split_recurrent,
                 select_by_data,
                 split_transposed,
+                fold_batch_norm,
                 fc_transpose,
                 fuse_activations,
                 fuse_layer_norm,

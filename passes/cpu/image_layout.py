@@ -289,7 +289,12 @@ class _ImageLayout(Rewrite):
     def _operand(self, arg: Any, var: Any) -> Any:
         """An operand of an elementwise operator: an image, or a number for each channel."""
         if per_channel(arg, var) and not same_shape(shape_of(arg), shape_of(var)):
-            return self.emit(relax.op.reshape(self.new(arg), (*shape_of(arg)[:2], 1)))
+            shape, numbers = (*shape_of(arg)[:2], 1), self.array(arg)
+            if numbers is not None and isinstance(arg, relax.Var):
+                return self.weight(
+                    f"{arg.name}_of_planes", numbers.reshape((*numbers.shape[:2], 1))
+                )
+            return self.emit(relax.op.reshape(self.new(arg), shape))
         return arg if scalar_value(arg) is not None else self._in_planes(arg)
 
     def _shape(self, var: Any) -> tuple[Any, ...]:
