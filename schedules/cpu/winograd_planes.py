@@ -1,10 +1,12 @@
 """3x3 convolutions of images in planes by Winograd's filtering of columns, the weight dense.
 
-Rows of the output are computed by bands of ``m`` (:mod:`sparse_tvm.schedules.cpu.winograd`). All
-threads first transform the image: a band's ``m + 2`` rows of each channel become as many others,
-its points. At each point the band then is a row that is convolved with three taps, as
-:mod:`sparse_tvm.schedules.cpu.conv_planes` does it, by a weight of that point's own; and a block of
-sums at all points becomes ``m`` rows of the output while it is in the first cache.
+Rows of the output are computed by bands of ``m`` (:mod:`sparse_tvm.schedules.cpu.winograd`). The
+image is transformed first: a band's ``m + 2`` rows of each channel become as many others, its
+points. In large images each thread transforms what it multiplies next, which stays in the second
+cache; small ones all threads transform together. At each point the band then is a row that is
+convolved with three taps, as :mod:`sparse_tvm.schedules.cpu.conv_planes` does it, by a weight of
+that point's own; and a block of sums at all points becomes ``m`` rows of the output while it is in
+the first cache.
 
 A row is cut into whole vectors, of which the last may overlap the one before it.
 """
@@ -21,6 +23,7 @@ from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP
 from sparse_tvm.schedules.cpu.image_output import ImageOutput
 from sparse_tvm.schedules.cpu.images import Images
 from sparse_tvm.schedules.cpu.lane_tiles import (
+    Buffer,
     Expr,
     Registers,
     argument,
@@ -38,6 +41,9 @@ from sparse_tvm.schedules.cpu.planes import Planes
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.vector_math import constant
 from sparse_tvm.schedules.cpu.winograd import TAPS, Bands, transforms
+
+_UNITS = 4
+"""Units of an image from which each thread transforms its own: where threads meet, two do it."""
 
 
 def winograd_planes(
@@ -78,6 +84,7 @@ class _Kernel:
             images.target.height, images.target.width, layout.get("outputs", 2), simd.lanes
         )
         self._per_unit = layout.get("bands", self._bands.count)
+        self._apart = self._bands.count // self._per_unit >= _UNITS
 
     def build(self) -> tirx.PrimFunc:
         """Build the kernel."""
@@ -95,47 +102,60 @@ class _Kernel:
                 self._simd,
             )
             self._x = flat(x)
-            rows = images.batch * bands.count * bands.points * images.channels
-            self._points = T.alloc_buffer((rows * bands.pitch,), "float32")
             threads = scalar(tirx.call_packed("runtime.NumThreads"))
-            with T.parallel(0, threads) as thread:
-                self._transform_share(thread, threads)
+            units = images.batch * (bands.count // self._per_unit)
+            if not self._apart:
+                self._points = self._room(images.batch * bands.count)
+                with T.parallel(0, threads) as thread:
+                    self._transform_share(thread, threads)
             with T.parallel(0, threads) as thread:
                 self._output.open()
-                units = images.batch * (bands.count // self._per_unit)
+                if self._apart:
+                    self._points = self._room(self._per_unit)
                 share_jobs(thread, threads, units, self._jobs_of_unit)
         return result["func"]
 
+    def _room(self, bands: Expr) -> Buffer:
+        """Memory for so many transformed bands."""
+        rows = bands * self._bands.points * self._images.channels
+        return T.alloc_buffer((rows * self._bands.pitch,), "float32")
+
     def _transform_share(self, thread: Expr, threads: Expr) -> None:
         """Transform a thread's share of the channels of all bands."""
-        images, bands = self._images, self._bands
-        source = Extents(images.source)
-        channels = scalar(images.batch * bands.count * images.channels)
+        images, count = self._images, self._bands.count
+        channels = scalar(images.batch * count * images.channels)
         begin = scalar(thread * channels // threads)
-        top, left = images.window.pads[:2]
         with T.serial(0, scalar((thread + 1) * channels // threads - begin)) as i:
             band = scalar((begin + i) // images.channels)
             channel = scalar((begin + i) % images.channels)
-            number = scalar(band % bands.count)
-            plane = scalar(band // bands.count * images.channels + channel)
-            row = number * bands.outputs - top
-            first = scalar(plane * source.size + source.first + row * source.pitch - left)
-            point = scalar((band * bands.points * images.channels + channel) * bands.pitch)
-            # The last band may end behind the image and its padding.
-            there = images.source.height + top + images.window.pads[2]
-            last = min(bands.points, there - (bands.count - 1) * bands.outputs)
+            self._transform_channel(scalar(band // count), scalar(band % count), channel, band)
 
-            def rows(
-                live: int, first: Expr = first, point: Expr = point, pitch: Expr = source.pitch
-            ) -> None:
-                with T.serial(0, len(bands.read_starts)) as vector:
-                    at = scalar(bands.start_of(vector, bands.read_starts))
-                    self._transform(first + at, pitch, live, point + at)
+    def _transform_unit(self, image: Expr, first_band: Expr) -> None:
+        """Transform all channels of a unit's bands."""
+        with T.serial(0, self._per_unit) as i, T.serial(0, self._images.channels) as channel:
+            self._transform_channel(image, scalar(first_band + i), channel, i)
 
-            if last == bands.points:
-                rows(last)
-            else:
-                one_of(number == bands.count - 1, lambda: rows(last), lambda: rows(bands.points))
+    def _transform_channel(self, image: Expr, number: Expr, channel: Expr, place: Expr) -> None:
+        """Transform a channel of an image's band with this number, which is stored at ``place``."""
+        images, bands = self._images, self._bands
+        source, (top, left) = Extents(images.source), images.window.pads[:2]
+        plane = scalar(image * images.channels + channel)
+        row = number * bands.outputs - top
+        first = scalar(plane * source.size + source.first + row * source.pitch - left)
+        point = scalar((place * bands.points * images.channels + channel) * bands.pitch)
+        # The last band may end behind the image and its padding.
+        there = images.source.height + top + images.window.pads[2]
+        last = min(bands.points, there - (bands.count - 1) * bands.outputs)
+
+        def rows(live: int) -> None:
+            with T.serial(0, len(bands.read_starts)) as vector:
+                at = scalar(bands.start_of(vector, bands.read_starts))
+                self._transform(first + at, source.pitch, live, point + at)
+
+        if last == bands.points:
+            rows(last)
+        else:
+            one_of(number == bands.count - 1, lambda: rows(last), lambda: rows(bands.points))
 
     def _transform(self, first: Expr, pitch: Expr, live: int, point: Expr) -> None:
         """Transform a vector of columns, of which ``live`` rows are there and the rest are zero."""
@@ -153,6 +173,8 @@ class _Kernel:
         blocks, units = self._block_rows, self._bands.count // self._per_unit
         start = scalar(job * blocks // JOBS_PER_GROUP)
         image, first_band = scalar(unit // units), scalar(unit % units * self._per_unit)
+        if self._apart:
+            self._transform_unit(image, first_band)
         remainder = self._images.out_channels % self._rows
         with T.serial(0, scalar(last_job * blocks // JOBS_PER_GROUP - start)) as b:
             block = scalar(start + b)
@@ -222,9 +244,8 @@ class _Kernel:
         band = [scalar(first_band + (first + v) // per_row) for v in range(size)]
         column = [scalar(bands.start_of((first + v) % per_row, bands.starts)) for v in range(size)]
         band_size = bands.points * images.channels * bands.pitch
-        sources = [
-            scalar((image * bands.count + band[v]) * band_size + column[v]) for v in range(size)
-        ]
+        stored = -first_band if self._apart else image * bands.count
+        sources = [scalar((stored + band[v]) * band_size + column[v]) for v in range(size)]
         sums = scratch(bands.points * live * size * simd.lanes)
 
         def at(point: Expr, row: Expr, vector: int) -> list[Expr]:
