@@ -109,7 +109,7 @@ def shares(target: Target) -> Iterator[tuple[str, str]]:
         loop = max(inner_loops(assembly(kernel, target)), key=lambda loop: loop.fmas)
         yield title, cell([loop], target)
     if target.has(*SDOT.features):
-        problem = LowMatmul(tiles, HIDDEN, HIDDEN, INT8)
+        problem = LowMatmul(tiles, HIDDEN, HIDDEN, INT8, rows=TOKENS)
         for rows in (1, 4):
             kernel = dot_matmul(problem, rows, True, simd, MULTIPLY_ADD[SDOT.name])
             loop = max(inner_loops(assembly(kernel, target)), key=lambda loop: loop.fmas)

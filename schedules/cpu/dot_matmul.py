@@ -38,7 +38,8 @@ from sparse_tvm.schedules.cpu.low_matmul import (
     row_range,
 )
 from sparse_tvm.schedules.cpu.low_precision import words_like
-from sparse_tvm.schedules.cpu.simd import LANES, Simd, dot_group_limit
+from sparse_tvm.schedules.cpu.plane_code import one_of
+from sparse_tvm.schedules.cpu.simd import Simd, dot_group_limit
 
 _WORDS_PER_LINE = 16
 
@@ -63,7 +64,9 @@ def dot_matmul(
 
     Arguments of the PrimFunc, in order: x; the weight: ``data`` int32, dense
     ``[ceil(n_out / rows), lines, rows]``, sparse ``[blocks, rows]`` with the arguments of
-    :class:`SparseWeight`; then those of :class:`Rows`.
+    :class:`SparseWeight`; then those of :class:`Rows`, rows counted.
+
+    Where each tile has no more rows than a vector has lanes, one vector of it is computed.
     """
     limit = dot_group_limit(rows, simd)
     block_rows = -(-problem.n_out // rows)
@@ -79,7 +82,7 @@ def dot_matmul(
             weight = SparseWeight.arguments(blocks, 1, block_rows, index_dtype(lines))
         else:
             data = argument("data", (block_rows, lines, rows), "int32")
-        outputs.declare()
+        outputs.declare(counted=True)
 
         def block_row_kernel(
             segment: Expr, block_row: Expr, live: int, vectors: TileVectors
@@ -113,22 +116,21 @@ def dot_matmul(
                     step(line, lambda row: data[segment, line, row])
             else:
                 soon = scalar(weight.rows[tirx.min(segment + _ROWS_AHEAD, block_rows - 1)] * rows)
-                for place in range(vectors.count // simd.per_tile):
+                for place in range(vectors.count // vectors.used):
                     for row in range(rows):
                         outputs.ask(soon + row, vectors.first + place)
                 _for_blocks(data, weight, rows, segment, step)
             # Whole tiles at once: what follows a sum is long, and CPUs look few of them ahead.
-            for place in range(vectors.count // simd.per_tile):
+            for place in range(vectors.count // vectors.used):
                 tile = vectors.first + place
-                with outputs.output.peak(place, 0, LANES) as peak:
+                with outputs.output.peak(place, 0, vectors.used * simd.lanes) as peak:
                     for row in range(live):
                         parts = [
-                            acc[at(row, place * simd.per_tile + i)] for i in range(simd.per_tile)
+                            acc[at(row, place * vectors.used + i)] for i in range(vectors.used)
                         ]
                         outputs.finish(side_by_side(parts), block_row * rows + row, tile, 0, peak)
 
-        def rows_kernel(first_tile: Expr, size: int, start: Expr, stop: Expr) -> None:
-            vectors = TileVectors(first_tile, size, simd)
+        def rows_kernel(vectors: TileVectors, start: Expr, stop: Expr) -> None:
             remainder = problem.n_out % rows
             with T.serial(0, stop - start) as i:
                 segment = scalar(start + i)
@@ -142,16 +144,34 @@ def dot_matmul(
                     with T.Else():
                         block_row_kernel(segment, block_row, remainder, vectors)
 
-        def jobs_kernel(group: Expr, job: Expr, last_job: Expr) -> None:
-            start, stop = row_range(weight, block_rows, job, last_job)
+        def tiles_kernel(limit: int, used: int) -> None:
+            """Compute ``used`` vectors of all tiles, ``limit`` tiles at a time."""
 
-            def body(first: Expr, size: int) -> None:
-                with outputs.output.jobs(first, size, job, last_job):
-                    rows_kernel(first, size, start, stop)
+            def jobs_kernel(group: Expr, job: Expr, last_job: Expr) -> None:
+                start, stop = row_range(weight, block_rows, job, last_job)
 
-            for_group_sizes(problem.tiles.count, limit, group, body)
+                def body(first: Expr, size: int) -> None:
+                    with outputs.output.jobs(first, size, job, last_job):
+                        rows_kernel(TileVectors(first, size, simd, used), start, stop)
 
-        for_job_ranges(groups_of(problem.tiles.count, limit), jobs_kernel)
+                for_group_sizes(problem.tiles.count, limit, group, body)
+
+            for_job_ranges(groups_of(problem.tiles.count, limit), jobs_kernel)
+
+        def whole() -> None:
+            tiles_kernel(limit, simd.per_tile)
+
+        def few() -> None:
+            tiles_kernel(1, 1)
+
+        if simd.per_tile == 1:
+            whole()
+        elif problem.rows is None:
+            one_of(outputs.rows <= simd.lanes, few, whole)
+        elif problem.rows <= simd.lanes:
+            few()
+        else:
+            whole()
         outputs.output.close()
     return result["func"]
 

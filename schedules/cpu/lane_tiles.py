@@ -187,15 +187,17 @@ def side_by_side(vectors: Sequence[Expr]) -> Expr:
 class TileVectors:
     """The vectors of ``count`` consecutive tiles, numbered across them.
 
-    ``at(v)`` gives tile and lanes of vector ``v``, to index a flat tiled buffer with.
+    ``at(v)`` gives tile and lanes of vector ``v``, to index a flat tiled buffer with. ``used``
+    counts those of a tile that hold rows, by default all.
     """
 
-    def __init__(self, first: Expr, count: int, simd: Simd) -> None:
-        self.first, self.count, self.simd = first, count * simd.per_tile, simd
+    def __init__(self, first: Expr, count: int, simd: Simd, used: int | None = None) -> None:
+        self.used = used or simd.per_tile
+        self.first, self.count, self.simd = first, count * self.used, simd
 
     def at(self, vector: int) -> tuple[Expr, Expr]:
         """Tile index and lane indices of one vector."""
-        tile, part = divmod(vector, self.simd.per_tile)
+        tile, part = divmod(vector, self.used)
         return self.first + tile, ramp(part * self.simd.lanes, self.simd)
 
 

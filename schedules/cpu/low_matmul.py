@@ -25,6 +25,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     prefetch,
     scalar,
     share_jobs,
+    symbol,
     zero,
 )
 from sparse_tvm.schedules.cpu.low_output import Output
@@ -53,6 +54,8 @@ class LowMatmul:
         ``Bias``, ``Residual`` and ``Activation``, in order.
     out : Precision | None
         Of the output; None for float32.
+    rows : int | None
+        Tokens of each leading index, for a kernel that wants to know; None if run time tells.
     """
 
     tiles: Tiles
@@ -61,6 +64,7 @@ class LowMatmul:
     precision: Precision
     epilogue: tuple[Step, ...] = ()
     out: Precision | None = None
+    rows: int | None = None
 
     @property
     def extras(self) -> tuple[Step, ...]:
@@ -116,8 +120,11 @@ class Rows:
         self._group, self._paired = group, paired
         self.x = Lines("x", problem.tiles, problem.k_in, problem.precision)
 
-    def declare(self) -> None:
-        """Declare the arguments behind the weight's, and see all as the kernel uses them."""
+    def declare(self, *, counted: bool = False) -> None:
+        """Declare the arguments behind the weight's, and see all as the kernel uses them.
+
+        ``counted`` tells that the number of rows is one, an int64 before Y, if it is not known.
+        """
         problem, tiles, n = self.problem, self.problem.tiles, self.problem.n_out
         if problem.precision.scaled:
             self._correction = argument("correction", (n,), "int32")
@@ -126,6 +133,9 @@ class Rows:
             argument(f"{step}_{i}", (n,) if isinstance(step, Bias) else tiles.shape(n))
             for i, step in enumerate(problem.extras)
         ]
+        self.rows: Expr = problem.rows
+        if counted and problem.rows is None:
+            self.rows = T.arg("rows", symbol("rows"))
         self.output = Output(tiles, n, problem.out, self.simd, self._group, self._paired)
 
         self.x.bind()

@@ -67,15 +67,17 @@ class Case:
 
     def problem(self, symbolic):
         tiles = tiles_for(self.lead, self.rows, symbolic)
-        return LowMatmul(tiles, self.n, self.k, self.precision, self.epilogue, self.out)
+        rows = None if symbolic else self.rows
+        return LowMatmul(tiles, self.n, self.k, self.precision, self.epilogue, self.out, rows)
 
-    def check(self, kernel, weight, elements, of_rows, target, threads):
+    def check(self, kernel, weight, elements, of_rows, target, threads, counts=()):
         zero_point = simd(target).zero_point
         arguments = [
             to_lines(self.x, self.precision, zero_point),
             *weight.values(),
             *of_rows.values(),
             *(extra if extra.ndim == 1 else to_tiles(extra) for extra in self.extras),
+            *counts,
         ]
         tiles = -(-self.rows // 16)
         if self.out is None:
@@ -154,13 +156,29 @@ dots = problems_with(
 @example({**LARGER, "sparsity": 0.9, "rows_of_block": 4, "sparse": True, "native": DOT_TARGETS[-1]})
 @FEW
 def test_dot(values):
+    check_dot(values)
+
+
+def check_dot(values):
     case = case_of(INT8, values)
     dot, target = values["native"]
     rows = min(values["rows_of_block"], case.n)
     elements, of_rows = rounded_for(dot, target, case.w)
     pack = word_weights.sparse_rows if values["sparse"] else word_weights.dense_rows
     kernel = dot_kernel(dot, target, case.problem(values["symbolic"]), rows, values["sparse"])
-    case.check(kernel, pack(as_words(elements), rows), elements, of_rows, target, values["threads"])
+    weight = pack(as_words(elements), rows)
+    counts = [case.rows] if values["symbolic"] else []
+    case.check(kernel, weight, elements, of_rows, target, values["threads"], counts)
+
+
+@pytest.mark.parametrize("native", DOT_TARGETS, ids=[dot.name for dot, _ in DOT_TARGETS])
+@pytest.mark.parametrize("symbolic", [False, True])
+@pytest.mark.parametrize("rows", [1, 8, 9])
+def test_dot_of_few_rows(rows, symbolic, native):
+    """Up to a vector's lanes, one vector of each tile is computed."""
+    few = {"rows": rows, "symbolic": symbolic, "native": native, "rows_of_block": 4, "n": 30}
+    for sparse, out in ((False, None), (True, INT8)):
+        check_dot({**LARGER, **few, "k": 90, "sparse": sparse, "sparsity": 0.8, "out": out})
 
 
 def dot_kernel(dot, target, problem, rows, sparse):

@@ -126,6 +126,7 @@ class DotFamily(LowPrecisionFamily):
     """Kernels of :mod:`sparse_tvm.schedules.cpu.dot_matmul`."""
 
     name: ClassVar[str] = "dot"
+    counts_rows: ClassVar[bool] = True
     precisions: ClassVar[tuple[Precision, ...]] = (INT8,)
     dots: ClassVar[tuple[Dot, ...]]
     """Of a kind of CPU, the fastest first."""
@@ -175,11 +176,13 @@ class DotFamily(LowPrecisionFamily):
         spilled = 1.5 if rows * group * simd.per_tile > simd.accumulators else 1.0
         # The sums of a row wait for each other, unless the next row's products start meanwhile.
         waiting = _WINDOW / max(1.0, blocks / -(-n // rows) * (rows * group + 5))
+        # Of few tokens one vector is computed; finding stored blocks takes as long as before.
+        share = 1 / simd.per_tile if tokens <= simd.lanes and not layout.sparse else 1.0
         line = simd.per_tile * costs.load
         index = costs.index if layout.sparse else 0.0
-        block = max(rows * dot.cycles * spilled, line) * group + far + index
+        block = max(rows * dot.cycles * spilled, line) * share * group + far + index
         block = max(block, _LATENCY / max(1.0, waiting))
-        finish = n * group * 4.0 + -(-n // rows) * costs.row
+        finish = n * group * 4.0 * share + -(-n // rows) * costs.row
         # A dense weight comes beside the products, but for the first time.
         passes, stored = tiles / group, blocks * (rows * 4 + 2)
         near = stored < _L2_SHARE * target.caches.l2
@@ -227,7 +230,8 @@ def problem_of(op: Dense, operands: Sequence[Extents]) -> LowMatmul:
     precision = precision_of(op)
     assert precision is not None
     out = PRECISIONS.get(op.types.output)
-    return LowMatmul(tiles_for(operands[0]), *op.matrix, precision, op.epilogue, out)
+    rows = operands[-1].shape[0] if operands[-1].numbers else None
+    return LowMatmul(tiles_for(operands[0]), *op.matrix, precision, op.epilogue, out, rows)
 
 
 def title_of(op: Dense, unit: str) -> str:
