@@ -17,6 +17,9 @@ from sparse_tvm.targets import Target
 _TYPICAL_SIZE = 28
 """Rows and columns of an image of which nobody knows them."""
 
+_TYPICAL_LENGTH = 1024
+"""The same of a signal."""
+
 _TYPICAL_DENSITY = 0.1
 """Share of a sparse weight that is stored."""
 
@@ -47,6 +50,8 @@ instead, and of it a part's copy may be."""
 _COPY_CYCLES = 1.2
 """To copy a vector."""
 
+_GROUPED_ROWS = (8, 6, 4, 3, 2, 1)
+
 _STREAMED_WEIGHT_BYTES = 256 << 10
 _WINDOW_INDEX_CYCLES = 0.4
 _DENSE_LOOP = 1.04
@@ -72,9 +77,8 @@ def blocking(op: Convolution, format: str, rows: int, target: Target) -> dict[st
         if image_bytes < room and (taps > 1 or simd.registers >= 32):
             parameters["rows_outermost"] = 1
             return parameters
-        across = len({column for _, column in window.phases})
-        near = across * _read_bytes(op, vectors, simd) / target.caches.l1
-        if near > _PACKED_FROM and _packs_windows(op, format, rows, simd):
+        near = _near(op, vectors, target)
+        if _packs_dense(op, rows, vectors, target):
             share = _packed_bytes(op, vectors, simd) / (_PACKED_DENSE_SHARE * target.caches.l1)
             parts = max(1, min(round(share), op.channels))
             return {**parameters, "packed": 1, **({"parts": parts} if parts > 1 else {})}
@@ -111,6 +115,18 @@ def _packs_windows(op: Convolution, format: str, rows: int, simd: Simd) -> bool:
     return window_of(op).taps > 1 and uses >= _PACKED_WINDOW_USES[format]
 
 
+def _packs_dense(op: Convolution, rows: int, vectors: int, target: Target) -> bool:
+    """The same of a dense weight, if what it multiplies in place would leave the first cache."""
+    packs = _packs_windows(op, "dense", rows, Simd.of(target))
+    return packs and _near(op, vectors, target) > _PACKED_FROM
+
+
+def _near(op: Convolution, vectors: int, target: Target) -> float:
+    """How many times the first cache is read for so many vectors of pixels, in place."""
+    across = len({column for _, column in window_of(op).phases})
+    return across * _read_bytes(op, vectors, Simd.of(target)) / target.caches.l1
+
+
 def _packed_bytes(op: Convolution, vectors: int, simd: Simd) -> float:
     """Bytes of the copy of what all taps multiply with so many vectors of pixels."""
     return 4.0 * op.matrix[1] * vectors * simd.lanes
@@ -143,14 +159,26 @@ def dense_rows(op: Convolution, target: Target) -> int:
     other, it computes that ahead, and wants a register, or sums would go to the stack.
     """
     simd = Simd.of(target)
-    spare = int(window_of(op).taps * op.frames.kernel > 1 and None in op.size)
+    unknown = window_of(op).taps * op.frames.kernel > 1 and None in op.size
 
     def per_load(rows: int) -> float:
         vectors = min(plane_vectors(op, simd), _group("dense", rows, simd))
+        spare = int(unknown and not _packs_dense(op, rows, vectors, target))
         fits = simd.fits(rows, vectors) and rows * vectors + vectors + spare < simd.registers
         return rows * vectors / (rows + vectors) if fits else 0.0
 
     return min(op.out_channels, max(range(1, 17), key=per_load))
+
+
+def grouped_rows(op: Convolution, target: Target) -> int:
+    """Rows of the blocks of a grouped kernel, which divide a group: the most FMAs per load."""
+    simd, per_group = Simd.of(target), op.out_channels // op.groups
+
+    def per_load(rows: int) -> float:
+        vectors = min(plane_vectors(op, simd), _group("bsr", rows, simd))
+        return rows * vectors / (rows + vectors)
+
+    return max((rows for rows in _GROUPED_ROWS if per_group % rows == 0), key=per_load)
 
 
 def conv_seconds(
@@ -203,7 +231,8 @@ def plane_vectors(op: Convolution, simd: Simd) -> int:
 
 def out_size(op: Convolution) -> tuple[int, int]:
     """Rows and columns of the output; typical ones of an image of unknown size."""
-    height, width = (extent or _TYPICAL_SIZE for extent in op.size)
+    typical = _TYPICAL_LENGTH if op.size[0] == 1 else _TYPICAL_SIZE
+    height, width = (extent or typical for extent in op.size)
     rows, columns = window_of(op).out_size((height, width))
     return max(1, rows), max(1, columns)
 

@@ -11,7 +11,13 @@ import numpy as np
 from sparse_tvm.families import Extents, Kernel, WeightedFamily, Wish, Work, bytes_of
 from sparse_tvm.operators import FLOAT32, STILL, Convolution, Layout
 from sparse_tvm.schedules.cpu.block_arrays import block_diagonal, split_arrays
-from sparse_tvm.schedules.cpu.conv_cost import blocking, conv_seconds, dense_rows, depthwise_seconds
+from sparse_tvm.schedules.cpu.conv_cost import (
+    blocking,
+    conv_seconds,
+    dense_rows,
+    depthwise_seconds,
+    grouped_rows,
+)
 from sparse_tvm.schedules.cpu.families.extents import symbols_of
 from sparse_tvm.schedules.cpu.families.matmul import wished_blocks
 from sparse_tvm.schedules.cpu.image_operators import ImageConvolution, window_of
@@ -20,8 +26,6 @@ from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.windows import DEPTHWISE, stored_taps
 from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.targets import Target
-
-_GROUPED_ROWS = (8, 6, 4, 3, 2, 1)
 
 
 class ImageFamily(WeightedFamily[Convolution]):
@@ -73,10 +77,7 @@ class ConvolutionFamily(ImageFamily):
     ) -> Sequence[Layout]:
         forms = []
         if wish is None or wish.format == "dense":
-            rows = dense_rows(op, target)
-            if op.groups > 1:
-                per_group = op.out_channels // op.groups
-                rows = next(r for r in _GROUPED_ROWS if per_group % r == 0)
+            rows = grouped_rows(op, target) if op.groups > 1 else dense_rows(op, target)
             forms.append(("dense", rows))
         # Neighbouring inputs of a convolution are not neighbours in the image: no block is wide.
         forms += [(format, rows) for format, (rows, _) in wished_blocks(weight, wish)]
