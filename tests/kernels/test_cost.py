@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from sparse_tvm.backends import get_backend
-from sparse_tvm.operators import Dense, Layout
+from sparse_tvm.operators import Convolution, Dense, Layout
 from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.layout_choice import choose
+from sparse_tvm.schedules.cpu.conv_cost import blocking, grouped_rows
 from sparse_tvm.schedules.cpu.cost import dense_rows, matmul_cycles, matmul_seconds, part_counts
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.sparsity.masks import prune_array
@@ -112,3 +113,36 @@ def test_few_tokens_leave_registers_for_more_rows(target):
     few, many = dense_rows(1024, simd, 16), dense_rows(1024, simd, 128)
     assert few >= many
     assert few * simd.per_tile <= simd.accumulators
+
+
+def signal(groups, kernel, stride=1, channels=768):
+    """A convolution over a signal of unknown length."""
+    return Convolution(
+        layer="layer",
+        matrix=(channels, channels // groups * kernel),
+        channels=channels,
+        out_channels=channels,
+        size=(1, None),
+        kernel=(1, kernel),
+        stride=(1, stride),
+        dilation=(1, 1),
+        pads=(0, 0, 0, 0),
+        groups=groups,
+    )
+
+
+@EVERY_TARGET
+@pytest.mark.parametrize("groups", [16, 48, 64, 256])
+def test_rows_of_a_grouped_block_divide_a_group(groups, target):
+    assert 768 // groups % grouped_rows(signal(groups, 128), target) == 0
+
+
+def test_a_group_is_multiplied_in_the_block_with_the_most_products_per_load():
+    """Eight rows would leave sixteen registers one vector of pixels."""
+    assert grouped_rows(signal(16, 128), TARGETS["x86-64-v3"]) == 4
+
+
+def test_a_signal_of_unknown_length_does_not_pass_each_row_of_the_weight_whole():
+    parameters = blocking(signal(1, 3, 2, 512), "dense", 4, TARGETS["x86-64-v3"])
+    assert "rows_outermost" not in parameters
+    assert parameters["packed"] == 1
