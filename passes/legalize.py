@@ -77,11 +77,13 @@ def _sizes_first(module: tvm.IRModule) -> tvm.IRModule:
     bindings = [binding for block in main.body.blocks for binding in block.bindings]
     if not any(isinstance(binding, relax.MatchCast) for binding in bindings):
         return module
+    given = {size for param in main.params for size in _variables(param.ty)}
     reading: dict[Any, relax.Binding] = {}
     for binding in bindings:
         reading[binding.var] = binding
         if isinstance(binding, relax.MatchCast):
-            reading.update(dict.fromkeys(_variables(binding.ty), binding))
+            read = (size for size in _variables(binding.ty) if size not in given)
+            reading.update(dict.fromkeys(read, binding))
     ordered: dict[relax.Binding, None] = {}
 
     def place(binding: relax.Binding) -> None:

@@ -67,9 +67,11 @@ class _Spec(TypedDict):
 
 
 class Spec(_Spec, total=False):
-    """An input or an output; ``range`` where it holds indices into a table."""
+    """An input or an output; ``range`` where it holds indices into a table, ``multiples`` where
+    its sizes must be some."""
 
     range: tuple[int, int]
+    multiples: list[int]
 
 
 class _Target(TypedDict):

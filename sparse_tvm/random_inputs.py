@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sparse_tvm.errors import OptionError
-from sparse_tvm.spec import TensorSpec, size_of, symbols_of
+from sparse_tvm.spec import TensorSpec, multiples_of, size_of, symbols_of
 
 if TYPE_CHECKING:
     from sparse_tvm.frontends.input_shapes import InputShapes
@@ -57,13 +57,17 @@ def typical_sizes(
     first, others : int
         Of one example and 128 tokens, unless told otherwise.
     """
+    specs = list(specs)
     sizes: dict[str, int] = {}
+    multiples = multiples_of(specs)
     for spec in specs:
         for axis, dim in enumerate(spec.shape):
             for symbol in symbols_of(dim):
                 low, high = bounds.get(symbol, (1, others))
                 wanted = others if axis else first
-                sizes.setdefault(symbol, min(max(low, wanted), max(high, low)))
+                multiple = multiples.get(symbol, 1)
+                size = min(max(low, wanted), max(high, low)) // multiple * multiple
+                sizes.setdefault(symbol, max(size, -(-low // multiple) * multiple))
     return sizes
 
 

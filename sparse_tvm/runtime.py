@@ -20,7 +20,7 @@ from sparse_tvm.collection import without_collection
 from sparse_tvm.cpu import allow_amx, architecture, cpu_model, host_features, usable_cores
 from sparse_tvm.devices import Device, Resident, open_device, parse_device
 from sparse_tvm.errors import ArtifactError, InputError, OptionError
-from sparse_tvm.spec import LARGEST_SIZE, TensorSpec, size_of, symbols_of
+from sparse_tvm.spec import LARGEST_SIZE, TensorSpec, multiples_of, size_of, symbols_of
 from sparse_tvm.staging import StagedInput
 from sparse_tvm.vm import Library, MemoryBound, VirtualMachine, installed_version, runtime
 
@@ -339,10 +339,14 @@ class Model:
     def _check_sizes(self, sizes: Mapping[str, int]) -> None:
         """Refuse sizes out of bounds, and expressions of symbols that do not add up."""
         for dimension, size in sizes.items():
-            low, high, others = self._limits[dimension]
+            low, high, multiple, others = self._limits[dimension]
             if not low <= size <= high:
                 allowed = f"{low} or more" if high == LARGEST_SIZE else f"{low} to {high}"
                 raise InputError(f"{self.path.name}: {dimension} is {size}, but must be {allowed}")
+            if size % multiple:
+                raise InputError(
+                    f"{self.path.name}: {dimension} is {size}, but must be a multiple of {multiple}"
+                )
             if others and any(symbol in sizes for symbol in others):
                 expected = size_of(dimension, {s: sizes[s] for s in symbols_of(dimension)})
                 if size != expected:
@@ -444,12 +448,14 @@ def _signature(values: Sequence[Any]) -> list[Any] | None:
 
 def _limits(
     inputs: Sequence[TensorSpec], bounds: Mapping[str, tuple[int, int]]
-) -> dict[str, tuple[int, int, tuple[str, ...]]]:
-    """Of each dimension that is open: its bounds, and the symbols of an expression."""
+) -> dict[str, tuple[int, int, int, tuple[str, ...]]]:
+    """Of each dimension that is open: bounds, what it is a multiple of, symbols it is made of."""
     dimensions = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
+    multiples = multiples_of(inputs)
     return {
         dim: (
             *bounds.get(dim, (1, LARGEST_SIZE)),
+            multiples.get(dim, 1),
             tuple(symbol for symbol in symbols_of(dim) if symbol != dim),
         )
         for dim in dimensions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -31,6 +31,8 @@ class TensorSpec:
         than the largest.
     typical : tuple[int, int] | None
         For an integer input that may have any value but is meant to have these: the same.
+    multiples : tuple[int, ...] | None
+        Of an input, what each dimension must be a multiple of.
     """
 
     name: str
@@ -38,6 +40,7 @@ class TensorSpec:
     shape: tuple[int | str, ...]
     values: tuple[int, int] | None = field(default=None, compare=False)
     typical: tuple[int, int] | None = field(default=None, compare=False)
+    multiples: tuple[int, ...] | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype}[{', '.join(map(str, self.shape))}]"
@@ -45,16 +48,27 @@ class TensorSpec:
     def as_json(self) -> dict[str, Any]:
         """Return the entry of a manifest."""
         entry = {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
-        ranges = {"range": self.values, "typical": self.typical}
+        ranges = {"range": self.values, "typical": self.typical, "multiples": self.multiples}
         return entry | {name: list(found) for name, found in ranges.items() if found is not None}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> TensorSpec:
         """Read the entry of a manifest."""
-        values, typical = (
-            tuple(entry[name]) if name in entry else None for name in ("range", "typical")
+        found = (
+            tuple(entry[name]) if name in entry else None
+            for name in ("range", "typical", "multiples")
         )
-        return cls(entry["name"], entry["dtype"], tuple(entry["shape"]), values, typical)
+        return cls(entry["name"], entry["dtype"], tuple(entry["shape"]), *found)
+
+
+def multiples_of(specs: Iterable[TensorSpec]) -> dict[str, int]:
+    """Return what symbolic dimensions must be multiples of, where that is more than 1."""
+    return {
+        dim: multiple
+        for spec in specs
+        for dim, multiple in zip(spec.shape, spec.multiples or (), strict=False)
+        if isinstance(dim, str) and multiple > 1
+    }
 
 
 @lru_cache

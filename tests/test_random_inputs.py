@@ -58,6 +58,10 @@ def test_typical_sizes_stay_in_bounds() -> None:
     assert typical_sizes([IDS], {"sequence": (1, 77)}) == {"batch": 1, "sequence": 77}
     assert typical_sizes([IDS], {"batch": (4, 8)}, others=7) == {"batch": 4, "sequence": 7}
     assert typical_sizes([TensorSpec("x", "float32", (1, 2))], {}) == {}
+    image = TensorSpec("x", "float32", (1, "h", "w"), multiples=(1, 32, 5))
+    assert TensorSpec.from_json(image.as_json()).multiples == image.multiples
+    assert typical_sizes([image], {"h": (33, 1000), "w": (1, 7)}) == {"h": 128, "w": 5}
+    assert typical_sizes([image], {"h": (33, 1000)}, others=33) == {"h": 64, "w": 30}
 
 
 def test_specs_survive_json() -> None:

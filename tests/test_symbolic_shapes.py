@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 from onnx_models import assert_same_as_onnxruntime, build, calls, normal
 from tvm import relax, tirx
 
 import sparse_tvm
-from sparse_tvm.errors import ModelError, OptionError
+from sparse_tvm.errors import InputError, ModelError, OptionError
 from sparse_tvm.frontends.importer.model import import_onnx
 from sparse_tvm.frontends.importer.sizes import Sizes
 from sparse_tvm.frontends.input_shapes import choose_shapes, parse_input_shapes
@@ -384,3 +386,61 @@ def test_a_slice_back_of_an_axis_within(tmp_path):
     for rows in (1, 2, 3, 120):
         x = np.arange(2 * rows * 12, dtype=np.float32).reshape(2, rows, 12)
         np.testing.assert_array_equal(artifact.run({"x": x})["y"], x[:, 100:1:-1])
+
+
+HALVED = """(float[n,4,h,w] x) => (float[n,8,a,b] y) {
+    small = Conv<strides=[4,4], kernel_shape=[3,3], pads=[1,1,1,1]>(x, k)
+    half = Resize<mode="nearest">(small, none, scales)
+    other = MaxPool<strides=[2,2], kernel_shape=[2,2], ceil_mode=1>(x)
+    sum = Add(half, other)
+    whole = Resize<mode="nearest">(sum, none, scales)
+    y = Concat<axis=1>(whole, x)
+}"""
+
+
+def test_images_that_are_halved_and_doubled_are_multiples(tmp_path):
+    model = build(
+        HALVED,
+        k=normal(4, 4, 3, 3),
+        none=np.zeros(0, np.float32),
+        scales=np.array([1, 1, 2, 2], np.float32),
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    sparse_tvm.compile(tmp_path / "m.onnx", tmp_path / "m.so", verify=True)
+    compiled = sparse_tvm.load(tmp_path / "m.so")
+    assert compiled.inputs[0].multiples == (1, 1, 4, 4)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    for shape in ((1, 4, 4, 4), (2, 4, 8, 20), (1, 4, 64, 36)):
+        x = normal(*shape)
+        [expected] = session.run(None, {"x": x})
+        np.testing.assert_allclose(compiled.run({"x": x})["y"], expected, rtol=1e-4, atol=1e-4)
+    for size in (1, 6, 30):
+        with pytest.raises(InputError, match=f"w is {size}, but must be a multiple of 4|4 or more"):
+            compiled.run({"x": normal(1, 4, 8, size)})
+
+
+def test_two_dimensions_that_become_one_keep_their_multiples():
+    shapes = choose_shapes([TensorSpec("x", "float32", ("a", "b"))], {})
+    shapes.multiples.update(a=4, b=6)
+    shapes.merge("a", "b")
+    assert shapes.multiples_of(shapes.specs[0]) == (12, 12)
+
+
+@pytest.mark.parametrize("op", ["MaxPool", "AveragePool"])
+@pytest.mark.parametrize("auto", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+@pytest.mark.parametrize("step", [1, 2])
+def test_pools_pad_by_themselves(op, auto, step):
+    shape = "n,2,h,w" if step == 1 or auto == "VALID" else "n,2,7,9"
+    graph = f"""(float[{shape}] x) => (float[n,2,a,b] y) {{
+        y = {op}<auto_pad="{auto}", kernel_shape=[2,3], strides=[{step},{step}]>(x)
+    }}"""
+    sizes = ({"n": 1, "h": 5, "w": 8}, {"n": 2, "h": 6, "w": 7})
+    assert_same_as_onnxruntime(build(graph), sizes=sizes)
+
+
+def test_pools_that_pad_by_symbolic_sizes_are_refused():
+    graph = """(float[n,2,h,w] x) => (float[n,2,a,b] y) {
+        y = MaxPool<auto_pad="SAME_UPPER", kernel_shape=[3,3], strides=[2,2]>(x)
+    }"""
+    with pytest.raises(ModelError, match="how much auto_pad pads depends on sizes"):
+        import_onnx(build(graph))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -29,10 +30,18 @@ class Shapes:
         One per input; every symbolic dimension has a name.
     bounds : dict[str, tuple[int, int]]
         Smallest and largest size of those symbolic dimensions that are bounded.
+    multiples : dict[str, int]
+        What symbolic dimensions must be multiples of, because the model demands it.
     """
 
     specs: list[TensorSpec]
     bounds: dict[str, tuple[int, int]] = field(default_factory=dict)
+    multiples: dict[str, int] = field(default_factory=dict)
+
+    def multiples_of(self, spec: TensorSpec) -> tuple[int, ...] | None:
+        """Return what the dimensions of an input must be multiples of, None if nothing."""
+        listed = tuple(self.multiples.get(str(dim), 1) for dim in spec.shape)
+        return listed if any(multiple > 1 for multiple in listed) else None
 
     def merge(self, first: str, second: str) -> None:
         """Make one of two symbolic dimensions: the later has the earlier's name from now on."""
@@ -43,6 +52,8 @@ class Shapes:
         if kept in self.bounds or (low, high) != (1, LARGEST_SIZE):
             known_low, known_high = self.bounds.get(kept, (low, high))
             self.bounds[kept] = max(low, known_low), min(high, known_high)
+        if (multiple := self.multiples.pop(gone, 1)) > 1:
+            self.multiples[kept] = math.lcm(multiple, self.multiples.get(kept, 1))
 
 
 def parse_input_shapes(

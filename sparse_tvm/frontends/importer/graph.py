@@ -75,13 +75,19 @@ class Importer:
         The version of the operator set.
     bounds : dict[str, tuple[int, int]]
         Smallest and largest values of symbolic dimensions; what the graph implies is added.
+    multiples : dict[str, int]
+        What symbolic dimensions are multiples of; what the graph implies is added.
     """
 
     def __init__(
-        self, graph: onnx.GraphProto, opset: int, bounds: dict[str, tuple[int, int]]
+        self,
+        graph: onnx.GraphProto,
+        opset: int,
+        bounds: dict[str, tuple[int, int]],
+        multiples: dict[str, int],
     ) -> None:
         self.graph, self.opset = graph, opset
-        self.sizes = Sizes(bounds)
+        self.sizes = Sizes(bounds, multiples)
         self.known: dict[str, Known] = {}
         self.index_expressions: dict[str, IndexExpression | Coordinates] = {}
         self.sequences: dict[str, sequences.Elements] = {}
@@ -106,6 +112,8 @@ class Importer:
                     self.sizes.declare(size)
         with self.builder.function("main", params=inputs):
             with self.builder.dataflow():
+                for variable in inputs:
+                    self._tensors[variable.name] = self._in_multiples(variable)
                 for node in self.graph.node:
                     self.import_node(node)
                 outputs = [self.tensor(value.name) for value in self.graph.output]
@@ -113,6 +121,20 @@ class Importer:
                 result = self.builder.emit_output(result)
             self.builder.emit_func_output(result)
         return self.builder.get()
+
+    def _in_multiples(self, variable: relax.Var) -> relax.Expr:
+        """Spell an input's sizes as the multiples that they are: ``height // 2 * 2``."""
+        multiples, sizes = self.sizes.multiples, shape_of(variable)
+        whole = [
+            size // multiples[size.name] * multiples[size.name]
+            if isinstance(size, tirx.Var) and size.name in multiples
+            else size
+            for size in sizes
+        ]
+        if all(size is other for size, other in zip(sizes, whole, strict=True)):
+            return variable
+        type_ = relax.TensorType(whole, variable.ty.dtype)
+        return self.builder.match_cast(variable, type_)
 
     def _read_initializers(self, graph: onnx.GraphProto) -> None:
         for tensor in graph.initializer:
@@ -326,7 +348,9 @@ class Importer:
                 symbols = [size.name for size in (one, other) if isinstance(size, tirx.Var)]
                 if len(set(symbols)) == 2 and self.sizes.counted.isdisjoint(symbols):
                     raise SameSize(*symbols)
-                if not self.sizes.equal(one, other) and self.sizes.demand_equal(one, other):
+                if not self.sizes.equal(one, other) and (
+                    self.sizes.demand_equal(one, other) or self.sizes.demand_multiple(one, other)
+                ):
                     raise Narrower
         texts = [f"[{', '.join(str(as_text(n)) for n in shape)}]" for shape in shapes if shape]
         if len(texts) > 1 and any(not isinstance(size, int) for shape in shapes for size in shape):

@@ -139,7 +139,12 @@ def _import(
         module=module,
         weights={name: as_array(tensor) for name, tensor in tensors.items()},
         inputs=[
-            replace(spec, values=ranges.get(spec.name), typical=typical.get(spec.name))
+            replace(
+                spec,
+                values=ranges.get(spec.name),
+                typical=typical.get(spec.name),
+                multiples=shapes.multiples_of(spec),
+            )
             for spec in shapes.specs
         ],
         outputs=_output_specs(module, program),
@@ -189,7 +194,7 @@ def _import_program(
     opset = next(entry.version for entry in program.opset_import if entry.domain in ("", "ai.onnx"))
     while True:
         set_input_shapes(program, shapes.specs)
-        importer = Importer(program.graph, opset, shapes.bounds)
+        importer = Importer(program.graph, opset, shapes.bounds, shapes.multiples)
         try:
             module = _build(importer)
         except SameSize as same:

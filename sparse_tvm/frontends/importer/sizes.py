@@ -17,6 +17,9 @@ from sparse_tvm.spec import LARGEST_SIZE
 Size: TypeAlias = int | Any
 """An int, or a ``tirx.Expr``: an int64 expression of symbolic dimensions."""
 
+MULTIPLES = (2, 4, 8, 16, 32, 64, 128)
+"""What a dimension may have to be a multiple of."""
+
 _COMPARISONS: dict[str, tuple[Callable[..., bool], type[tirx.Expr], type[tirx.Expr]]] = {
     "Equal": (operator.eq, tirx.EQ, tirx.NE),
     "Less": (operator.lt, tirx.LT, tirx.GE),
@@ -34,12 +37,18 @@ class Sizes:
     bounds : dict[str, tuple[int, int]]
         Smallest and largest value of the dimensions for which the user gives them, or the model
         implies them: it reads from a table of so many rows.
+    multiples : dict[str, int]
+        What dimensions are multiples of, because the model implies it: images are halved and
+        doubled again.
     counted : set[str]
         The sizes that depend on data. They may be 0, and nothing can be demanded of them.
     """
 
-    def __init__(self, bounds: dict[str, tuple[int, int]]) -> None:
+    def __init__(
+        self, bounds: dict[str, tuple[int, int]], multiples: dict[str, int] | None = None
+    ) -> None:
         self.bounds = bounds
+        self.multiples = {} if multiples is None else multiples
         self.counted: set[str] = set()
         self._analyzer = tvm.sym.Analyzer()
 
@@ -197,6 +206,28 @@ class Sizes:
             return True
         self.bounds[dimension.name] = low, high
         self.declare(dimension)
+        return False
+
+    def demand_multiple(self, left: Size, right: Size) -> bool:
+        """Demand that two sizes are the same, and return whether a dimension that is a multiple
+        of some power of 2 makes them so.
+
+        It does for ``(height + 1) // 2 * 2`` and ``height``.
+        """
+        [dimension, *others] = tirx.analysis.undefined_vars(as_expr(left) + as_expr(right)) or [
+            None
+        ]
+        if dimension is None or others or dimension.name in self.counted:
+            return False
+        for multiple in MULTIPLES:
+            if multiple <= self.multiples.get(dimension.name, 1):
+                continue
+            analyzer, part = tvm.sym.Analyzer(), tirx.Var("part", "int64")
+            analyzer.bind(part, tvm.ir.Range.from_min_extent(as_expr(1), as_expr(LARGEST_SIZE)))
+            analyzer.bind(dimension, part * multiple)
+            if analyzer.can_prove_equal(*(analyzer.simplify(as_expr(n)) for n in (left, right))):
+                self.multiples[dimension.name] = multiple
+                return True
         return False
 
     def demand_positive(self, size: Size) -> bool:

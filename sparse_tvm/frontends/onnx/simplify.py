@@ -25,6 +25,9 @@ from sparse_tvm.frontends.onnx.weights import find_weights
 from sparse_tvm.frontends.silence import silent_stderr
 from sparse_tvm.spec import TensorSpec
 
+# It puts a branch that is always taken behind what reads its results. The importer takes branches.
+_LEFT_TO_US = ["eliminate_if_with_const_cond"]
+
 _FOLDED_INTO_EACH_OTHER = ("BatchNormalization", "Conv", "ConvTranspose")
 
 
@@ -72,7 +75,7 @@ def simplify(
         skeleton = expand(sum_bags(modernise(skeleton)), definitions)
         # It prints when it falls back to a slower way, and warns of each node it does not fold.
         with contextlib.redirect_stdout(io.StringIO()), silent_stderr():
-            simplified, valid = onnxsim.simplify(skeleton)
+            simplified, valid = onnxsim.simplify(skeleton, skipped_optimizers=_LEFT_TO_US)
     except MemoryError:
         raise
     except Exception as error:

@@ -11,16 +11,23 @@ from sparse_tvm.frontends.importer.forms import NotInForm
 from sparse_tvm.frontends.importer.rules import Node, rule
 from sparse_tvm.frontends.importer.sizes import Size, as_expr
 from sparse_tvm.frontends.importer.tensors import Tensor
-from sparse_tvm.frontends.importer.windows import Windows
+from sparse_tvm.frontends.importer.windows import Windows, with_pads
+
+
+@rule("AveragePool", "LpPool")
+def _pool(node: Node) -> None:
+    """TVM's, which pads images of symbolic size by numbers only."""
+    if node.form is not Tensor:
+        raise NotInForm
+    node.attributes = with_pads(node, node.attributes["kernel_shape"])
 
 
 @rule("MaxPool")
 def _max_pool(node: Node) -> Any:
     """With indices into the whole tensor, of the first of equal elements; else TVM's."""
-    if node.form is not Tensor or not node.wants(1):
-        raise NotInForm
-    if node.attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
-        raise ValueError("it has indices, and auto_pad instead of pads")
+    _pool(node)
+    if not node.wants(1):
+        return None
     if node.attributes.get("ceil_mode", 0):
         raise ValueError("it has indices, and rounds its size up")
     windows = Windows.of(node, node.attributes["kernel_shape"])
