@@ -68,10 +68,11 @@ class _Spec(TypedDict):
 
 class Spec(_Spec, total=False):
     """An input or an output; ``range`` where it holds indices into a table, ``multiples`` where
-    its sizes must be some."""
+    its sizes must be some, ``only`` where its elements may have one value."""
 
     range: tuple[int, int]
     multiples: list[int]
+    only: int
 
 
 class _Target(TypedDict):

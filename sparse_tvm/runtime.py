@@ -333,7 +333,8 @@ class Model:
         ]
         if sizes:
             self._check_sizes(sizes)
-        self._signature = _signature(values)
+        if all(spec.only is None for spec in self.inputs):
+            self._signature = _signature(values)
         return values
 
     def _check_sizes(self, sizes: Mapping[str, int]) -> None:

@@ -33,6 +33,9 @@ class TensorSpec:
         For an integer input that may have any value but is meant to have these: the same.
     multiples : tuple[int, ...] | None
         Of an input, what each dimension must be a multiple of.
+    only : int | None
+        For an integer input, the one value that its elements may have: the model was compiled for
+        what it does then.
     """
 
     name: str
@@ -41,6 +44,7 @@ class TensorSpec:
     values: tuple[int, int] | None = field(default=None, compare=False)
     typical: tuple[int, int] | None = field(default=None, compare=False)
     multiples: tuple[int, ...] | None = field(default=None, compare=False)
+    only: int | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype}[{', '.join(map(str, self.shape))}]"
@@ -49,16 +53,18 @@ class TensorSpec:
         """Return the entry of a manifest."""
         entry = {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
         ranges = {"range": self.values, "typical": self.typical, "multiples": self.multiples}
-        return entry | {name: list(found) for name, found in ranges.items() if found is not None}
+        entry |= {name: list(found) for name, found in ranges.items() if found is not None}
+        return entry if self.only is None else {**entry, "only": self.only}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> TensorSpec:
         """Read the entry of a manifest."""
-        found = (
+        values, typical, multiples = (
             tuple(entry[name]) if name in entry else None
             for name in ("range", "typical", "multiples")
         )
-        return cls(entry["name"], entry["dtype"], tuple(entry["shape"]), *found)
+        shape, only = tuple(entry["shape"]), entry.get("only")
+        return cls(entry["name"], entry["dtype"], shape, values, typical, multiples, only)
 
 
 def multiples_of(specs: Iterable[TensorSpec]) -> dict[str, int]:

@@ -40,10 +40,18 @@ class StagedInput:
             value = self._as_tensor(value, stream) if is_there else self._as_array(value)
         if isinstance(value, Resident):
             shape = value.tensor.shape
+            if self.spec.only is not None:
+                raise self._mismatch("is read here", hint="move it to the host")
         else:
             shape = value.shape
             if value.dtype not in self._dtypes:
                 raise self._wrong_dtype(value.dtype, f".astype({self._name!r})")
+            if self.spec.only is not None and (value != self.spec.only).any():
+                wrong = value[value != self.spec.only].flat[0]
+                raise self._mismatch(
+                    f"is {wrong}, but must be {self.spec.only}: what the model does for other "
+                    "values could not be compiled for these sizes"
+                )
         if self._symbolic:
             self._check_symbolic(shape, sizes)
         elif shape != self.spec.shape:

@@ -444,3 +444,15 @@ def test_pools_that_pad_by_symbolic_sizes_are_refused():
     }"""
     with pytest.raises(ModelError, match="how much auto_pad pads depends on sizes"):
         import_onnx(build(graph))
+
+
+def test_a_size_that_bounds_make_a_number():
+    graph = """(float[n,4,h,w] x) => (float[n,8,1,v] y) {
+        small = AveragePool<kernel_shape=[3,2], strides=[3,2]>(x)
+        row = ReduceMean<axes=[2]>(small)
+        y = Concat<axis=1>(small, row)
+    }"""
+    imported = assert_same_as_onnxruntime(
+        build(graph), sizes=({"n": 1, "h": 3, "w": 2}, {"n": 2, "h": 5, "w": 7})
+    )
+    assert imported.bounds["h"] == (3, 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import combinations
@@ -14,7 +15,7 @@ from tvm import relax, tirx
 
 from sparse_tvm.frontends.importer import index_expressions, operators, rules, sequences
 from sparse_tvm.frontends.importer.branches import branch, one_of
-from sparse_tvm.frontends.importer.forms import Form
+from sparse_tvm.frontends.importer.forms import INTEGERS, Form
 from sparse_tvm.frontends.importer.index_expressions import Coordinates, IndexExpression
 from sparse_tvm.frontends.importer.known import MAX_ELEMENTS, Known
 from sparse_tvm.frontends.importer.loops import unroll
@@ -28,6 +29,8 @@ OWN_OPS = frozenset({*operators.RULES, *sequences.OPERATORS, "Identity", "If", "
 
 SUPPORTED_OPS = OPERATORS | OWN_OPS
 """What can be imported."""
+
+_SAME_VALUE = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 
 _WINDOWS = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool")
 
@@ -91,6 +94,8 @@ class Importer:
         self.known: dict[str, Known] = {}
         self.index_expressions: dict[str, IndexExpression | Coordinates] = {}
         self.sequences: dict[str, sequences.Elements] = {}
+        self.only_values: dict[str, int] = {}
+        self._makers: dict[str, onnx.NodeProto] = {}
         self.builder = relax.BlockBuilder()
         self._tvm = TvmConverter(self.builder, opset)
         self._tensors: dict[str, relax.Expr] = {}
@@ -150,6 +155,7 @@ class Importer:
 
     def import_node(self, proto: onnx.NodeProto) -> None:
         """Import a node, and name what it computes."""
+        self._makers.update(dict.fromkeys(proto.output, proto))
         try:
             attributes = self._tvm.attributes(proto)
             if proto.op_type == "Identity":
@@ -190,10 +196,72 @@ class Importer:
             for output, result in zip(proto.output, results, strict=True):
                 self.alias(output, result)
             return
-        taken, other = (self.import_graph(branch(proto, which)) for which in (True, False))
+        taken = self.import_graph(branch(proto, True))
+        other = self._import_other(proto, taken)
+        if other is None:
+            for output, result in zip(proto.output, taken, strict=True):
+                self.alias(output, result)
+            return
+        self._demand_one_rank(name, taken, other)
         condition = self.normalize(relax.op.reshape(self.tensor(name), ()))
         for output, yes, no in zip(proto.output, taken, other, strict=True):
             self._choose(output, condition, yes, no)
+
+    def _import_other(self, proto: onnx.NodeProto, taken: list[str]) -> list[str] | None:
+        """Import the branch that is taken where a condition does not hold.
+
+        None where that cannot be done, limits sizes that the first branch does not, or has
+        results of other ranks, if the condition asks whether an input is some number: that number
+        is demanded of the input.
+        """
+        single = self._single_value(proto.input[0])
+        if single is None:
+            return self.import_graph(branch(proto, False))
+        before = dict(self.sizes.bounds), dict(self.sizes.multiples)
+        with contextlib.suppress(NodeError, Narrower):
+            other = self.import_graph(branch(proto, False))
+            same_limits = before == (self.sizes.bounds, self.sizes.multiples)
+            if same_limits and not self._differ_in_rank(taken, other):
+                return other
+        self.sizes.restore(*before)
+        self.only_values.update([single])
+        return None
+
+    def _single_value(self, condition: str) -> tuple[str, int] | None:
+        """The integer input that a condition compares with a number, and that number."""
+        equal = self._makers.get(condition)
+        if equal is None or equal.op_type != "Equal":
+            return None
+        for name, other in (equal.input, reversed(equal.input)):
+            known = self.known.get(other)
+            while (maker := self._makers.get(name)) is not None and maker.op_type in _SAME_VALUE:
+                name = maker.input[0]
+            if known is not None and known.elements.size == 1 and known.dtype in INTEGERS:
+                value = known.elements.item()
+                if isinstance(value, int) and name in {each.name for each in self.graph.input}:
+                    return name, value
+        return None
+
+    def _demand_one_rank(self, condition: str, taken: list[str], other: list[str]) -> None:
+        """Where branches differ in rank and sizes decide, let those be such that one is taken."""
+        equal = self._makers.get(condition)
+        while equal is not None and equal.op_type in _SAME_VALUE:
+            equal = self._makers.get(equal.input[0])
+        if equal is None or equal.op_type != "Equal" or not self._differ_in_rank(taken, other):
+            return
+        sizes = [self.known[name].sizes() for name in equal.input if name in self.known]
+        if [len(size) for size in sizes] == [1, 1]:
+            [[left], [right]] = sizes
+            if self.sizes.demand_equal(left, right):
+                raise Narrower
+
+    def _differ_in_rank(self, taken: list[str], other: list[str]) -> bool:
+        """Whether a result of one branch is a tensor of another rank than that of the other."""
+        return any(
+            len(self.shape(yes)) != len(self.shape(no))
+            for yes, no in zip(taken, other, strict=True)
+            if self.sequences.keys().isdisjoint((yes, no))
+        )
 
     def _choose(self, output: str, condition: relax.Expr, yes: str, no: str) -> None:
         """Give the name of one of two values, or sequences of as many, to that one."""
@@ -263,6 +331,13 @@ class Importer:
         emit = self.builder.emit
         return tuple(Tensor(emit(relax.TupleGetItem(value, field)), self) for field in fields)
 
+    def demand_same(self, one: Size, other: Size) -> None:
+        """Make one dimension of two symbolic ones, where they are."""
+        if isinstance(one, tirx.Var) and isinstance(other, tirx.Var):
+            names = one.name, other.name
+            if len(set(names)) == 2 and self.sizes.counted.isdisjoint(names):
+                raise SameSize(*names)
+
     def compute(self, function: Callable[..., Any], *arguments: Any, name: str) -> relax.Expr:
         """Return what a function of tensor expressions computes, as a loop nest called `name`."""
         return self.builder.emit_te(function, *arguments, primfunc_name_hint=name)
@@ -297,7 +372,17 @@ class Importer:
             if all(isinstance(size, int) for size in shape) and 0 in shape:
                 # No kernel need compute what has no elements, and few can.
                 value = self.normalize(relax.op.zeros(shape, value.ty.dtype))
-            self._tensors[name] = value
+            self._tensors[name] = self._with_simple_sizes(value)
+
+    def _with_simple_sizes(self, value: relax.Expr) -> relax.Expr:
+        """Say which sizes are numbers by the bounds of dimensions, of which TVM knows nothing."""
+        shape = shape_of(value)
+        simple = [self.sizes.simplify(size) for size in shape]
+        if sum(isinstance(size, int) for size in simple) == sum(
+            isinstance(size, int) for size in shape
+        ):
+            return value
+        return self.builder.match_cast(value, relax.TensorType(simple, value.ty.dtype))
 
     def tensor(self, name: str) -> relax.Expr:
         """Return a value of the graph as a run-time tensor."""
@@ -345,9 +430,7 @@ class Importer:
         shapes = [shape_of(tensor) for tensor in inputs if tensor is not None]
         for first, second in combinations(shapes, 2):
             for one, other in zip(reversed(first), reversed(second), strict=False):
-                symbols = [size.name for size in (one, other) if isinstance(size, tirx.Var)]
-                if len(set(symbols)) == 2 and self.sizes.counted.isdisjoint(symbols):
-                    raise SameSize(*symbols)
+                self.demand_same(one, other)
                 if not self.sizes.equal(one, other) and (
                     self.sizes.demand_equal(one, other) or self.sizes.demand_multiple(one, other)
                 ):

@@ -27,7 +27,8 @@ Range = tuple[int, int]
 
 
 def input_ranges(importer: Importer) -> dict[str, Range]:
-    """Find the values that integer inputs may have, by the tables that they index.
+    """Find the values that integer inputs may have, by the tables that they index, and by the
+    branches that were imported.
 
     Parameters
     ----------
@@ -71,6 +72,7 @@ class _Search:
     def ranges(self) -> dict[str, Range]:
         """Return what is found of the graph's inputs."""
         graph = self.importer.graph
+        self.found |= {name: (n, n + 1) for name, n in self.importer.only_values.items()}
         for node in reversed(graph.node):
             self.demand(node)
             for output in node.output:

@@ -134,7 +134,7 @@ def _import(
     shapes = choose_shapes(input_specs(proto), input_shapes or {})
     program, tensors = simplify(proto, shapes.specs, definitions=_defined_only())
     _check_operators(program)
-    module, ranges, typical = _import_program(program, shapes)
+    module, ranges, typical, only = _import_program(program, shapes)
     return ImportedModel(
         module=module,
         weights={name: as_array(tensor) for name, tensor in tensors.items()},
@@ -144,6 +144,7 @@ def _import(
                 values=ranges.get(spec.name),
                 typical=typical.get(spec.name),
                 multiples=shapes.multiples_of(spec),
+                only=only.get(spec.name),
             )
             for spec in shapes.specs
         ],
@@ -183,9 +184,10 @@ def _check_operators(program: onnx.ModelProto) -> None:
 
 def _import_program(
     program: onnx.ModelProto, shapes: Shapes
-) -> tuple[tvm.IRModule, dict[str, Range], dict[str, Range]]:
+) -> tuple[tvm.IRModule, dict[str, Range], dict[str, Range], dict[str, int]]:
     """Translate the graph, whose last inputs are the weights, and find its inputs' ranges:
-    those that they must keep to, and those that they are meant to be in.
+    those that they must keep to, and those that they are meant to be in; and the only values
+    that some may have.
 
     Symbolic dimensions that an operator demands to be the same become one in `shapes`, and what
     the graph demands of them is added to its bounds.
@@ -210,7 +212,7 @@ def _import_program(
         module = relax.transform.DeadCodeElimination()(module)
         if _has_constant_calls(module):
             module = relax.transform.FoldConstant()(module)
-        return module, ranges, typical
+        return module, ranges, typical, importer.only_values
 
 
 def _build(importer: Importer) -> tvm.IRModule:

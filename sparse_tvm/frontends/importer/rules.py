@@ -43,6 +43,9 @@ class Values(Scope, Protocol):
     def fields(self, value: Tensor) -> tuple[Tensor, ...]:
         """Take a tuple apart."""
 
+    def demand_same(self, one: Size, other: Size) -> None:
+        """Make one dimension of two symbolic ones, where they are."""
+
     def compute(self, function: Callable[..., Any], *arguments: Any, name: str) -> relax.Expr:
         """Return what a function of tensor expressions computes, as a loop nest called `name`."""
 

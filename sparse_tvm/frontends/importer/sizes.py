@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any, TypeAlias
 
@@ -50,13 +50,24 @@ class Sizes:
         self.bounds = bounds
         self.multiples = {} if multiples is None else multiples
         self.counted: set[str] = set()
+        self._declared: dict[tirx.Var, None] = {}
         self._analyzer = tvm.sym.Analyzer()
 
     def declare(self, dimension: tirx.Var) -> None:
         """Introduce a symbolic dimension."""
+        self._declared[dimension] = None
         low, high = self.bounds.get(dimension.name, (1, LARGEST_SIZE))
         extent = tvm.ir.Range.from_min_extent(as_expr(low), as_expr(high - low + 1))
         self._analyzer.bind(dimension, extent, allow_override=True)
+
+    def restore(self, bounds: Mapping[str, tuple[int, int]], multiples: Mapping[str, int]) -> None:
+        """Return to what was known of dimensions before."""
+        self.bounds.clear()
+        self.bounds.update(bounds)
+        self.multiples.clear()
+        self.multiples.update(multiples)
+        for dimension in self._declared:
+            self.declare(dimension)
 
     def count(self, name: str) -> tirx.Var:
         """Introduce a size that depends on data."""
@@ -76,7 +87,10 @@ class Sizes:
         if isinstance(size, int):
             return size
         simple = self._analyzer.simplify(size)
-        return int(simple) if isinstance(simple, tirx.IntImm) else simple
+        if isinstance(simple, tirx.IntImm):
+            return int(simple)
+        bound = self._analyzer.const_int_bound(simple)
+        return int(bound.min_value) if bound.min_value == bound.max_value else simple
 
     def compare(self, relation: str, left: Size, right: Size) -> bool | None:
         """Return what an ONNX comparison always gives; None when it depends on the inputs."""
@@ -202,7 +216,7 @@ class Sizes:
             return False
         self.bounds[dimension.name] = low, low + differ - 1
         self.declare(dimension)
-        if self.equal(left, right):
+        if self.equal(self.simplify(left), self.simplify(right)):
             return True
         self.bounds[dimension.name] = low, high
         self.declare(dimension)

@@ -34,6 +34,9 @@ def _recurrent(node: Node) -> Any:
     attributes["inputs"] = given
     batch_first = attributes["layout"] == 1
     steps, batch = node.shape(0)[:2][:: -1 if batch_first else 1]
+    for position in (5, 6):  # the first states
+        if node.has(position):
+            node.scope.demand_same(batch, node.shape(position)[0 if batch_first else 1])
     state = (batch, directions, hidden) if batch_first else (directions, batch, hidden)
     every = (batch, steps, *state[1:]) if batch_first else (steps, directions, batch, hidden)
     shapes = [every, state, state][: 3 if node.op == "LSTM" else 2]
