@@ -14,6 +14,7 @@ from tvm import relax
 
 from sparse_tvm.errors import ModelError
 from sparse_tvm.operators import (
+    HoldSize,
     LargestElements,
     Operator,
     SelectNonzero,
@@ -27,6 +28,7 @@ from sparse_tvm.passes.infrastructure import Context, graph_pass
 from sparse_tvm.passes.program import Program
 
 _OPERATORS: dict[str, type[Operator]] = {
+    "onnx.Gather": HoldSize,
     "onnx.NonMaxSuppression": SuppressBoxes,
     "onnx.NonZero": SelectNonzero,
     "onnx.TopK": LargestElements,
@@ -56,8 +58,11 @@ class _SelectByData(Rewrite):
         if refusal is not None:
             operator = name.removeprefix("onnx.")
             raise ModelError(f"{operator} cannot be compiled for {target.name}: {refusal}")
+        args = [self.new(arg) for arg in args]
+        if isinstance(value.ty, relax.TensorType):
+            return dialect.call(op, args, value.ty.shape.values, str(value.ty.dtype))
         results = [(field.shape.values, str(field.dtype)) for field in value.ty.fields]
-        return dialect.call_results(op, [self.new(arg) for arg in args], results)
+        return dialect.call_results(op, args, results)
 
 
 def _function_called(value: Any) -> str:

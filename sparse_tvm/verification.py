@@ -12,11 +12,11 @@ import numpy as np
 from sparse_tvm.backends.base import BackendTarget
 from sparse_tvm.cpu import architecture, host_features
 from sparse_tvm.emulation import EmulatedCrash, Emulator, NoEmulator
-from sparse_tvm.errors import DeviceError, VerificationError
+from sparse_tvm.errors import DeviceError, InputError, VerificationError
 from sparse_tvm.frontends.importer.model import ImportedModel
 from sparse_tvm.frontends.source import Source
 from sparse_tvm.random_inputs import random_inputs, typical_sizes
-from sparse_tvm.reference import max_abs_difference
+from sparse_tvm.reference import cannot_run, max_abs_difference
 from sparse_tvm.sparsity.calibration import calls_of
 from sparse_tvm.targets import Target
 
@@ -223,7 +223,10 @@ def _run(
             model = load(artifact)
         except DeviceError as error:
             raise NotVerified(error.message) from None
-        return [model.run(each) for each in inputs], None
+        try:
+            return [model.run(each) for each in inputs], None
+        except InputError as error:  # what is read depends on them
+            raise cannot_run("its artifact", "the model", error) from None
     try:
         emulator = Emulator.of(target)
         return emulator.run(artifact, inputs), f"{emulator.program}, {emulator.cpu}"

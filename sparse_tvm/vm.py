@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_tvm.devices import Device
-from sparse_tvm.errors import ArtifactError
+from sparse_tvm.errors import ArtifactError, InputError
 
 ONE_BY_ONE = "one_by_one"
 """A program's second function, where ``main`` launches kernels as graphs: this one calls each."""
@@ -74,6 +74,7 @@ def runtime() -> Any:
     if library is None:
         raise ArtifactError("TVM's runtime is not installed", hint=_INSTALL)
     ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    tvm_ffi.register_error("InputError", InputError)  # as kernels raise it
     return tvm_ffi
 
 

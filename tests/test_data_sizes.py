@@ -9,7 +9,7 @@ import pytest
 from onnx_models import build, normal
 
 import sparse_tvm
-from sparse_tvm.errors import SparseTvmError
+from sparse_tvm.errors import InputError, ModelError, SparseTvmError
 
 SIZES = ({"n": 1}, {"n": 7}, {"n": 40})
 
@@ -167,3 +167,44 @@ def test_branches_of_different_sizes(tmp_path):
         for each in (rows(n, share) for n in (1, 7) for share in (0.0, 0.5, 1.0))
     ]
     check(graph, tmp_path, feeds, zero=np.float32(0), **numbers)
+
+
+@pytest.mark.parametrize(("index", "least"), [("0", 1), ("2", 3), ("-2", 2)])
+def test_reading_behind_the_end_of_what_was_chosen_is_an_error(tmp_path, index, least):
+    graph = f"""(float[n,16] x, float[n] m) => (float[16] y) {{
+        chosen = Greater(m, zero)
+        r = Compress<axis=0>(x, chosen)
+        i = Constant<value_int={index}>()
+        g = Gather<axis=0>(r, i)
+        y = Add(g, g)
+    }}"""
+    few = {"x": normal(4, 16), "m": np.array([1.0] * least + [-1.0] * (4 - least), "float32")}
+    artifact = check(graph, tmp_path, [few], verify=False, zero=np.float32(0))
+    few["m"][0] = -1
+    with pytest.raises(InputError, match=f"Gather g: .* has fewer than {least} elements"):
+        artifact.run(few)
+    few["m"][0] = 1
+    artifact.run(few)
+
+
+def test_reading_at_indices_of_what_may_be_empty(tmp_path):
+    graph = """(float[n,16] x, float[n] m, int64[k] i) => (float[k,16] y) {
+        chosen = Greater(m, zero)
+        r = Compress<axis=0>(x, chosen)
+        y = Gather<axis=0>(r, i)
+    }"""
+    some = {**rows(7, 1.0), "i": np.array([6, 0, -1])}
+    artifact = check(graph, tmp_path, [some], verify=False, zero=np.float32(0))
+    with pytest.raises(InputError, match=r"Gather y: .* fewer than 1 elements"):
+        artifact.run({**rows(7, 0.0), "i": np.array([0])})
+
+
+def test_random_inputs_that_leave_nothing_to_read_say_what_to_do(tmp_path):
+    graph = """(float[n,16] x, float[n] m) => (float[16] y) {
+        chosen = Greater(m, large)
+        r = Compress<axis=0>(x, chosen)
+        g = Gather<axis=0>(r, first)
+        y = Add(g, g)
+    }"""
+    with pytest.raises(ModelError, match=r"has fewer than 1 elements.*--verify-inputs"):
+        check(graph, tmp_path, [], large=np.float32(1e9), first=np.array(0))

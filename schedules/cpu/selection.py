@@ -33,6 +33,17 @@ def select_nonzero(shape: Sequence[Expr], dtype: str) -> tirx.PrimFunc:
     return result["func"]
 
 
+def hold_size(least: int, reader: str) -> tirx.PrimFunc:
+    """Build the kernel size ``[1]`` -> the same, which raises where that is less than ``least``."""
+    with prim_func() as result:
+        size = argument("size", (1,), _INDEX)
+        held = argument("held", (1,), _INDEX)
+        message = f"{reader}: the tensor that it reads, whose size depends on the inputs, has fewer"
+        with T.Assert(size[0] >= least, f"{message} than {least} elements there", "InputError"):
+            T.buffer_store(held, size[0], [0])
+    return result["func"]
+
+
 def suppress_boxes(
     batch: Expr, classes: Expr, boxes: Expr, most: Expr, centred: bool
 ) -> tirx.PrimFunc:

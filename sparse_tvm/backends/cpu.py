@@ -32,6 +32,7 @@ from sparse_tvm.schedules.cpu.families.rows import (
     RotateHeadsFamily,
 )
 from sparse_tvm.schedules.cpu.families.selection import (
+    HoldSizeFamily,
     LargestElementsFamily,
     SelectNonzeroFamily,
     SuppressBoxesFamily,
@@ -92,6 +93,7 @@ class CpuBackend(Backend):
                 X86WordRowsFamily(),
                 LineRoundFamily(),
                 SelectNonzeroFamily(),
+                HoldSizeFamily(),
                 SuppressBoxesFamily(),
                 UniqueRowsFamily(),
                 LargestElementsFamily(),

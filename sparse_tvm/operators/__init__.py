@@ -44,6 +44,7 @@ from sparse_tvm.operators.images import (
     QuantiseImage,
 )
 from sparse_tvm.operators.selection import (
+    HoldSize,
     LargestElements,
     SelectNonzero,
     SuppressBoxes,
@@ -74,6 +75,7 @@ __all__ = [
     "Epilogue",
     "Frames",
     "Gate",
+    "HoldSize",
     "LargestElements",
     "LayerNorm",
     "Layout",

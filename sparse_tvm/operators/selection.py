@@ -64,6 +64,27 @@ class UniqueRows(Operator):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HoldSize(Operator):
+    """A size that depends on data, int64 ``[1]``, once it is held to be as large as is needed.
+
+    Running ends with an ``InputError`` where it is not.
+
+    Attributes
+    ----------
+    least : int
+        The smallest size that will do.
+    reader : str
+        What needs it, for the error.
+    """
+
+    name: ClassVar[str] = "hold_size"
+    operands: ClassVar[str] = "size"
+
+    least: int
+    reader: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class LargestElements(Operator):
     """The largest or smallest elements along an axis, in order, and their indices.
 

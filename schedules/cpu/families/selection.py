@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sparse_tvm.families import Extents, Kernel
-from sparse_tvm.operators import LargestElements, SelectNonzero, SuppressBoxes, UniqueRows
+from sparse_tvm.operators import (
+    HoldSize,
+    LargestElements,
+    SelectNonzero,
+    SuppressBoxes,
+    UniqueRows,
+)
 from sparse_tvm.schedules.cpu.families.extents import known_or_symbols
 from sparse_tvm.schedules.cpu.families.rows import MovesOnly
 from sparse_tvm.targets import Target
@@ -31,6 +37,21 @@ class SelectNonzeroFamily(MovesOnly[SelectNonzero]):
 
         [x] = operands
         return Kernel(self.name, select_nonzero(_sizes(x), x.dtype))
+
+
+@dataclass(frozen=True)
+class HoldSizeFamily(MovesOnly[HoldSize]):
+    """A size, or an error."""
+
+    name: ClassVar[str] = "hold_size"
+    operator: ClassVar[type[HoldSize]] = HoldSize
+
+    def build(
+        self, op: HoldSize, operands: Sequence[Extents], output: Extents, target: Target
+    ) -> Kernel:
+        from sparse_tvm.schedules.cpu.selection import hold_size
+
+        return Kernel(self.name, hold_size(op.least, op.reader))
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,10 @@ class Sizes:
         self._analyzer.bind(size, extent)
         return size
 
+    def depends_on_data(self, size: Size) -> bool:
+        """Whether a size is one, or made of one, that depends on data."""
+        return any(v.name in self.counted for v in tirx.analysis.undefined_vars(as_expr(size)))
+
     def bind_index(self, index: tirx.Var, extent: Size) -> None:
         """Introduce a loop variable that counts from 0 to below `extent`."""
         span = tvm.ir.Range.from_min_extent(as_expr(0), as_expr(extent))

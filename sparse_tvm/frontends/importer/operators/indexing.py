@@ -18,6 +18,7 @@ from sparse_tvm.frontends.importer.index_expressions import (
     index,
 )
 from sparse_tvm.frontends.importer.known import Known
+from sparse_tvm.frontends.importer.operators.selection import held
 from sparse_tvm.frontends.importer.rules import Node, rule
 from sparse_tvm.frontends.importer.sizes import Size, is_number
 from sparse_tvm.frontends.importer.tensors import Tensor, materialise, shape_of
@@ -41,6 +42,9 @@ def _gather(node: Node) -> Any:
         part = find(node, expression, axis)
         if part is not None:
             return part
+    if node.sizes.depends_on_data(shape[axis]):  # which may be 0: there is nothing to clip to
+        data = held(node, data, axis, _least(node.known(1)))
+        shape = list(data.sizes_of_axes)
     extent, known = shape[axis], node.known(1)
     if known is not None and known.elements.ndim == 0 and not isinstance(extent, int):
         [at] = known.sizes()
@@ -50,6 +54,14 @@ def _gather(node: Node) -> Any:
     return node.emit(
         relax.op.take(data.value, wrap(node, node.tensor(1), [extent]), axis, mode="clip")
     )
+
+
+def _least(indices: Known | None) -> int:
+    """How many elements an axis has at least that these indices are for."""
+    if indices is None or not indices.is_constant or not indices.elements.size:
+        return 1
+    each = indices.constant()
+    return max(1, int(each.max()) + 1, -int(each.min()))
 
 
 def _rows(node: Node, indices: IndexExpression, axis: int) -> Tensor | None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import tvm
-from tvm import relax
+from tvm import relax, te
 
 from sparse_tvm.frontends.importer.forms import NotInForm
 from sparse_tvm.frontends.importer.known import Known
@@ -21,6 +21,7 @@ from sparse_tvm.frontends.importer.rules import Node, rule
 from sparse_tvm.frontends.importer.sizes import Size
 from sparse_tvm.frontends.importer.tensors import Tensor, materialise
 from sparse_tvm.operators import (
+    HoldSize,
     LargestElements,
     Operator,
     SelectNonzero,
@@ -90,6 +91,25 @@ def _non_max_suppression(node: Node) -> Tensor:
     call = _call("NonMaxSuppression", op, [boxes, scores, *limits], results)
     [kept], count = _counted(node, call)
     return kept.slice({0: (0, count, 1)})
+
+
+def held(node: Node, data: Tensor, axis: int, least: int) -> Tensor:
+    """The same tensor, of which run time demands so many elements along an axis.
+
+    Where that size depends on data, nobody can know before; a read behind its end is an error.
+    """
+    sizes = list(data.sizes_of_axes)
+    op = HoldSize(least=least, reader=f"{node.op} {node.output_names[0]}")
+    text = tvm.ir.StringImm(json.dumps(to_json(op), sort_keys=True))
+    size = materialise(Known.shape([sizes[axis]]))
+    one = relax.TensorType((1,), "int64")
+    call = relax.call_dps_packed("onnx.Gather", relax.Tuple([node.emit(size).value, text]), one)
+    [sizes[axis]] = node.counts(call)
+
+    def compute(x: te.Tensor) -> te.Tensor:
+        return te.compute(tuple(sizes), lambda *at: x(*at), name="held", tag="injective")
+
+    return node.compute(compute, data.value, name="held")
 
 
 def _single(node: Node, position: int, dtype: str, default: float) -> relax.Expr:
