@@ -62,7 +62,8 @@ def stages() -> dict[str, Program]:
 @pytest.fixture(scope="module")
 def stages_of_an_image() -> dict[str, Program]:
     """What BERT has not: a quantised convolution, a transposed one, a norm spelled out, a product
-    that is no attention, a quantised layer, attention to a cache, a count of non-zeros."""
+    that is no attention, a quantised layer, attention to a cache, a count of non-zeros, a batch
+    norm."""
     op = relax.op
 
     def counted(emit, x):
@@ -86,7 +87,7 @@ def stages_of_an_image() -> dict[str, Program]:
         rows = emit(op.permute_dims(emit(op.matmul(weights, keys)), [0, 2, 1, 3]))
         return emit(op.reshape(rows, (1, 3, 16)))
 
-    def body(emit, image, other, cache, w, t, v, gamma, beta):
+    def body(emit, image, other, cache, w, t, v, gamma, beta, *norm):
         pixels = emit(op.reshape(emit(op.nn.conv2d(rounded(emit, image), w)), (24, 6)))
         centred = emit(op.subtract(pixels, emit(op.mean(pixels, [-1], keepdims=True))))
         variance = emit(op.mean(emit(op.multiply(centred, centred)), [-1], keepdims=True))
@@ -95,13 +96,17 @@ def stages_of_an_image() -> dict[str, Program]:
         total = emit(op.add(emit(op.multiply(normal, gamma)), beta))
         product = emit(op.matmul(emit(op.add(total, quantised(emit, normal, v))), other))
         larger = emit(op.nn.conv2d_transpose(image, t, strides=(2, 2)))
+        norm = emit(op.nn.batch_norm(larger, *norm, axis=1, training=False))
+        larger = emit(relax.TupleGetItem(norm, 0))
         total = emit(op.add(product, emit(op.mean(attention(emit, cache)))))
         total = emit(op.add(total, counted(emit, other)))
         return op.add(total, emit(op.mean(larger)))
 
     inputs = {"image": (1, 4, 6, 8), "other": (6, 5), "cache": (1, 1, 3, 16)}
     shapes = {"w": (6, 4, 3, 3), "t": (4, 5, 2, 2), "v": (6, 6), "gamma": (6,), "beta": (6,)}
+    shapes |= dict.fromkeys(("norm_gamma", "norm_beta", "norm_mean", "norm_variance"), (5,))
     program = build(body, inputs, shapes)
+    program.weights["norm_variance"] = np.abs(program.weights["norm_variance"])
     for name in ("v", "w"):
         program.weights[name] = np.rint(program.weights[name] * 30) / np.float32(32)
     return through(program)
