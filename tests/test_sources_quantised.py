@@ -97,7 +97,10 @@ def agrees(path: Path, expected: Any, shape: tuple[int, ...]) -> None:
 def test_pt2e_static(model: str, tmp_path: Path) -> None:
     path = pt2e(model, tmp_path, dynamic=False)
     compiled = sparse_tvm.compile(path, tmp_path / "model.so")
-    assert set(precisions(compiled.manifest)) == {source_models.INTEGERS}
+    found = set(precisions(compiled.manifest))
+    assert source_models.INTEGERS in found
+    # Convolutions of bytes may be faster without dot products, too.
+    assert found <= {source_models.INTEGERS, *(["int8"] if model == "images" else [])}
     assert not any("frozen" in layer["name"] for layer in compiled.manifest["layers"])
     agrees(compiled.path, torch.export.load(path).module(), MODELS[model][1])
 
