@@ -112,7 +112,8 @@ def test_models_in_int8_are_near_float32(models, structure, target, tmp_path):
     layers = manifest["layers"]
     assert {layer["precision"] for layer in layers} == {"int8"}
     sparse = [layer for layer in layers if layer["format"] != "dense"]
-    assert len(sparse) >= 12 if structure else not sparse
+    # Those of many inputs may stay dense, which few tokens are faster by.
+    assert len(sparse) >= 11 if structure else not sparse
     assert structure != "4x4" or [4, 4] in [layer["block"] for layer in sparse]
 
 
