@@ -65,15 +65,8 @@ def few_rows_seconds(
     """Seconds on one core, for no more tokens than the largest of ``ROW_COUNTS``."""
     count = next(c for c in ROW_COUNTS if c >= tokens)
     compute = _compute_cycles(shape, layout, blocks, target, count)
-    stored = _stored_bytes(shape[1], layout, blocks)
-    costs = target.costs
-    if stored <= target.caches.l2:  # over before a stream of it is under way
-        cycles = compute + stored / costs.second
-    else:
-        streamed = stored / costs.last
-        waited_for = 0.5 if layout.sparse else 0.0  # the rest comes while it computes
-        cycles = max(streamed, compute + waited_for * streamed)
-    return target.seconds(cycles + sum(shape) * count * costs.load)
+    cycles = _read_once(compute, _stored_bytes(shape[1], layout, blocks), layout.sparse, target)
+    return target.seconds(cycles + sum(shape) * count * target.costs.load)
 
 
 def sliced_rows_seconds(
@@ -82,12 +75,17 @@ def sliced_rows_seconds(
     """The same for a weight in sliced rows, which take so many steps."""
     count = next(c for c in ROW_COUNTS if c >= tokens)
     compute = _sliced_cycles(shape[0], lanes, steps, target, count)
-    stored, costs = _sliced_bytes(shape[1], lanes, steps), target.costs
-    if stored <= target.caches.l2:
-        cycles = compute + stored / costs.second
-    else:
-        cycles = max(stored / costs.last, compute + 0.5 * stored / costs.last)
-    return target.seconds(cycles + sum(shape) * count * costs.load)
+    cycles = _read_once(compute, _sliced_bytes(shape[1], lanes, steps), True, target)
+    return target.seconds(cycles + sum(shape) * count * target.costs.load)
+
+
+def _read_once(compute: float, stored: int, sparse: bool, target: Target) -> float:
+    """Cycles of so much arithmetic, and for the weight to arrive."""
+    if stored <= target.caches.l2:  # over before a stream of it is under way
+        return compute + stored / target.costs.second
+    streamed = stored / target.costs.last
+    waited_for = 0.5 if sparse else 0.0  # the rest comes while it computes
+    return max(streamed, compute + waited_for * streamed)
 
 
 def sequences_together(lanes: int) -> tuple[int, ...]:

@@ -257,7 +257,7 @@ class Sizes:
         if self.compare("Greater", size, 0):
             return True
         dimensions = tirx.analysis.undefined_vars(as_expr(size))
-        if any(dimension.name in self.counted for dimension in dimensions):
+        if self.depends_on_data(size):
             return False
         if len(dimensions) != 1:
             return len(dimensions) > 1

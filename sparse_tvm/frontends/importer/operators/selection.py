@@ -100,11 +100,8 @@ def held(node: Node, data: Tensor, axis: int, least: int) -> Tensor:
     """
     sizes = list(data.sizes_of_axes)
     op = HoldSize(least=least, reader=f"{node.op} {node.output_names[0]}")
-    text = tvm.ir.StringImm(json.dumps(to_json(op), sort_keys=True))
-    size = materialise(Known.shape([sizes[axis]]))
-    one = relax.TensorType((1,), "int64")
-    call = relax.call_dps_packed("onnx.Gather", relax.Tuple([node.emit(size).value, text]), one)
-    [sizes[axis]] = node.counts(call)
+    size = node.emit(materialise(Known.shape([sizes[axis]]))).value
+    [sizes[axis]] = node.counts(_call("Gather", op, [size], [((1,), "int64")]))
 
     def compute(x: te.Tensor) -> te.Tensor:
         return te.compute(tuple(sizes), lambda *at: x(*at), name="held", tag="injective")
@@ -182,7 +179,9 @@ def _call(
 ) -> relax.Call:
     text = tvm.ir.StringImm(json.dumps(to_json(op), sort_keys=True))
     types = [relax.TensorType(tuple(shape), dtype) for shape, dtype in results]
-    return relax.call_dps_packed(f"onnx.{name}", relax.Tuple([*args, text]), types)
+    # TVM takes a list of one for a tuple.
+    returned = types if len(types) > 1 else types[0]
+    return relax.call_dps_packed(f"onnx.{name}", relax.Tuple([*args, text]), returned)
 
 
 def _counted(node: Node, call: relax.Call) -> tuple[list[Tensor], Size]:
