@@ -9,7 +9,7 @@ sparse where that would make it slower. The user's rules win over both.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import log
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 _MARGIN = {"predicted": 1.1, "measured": 1.03}
 """How much faster a sparse form must be: never slower than dense, on more threads too, which share
 what their weights stream through. A measurement errs less."""
+
+_CERTAIN = 1.02
+"""How much faster than what is chosen anyway a layout must have been measured, to be chosen: the
+fastest of many owes some of that to chance."""
 
 _WORTH = 1.5
 """How much faster in the mean a sparse form must be that is slower at some number of tokens."""
@@ -83,10 +87,14 @@ class Comparison:
         Shares add up to one.
     seconds : Mapping[Layout, Sequence[float]]
         Of every layout, in each case.
+    usual : Mapping[bool, Layout]
+        The sparse layout (True), and the dense one, that are best by prediction; none where the
+        comparison is by prediction.
     """
 
     cases: Sequence[Case]
     seconds: Mapping[Layout, Sequence[float]]
+    usual: Mapping[bool, Layout] = field(default_factory=dict)
 
     @property
     def basis(self) -> str:
@@ -105,8 +113,11 @@ class Comparison:
         return sum(case.share * log(one / best) for case, one, best in ratios)
 
     def best(self, *, sparse: bool) -> Layout:
-        """The sparse layout, or the dense one, of least loss."""
-        return min((one for one in self.seconds if one.sparse == sparse), key=self.loss)
+        """The sparse layout, or the dense one, of least loss: another than usual if certainly."""
+        best = min((one for one in self.seconds if one.sparse == sparse), key=self.loss)
+        usual = self.usual.get(sparse, best)
+        certain = self.loss(best) + log(_CERTAIN) < self.loss(usual)
+        return best if certain else usual
 
     @property
     def has_sparse(self) -> bool:
@@ -163,14 +174,17 @@ class _Layer:
         """Dense layouts and those wished for: as measured where some of these were."""
         dense, wanted = self.candidates(Wish("dense")), self.candidates(wish)
         sparse = [layout for layout in wanted if layout.sparse]
-        measured = self._measured(sparse if wish is not None else None)
-        if measured is not None and (measured.has_sparse or not sparse):
-            return measured
         share = 1 / len(self.tokens)
-        return Comparison(
+        predicted = Comparison(
             [Case(tokens, share) for tokens in self.tokens],
             {one: [self.predicted(one, t) for t in self.tokens] for one in (*dense, *sparse)},
         )
+        measured = self._measured(sparse if wish is not None else None)
+        if measured is None or (sparse and not measured.has_sparse):
+            return predicted
+        usual = {kind: predicted.best(sparse=kind) for kind in (False, *[True] * bool(sparse))}
+        known = {kind: one for kind, one in usual.items() if one in measured.seconds}
+        return replace(measured, usual=known)
 
     def _measured(self, allowed: Sequence[Layout] | None) -> Comparison | None:
         """What was measured, of sparse layouts only those of the blocks allowed."""

@@ -11,7 +11,7 @@ class Job(TypedDict):
     ``call`` is the operator with the layout, as the codec writes it; ``weight`` the name of a
     matrix ``[N, K]`` that the worker was sent; ``leading`` the activations' other extents, null
     where they are free; ``copies`` of the weight take turns; ``seconds`` is how long each timing
-    may take.
+    may take. ``beside`` is the operator with the layout that it is held against, null for none.
     """
 
     backend: str
@@ -24,6 +24,7 @@ class Job(TypedDict):
     threads: list[int]
     copies: int
     seconds: float
+    beside: dict[str, Any] | None
 
 
 class Machine(TypedDict):

@@ -5,6 +5,11 @@ candidates measured. First come what is chosen without measuring and, by predict
 dense and sparse forms, which are what the compiler compares; then what is predicted to be fastest,
 where predictions are corrected by what was measured of the same format and block. Candidates that
 are so predicted to be far from the best are left alone.
+
+Each candidate takes turns with the one that is chosen without measuring, and its seconds are as
+many times those as it took as long beside it: so all are of one state of the clock. The fastest of
+many measurements is too good to be true, so the few best are measured once more, for longer, at the
+end.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from math import exp, log
+from math import exp, inf, log
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -62,6 +67,12 @@ _NOISY = 0.2
 _SECONDS = 0.1
 """How long one timing of a candidate takes."""
 
+_FINALISTS, _CLOSE, _FINAL_SECONDS = 3, 1.1, 0.4
+"""How many of the best are measured once more, how near the best they are, and for how long."""
+
+_SEARCH = 0.8
+"""Share of the time after which no other candidate is tried."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -105,6 +116,8 @@ class Kernel:
         Those that could not be.
     exhaustive : bool
         Whether no candidate is left alone for its prediction.
+    fresh : bool
+        Whether one of its candidates was measured just now.
     """
 
     layer: TunedLayer
@@ -114,6 +127,7 @@ class Kernel:
     measured: dict[Layout, dict[Condition, float]] = field(default_factory=dict)
     failed: set[Layout] = field(default_factory=set)
     exhaustive: bool = False
+    fresh: bool = False
 
     @property
     def tried(self) -> int:
@@ -135,6 +149,14 @@ class Kernel:
         """How many times as long as the best a measured candidate takes."""
         assert self.best is not None
         return exp(self._measured_loss(layout) - self._measured_loss(self.best))
+
+    def finalists(self) -> list[Layout]:
+        """The fastest candidates, but for the one that the others are measured beside."""
+        if self.best is None or self.untuned not in self.measured:
+            return []
+        limit = self._measured_loss(self.best) + log(_CLOSE)
+        others = sorted(self.measured.keys() - {self.untuned}, key=self._measured_loss)
+        return [one for one in others if self._measured_loss(one) < limit][:_FINALISTS]
 
     def next(self) -> Layout | None:
         """The candidate to measure now; None if no other one is worth it."""
@@ -219,7 +241,7 @@ def tune(
     trials : int
         Candidates per kernel, at most.
     seconds : float | None
-        When to stop; None without a limit.
+        How long to measure; None without a limit.
     layers : str | None
         A regular expression; only layers whose name it matches are tuned.
     tokens : Sequence[int] | None
@@ -242,7 +264,6 @@ def tune(
     SparseTvmError
         A subclass that says what is wrong with the model, an option or the records.
     """
-    deadline = None if seconds is None else time.monotonic() + seconds
     if trials < 1:
         raise OptionError(f"trials must be at least 1, not {trials}")
     pattern = _pattern(layers)
@@ -269,7 +290,7 @@ def tune(
         path = Path(records)
         tuner = _Tuner(context, machine, kernels, threads, model_bytes, path, progress)
         try:
-            tuner.run(own, trials, deadline)
+            tuner.run(own, trials, seconds)
         finally:
             if path.exists():
                 tidy(path)
@@ -309,23 +330,37 @@ class _Tuner:
                 "runs on this machine; `sparse-tvm doctor` may tell"
             )
 
-    def run(self, measurer: Measurer, trials: int, deadline: float | None) -> None:
-        """Measure round by round."""
+    def run(self, measurer: Measurer, trials: int, limit: float | None) -> None:
+        """Measure round by round, and in the end the best ones once more."""
+        started, limit = time.monotonic(), inf if limit is None else limit
         for kernel, layout in self._rounds(trials):
-            if deadline is not None and time.monotonic() > deadline:
-                return
-            answer = measurer(self._job(kernel, layout), kernel.layer.matrix)
-            records = list(self._records(kernel, layout, answer))
-            for record in records:
-                append_record(self.path, record)
-                if record.seconds is None:
-                    kernel.failed.add(layout)
-                else:
-                    self.noise.append(record.noise)
-                    column = kernel.measured.setdefault(layout, {})
-                    column[record.condition] = record.seconds
+            if time.monotonic() - started > _SEARCH * limit:
+                break
+            records = self._measure(measurer, kernel, layout, _SECONDS)
+            kernel.fresh = True
             if self.progress is not None:
                 self.progress(Trial(kernel, layout, records, self._left(trials)))
+        finals = [(k, layout) for k in self.kernels if k.fresh for layout in k.finalists()]
+        for kernel, layout in finals:
+            if time.monotonic() - started > limit:
+                return
+            self._measure(measurer, kernel, layout, _FINAL_SECONDS)
+
+    def _measure(
+        self, measurer: Measurer, kernel: Kernel, layout: Layout, seconds: float
+    ) -> list[Record]:
+        """Measure a candidate, and keep what it took."""
+        answer = measurer(self._job(kernel, layout, seconds), kernel.layer.matrix)
+        records = list(self._records(kernel, layout, answer))
+        for record in records:
+            append_record(self.path, record)
+            if record.seconds is None:
+                kernel.failed.add(layout)
+                kernel.measured.pop(layout, None)
+            else:
+                self.noise.append(record.noise)
+                kernel.measured.setdefault(layout, {})[record.condition] = record.seconds
+        return records
 
     def _rounds(self, trials: int) -> Iterator[tuple[Kernel, Layout]]:
         while True:
@@ -345,19 +380,21 @@ class _Tuner:
             if kernel.next() is not None
         )
 
-    def _job(self, kernel: Kernel, layout: Layout) -> Job:
-        layer = kernel.layer
+    def _job(self, kernel: Kernel, layout: Layout, seconds: float) -> Job:
+        layer, op = kernel.layer, kernel.layer.problem.op
+        paired = kernel.untuned in kernel.measured and layout != kernel.untuned
         return {
             "backend": self.context.backend.name,
             "target": self.context.target.name,
             "operator": layer.call.op.name,
-            "call": to_json(replace(layer.problem.op, layout=layout)),
+            "call": to_json(replace(op, layout=layout)),
             "leading": list(layer.call.leading),
             "weight": str(self.kernels.index(kernel)),
             "tokens": list(layer.tokens),
             "threads": list(self.threads),
             "copies": -(-self.model_bytes // layer.matrix.nbytes),
-            "seconds": _SECONDS,
+            "seconds": seconds,
+            "beside": to_json(replace(op, layout=kernel.untuned)) if paired else None,
         }
 
     def _records(
@@ -367,7 +404,7 @@ class _Tuner:
         n, k = kernel.layer.call.op.matrix
         rows = layout.block[0]
         stored = weight.stored_blocks(layout.block) if layout.sparse else -(-n // rows) * k
-        now = datetime.now(UTC).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
         provenance = measured_on(self.machine, now)
         failure = answer.get("failure")
         results = answer.get("results") or [
@@ -376,13 +413,16 @@ class _Tuner:
             for threads in self.threads
         ]
         for result in results:
+            condition, seconds = Condition(result["tokens"], result["threads"]), result["seconds"]
+            if "relative" in result:
+                seconds = result["relative"] * kernel.measured[kernel.untuned][condition]
             yield Record(
                 kernel.layer.problem,
-                Condition(result["tokens"], result["threads"]),
+                condition,
                 layout,
                 stored,
                 answer.get("rotated_bytes", 0),
-                result["seconds"],
+                seconds,
                 result["noise"],
                 failure,
                 provenance,

@@ -8,6 +8,10 @@ it; :mod:`~sparse_tvm.tuning.measuring` notices and starts another.
 A kernel is timed as a model runs it: its activations are in the cache, and its weight is as far
 away as the model's other weights push it between two runs. For these stand copies of its own, as
 many as the model has weights of its size. What a call costs that computes nothing is taken off.
+
+A clock that moves by a quarter from one second to the next would decide more than the kernels do.
+So a candidate and the layout it is held against take turns of a millisecond, and what counts is the
+median of how many times as long the candidate took as its neighbours did.
 """
 
 from __future__ import annotations
@@ -20,7 +24,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,7 +43,7 @@ _LEAST_SECONDS = 1e-8
 """What a kernel takes at least: a difference of two timings may come out below zero."""
 
 _LEAST_COPIES = 2
-_MOST_BYTES = 1 << 30
+_MOST_BYTES = 1 << 29
 """Of all copies of a weight."""
 
 
@@ -54,24 +57,27 @@ class Built:
     run: Callable[..., Any]
     idle: Callable[..., Any]
 
-    def measure(self) -> dict[str, Any]:
-        """Time it under all conditions."""
+    def measure(self, beside: Built | None = None) -> dict[str, Any]:
+        """Time it under all conditions, in turns with another candidate if there is one."""
         from sparse_tvm.machine_limits import use_threads
 
-        job, kernel = self.job, self.kernel
-        copies, results = _copies(kernel.weight, job["copies"]), []
+        job, results = self.job, []
+        sides = [self] if beside is None else [beside, self]
+        copies = [_copies(side.kernel.weight, job["copies"]) for side in sides]
         for tokens in job["tokens"]:
-            rotation = _rotation(kernel.arguments(self.sizes(tokens)), copies)
+            rotations = [
+                _rotation(side.kernel.arguments(side.sizes(tokens)), each)
+                for side, each in zip(sides, copies, strict=True)
+            ]
             for threads in job["threads"]:
                 use_threads(threads)
-                overhead, _ = _timed(self.idle, rotation[:1], job["seconds"] / 10)
-                seconds, noise = _timed(self.run, rotation, job["seconds"])
-                seconds = max(seconds - overhead, _LEAST_SECONDS)
-                results.append(
-                    {"tokens": tokens, "threads": threads, "seconds": seconds, "noise": noise}
-                )
-        rotated = len(copies) * sum(array.nbytes for array in kernel.weight.values())
-        return {"title": kernel.title, "rotated_bytes": rotated, "results": results}
+                calls = [_Calls(s.run, r) for s, r in zip(sides, rotations, strict=True)]
+                idle = [_Calls(s.idle, r[:1]) for s, r in zip(sides, rotations, strict=True)]
+                overhead = np.median(_in_turns(idle, job["seconds"] / 10), axis=0)
+                samples = np.maximum(_in_turns(calls, job["seconds"]) - overhead, _LEAST_SECONDS)
+                results.append({"tokens": tokens, "threads": threads, **_summary(samples)})
+        rotated = len(copies[-1]) * sum(array.nbytes for array in self.kernel.weight.values())
+        return {"title": self.kernel.title, "rotated_bytes": rotated, "results": results}
 
 
 def built(job: Job, w: np.ndarray) -> Built:
@@ -130,28 +136,61 @@ def _rotation(arguments: Sequence[Any], copies: Sequence[dict[int, Any]]) -> lis
     return [[own.get(place, a) for place, a in enumerate(shared)] for own in copies]
 
 
-def _timed(
-    run: Callable[..., Any], rotation: Sequence[Sequence[Any]], budget: float
-) -> tuple[float, float]:
-    """Median seconds of a call, and the distance of the quartiles as a share of it."""
-    for arguments in rotation:
-        run(*arguments)
-    samples: list[float] = []
-    at, per_pass, deadline = 0, 1, time.perf_counter() + budget
-    while len(samples) < _LEAST_PASSES or time.perf_counter() < deadline:
-        chosen = [rotation[(at + i) % len(rotation)] for i in range(per_pass)]
-        at += per_pass
+class _Calls:
+    """Calls of a function with each of several lists of arguments in turn, many to a pass."""
+
+    def __init__(self, run: Callable[..., Any], rotation: Sequence[Sequence[Any]]) -> None:
+        self._run, self._rotation, self._at = run, rotation, 0
+        for arguments in rotation:
+            run(*arguments)
+        self._per_pass = 1
+        while (seconds := self() * self._per_pass) < _PASS_SECONDS / 2:
+            more = int(self._per_pass * _PASS_SECONDS / max(seconds, 1e-6))
+            self._per_pass = max(2 * self._per_pass, more)
+
+    def __call__(self) -> float:
+        """Mean seconds of a call in one pass."""
+        rotation, run = self._rotation, self._run
+        chosen = [rotation[(self._at + i) % len(rotation)] for i in range(self._per_pass)]
+        self._at += self._per_pass
         started = time.perf_counter()
         for arguments in chosen:
             run(*arguments)
-        seconds = time.perf_counter() - started
-        if seconds < _PASS_SECONDS / 2 and not samples:
-            per_pass = max(2 * per_pass, int(per_pass * _PASS_SECONDS / max(seconds, 1e-6)))
-            continue
-        samples.append(seconds / per_pass)
-    low, _, high = quantiles(samples, n=4)
-    middle = median(samples)
-    return middle, (high - low) / middle
+        return (time.perf_counter() - started) / self._per_pass
+
+
+def _in_turns(sides: Sequence[_Calls], budget: float) -> np.ndarray:
+    """Seconds of a call of each side, pass by pass: float64 ``[passes, sides]``."""
+    samples: list[list[float]] = []
+    deadline = time.perf_counter() + budget
+    while len(samples) < _LEAST_PASSES or time.perf_counter() < deadline:
+        order = list(enumerate(sides))
+        taken = {place: side() for place, side in order[:: (-1) ** len(samples)]}
+        samples.append([taken[place] for place, _ in order])
+    return np.array(samples)
+
+
+def _summary(samples: np.ndarray) -> dict[str, float]:
+    """Of the last side, the first being what it is held against."""
+    own = samples[:, -1]
+    relative = samples[:, -1] / samples[:, 0] if samples.shape[1] > 1 else own
+    low, middle, high = np.quantile(relative, (0.25, 0.5, 0.75))
+    found = {"seconds": float(np.median(own)), "noise": float((high - low) / middle)}
+    return {**found, "relative": float(middle)} if samples.shape[1] > 1 else found
+
+
+def _answer(
+    job: Job, weights: Mapping[str, np.ndarray], incumbents: dict[str, Built]
+) -> Mapping[str, Any]:
+    """Build and time a candidate, in turns with an incumbent that is built once."""
+    w, beside = weights[job["weight"]], None
+    if job["beside"] is not None:
+        incumbent: Job = {**job, "call": job["beside"], "beside": None}
+        key = json.dumps([job["weight"], job["operator"], job["leading"], job["beside"]])
+        if key not in incumbents:
+            incumbents[key] = built(incumbent, w)
+        beside = incumbents[key]
+    return built(job, w).measure(beside)
 
 
 def serve() -> None:
@@ -162,6 +201,7 @@ def serve() -> None:
     allow_amx()
     runtime()  # sets the other defaults of the thread pool, before TVM loads
     weights: dict[str, np.ndarray] = {}
+    incumbents: dict[str, Built] = {}
     for line in sys.stdin:
         message = json.loads(line)
         if "npy" in message:
@@ -170,9 +210,7 @@ def serve() -> None:
             continue
         answer: Mapping[str, Any]
         try:
-            answer = (
-                built(message, weights[message["weight"]]).measure() if message else this_machine()
-            )
+            answer = _answer(message, weights, incumbents) if message else this_machine()
         except Exception as error:  # whatever it is, the candidate cannot be used
             text = (str(error).strip().splitlines() or [""])[-1]
             answer = {"failure": f"{type(error).__name__}: {text}"}

@@ -44,6 +44,15 @@ def test_what_was_measured_wins_over_what_is_predicted():
     assert (choice.times["tokens"], choice.times["threads"]) == (128, 1)
 
 
+def test_what_is_chosen_anyway_stays_unless_another_is_certainly_faster():
+    w = sparse_weight(sparsity=0.98)
+    usual = chosen(w, []).layout
+    dense, other = record(w, DENSE, 9e-6), replace(usual, parameters=(("group", 1),))
+    records = [dense, record(w, usual, 1.01e-6), record(w, other, 1e-6)]
+    assert chosen(w, records).layout == usual
+    assert chosen(w, [dense, record(w, usual, 1.1e-6), record(w, other, 1e-6)]).layout == other
+
+
 def test_the_user_wins_over_what_was_measured():
     w = sparse_weight()
     records = [record(w, DENSE, 1e-6), record(w, CSR, 2e-6), record(w, BSR2, 3e-6)]

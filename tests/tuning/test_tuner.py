@@ -63,6 +63,7 @@ def job(op, layout, leading=(None,), tokens=(1, 20), threads=(1,)):
         "threads": list(threads),
         "copies": 4,
         "seconds": 0.01,
+        "beside": None,
     }
 
 
@@ -82,6 +83,19 @@ def test_a_candidate_that_takes_the_process_with_it_costs_itself_only(tmp_path):
     assert refused == {"failure": "ValueError: too many registers"}
     assert [(r["tokens"], r["threads"]) for r in fine["results"]] == [(1, 1), (20, 1)]
     assert all(0 < r["seconds"] < 1 for r in fine["results"])
+
+
+def test_a_candidate_takes_turns_with_the_one_it_is_held_against():
+    csr, dense = Layout("matmul", "csr"), Layout("matmul", "dense", (6, 1))
+    w = sparse_weight(512, 512, 0.99)
+    op = layer_of(w)
+    beside = to_json(replace(op, layer="", layout=dense))
+    against = {**job(op, csr, tokens=(128,)), "beside": beside}
+    with Measurer() as measurer:
+        (alone,) = measurer(job(op, csr, tokens=(128,)), w)["results"]
+        (result,) = measurer(against, w)["results"]
+    assert "relative" not in alone
+    assert 0 < result["relative"] < 0.5  # a hundredth of the products
 
 
 def test_a_candidate_that_hangs_costs_its_time_only(tmp_path):
@@ -142,9 +156,50 @@ def test_the_best_is_found_and_decides(tmp_path, model):
     asked = layouts(pretender.jobs)
     assert asked[0] == sparse.untuned
     assert {layout.sparse for layout in asked[:3]} == {True, False}
-    assert len(pretender.jobs) == sparse.tried + dense.tried
+    finals = [one for one in pretender.jobs if one["seconds"] > pretender.jobs[0]["seconds"]]
+    assert len(pretender.jobs) == sparse.tried + dense.tried + len(finals)
     first, second = compile(model, tmp_path / "m.so", records=[records]).manifest["layers"]
     assert (first["block"], first["basis"], second["basis"]) == ([2, 1], "measured", "measured")
+
+
+class Drifting(Pretender):
+    """A machine whose clock slows down from one candidate to the next."""
+
+    def __call__(self, job, matrix):
+        answer = super().__call__(job, matrix)
+        for result in answer["results"]:
+            result["seconds"] *= 1.02 ** len(self.jobs)
+            if job["beside"] is not None:
+                beside = from_json(job["operator"], job["beside"]).stored
+                (layout,) = layouts([job])
+                result["relative"] = self._seconds(layout) / self._seconds(beside)
+        return answer
+
+
+def test_candidates_are_compared_in_one_state_of_the_clock(tmp_path, model):
+    pretender, records = Drifting(by_format), tmp_path / "records.jsonl"
+    tuned = tune(model, records, trials=64, threads=[1], tokens=[8], measurer=pretender)
+    sparse = tuned.kernels[0]
+    assert sparse.best.block == (2, 1)
+    scale = {
+        record.seconds / by_format(record.layout)
+        for record in read_records([records])
+        if record.problem == sparse.layer.problem
+    }
+    assert max(scale) == pytest.approx(min(scale))
+    firsts = {tuple(one["call"]["matrix"]): one for one in reversed(pretender.jobs)}
+    assert all(one["beside"] is None for one in firsts.values())
+    assert sum(one["beside"] is None for one in pretender.jobs) == len(tuned.kernels)
+
+
+def test_the_best_are_measured_once_more_and_longer(tmp_path, model):
+    pretender = Pretender(lambda layout: 1e-6)
+    tuned = tune(
+        model, tmp_path / "r.jsonl", trials=6, threads=[1], layers="w0", measurer=pretender
+    )
+    longest = max(one["seconds"] for one in pretender.jobs)
+    assert [one["seconds"] == longest for one in pretender.jobs] == 6 * [False] + 3 * [True]
+    assert tuned.kernels[0].untuned not in layouts(pretender.jobs[6:])
 
 
 def test_an_exhaustive_search_leaves_no_candidate_alone(tmp_path, model):
