@@ -5,14 +5,15 @@ operators between them, and turns them into the same operations on lane tiles
 ``[lead, tiles, features, LANES]`` (see ``schedules.cpu.lane_tiles``), so that the layers need
 neither gathers nor transposes. Every activation has two forms, logical and tiled; each is made
 from the other (``pack``, ``unpack``) only when somebody asks for it, which in a transformer is
-once at each end. A reshape that keeps the feature axis costs nothing in tiled form.
+once at each end. A reshape that keeps the feature axis costs nothing in tiled form. All rows of
+one image, or whatever else has several axes of rows, share tiles: but for the last they are full.
 
 Everything else keeps its logical form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,13 @@ def _not_in_tiles(program: Program) -> Iterable[str]:
 def _is_tiled(expr: Any) -> bool:
     shape = shape_of(expr)
     return len(shape) == 4 and shape[-1] == LANES
+
+
+def _rows(leading: Sequence[Any]) -> tuple[Any, Any]:
+    """Leading index and rows of what has these extents in front of its features."""
+    if len(leading) == 1:
+        return 1, leading[0]
+    return leading[0], product(leading[1:])
 
 
 IN_LANE_TILES = Property("dense layers and attention work on lane tiles", _not_in_tiles)
@@ -155,8 +163,8 @@ class _LaneLayout(Rewrite):
         known = self._tiled.get(expr)
         if known is not None and (like is None or known.has_rows(*like)):
             return known
-        *leading, rows, features = shape_of(expr)
-        lead, rows = like or (product(leading), rows)
+        *leading, features = shape_of(expr)
+        lead, rows = like or _rows(leading)
         flat = self._reshaped(self.new(expr), shape_of(expr), (lead, rows, features))
         tiled = self._emit_tiled(LanePack(), [flat], lead, rows, features)
         if known is None:

@@ -6,16 +6,27 @@ import json
 
 import numpy as np
 import pytest
-from helpers import apply, assert_becomes, build, compile_and_run, evaluate, operators, program
+from helpers import (
+    apply,
+    assert_becomes,
+    build,
+    calls,
+    compile_and_run,
+    evaluate,
+    operators,
+    program,
+)
 from tvm import relax
 from tvm.script import ir as I
 from tvm.script import relax as R
 
+from sparse_tvm.operators import Dense
 from sparse_tvm.passes.cpu.lane_layout import lane_layout
 from sparse_tvm.passes.dense_to_sparse import dense_to_sparse
 from sparse_tvm.passes.fc_transpose import fc_transpose
 from sparse_tvm.passes.fuse_attention import fuse_attention
 from sparse_tvm.passes.fuse_epilogue import fuse_epilogue
+from sparse_tvm.passes.graph import shape_of
 
 OP = relax.op
 PASSES = [fc_transpose, fuse_epilogue, fuse_attention, dense_to_sparse, lane_layout]
@@ -124,6 +135,18 @@ def test_packs_and_unpacks_only_at_the_ends(shape):
 
 def test_symbolic_block_computes_the_same():
     check(block, {"x": ("batch", "tokens", 8)}, BLOCK, batch=3, tokens=17)
+
+
+def test_rows_of_an_image_share_tiles():
+    def body(emit, x, w):
+        return dense(emit, x, w)
+
+    after = apply(PASSES, build(body, {"x": ("batch", 7, 7, 8)}, {"w": (8, 6)}))
+    (layer,) = calls(after, Dense)
+    assert list(map(int, layer.args[-1].values)) == [49]
+    assert shape_of(layer.args[0])[1:] == (4, 8, 16)
+    for shape in (("batch", 7, 7, 8), ("batch", "height", "width", 8)):
+        check(block, {"x": shape}, BLOCK, batch=2, height=5, width=9)
 
 
 def test_input_used_by_two_layers_is_packed_once():
