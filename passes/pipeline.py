@@ -8,6 +8,7 @@ from sparse_tvm.backends.base import Backend
 from sparse_tvm.passes.dense_to_sparse import dense_to_sparse
 from sparse_tvm.passes.fc_transpose import fc_transpose
 from sparse_tvm.passes.fold_batch_norm import fold_batch_norm
+from sparse_tvm.passes.fold_scales import fold_scales
 from sparse_tvm.passes.fuse_activations import fuse_activations
 from sparse_tvm.passes.fuse_attention import fuse_attention
 from sparse_tvm.passes.fuse_convolution import fuse_convolution
@@ -38,6 +39,7 @@ def graph_phases() -> Sequence[Phase]:
                 fuse_activations,
                 fuse_layer_norm,
                 signals_to_tokens,
+                fold_scales,
             ),
         ),
         Phase("fuse", (fuse_epilogue, fuse_convolution, fuse_attention, fuse_product)),

@@ -5,8 +5,10 @@ operators between them, and turns them into the same operations on lane tiles
 ``[lead, tiles, features, LANES]`` (see ``schedules.cpu.lane_tiles``), so that the layers need
 neither gathers nor transposes. Every activation has two forms, logical and tiled; each is made
 from the other (``pack``, ``unpack``) only when somebody asks for it, which in a transformer is
-once at each end. A reshape that keeps the feature axis costs nothing in tiled form. All rows of
-one image, or whatever else has several axes of rows, share tiles: but for the last they are full.
+once at each end. Tokens that are an image in planes turned round, and images that are tokens,
+change from one layout to the other at once. A reshape that keeps the feature axis costs nothing in
+tiled form. All rows of one image, or whatever else has several axes of rows, share tiles: all but
+the last are full.
 
 Everything else keeps its logical form.
 """
@@ -14,7 +16,7 @@ Everything else keeps its logical form.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm import relax, tirx
@@ -35,7 +37,10 @@ from sparse_tvm.passes.graph import (
 )
 from sparse_tvm.passes.infrastructure import Context, Property, graph_pass
 from sparse_tvm.passes.program import Program
+from sparse_tvm.schedules.cpu.image_operators import ImagePack, ImageToTiles, TilesToImage
+from sparse_tvm.schedules.cpu.image_pack import READ_BEYOND
 from sparse_tvm.schedules.cpu.operators import LanePack, LaneUnpack, RotateHeads
+from sparse_tvm.schedules.cpu.planes import IN_PLACE, Planes
 from sparse_tvm.schedules.cpu.simd import LANES, tiles_of
 
 _UNARY = {
@@ -54,6 +59,9 @@ _NORMS = {"relax.nn.layer_norm": True, "relax.nn.rms_norm": False}
 
 _RESHAPES = {"relax.reshape", "relax.expand_dims", "relax.squeeze"}
 
+_TOKENS_LAST, _FEATURES_FIRST = ([0, 2, 1], [0, 2, 3, 1]), ([0, 2, 1], [0, 3, 1, 2])
+"""How tokens lie beside signals and images, and these beside tokens."""
+
 
 def _not_in_tiles(program: Program) -> Iterable[str]:
     return dialect.described(
@@ -67,6 +75,11 @@ def _not_in_tiles(program: Program) -> Iterable[str]:
 def _is_tiled(expr: Any) -> bool:
     shape = shape_of(expr)
     return len(shape) == 4 and shape[-1] == LANES
+
+
+def _axes(turned: Any) -> list[int]:
+    axes = turned.attrs.axes
+    return [int(axis) for axis in axes] if axes is not None else []
 
 
 def _rows(leading: Sequence[Any]) -> tuple[Any, Any]:
@@ -123,6 +136,9 @@ class _LaneLayout(Rewrite):
             return self._emit_tiled(rounded.op, args, source.lead, source.rows, source.features)
         if isinstance(value, relax.TupleGetItem):
             return self._part(value)
+        packed = dialect.match(value, ImagePack)
+        if packed is not None:
+            return self._image_of_tokens(packed, var)
         name = op_name(value)
         if not is_tensor(var) or dtype_of(var) != "float32" or len(shape_of(var)) < 2:
             return None
@@ -165,11 +181,60 @@ class _LaneLayout(Rewrite):
             return known
         *leading, features = shape_of(expr)
         lead, rows = like or _rows(leading)
+        tiled = self._tokens_of_image(expr, lead, rows)
+        if tiled is not None:
+            self._tiled.setdefault(expr, tiled)
+            return tiled
         flat = self._reshaped(self.new(expr), shape_of(expr), (lead, rows, features))
         tiled = self._emit_tiled(LanePack(), [flat], lead, rows, features)
         if known is None:
             self._tiled[expr] = tiled
         return tiled
+
+    def _tokens_of_image(self, expr: Any, lead: Any, rows: Any) -> _Tiled | None:
+        """The tiled form of what is an image in planes turned round."""
+        turned = self.graph.op(expr, "permute_dims")
+        if turned is None or _axes(turned) not in _TOKENS_LAST:
+            return None
+        image = turned.args[0]
+        reshaped = self.graph.op(image, "reshape")
+        unpacked = dialect.match(
+            self.graph.value(reshaped.args[0] if reshaped is not None else image), ImagePack
+        )
+        if unpacked is None or unpacked.op.target is not None or unpacked.op.source is None:
+            return None
+        batch, channels, *size = shape_of(image)
+        if dtype_of(image) != "float32" or not isinstance(channels, int):
+            return None
+        if not (same_dim(batch, lead) and same_dim(product(size), rows)):
+            return None
+        op = ImageToTiles(size=unpacked.op.size, source=unpacked.op.source)
+        return self._emit_tiled(op, list(map(self.new, unpacked.args)), lead, rows, channels)
+
+    def _image_of_tokens(self, found: dialect.OperatorCall[ImagePack], var: relax.Var) -> Any:
+        """An image in planes, made of tokens in tiles."""
+        image, extents = found.args[:2]
+        reshaped = self.graph.op(image, "reshape")
+        image = reshaped.args[0] if reshaped is not None else image
+        turned = self.graph.op(image, "permute_dims")
+        if found.op.source is not None or turned is None or _axes(turned) not in _FEATURES_FIRST:
+            return None
+        tiled, (batch, channels, *size) = self._tiled.get(turned.args[0]), shape_of(image)
+        if tiled is None or not isinstance(channels, int) or dtype_of(image) != "float32":
+            return None
+        if not tiled.has_rows(batch, product(size)):
+            return None
+        in_place = found.op.window == IN_PLACE
+        border = found.op.target if in_place else READ_BEYOND
+        assert border is not None, "an image is packed into planes"
+        rows, columns = size if len(size) == 2 else (1, *size)
+        shape = (batch, channels, Planes(rows, columns, border).size)
+        op = TilesToImage(size=found.op.size, target=border)
+        planes = dialect.call(op, [tiled.expr, extents], shape)
+        if in_place:
+            return planes
+        phases = replace(found.op, source=border)
+        return dialect.call(phases, [self.emit(planes, "planes"), extents], shape_of(var))
 
     def _emit_tiled(
         self, op: Operator, args: list[Any], lead: Any, rows: Any, features: Any

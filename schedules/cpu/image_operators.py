@@ -139,6 +139,28 @@ class ImagePack(Operator):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageToTiles(Operator):
+    """From planes to lane tiles, whose tokens are the pixels, row by row."""
+
+    name: ClassVar[str] = "image_to_tiles"
+    operands: ClassVar[str] = "x, size"
+
+    size: Size
+    source: Border
+
+
+@dataclass(frozen=True, kw_only=True)
+class TilesToImage(Operator):
+    """From lane tiles to planes, whose pixels are the tokens, row by row."""
+
+    name: ClassVar[str] = "tiles_to_image"
+    operands: ClassVar[str] = "x, size"
+
+    size: Size
+    target: Border
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageMask(Operator):
     """Which elements of planes are pixels: ones in all bits, or none."""
 

@@ -17,8 +17,10 @@ from sparse_tvm.schedules.cpu.families.images import (
     ImagePoolingFamily,
     ImageReductionFamily,
     ImageShuffleFamily,
+    ImageToTilesFamily,
     PadFramesFamily,
     PixelShuffleFamily,
+    TilesToImageFamily,
 )
 from sparse_tvm.schedules.cpu.families.lines import LineRoundFamily
 from sparse_tvm.schedules.cpu.families.matmul import MatmulFamily
@@ -78,6 +80,8 @@ class CpuBackend(Backend):
                 AppendRowsFamily(),
                 RotateHeadsFamily(),
                 ImagePackFamily(),
+                ImageToTilesFamily(),
+                TilesToImageFamily(),
                 ImageMaskFamily(),
                 ImagePoolingFamily(),
                 ImageReductionFamily(),

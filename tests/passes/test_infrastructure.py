@@ -114,7 +114,7 @@ def stages_of_an_image() -> dict[str, Program]:
 
 @pytest.fixture(scope="module")
 def stages_of_a_decoder() -> dict[str, Program]:
-    """What both have not: heads turned by rotary positions, and a gate."""
+    """What both have not: heads turned by rotary positions, a gate, and a scaled layer."""
     op, heads, size = relax.op, 2, 8
 
     def part(emit, t, start, stop):
@@ -131,17 +131,20 @@ def stages_of_a_decoder() -> dict[str, Program]:
         cos, sin = (emit(op.expand_dims(angle, 1)) for angle in (cos, sin))
         return emit(op.add(emit(op.multiply(t, cos)), emit(op.multiply(other, sin))))
 
-    def body(emit, x, cos, sin, gate, up):
+    def body(emit, x, cos, sin, gate, up, out, scale):
         activated = emit(op.nn.silu(emit(op.matmul(x, emit(op.permute_dims(gate))))))
         gated = emit(op.multiply(activated, emit(op.matmul(x, emit(op.permute_dims(up))))))
         q, k = (turned(emit, t, cos, sin) for t in (gated, x))
         scores = emit(op.matmul(q, emit(op.permute_dims(k, [0, 1, 3, 2]))))
         scores = emit(op.multiply(scores, relax.const(size**-0.5)))
         mixed = emit(op.matmul(emit(op.nn.softmax(scores)), by_heads(emit, x)))
-        return op.reshape(emit(op.permute_dims(mixed, [0, 2, 1, 3])), (1, 16, heads * size))
+        mixed = emit(op.permute_dims(mixed, [0, 2, 1, 3]))
+        merged = emit(op.reshape(mixed, (1, 16, heads * size)))
+        return op.multiply(emit(op.matmul(merged, emit(op.permute_dims(out)))), scale)
 
     inputs = {"x": (1, 16, heads * size), **dict.fromkeys(("cos", "sin"), (1, 16, size))}
-    weights = dict.fromkeys(("gate", "up"), (heads * size, heads * size))
+    weights = dict.fromkeys(("gate", "up", "out"), (heads * size, heads * size))
+    weights["scale"] = (heads * size,)
     return through(build(body, inputs, weights), IN_FLOAT32)
 
 

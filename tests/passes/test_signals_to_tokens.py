@@ -142,3 +142,54 @@ def of_every_other_token(emit, x, w):
 )
 def test_is_left_alone(body, shape, taps):
     assert_unchanged(signals_to_tokens, build(body, {"x": shape}, {"w": (6, 12, taps)}))
+
+
+IMAGES = {"x": ("batch", 12, 7, 9)}
+
+
+def to_tokens(emit, image):
+    return emit(OP.permute_dims(image, [0, 2, 3, 1]))
+
+
+def to_image(emit, tokens):
+    return emit(OP.permute_dims(tokens, [0, 3, 1, 2]))
+
+
+def scaled_residuals(emit, x, w, v, s):
+    """Two blocks of ConvNeXt without their images' convolutions."""
+    for weight in (w, v):
+        y = to_image(emit, emit(OP.matmul(to_tokens(emit, x), weight)))
+        x = emit(OP.add(emit(OP.multiply(s, y)), x))
+    return to_tokens(emit, x)
+
+
+RESIDUALS = {"w": (12, 12), "v": (12, 12), "s": (12, 1, 1)}
+
+
+def test_residuals_of_images_are_tokens():
+    before = build(scaled_residuals, IMAGES, RESIDUALS)
+    after = apply([signals_to_tokens], before)
+    assert operators(after).count("permute_dims") == 1
+    assert after.weights["s_of_tokens"].shape == (12,)
+    x = np.random.default_rng(2).standard_normal((2, 12, 7, 9)).astype("float32")
+    tokens = x.transpose(0, 2, 3, 1)
+    w, v, s = before.weights.values()
+    for weight in (w, v):
+        tokens = tokens @ weight * s[:, 0, 0] + tokens
+    np.testing.assert_allclose(compile_and_run(before, x), tokens, rtol=1e-4, atol=1e-3)
+
+
+def image_to_the_end(emit, x, w, s):
+    y = to_image(emit, emit(OP.matmul(to_tokens(emit, x), w)))
+    return OP.nn.relu(emit(OP.multiply(s, y)))
+
+
+def heads_of_images(emit, x, w, s):
+    y = emit(OP.permute_dims(emit(OP.matmul(to_tokens(emit, x), w)), [0, 3, 2, 1]))
+    return to_tokens(emit, emit(OP.nn.relu(y)))
+
+
+@pytest.mark.parametrize("body", [image_to_the_end, heads_of_images])
+def test_other_images_are_left_alone(body):
+    before = build(body, IMAGES, {"w": (12, 12), "s": (12, 1, 1)})
+    assert operators(apply([signals_to_tokens], before)) == operators(before)

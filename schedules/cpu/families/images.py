@@ -16,6 +16,8 @@ from sparse_tvm.schedules.cpu.image_operators import (
     ImagePooling,
     ImageReduction,
     ImageShuffle,
+    ImageToTiles,
+    TilesToImage,
 )
 from sparse_tvm.schedules.cpu.planes import Border, Image, Planes, Rows
 from sparse_tvm.schedules.cpu.simd import Simd
@@ -60,6 +62,42 @@ class ImagePackFamily(MovesOnly[ImagePack]):
 
 def _image(size: tuple[Any, Any], border: Border | None) -> Image:
     return Rows(*size) if border is None else Planes(*size, border)
+
+
+@dataclass(frozen=True)
+class ImageToTilesFamily(MovesOnly[ImageToTiles]):
+    """The kernel of that name in :mod:`sparse_tvm.schedules.cpu.image_tiles`."""
+
+    name: ClassVar[str] = "image_to_tiles"
+    operator: ClassVar[type[ImageToTiles]] = ImageToTiles
+
+    def build(
+        self, op: ImageToTiles, operands: Sequence[Extents], output: Extents, target: Target
+    ) -> Kernel:
+        from sparse_tvm.schedules.cpu.image_tiles import image_to_tiles
+
+        size, sizes = symbols_of(op.size)
+        batch, channels, _ = known_or_symbols(operands[0], _AXES)
+        planes, simd = Planes(*size, op.source), Simd.of(target)
+        return Kernel(self.name, image_to_tiles(batch, channels, planes, sizes, simd))
+
+
+@dataclass(frozen=True)
+class TilesToImageFamily(MovesOnly[TilesToImage]):
+    """The kernel of that name in :mod:`sparse_tvm.schedules.cpu.image_tiles`."""
+
+    name: ClassVar[str] = "tiles_to_image"
+    operator: ClassVar[type[TilesToImage]] = TilesToImage
+
+    def build(
+        self, op: TilesToImage, operands: Sequence[Extents], output: Extents, target: Target
+    ) -> Kernel:
+        from sparse_tvm.schedules.cpu.image_tiles import tiles_to_image
+
+        size, sizes = symbols_of(op.size)
+        batch, channels, _ = known_or_symbols(output, _AXES)
+        planes, simd = Planes(*size, op.target), Simd.of(target)
+        return Kernel(self.name, tiles_to_image(batch, channels, planes, sizes, simd))
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,12 @@ from tvm.script import ir as I
 from tvm.script import relax as R
 
 from sparse_tvm.operators import Dense
+from sparse_tvm.passes.cpu.image_layout import image_layout
 from sparse_tvm.passes.cpu.lane_layout import lane_layout
 from sparse_tvm.passes.dense_to_sparse import dense_to_sparse
 from sparse_tvm.passes.fc_transpose import fc_transpose
 from sparse_tvm.passes.fuse_attention import fuse_attention
+from sparse_tvm.passes.fuse_convolution import fuse_convolution
 from sparse_tvm.passes.fuse_epilogue import fuse_epilogue
 from sparse_tvm.passes.graph import shape_of
 
@@ -318,3 +320,39 @@ def test_attention_between_layers_stays_in_tiles():
     inputs, weights = {"x": (3, 20, 8)}, dict.fromkeys(("wq", "wk", "wv", "wo"), (8, 8))
     expected = ["lane_pack", "dense", "dense", "dense", "attention", "dense", "lane_unpack"]
     assert tiled(body, inputs, weights) == expected
+
+
+@pytest.mark.parametrize("size", [("height", "width"), (7, 9)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_images_become_tokens_and_images_at_once(size, stride):
+    def body(emit, x, w, gamma, beta, v):
+        y = emit(OP.nn.conv2d(x, w, padding=1))
+        y = emit(OP.permute_dims(y, [0, 2, 3, 1]))
+        y = emit(OP.nn.layer_norm(y, gamma, beta, axes=[-1], epsilon=1e-5))
+        y = emit(OP.permute_dims(y, [0, 3, 1, 2]))
+        return OP.nn.conv2d(y, v, padding=1, strides=stride)
+
+    inputs = {"x": ("batch", 4, *size)}
+    weights = {"w": (8, 4, 3, 3), **NORM, "v": (6, 8, 3, 3)}
+    passes = [fuse_convolution, dense_to_sparse, image_layout, lane_layout]
+    found = operators(apply(passes, build(body, inputs, weights)))
+    at = found.index("image_to_tiles")
+    assert found[at : at + 3] == ["image_to_tiles", "layer_norm", "tiles_to_image"]
+    assert not {"permute_dims", "lane_pack", "lane_unpack"} & set(found)
+    check(body, inputs, weights, batch=2, height=10, width=11)
+
+
+def test_signals_become_tokens_at_once():
+    def body(emit, x, w, v):
+        y = emit(OP.nn.conv1d(x, w, padding=1))
+        return dense(emit, emit(OP.permute_dims(y, [0, 2, 1])), v)
+
+    inputs, weights = {"x": ("batch", 4, "length")}, {"w": (8, 4, 3), "v": (8, 6)}
+    passes = [fc_transpose, fuse_epilogue, fuse_convolution, dense_to_sparse]
+    found = operators(apply([*passes, image_layout, lane_layout], build(body, inputs, weights)))
+    assert [name for name in found if name != "reshape"][-3:] == [
+        "image_to_tiles",
+        "dense",
+        "lane_unpack",
+    ]
+    check(body, inputs, weights, batch=2, length=21)
