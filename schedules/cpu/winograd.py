@@ -10,7 +10,7 @@ It is applied to the three taps of each column of a 3x3 kernel, one column at a 
 are of neighbouring pixels throughout, where tiles in two dimensions would be taken apart and put
 together by shuffles.
 
-Needs no TVM.
+Needs no TVM for numbers; extents may be symbols of TVM's, which calculate alike.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from math import prod
 from typing import Any
 
 import numpy as np
+
+from sparse_tvm.schedules.cpu.planes import Extent
 
 TAPS = 3
 """Of a column of the kernel."""
@@ -86,7 +88,7 @@ class Bands:
 
     Attributes
     ----------
-    height, width : int
+    height, width : int or expression
         Of the output.
     outputs : int
         Rows of a band.
@@ -94,8 +96,8 @@ class Bands:
         Elements of a vector.
     """
 
-    height: int
-    width: int
+    height: Extent
+    width: Extent
     outputs: int
     lanes: int
 
@@ -105,37 +107,44 @@ class Bands:
         return self.outputs + TAPS - 1
 
     @property
-    def count(self) -> int:
+    def count(self) -> Extent:
         """Number of bands; the last one may be partial."""
-        return -(-self.height // self.outputs)
+        return (self.height + (self.outputs - 1)) // self.outputs
 
     @property
-    def span(self) -> int:
+    def span(self) -> Extent:
         """Elements of a row that vectors cover."""
-        return max(self.width, self.lanes)
+        if isinstance(self.width, int):
+            return max(self.width, self.lanes)
+        from tvm import tirx
+
+        return tirx.max(self.width, self.lanes)
 
     @property
-    def starts(self) -> list[int]:
-        """Where the vectors of a row begin."""
-        return self._cut(self.span)
+    def read_span(self) -> Extent:
+        """Elements of a transformed row, which has columns for all taps."""
+        return self.span + (TAPS - 1)
 
     @property
-    def read_starts(self) -> list[int]:
-        """Where those of a transformed row do, which has columns for all taps."""
-        return self._cut(self.span + TAPS - 1)
-
-    def _cut(self, elements: int) -> list[int]:
-        return [min(start, elements - self.lanes) for start in range(0, elements, self.lanes)]
+    def vectors(self) -> Extent:
+        """Vectors of a row."""
+        return self._vectors(self.span)
 
     @property
-    def pitch(self) -> int:
+    def read_vectors(self) -> Extent:
+        """Vectors of a transformed row."""
+        return self._vectors(self.read_span)
+
+    def _vectors(self, elements: Extent) -> Extent:
+        return (elements + (self.lanes - 1)) // self.lanes
+
+    @property
+    def pitch(self) -> Extent:
         """Elements from one transformed row to the next."""
-        return -(-(self.span + TAPS - 1) // self.lanes) * self.lanes
+        return self.read_vectors * self.lanes
 
-    def start_of(self, vector: Any, starts: list[int]) -> Any:
-        """Where a vector begins whose number is an expression."""
-        if len(starts) == 1:
-            return 0
-        return vector * self.lanes - (vector // (len(starts) - 1)) * (
-            (len(starts) - 1) * self.lanes - starts[-1]
-        )
+    def start_of(self, vector: Any, elements: Extent) -> Any:
+        """Where the vector with this number begins, an expression: the last one ends the row."""
+        from tvm import tirx
+
+        return tirx.min(vector * self.lanes, elements - self.lanes)

@@ -21,7 +21,10 @@ def outputs_of(op: Convolution) -> int:
 
 
 def blocking(op: Convolution, target: Target, outputs: int) -> tuple[int, dict[str, int]]:
-    """Rows of a block of the weight, and the other parameters of a layout."""
+    """Rows of a block of the weight, and the other parameters of a layout.
+
+    Images whose size only run time knows are computed band by band.
+    """
     simd, bands = Simd.of(target), _bands(op, target, outputs)
     sizes = [count for count in range(1, bands.count + 1) if bands.count % count == 0]
     band_bytes = 4 * bands.points * op.channels * bands.pitch
@@ -29,17 +32,19 @@ def blocking(op: Convolution, target: Target, outputs: int) -> tuple[int, dict[s
     unit = max((size for size in sizes if size * band_bytes <= room), default=1)
     if (op.size[1] or 0) + window_of(op).reads.gap < bands.span:  # vectors reach into the next row
         unit = bands.count
-    count = unit * len(bands.starts)
+    count, known = unit * bands.vectors, None not in op.size
 
     def per_load(block: tuple[int, int]) -> float:
         rows, vectors = block
-        spread = count / (-(-count // vectors))  # of groups that are not all full
+        # Of groups that are not all full.
+        spread = count / (-(-count // vectors)) if known else vectors
         fits = simd.fits(rows, vectors)
         return rows * spread / (rows + spread) if fits else 0.0
 
     blocks = [(r, v) for v in range(1, _MOST_VECTORS + 1) for r in range(1, 9)]
     rows, vectors = max(blocks, key=per_load)
-    return min(rows, op.out_channels), {"outputs": outputs, "vectors": vectors, "bands": unit}
+    parameters = {"outputs": outputs, "vectors": vectors}
+    return min(rows, op.out_channels), {**parameters, "bands": unit} if known else parameters
 
 
 def winograd_seconds(op: Convolution, layout: Layout, pixels: int, target: Target) -> float:
@@ -48,7 +53,7 @@ def winograd_seconds(op: Convolution, layout: Layout, pixels: int, target: Targe
     bands, rows = _bands(op, target, layout.get("outputs", 2)), layout.block[0]
     unit = layout.get("bands", bands.count)
     blocks, units = -(-op.out_channels // rows), bands.count // unit
-    count = unit * len(bands.starts)
+    count = unit * bands.vectors
     groups = -(-count // layout.get("vectors", 1))
     vectors = count / groups
     weights = -(-rows // costs.scalars_per_load) * costs.load
@@ -56,8 +61,8 @@ def winograd_seconds(op: Convolution, layout: Layout, pixels: int, target: Targe
     steps = blocks * bands.points * op.channels * TAPS
     compute = units * groups * (steps * step + blocks * bands.points * costs.row)
     # Each point is a sum over all of a band's rows, and each row one over all points.
-    combined = op.channels * bands.count * len(bands.read_starts) * bands.points**2
-    combined += op.out_channels * bands.count * len(bands.starts) * bands.outputs * bands.points
+    combined = op.channels * bands.count * bands.read_vectors * bands.points**2
+    combined += op.out_channels * bands.count * bands.vectors * bands.outputs * bands.points
     streamed = units * steps * 4 * rows / costs.streamed
     height, width = out_size(op)
     cycles = compute + combined * costs.fma + streamed

@@ -14,6 +14,8 @@ A row is cut into whole vectors, of which the last may overlap the one before it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -35,8 +37,9 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     scratch,
     share_jobs,
     splat,
+    zero,
 )
-from sparse_tvm.schedules.cpu.plane_code import Extents, flat, one_of
+from sparse_tvm.schedules.cpu.plane_code import Extents, declare_sizes, flat, one_of
 from sparse_tvm.schedules.cpu.planes import Planes
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.vector_math import constant
@@ -53,15 +56,16 @@ def winograd_planes(
     residuals: Sequence[Planes],
     simd: Simd,
 ) -> tirx.PrimFunc:
-    """Build the kernel, for images of known size.
+    """Build the kernel.
 
     Arguments of the PrimFunc, in order: x ``[batch, channels, source.size]``; the weight
-    ``[blocks of rows, m + 2, channels, 3, rows]``; then as
+    ``[blocks of rows, m + 2, channels, 3, rows]``; the symbols that extents depend on; then as
     :class:`~sparse_tvm.schedules.cpu.image_output.ImageOutput` says.
 
     The layout's block has the rows of the weight that are computed together; its parameters are
     ``outputs``, which is m, ``vectors`` of pixels that they are multiplied with at a time, and
-    ``bands`` that pass a block of rows before the next one comes, a divisor of all.
+    ``bands`` that pass a block of rows before the next one comes, a divisor of all. Without these,
+    which is for images of unknown size, it is one band, or all where vectors are wider than rows.
     """
     return _Kernel(images, layout, epilogue, residuals, simd).build()
 
@@ -80,19 +84,25 @@ class _Kernel:
         self._rows, self._group = layout.block[0], layout.get("vectors", 1)
         self._block_rows = -(-images.out_channels // self._rows)
         self._transforms = transforms(layout.get("outputs", 2))
-        self._bands = Bands(
+        self._declared = Bands(
             images.target.height, images.target.width, layout.get("outputs", 2), simd.lanes
         )
-        self._per_unit = layout.get("bands", self._bands.count)
-        self._apart = self._bands.count // self._per_unit >= _UNITS
+        self._declared_unit: Expr = layout.get("bands", 0)
+        if self._declared_unit:
+            self._apart = self._declared.count // self._declared_unit >= _UNITS
+        else:
+            narrow = images.target.width < simd.lanes
+            self._declared_unit = tirx.Select(narrow, self._declared.count, T.int64(1))
+            self._apart = True
 
     def build(self) -> tirx.PrimFunc:
         """Build the kernel."""
-        images, bands = self._images, self._bands
-        of_points = (self._block_rows, bands.points, images.channels, TAPS, self._rows)
+        images, whole = self._images, self._declared
+        of_points = (self._block_rows, whole.points, images.channels, TAPS, self._rows)
         with prim_func() as result:
             x = argument("x", (images.batch, images.channels, images.source.size))
             self._weight = argument("data", of_points)
+            declare_sizes(images.sizes)
             self._output = ImageOutput(
                 images.batch,
                 images.out_channels,
@@ -103,22 +113,25 @@ class _Kernel:
             )
             self._x = flat(x)
             threads = scalar(tirx.call_packed("runtime.NumThreads"))
+            height, width = scalar(whole.height), scalar(whole.width)
+            self._bands = bands = replace(whole, height=height, width=width)
+            self._per_unit = scalar(self._declared_unit)
             units = images.batch * (bands.count // self._per_unit)
             if not self._apart:
-                self._points = self._room(images.batch * bands.count)
+                self._points = self._room(images.batch * whole.count)
                 with T.parallel(0, threads) as thread:
                     self._transform_share(thread, threads)
             with T.parallel(0, threads) as thread:
                 self._output.open()
                 if self._apart:
-                    self._points = self._room(self._per_unit)
+                    self._points = self._room(self._declared_unit)
                 share_jobs(thread, threads, units, self._jobs_of_unit)
         return result["func"]
 
     def _room(self, bands: Expr) -> Buffer:
         """Memory for so many transformed bands."""
-        rows = bands * self._bands.points * self._images.channels
-        return T.alloc_buffer((rows * self._bands.pitch,), "float32")
+        rows = bands * self._declared.points * self._images.channels
+        return T.alloc_buffer((rows * self._declared.pitch,), "float32")
 
     def _transform_share(self, thread: Expr, threads: Expr) -> None:
         """Transform a thread's share of the channels of all bands."""
@@ -144,27 +157,36 @@ class _Kernel:
         first = scalar(plane * source.size + source.first + row * source.pitch - left)
         point = scalar((place * bands.points * images.channels + channel) * bands.pitch)
         # The last band may end behind the image and its padding.
-        there = images.source.height + top + images.window.pads[2]
-        last = min(bands.points, there - (bands.count - 1) * bands.outputs)
+        there = source.height + top + images.window.pads[2]
+        last = scalar(there - (bands.count - 1) * bands.outputs)
 
-        def rows(live: int) -> None:
-            with T.serial(0, len(bands.read_starts)) as vector:
-                at = scalar(bands.start_of(vector, bands.read_starts))
+        def rows(live: Expr) -> None:
+            with T.serial(0, bands.read_vectors) as vector:
+                at = scalar(bands.start_of(vector, bands.read_span))
                 self._transform(first + at, source.pitch, live, point + at)
 
-        if last == bands.points:
-            rows(last)
+        if isinstance(last, int) and last >= bands.points:
+            rows(bands.points)
         else:
             one_of(number == bands.count - 1, lambda: rows(last), lambda: rows(bands.points))
 
-    def _transform(self, first: Expr, pitch: Expr, live: int, point: Expr) -> None:
+    def _transform(self, first: Expr, pitch: Expr, live: Expr, point: Expr) -> None:
         """Transform a vector of columns, of which ``live`` rows are there and the rest are zero."""
         simd, bands = self._simd, self._bands
         rows = Registers(bands.points, 1, simd)
-        for row in range(live):
+
+        def load(row: int) -> None:
             rows.set(row, 0, self._x[ramp(first + row * pitch, simd)])
+
+        for row in range(bands.points):
+            if isinstance(live, int) or row < TAPS:  # what one row of the output reads is there
+                if not isinstance(live, int) or row < live:
+                    load(row)
+                continue
+            one_of(row < live, partial(load, row), partial(rows.set, row, 0, zero(simd)))
         for i, factors in enumerate(self._transforms.input):
-            value = _combination(factors[:live], lambda row: rows.get(row, 0))
+            known = factors[:live] if isinstance(live, int) else factors
+            value = _combination(known, lambda row: rows.get(row, 0))
             start = point + i * self._images.channels * bands.pitch
             T.buffer_store(self._points, value, [ramp(start, simd)])
 
@@ -192,7 +214,7 @@ class _Kernel:
         channel = scalar(block * self._rows)
         plane = scalar(image * self._images.out_channels + channel)
         self._clear_padding(first_band, plane, live)
-        count = self._per_unit * len(self._bands.starts)
+        count = self._per_unit * self._bands.vectors
         with T.serial(0, groups_of(count, self._group)) as group:
             for_group_sizes(
                 count,
@@ -209,21 +231,20 @@ class _Kernel:
         if not target.border.padded:
             return
         last_unit = first_band == bands.count - self._per_unit
-        written = target.height * target.pitch // self._simd.lanes * self._simd.lanes
+        pitch = output.extents.pitch
+        written = scalar(bands.height * pitch // self._simd.lanes * self._simd.lanes)
         with T.If(last_unit), T.Then(), T.serial(0, live) as row:
             output.clear_border(plane + row, written)
-        gap = target.pitch - bands.span
-        if gap <= 0:
-            return
+        gap = scalar(tirx.max(pitch - bands.span, 0))
         row_count = tirx.min(
-            self._per_unit * bands.outputs, target.height - first_band * bands.outputs
+            self._per_unit * bands.outputs, bands.height - first_band * bands.outputs
         )
         with (
             T.serial(0, live) as channel,
             T.serial(0, row_count) as row,
             T.serial(0, gap) as column,
         ):
-            pixel = (first_band * bands.outputs + row) * target.pitch + bands.span + column
+            pixel = (first_band * bands.outputs + row) * pitch + bands.span + column
             at = (plane + channel) * output.extents.size + output.extents.first + pixel
             T.buffer_store(output.y, T.float32(0), [at])
 
@@ -240,9 +261,9 @@ class _Kernel:
     ) -> None:
         """Compute ``live`` channels in some vectors of all rows of their bands."""
         bands, simd, images = self._bands, self._simd, self._images
-        per_row = len(bands.starts)
+        per_row = bands.vectors
         band = [scalar(first_band + (first + v) // per_row) for v in range(size)]
-        column = [scalar(bands.start_of((first + v) % per_row, bands.starts)) for v in range(size)]
+        column = [scalar(bands.start_of((first + v) % per_row, bands.span)) for v in range(size)]
         band_size = bands.points * images.channels * bands.pitch
         stored = -first_band if self._apart else image * bands.count
         sources = [scalar((stored + band[v]) * band_size + column[v]) for v in range(size)]
@@ -292,21 +313,23 @@ class _Kernel:
         self, sums: Sequence[Expr], plane: Expr, channel: Expr, band: Expr, column: Expr
     ) -> None:
         """Turn a vector's sums at all points into its rows of the output."""
-        bands, target, output, simd = self._bands, self._images.target, self._output, self._simd
+        bands, output, simd = self._bands, self._output, self._simd
         kept = Registers(bands.points, 1, simd)
         kept.fill(lambda point, _: sums[point])
-        whole = target.height % bands.outputs or bands.outputs
+        certain = 1
+        if isinstance(bands.height, int):
+            certain = bands.height % bands.outputs or bands.outputs
         for i, factors in enumerate(self._transforms.output):
 
             def store(i: int = i, factors: Sequence[float] = factors) -> None:
                 value = _combination(factors, lambda point: kept.get(point, 0))
-                pixel = (band * bands.outputs + i) * target.pitch + column
+                pixel = (band * bands.outputs + i) * output.extents.pitch + column
                 output.finish(value + output.start(channel), plane, channel, pixel)
 
-            if i < whole:
+            if i < certain:
                 store()
                 continue
-            with T.If(band < bands.count - 1), T.Then():
+            with T.If(band * bands.outputs + i < bands.height), T.Then():
                 store()
 
 

@@ -45,7 +45,7 @@ problems = st.fixed_dictionaries(
 
 
 def check(image, pads, n, rows, outputs, vectors, unit, padded, epilogue, target, threads):
-    extent, window = Extent({**image, "symbolic": False}), Window((3, 3), pads=pads)
+    extent, window = Extent(image), Window((3, 3), pads=pads)
     assume(all(size > 0 for size in window.out_size(extent.numbers)))
     x = extent.random(image["channels"])
     rng = np.random.default_rng(image["seed"])
@@ -53,31 +53,37 @@ def check(image, pads, n, rows, outputs, vectors, unit, padded, epilogue, target
     gap = max(window.reads.gap, -window.wider, 1 - window.wider if padded else 0)
     same_pitch = gap + window.wider
     out = window.out_size(extent.numbers)
-    source = Planes(*extent.numbers, window.reads.with_gap(gap))
-    there = Planes(*out, (SAME.reads if padded else Border()).with_gap(same_pitch))
-    like = Planes(*out, Border(same_pitch, front=(0, 20)))
+    borders = [window.reads.with_gap(gap), (SAME.reads if padded else Border())]
+    borders = [borders[0], borders[1].with_gap(same_pitch), Border(same_pitch, front=(0, 20))]
+
+    def planes(size):
+        sizes = (size, window.out_size(size), window.out_size(size))
+        return [Planes(*size, border) for size, border in zip(sizes, borders, strict=True)]
+
+    (source, there, like), kernels = planes(extent.numbers), planes(extent.symbols)
     bands = Bands(*out, outputs, simd(target).lanes)
     unit = max(bands_ for bands_ in range(1, unit + 1) if bands.count % bands_ == 0)
     if there.pitch < bands.span:
         unit = bands.count
-    layout = Layout("test", "dense", (min(rows, n), 1)).having(
-        vectors=vectors, outputs=outputs, bands=unit
-    )
+    layout = Layout("test", "dense", (min(rows, n), 1)).having(vectors=vectors, outputs=outputs)
+    if not image["symbolic"]:
+        layout = layout.having(bands=unit)
     kernel = winograd_planes(
-        Images(extent.batch, image["channels"], n, source, there, window),
+        Images(extent.batch, image["channels"], n, *kernels[:2], window, extent.names),
         layout,
         epilogue,
-        [like] * epilogue.count(Residual()),
+        kernels[2:] * epilogue.count(Residual()),
         simd(target),
     )
     y, extras = apply_epilogue(convolved(x, w, window), epilogue, rng)
     arguments = [
         to_planes(x, source),
         packed(w, layout),
+        *extent.sizes,
         *([mask(there)] if padded else []),
         *(extra if extra.ndim == 1 else to_planes(extra, like) for extra in extras),
     ]
-    stored = run(kernel, target, threads, arguments, (extent.batch, n, there.size))
+    stored = run(kernel, target, threads, arguments, (len(x), n, there.size))
     scale = max(1.0, float(np.abs(y).max()))
     np.testing.assert_allclose(from_planes(stored, there), y, rtol=0, atol=4e-5 * scale)
     if padded:
@@ -86,6 +92,8 @@ def check(image, pads, n, rows, outputs, vectors, unit, padded, epilogue, target
 
 
 IMAGE = {"batch": 1, "channels": 5, "height": 14, "width": 14, "gap": 0, "seed": 0}
+IMAGE["symbolic"] = False
+ANY_SIZE = {**IMAGE, "symbolic": True}
 PROBLEM = {
     "image": IMAGE,
     "pads": SAME.pads,
@@ -106,6 +114,10 @@ PROBLEM = {
 @example({**PROBLEM, "image": {**IMAGE, "batch": 2, "width": 7}, "unit": 40})
 @example({**PROBLEM, "image": {**IMAGE, "height": 1, "width": 1}, "outputs": 5})
 @example({**PROBLEM, "image": {**IMAGE, "height": 56, "width": 56}, "unit": 7, "padded": False})
+@example({**PROBLEM, "image": ANY_SIZE})
+@example({**PROBLEM, "image": {**ANY_SIZE, "batch": 2, "height": 33, "width": 33}})
+@example({**PROBLEM, "image": {**ANY_SIZE, "batch": 2, "width": 3}})
+@example({**PROBLEM, "image": {**ANY_SIZE, "height": 1, "width": 1}, "outputs": 5})
 @settings(KERNELS, max_examples=16)
 def test_convolution(problem):
     check(**problem)

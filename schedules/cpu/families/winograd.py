@@ -40,8 +40,6 @@ class WinogradFamily(ImageFamily):
             return f"{self.name} computes 3x3 kernels that move by one pixel only"
         if op.groups > 1 or op.frames != STILL:
             return f"{self.name} computes neither groups nor videos"
-        if None in op.size:
-            return f"{self.name} wants to know the size of images"
         if min(op.channels, op.out_channels) < _LEAST_CHANNELS:
             return f"{self.name} is for {_LEAST_CHANNELS} channels and more"
         return None
@@ -88,7 +86,8 @@ class WinogradFamily(ImageFamily):
     ) -> Work:
         height, width = out_size(op)
         bands = Bands(height, width, op.stored.get("outputs", 2), 1)
-        products = bands.count * bands.points * width * op.matrix[0] * op.channels * TAPS
+        known = None not in op.size
+        products = known * bands.count * bands.points * width * op.matrix[0] * op.channels * TAPS
         return Work(2.0 * products * (output.shape[0] or 0), bytes_of([*operands, output]))
 
     def build(
