@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def link(
     arguments += [os.fspath(path) for path in objects]
     arguments += ["-lm"]
     failures = []
-    wanted = triple or f"{architecture()}-linux-gnu"
+    wanted = triple or _host_triple()
     for name, command in linkers(wanted):
         failure = _run([*command, *arguments]) if command else "not found"
         if failure is None:
@@ -52,17 +53,21 @@ def link(
     )
 
 
-def fcompile(
-    output: str,
-    objects: Sequence[str],
-    options: Sequence[str] | None = None,
-    triple: str | None = None,
-) -> None:
-    """Link the way ``tvm.runtime.Module.export_library(output, fcompile=...)`` asks for it.
+@dataclass(frozen=True)
+class Linker:
+    """Links the way ``tvm.runtime.Module.export_library(output, fcompile=...)`` asks for it."""
 
-    `options` are include paths for C sources, which our modules do not hold.
-    """
-    link(objects, output, triple)
+    triple: str | None = None
+
+    def __call__(
+        self, output: str, objects: Sequence[str], options: Sequence[str] | None = None
+    ) -> None:
+        """Link `objects`; `options` are for C sources, which our modules do not hold."""
+        link(objects, output, self.triple)
+
+    def get_target_triple(self) -> str:
+        """What TVM packs data for where no module has LLVM's code."""
+        return self.triple or _host_triple()
 
 
 def linkers(triple: str) -> list[tuple[str, list[str]]]:
@@ -79,6 +84,10 @@ def linkers(triple: str) -> list[tuple[str, list[str]]]:
     zig = [sys.executable, "-m", "ziglang", "cc", "-target", _zig_target(triple)]
     found.append(("ziglang", zig if find_spec("ziglang") else []))
     return found
+
+
+def _host_triple() -> str:
+    return f"{architecture()}-linux-gnu"
 
 
 def _found(command: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ from tvm.script import relax as R
 from tvm.script import tirx as T
 
 from sparse_tvm.artifact import write_artifact
-from sparse_tvm.linker import fcompile
+from sparse_tvm.linker import Linker
 
 TOKENS, FEATURES = 8, 64
 
@@ -110,7 +110,7 @@ def library(module: tvm.IRModule = Small) -> bytes:
     executable = tvm.compile(relax.transform.BundleModelParams()(module), target=target)
     with TemporaryDirectory() as directory:
         path = Path(directory) / "library.so"
-        executable.export_library(str(path), fcompile=fcompile)
+        executable.export_library(str(path), fcompile=Linker())
         return path.read_bytes()
 
 

@@ -21,7 +21,7 @@ def _code() -> bytes:
     from tvm.script import ir as I
     from tvm.script import relax as R
 
-    from sparse_tvm.linker import fcompile
+    from sparse_tvm.linker import Linker
 
     @I.ir_module
     class Encoder:
@@ -44,7 +44,7 @@ def _code() -> bytes:
     executable = tvm.compile(relax.transform.BundleModelParams()(Encoder), target=target)
     with TemporaryDirectory() as directory:
         path = Path(directory) / "library.so"
-        executable.export_library(str(path), fcompile=fcompile)
+        executable.export_library(str(path), fcompile=Linker())
         return path.read_bytes()
 
 

@@ -45,7 +45,7 @@ def test_links_with(
     name: str, objects: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CC", name)
-    linker.fcompile(str(tmp_path / "one.so"), objects)
+    linker.Linker()(str(tmp_path / "one.so"), objects)
     assert_loads(tmp_path / "one.so")
 
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import tvm
 from tvm import relax
+from tvm.relax import vm_build
 from tvm.relax.backend.cpu_generic.pipeline import finalize_passes
 
 from sparse_tvm.backends.base import BackendTarget
+from sparse_tvm.backends.object_code import compile_kernels
 from sparse_tvm.backends.shorten_program import shorten_program
 from sparse_tvm.errors import BuildError
 from sparse_tvm.passes.program import Program
@@ -41,7 +43,10 @@ def generate(program: Program, target: BackendTarget) -> Any:
         )
         try:
             with tvm.transform.PassContext(opt_level=3, config=FAST_MATH):
-                return tvm.compile(program.module, target=tvm_target, relax_pipeline=finish)
+                builder = relax.ExecBuilder()
+                kernels = vm_build._vmcodegen(builder, finish(program.module))
+                libraries = compile_kernels(kernels, tvm_target)
+                return vm_build._vmlink(builder, tvm_target, ext_libs=libraries)
         except Exception as error:
             text = str(error).strip().splitlines()
             reason = text[-1] if text else repr(error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -160,7 +159,7 @@ class CpuBackend(Backend):
         return generate(program, target)
 
     def write_library(self, code: Any, target: BackendTarget, path: Path) -> None:
-        from sparse_tvm.linker import fcompile
+        from sparse_tvm.linker import Linker
 
         assert isinstance(target, Target)
-        code.export_library(str(path), fcompile=partial(fcompile, triple=target.triple))
+        code.export_library(str(path), fcompile=Linker(target.triple))

@@ -12,7 +12,6 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from tvm.relax.backend.cuda.pipeline import finalize_passes
 from tvm.runtime import _ffi_api
 
 from sparse_tvm.errors import BuildError
-from sparse_tvm.linker import fcompile
+from sparse_tvm.linker import Linker
 from sparse_tvm.nvrtc import fat_binary
 from sparse_tvm.passes.cuda.capture_graphs import capture_graphs
 from sparse_tvm.passes.program import Program
@@ -82,8 +81,7 @@ def write_library(code: Code, target: CudaTarget, path: Path) -> None:
         blob = with_binary(_ffi_api.ModulePackImportsToTensor(module).numpy().tobytes(), code)
         return _object_source(blob, Path(directory))
 
-    link = partial(fcompile, triple=target.triple)
-    code.executable.export_library(str(path), fcompile=link, fpack_imports=pack)
+    code.executable.export_library(str(path), fcompile=Linker(target.triple), fpack_imports=pack)
 
 
 def compile_kernel(function: Any, target: CudaTarget) -> Any:

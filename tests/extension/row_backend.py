@@ -128,6 +128,6 @@ class RowBackend(Backend):
         return generate(program, target)
 
     def write_library(self, code: Any, target: BackendTarget, path: Path) -> None:
-        from sparse_tvm.linker import fcompile
+        from sparse_tvm.linker import Linker
 
-        code.export_library(str(path), fcompile=fcompile)
+        code.export_library(str(path), fcompile=Linker())

@@ -1,0 +1,108 @@
+"""From kernels to object code, several at once.
+
+``tvm.compile`` lowers all functions as one module, generates code for it, and makes an object file
+when the library is exported, all on one core. Here each kernel is a module by itself, and threads
+take one after another: TVM lets go of Python's lock meanwhile. So the code is the same however many
+threads there are.
+
+The passes are TVM's, in its order, without those for GPUs. Finding out how much of each buffer is
+used takes most of TVM's time where loops are unrolled; functions written by hand, as our kernels
+are, have the buffers they need, so that pass is for scheduled functions only.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import s_tir, tirx
+from tvm.runtime.module import load_static_library
+
+from sparse_tvm.cpu import usable_cores
+from sparse_tvm.passes.lower_kernels import KERNEL_ATTRIBUTE
+from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
+
+
+def compile_kernels(module: tvm.IRModule, target: tvm.target.Target) -> list[tvm.runtime.Module]:
+    """Compile the functions of `module`, all of them kernels, for the CPU `target`.
+
+    Returns
+    -------
+    list[tvm.runtime.Module]
+        Object code of each function, to be linked into one library.
+
+    Raises
+    ------
+    Exception
+        Whatever TVM raises.
+    """
+    functions = list(module.functions.items())
+    if not functions:
+        return []
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        ThreadPoolExecutor(min(usable_cores(), len(functions))) as pool,
+    ):
+        jobs = [
+            pool.submit(_compile, tvm.IRModule({variable: function}), target, path)
+            for i, (variable, function) in enumerate(functions)
+            for path in [Path(directory) / f"{i}.o"]
+        ]
+        try:
+            return [job.result() for job in jobs]
+        finally:  # after an error, or Ctrl-C, what has not begun need not
+            pool.shutdown(cancel_futures=True)
+
+
+def _compile(module: tvm.IRModule, target: tvm.target.Target, path: Path) -> tvm.runtime.Module:
+    """Compile a module of one function by way of an object file at `path`."""
+    ((variable, function),) = module.functions.items()
+    by_hand = KERNEL_ATTRIBUTE in function.attrs
+    host = target.with_host(target)
+    with host, tvm.transform.PassContext(opt_level=3, config=FAST_MATH):
+        module = tirx.transform.BindTarget(host)(module)
+        lowered = tvm.transform.Sequential(_lowering(by_hand))(module)
+        code = tvm.get_global_func("target.build.llvm")(lowered, target)
+        code.write_to_file(str(path))
+    return load_static_library(str(path), [variable.name_hint])
+
+
+def _lowering(by_hand: bool) -> Sequence[Any]:
+    """The passes of ``tvm.s_tir.pipeline.default_s_tir_pipeline`` that matter on CPUs."""
+    return [
+        s_tir.transform.CanonicalizeLoop(),
+        s_tir.transform.LowerInitBlock(),
+        s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
+        s_tir.transform.ConvertBlocksToOpaque(),
+        *([] if by_hand else [s_tir.transform.CompactBufferAllocation()]),
+        s_tir.transform.LowerMatchBuffer(),
+        s_tir.transform.StmtSimplify(),
+        s_tir.transform.AnnotateIrregularLoop(),
+        s_tir.transform.LowerOpaqueBlock(),
+        tirx.transform.FlattenBuffer(),
+        tirx.transform.BF16ComputeLegalize(),
+        tirx.transform.NarrowDataType(32),
+        s_tir.transform.LoopPartition(),
+        tirx.transform.VectorizeLoop(),
+        s_tir.transform.InjectVirtualThread(),
+        s_tir.transform.HoistIfThenElse(),
+        tirx.transform.UnrollLoop(),
+        s_tir.transform.RenormalizeSplitPattern(),
+        tirx.transform.StmtSimplify(),
+        tirx.transform.RemoveNoOp(),
+        s_tir.transform.RewriteUnsafeSelect(),
+        tirx.transform.CommonSubexprElim(),
+        tirx.transform.FP8ComputeLegalize(),
+        tirx.transform.VerifyMemory(),
+        tirx.transform.AnnotateEntryFunc(),
+        tirx.transform.SplitHostDevice(),
+        tirx.transform.MakePackedAPI(),
+        tirx.transform.FP8StorageLegalize(),
+        tirx.transform.BF16StorageLegalize(),
+        tirx.transform.LowerTVMBuiltin(),
+        tirx.transform.LowerIntrin(),
+    ]
