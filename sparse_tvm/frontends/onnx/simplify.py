@@ -19,6 +19,7 @@ from sparse_tvm.frontends.onnx.detach import (
     names_read,
     stored_tensors,
 )
+from sparse_tvm.frontends.onnx.integer_ranges import count_in_integers
 from sparse_tvm.frontends.onnx.rewrite import constants_to_initializers, expand, modernise
 from sparse_tvm.frontends.onnx.specs import tensor_spec
 from sparse_tvm.frontends.onnx.weights import find_weights
@@ -86,6 +87,7 @@ def simplify(
         raise ModelError("the graph cannot be simplified: onnxsim's own check failed")
     check_sizes(simplified)
     constants_to_initializers(simplified.graph)
+    count_in_integers(simplified.graph)
     program, folded = detach_weights(simplified, _weight_names(simplified))
     return _drop_unused(program, {**weights, **folded}, len(specs))
 
