@@ -4,7 +4,9 @@
     sparse-tvm tune --fit records.jsonl                 # the entry for the target table
 
 A layer has a random shape, sparsity, structure and number of tokens, and stands for one of twelve
-in a model: so many copies of its weight take turns. Printed is how far predictions are off, and how
+in a model: so many copies of its weight take turns. A clock that moves is no error of the model:
+each layout takes turns with the chosen one, and that with a kernel that is the same for all layers
+and counts the cycles. Printed is how far predictions are off, and how
 much slower than the best measured layout the one is that ``compile`` chooses: by the target's
 parameters, and by parameters fitted to one half of the layers for the other half. Layers that the
 file has already are not measured again.
@@ -95,10 +97,12 @@ class Case:
         """The layouts worth a measurement."""
         predicted = self.predicted(target)
         limit = HOPELESS * min(predicted.values())
-        return [layout for layout, seconds in predicted.items() if seconds <= limit]
+        chosen = self.chosen(target)
+        others = [one for one, seconds in predicted.items() if seconds <= limit and one != chosen]
+        return [chosen, *others]
 
-    def job(self, layout: Layout, target: Target) -> Job:
-        """A layout of it, as a worker is told."""
+    def job(self, layout: Layout, target: Target, beside: Layout | None) -> Job:
+        """A layout of it, as a worker is told, and the one that takes turns with it."""
         return {
             "backend": "cpu",
             "target": target.name,
@@ -110,6 +114,7 @@ class Case:
             "threads": [1],
             "copies": LAYERS,
             "seconds": SECONDS,
+            "beside": to_json(replace(self.op, layout=beside)) if beside is not None else None,
         }
 
 
@@ -140,10 +145,21 @@ def measured(case: Case, target: Target, known: Records) -> dict[Layout, float]:
     }
 
 
-def measure(case: Case, layout: Layout, target: Target, measurer: Measurer) -> Record:
-    """Time one layout."""
-    answer = measurer(case.job(layout, target), case.w)
+def measure(
+    case: Case,
+    layout: Layout,
+    target: Target,
+    measurer: Measurer,
+    beside: Record | None,
+    pace: float,
+) -> Record:
+    """Time one layout, the first one by itself at a clock that is so many times too slow."""
+    held = beside.layout if beside is not None else None
+    answer = measurer(case.job(layout, target, held), case.w)
     (result,) = answer.get("results") or [{"seconds": None, "noise": 0.0}]
+    seconds = result["seconds"] / pace if result["seconds"] is not None else None
+    if beside is not None and beside.seconds is not None and "relative" in result:
+        seconds = result["relative"] * beside.seconds
     n, k = case.w.shape
     rows = layout.block[0]
     return Record(
@@ -152,11 +168,50 @@ def measure(case: Case, layout: Layout, target: Target, measurer: Measurer) -> R
         layout,
         case.weight.stored_blocks(layout.block) if layout.sparse else -(-n // rows) * k,
         answer.get("rotated_bytes", 0),
-        result["seconds"],
+        seconds,
         result["noise"],
         answer.get("failure"),
-        here(datetime.now(UTC).isoformat(timespec="seconds")),
+        here(datetime.now(UTC).isoformat(timespec="milliseconds")),
     )
+
+
+@dataclass
+class Clock:
+    """How fast the machine is, by a kernel that computes out of registers and the first cache."""
+
+    case: Case
+    target: Target
+    known: Records
+    path: Path
+
+    def pace(self, measurer: Measurer) -> float:
+        """How many times as long as the first time the kernel takes."""
+        layout = self.case.chosen(self.target)
+        record = measure(self.case, layout, self.target, measurer, None, 1.0)
+        first = measured(self.case, self.target, self.known).get(layout)
+        if first is None:
+            self.known.add(record)
+            append_record(self.path, record)
+            return 1.0
+        assert record.seconds is not None, record.failure
+        return record.seconds / first
+
+
+def measure_all(case: Case, clock: Clock, measurer: Measurer) -> None:
+    """Time what is not known of a case's layouts, the chosen one first."""
+    problem, condition = (
+        Problem.of(case.op, case.weight, clock.target.name),
+        Condition(case.tokens, 1),
+    )
+    known = {r.layout: r for r in clock.known if (r.problem, r.condition) == (problem, condition)}
+    anchor = None
+    for layout in case.wanted(clock.target):
+        if layout not in known:
+            pace = clock.pace(measurer) if anchor is None else 1.0
+            known[layout] = measure(case, layout, clock.target, measurer, anchor, pace)
+            clock.known.add(known[layout])
+            append_record(clock.path, known[layout])
+        anchor = anchor or known[layout]
 
 
 @dataclass(frozen=True)
@@ -212,14 +267,11 @@ def main(
     assert isinstance(found, Target)
     layers = [random_case(seed, index) for index in range(cases)]
     known = read_records([records], cpu_model()) if records.exists() else Records()
+    w = np.random.default_rng(seed).standard_normal((48, 96), np.float32)
+    clock = Clock(Case("clock", w, MeasuredWeight(w), 32), found, known, records)
     with Measurer() as measurer:
         for number, case in enumerate(layers, 1):
-            done = measured(case, found, known)
-            for layout in case.wanted(found):
-                if layout not in done:
-                    record = measure(case, layout, found, measurer)
-                    known.add(record)
-                    append_record(records, record)
+            measure_all(case, clock, measurer)
             stderr_console().print(f"{number} of {cases}: {case.title}")
     halves = layers[::2], layers[1::2]
     verdicts = {"as it is": Verdict.of(found, layers, known)}
