@@ -39,7 +39,7 @@ def count_in_integers(graph: onnx.GraphProto) -> None:
             continue
         [result] = node.output
         for name, number in ((f"{result}.start", start), (f"{result}.step", step)):
-            graph.initializer.append(numpy_helper.from_array(np.int64(number), name))
+            graph.initializer.append(numpy_helper.from_array(np.array(number, np.int64), name))
         counted = [f"{result}.start", cast.input[0], f"{result}.step"]
         nodes += [
             helper.make_node("Range", counted, [f"{result}.integers"], node.name),
