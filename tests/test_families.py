@@ -35,6 +35,7 @@ from sparse_tvm.schedules.cpu.families.convolution import ConvolutionFamily, Dep
 from sparse_tvm.schedules.cpu.families.matmul import MatmulFamily
 from sparse_tvm.schedules.cpu.families.product import ProductFamily
 from sparse_tvm.schedules.cpu.families.rows import LayerNormFamily
+from sparse_tvm.schedules.cpu.families.winograd import WinogradFamily
 from sparse_tvm.sparsity.masks import prune_array
 from sparse_tvm.sparsity.statistics import AssumedWeight, MeasuredWeight
 from sparse_tvm.targets import TARGETS, get_target
@@ -206,6 +207,31 @@ def test_flops_of_a_convolution(groups):
             image[:, source, row : row + 7 : 2, column : column + 7] * Counted()
 
     assert work.flops == flops(compute)
+
+
+def test_flops_of_a_convolution_of_any_size_are_those_of_whole_planes():
+    op = convolution(4, 8, size=(None, None))
+    op = replace(op, layout=Layout("convolution", "csr"))
+    assert ConvolutionFamily().work(op, [], Extents((2, 8, 50)), 7).flops == 2 * 7 * 50 * 2
+
+
+@pytest.mark.parametrize("outputs", [2, 4])
+def test_winograd_computes_more_rows_than_a_band_has(outputs):
+    known = Convolution(
+        layer="conv",
+        matrix=(16, 32 * 9),
+        channels=32,
+        out_channels=16,
+        size=(8, 10),
+        kernel=(3, 3),
+        stride=(1, 1),
+        dilation=(1, 1),
+        pads=(1, 1, 1, 1),
+        layout=Layout("winograd_convolution", "dense").having(outputs=outputs),
+    )
+    products = (outputs + 2) / outputs * 8 * 10 * 16 * 32 * 3
+    for op in (known, replace(known, size=(None, None))):
+        assert WinogradFamily().work(op, [], Extents((2, 16, 80))).flops == 2 * 2 * products
 
 
 def test_layer_norm_only_moves_bytes():

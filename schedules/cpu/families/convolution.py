@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -53,11 +54,18 @@ class ImageFamily(WeightedFamily[Convolution]):
         nonzeros: int | None = None,
     ) -> Work:
         n, k = op.matrix
-        height, width = window_of(op).out_size((op.size[0] or 0, op.size[1] or 0))
         count = n * k if nonzeros is None else nonzeros
-        flops = 2.0 * count * height * width * (output.shape[0] or 0)
+        flops = 2.0 * count * pixels_of(op, output) * (output.shape[0] or 0)
         near = 2.0 * flops / op.stored.block[0] if op.stored.sparse else 0.0
         return Work(flops, bytes_of([*operands, output]), near)
+
+
+def pixels_of(op: Convolution, output: Extents) -> int:
+    """Pixels of an image that a call makes; if it may have any size, all there is room for."""
+    height, width = op.size[-2:]
+    if height is not None and width is not None:
+        return math.prod(map(int, window_of(op).out_size((height, width))))
+    return math.prod(size or 0 for size in output.shape[1:]) // op.matrix[0]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,12 @@ import numpy as np
 from sparse_tvm.families import Extents, Kernel, Wish, Work, bytes_of
 from sparse_tvm.operators import STILL, Convolution, Layout
 from sparse_tvm.schedules.cpu.conv_cost import out_size
-from sparse_tvm.schedules.cpu.families.convolution import ImageFamily, images_of, size_title
+from sparse_tvm.schedules.cpu.families.convolution import (
+    ImageFamily,
+    images_of,
+    pixels_of,
+    size_title,
+)
 from sparse_tvm.schedules.cpu.image_operators import ImageConvolution, window_of
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.winograd import OUTPUTS, TAPS, Bands, transforms
@@ -86,8 +91,10 @@ class WinogradFamily(ImageFamily):
     ) -> Work:
         height, width = out_size(op)
         bands = Bands(height, width, op.stored.get("outputs", 2), 1)
-        known = None not in op.size
-        products = known * bands.count * bands.points * width * op.matrix[0] * op.channels * TAPS
+        rows = bands.count * bands.points
+        if None in op.size:
+            width, rows = pixels_of(op, output), bands.points / bands.outputs
+        products = rows * width * op.matrix[0] * op.channels * TAPS
         return Work(2.0 * products * (output.shape[0] or 0), bytes_of([*operands, output]))
 
     def build(
