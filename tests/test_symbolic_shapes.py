@@ -123,6 +123,18 @@ def test_causal_mask_from_ranges():
     )
 
 
+def test_expanding_what_may_be_neither_one_nor_the_target_is_refused():
+    graph = """(float[1,n,4] x) => (float[1,m,4] y) {
+        shape = Shape(x)
+        part = Slice(x, start, end, axis, step)
+        y = Expand(part, shape)
+    }"""
+    numbers = {"start": [-3], "end": [-1], "axis": [1], "step": [2]}
+    model = build(graph, **{name: np.array(value) for name, value in numbers.items()})
+    with pytest.raises(ModelError, match="fit each other for some sizes only"):
+        import_onnx(model)
+
+
 @pytest.mark.parametrize("start", [0.0, 2.0, -1.0])
 def test_columns_that_are_numbered_in_floats(start):
     graph = """(float[batch,width] x) => (float[n] centres, float[n] y) {

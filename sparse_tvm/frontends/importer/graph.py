@@ -430,15 +430,30 @@ class Importer:
         shapes = [shape_of(tensor) for tensor in inputs if tensor is not None]
         for first, second in combinations(shapes, 2):
             for one, other in zip(reversed(first), reversed(second), strict=False):
-                self.demand_same(one, other)
-                if not self.sizes.equal(one, other) and (
-                    self.sizes.demand_equal(one, other) or self.sizes.demand_multiple(one, other)
-                ):
-                    raise Narrower
-        texts = [f"[{', '.join(str(as_text(n)) for n in shape)}]" for shape in shapes if shape]
-        if len(texts) > 1 and any(not isinstance(size, int) for shape in shapes for size in shape):
-            raise ValueError(
-                f"{' and '.join(texts)} fit each other for some sizes only, which --input-shape "
-                "can give"
-            )
+                self._demand_equal(one, other)
+        shapes = [shape for shape in shapes if shape]
+        if len(shapes) > 1 and any(not isinstance(size, int) for shape in shapes for size in shape):
+            raise _misfit(shapes)
         raise ValueError("the shape of its output depends on the values of tensors")
+
+    def demand_fitting(self, shape: Sequence[Size], target: Sequence[Size]) -> None:
+        """Demand that each size of a shape is 1 or that of the target, whatever the inputs are."""
+        for own, wanted in zip(reversed(shape), reversed(target), strict=False):
+            if not self.sizes.equal(own, 1) and not self.sizes.equal(own, wanted):
+                self._demand_equal(own, wanted)
+                raise _misfit((shape, target))
+
+    def _demand_equal(self, one: Size, other: Size) -> None:
+        """Import anew where symbolic sizes can be made the same."""
+        self.demand_same(one, other)
+        if not self.sizes.equal(one, other) and (
+            self.sizes.demand_equal(one, other) or self.sizes.demand_multiple(one, other)
+        ):
+            raise Narrower
+
+
+def _misfit(shapes: Sequence[Sequence[Size]]) -> ValueError:
+    texts = [f"[{', '.join(str(as_text(size)) for size in shape)}]" for shape in shapes]
+    return ValueError(
+        f"{' and '.join(texts)} fit each other for some sizes only, which --input-shape can give"
+    )

@@ -30,6 +30,9 @@ class Scope(Protocol):
     def definition(self, value: relax.Expr) -> relax.Expr:
         """Return what a variable is bound to."""
 
+    def demand_fitting(self, shape: Sequence[Size], target: Sequence[Size]) -> None:
+        """Demand that each size of a shape is 1 or that of the target, whatever the inputs are."""
+
 
 @dataclass(frozen=True)
 class Tensor(Form):
@@ -92,6 +95,7 @@ class Tensor(Form):
         """See `Form`."""
         if self.scope.sizes.same(self.sizes_of_axes, shape):
             return self
+        self.scope.demand_fitting(self.sizes_of_axes, shape)
         return self._of(relax.op.broadcast_to(self.before("broadcast_to").value, list(shape)))
 
     def slice(self, window: Mapping[int, tuple[Size, Size, int]]) -> Tensor:
