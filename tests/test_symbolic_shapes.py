@@ -14,7 +14,6 @@ from sparse_tvm.errors import InputError, ModelError, OptionError
 from sparse_tvm.frontends.importer.model import import_onnx
 from sparse_tvm.frontends.importer.sizes import Sizes
 from sparse_tvm.frontends.input_shapes import choose_shapes, parse_input_shapes
-from sparse_tvm.frontends.onnx.integer_ranges import count_in_integers
 from sparse_tvm.spec import TensorSpec
 
 SIZES = ({"batch": 1, "sequence": 7}, {"batch": 3, "sequence": 16})
@@ -133,40 +132,6 @@ def test_expanding_what_may_be_neither_one_nor_the_target_is_refused():
     model = build(graph, **{name: np.array(value) for name, value in numbers.items()})
     with pytest.raises(ModelError, match="fit each other for some sizes only"):
         import_onnx(model)
-
-
-@pytest.mark.parametrize("start", [0.0, 2.0, -1.0])
-def test_columns_that_are_numbered_in_floats(start):
-    graph = """(float[batch,width] x) => (float[n] centres, float[n] y) {
-        shape = Shape(x)
-        columns = Gather<axis=0>(shape, last)
-        limit = Cast<to=1>(columns)
-        numbers = Range(start, limit, one)
-        centres = Add(numbers, half)
-        y = Mul(centres, numbers)
-    }"""
-    numbers = {"start": np.float32(start), "one": np.float32(1), "half": np.float32(0.5)}
-    sizes = [{"batch": 1, "width": 2}, {"batch": 2, "width": 9}]
-    model = build(graph, last=np.array(1), **numbers)
-    imported = assert_same_as_onnxruntime(model, sizes=sizes)
-    assert shapes_are_known(imported)
-
-
-@pytest.mark.parametrize(("start", "step", "cast_from"), [(0.5, 1, 7), (0, 2, 7), (0, 1, 6)])
-def test_other_ranges_of_floats_are_left_alone(start, step, cast_from):
-    graph = """(float[batch,sequence] x) => (float[n] y) {
-        shape = Shape(x)
-        whole = Gather<axis=0>(shape, last)
-        columns = Cast<to=%d>(whole)
-        limit = Cast<to=1>(columns)
-        y = Range(start, limit, step)
-    }"""
-    numbers = {"start": np.float32(start), "step": np.float32(step)}
-    model = build(graph % cast_from, last=np.array(1), **numbers)
-    model = onnx.shape_inference.infer_shapes(model)
-    before = model.SerializeToString()
-    count_in_integers(model.graph)
-    assert model.SerializeToString() == before
 
 
 def test_sizes_that_are_computed_from_symbols():

@@ -48,9 +48,8 @@ def compile_kernels(module: tvm.IRModule, target: tvm.target.Target) -> list[tvm
         ThreadPoolExecutor(min(usable_cores(), len(functions))) as pool,
     ):
         jobs = [
-            pool.submit(_compile, tvm.IRModule({variable: function}), target, path)
+            pool.submit(_compile, variable, function, target, Path(directory) / f"{i}.o")
             for i, (variable, function) in enumerate(functions)
-            for path in [Path(directory) / f"{i}.o"]
         ]
         try:
             return [job.result() for job in jobs]
@@ -58,13 +57,14 @@ def compile_kernels(module: tvm.IRModule, target: tvm.target.Target) -> list[tvm
             pool.shutdown(cancel_futures=True)
 
 
-def _compile(module: tvm.IRModule, target: tvm.target.Target, path: Path) -> tvm.runtime.Module:
-    """Compile a module of one function by way of an object file at `path`."""
-    ((variable, function),) = module.functions.items()
+def _compile(
+    variable: tvm.ir.GlobalVar, function: tirx.PrimFunc, target: tvm.target.Target, path: Path
+) -> tvm.runtime.Module:
+    """Compile one function by way of an object file at `path`."""
     by_hand = KERNEL_ATTRIBUTE in function.attrs
     host = target.with_host(target)
     with host, tvm.transform.PassContext(opt_level=3, config=FAST_MATH):
-        module = tirx.transform.BindTarget(host)(module)
+        module = tirx.transform.BindTarget(host)(tvm.IRModule({variable: function}))
         lowered = tvm.transform.Sequential(_lowering(by_hand))(module)
         code = tvm.get_global_func("target.build.llvm")(lowered, target)
         code.write_to_file(str(path))
