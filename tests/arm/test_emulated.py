@@ -179,6 +179,7 @@ def test_a_worker_measures_there(tmp_path):
         "threads": [1],
         "copies": 2,
         "seconds": 0.01,
+        "beside": None,
     }
     with Measurer([str(script)], limit=600) as measurer:
         answer = measurer(job, w)
