@@ -16,7 +16,7 @@ from bench_engines import ONNX_RUNTIME, OUTPUT, Feed, Run, Workload, of
 from bench_tables import Variant
 
 from sparse_tvm.reference import Reference
-from sparse_tvm.schedules.x86.units import AMX_FEATURES
+from sparse_tvm.schedules.x86.units import AMX_FEATURES, AVX512_BF16
 from sparse_tvm.targets import get_target
 
 VARIANTS = (
@@ -27,9 +27,9 @@ VARIANTS = (
     "90%:1x4@int8",
     "90%:4x4@int8",
 )
+BF16_VARIANTS = ("0%@bf16", "90%:unstructured@bf16")
+DOT_VARIANTS = ("90%:4x2@bf16",)
 AMX_VARIANTS = (
-    "0%@bf16",
-    "90%:unstructured@bf16",
     "90%:16x2@bf16",
     "90%:16x4@int8",
     "90%:32x4@int8",
@@ -39,8 +39,13 @@ AMX_VARIANTS = (
 
 def variants() -> list[Variant]:
     """What this machine has instructions for."""
-    amx = get_target("native").has(*AMX_FEATURES)
-    return [Variant(text) for text in (*VARIANTS, *(AMX_VARIANTS if amx else ()))]
+    target = get_target("native")
+    found = [*VARIANTS]
+    if target.has(*AMX_FEATURES):
+        found += [*BF16_VARIANTS, *AMX_VARIANTS]
+    elif target.has(*AVX512_BF16.features):
+        found += [*BF16_VARIANTS, *DOT_VARIANTS]
+    return [Variant(text) for text in found]
 
 
 def engines(workload: Workload, dense: Path, threads: int, feed: Feed) -> dict[str, Run]:

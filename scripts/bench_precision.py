@@ -33,6 +33,7 @@ from sparse_tvm.passes.layout_choice import choose
 from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
 from sparse_tvm.schedules.cpu.lane_tiles import Tiles
 from sparse_tvm.schedules.cpu.low_precision import quantise
+from sparse_tvm.schedules.cpu.precision import BF16, INT8
 from sparse_tvm.schedules.cpu.precision import PRECISIONS as LINES_OF
 from sparse_tvm.schedules.cpu.simd import LANES
 from sparse_tvm.schedules.x86.families.dots import X86DotFamily
@@ -90,8 +91,10 @@ def forms(target: Target) -> list[Form]:
     if target.has(*AMX_FEATURES):
         found += of("tiles", "int8", "AMX", ("16x4", "32x4", "16x64"))
         found += of("tiles", "bf16", "AMX", ("16x2", "32x2", "16x32"))
-    dot = X86DotFamily().dot(target)
-    return found + (of("dot", "int8", dot.name, ("1x4", "4x4")) if dot else [])
+    for precision, blocks in ((INT8, ("1x4", "4x4")), (BF16, ("1x2", "4x2"))):
+        if dot := X86DotFamily().dot(target, precision):
+            found += of("dot", precision.name, dot.name, blocks)
+    return found
 
 
 class Timed:

@@ -1,8 +1,8 @@
-"""Y = epilogue(W X) in int8 by dot product instructions, for W dense or in blocks of quads.
+"""Y = epilogue(W X) in int8 or bf16 by dot products, for W dense or in blocks of words.
 
 The family of ``schedules.cpu.matmul`` in words: a block is some rows of W by one line of X, four
-inputs; its weight, broadcast, multiplies vectors of tokens, and the sums stay in registers. An
-unstructured W is stored as every quad that holds a non-zero.
+inputs or two; its weight, broadcast, multiplies vectors of tokens, and the sums stay in registers.
+An unstructured W is stored as every word that holds a non-zero.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ from sparse_tvm.schedules.cpu.low_matmul import (
     for_job_ranges,
     row_range,
 )
-from sparse_tvm.schedules.cpu.low_precision import words_like
 from sparse_tvm.schedules.cpu.plane_code import one_of
-from sparse_tvm.schedules.cpu.simd import Simd, dot_group_limit
+from sparse_tvm.schedules.cpu.simd import Simd, dot_chains, dot_group_limit
 
 _WORDS_PER_LINE = 16
 
@@ -57,8 +56,9 @@ def dot_matmul(
     sparse: bool,
     simd: Simd,
     multiply_add: MultiplyAdd,
+    group: int | None = None,
 ) -> tirx.PrimFunc:
-    """Build the kernel for blocks of ``rows`` outputs by one quad of inputs.
+    """Build the kernel for blocks of ``rows`` outputs by one word of inputs.
 
     ``multiply_add(acc, x, w)`` is the dot product, from a kind of CPU's ``instructions``.
 
@@ -66,11 +66,14 @@ def dot_matmul(
     ``[ceil(n_out / rows), lines, rows]``, sparse ``[blocks, rows]`` with the arguments of
     :class:`SparseWeight`; then those of :class:`Rows`, rows counted.
 
+    ``group`` tiles share a pass over the weight, or as many as there are registers for.
+
     Where each tile has no more rows than a vector has lanes, one vector of it is computed.
     """
-    limit = dot_group_limit(rows, simd)
+    limit = group or dot_group_limit(rows, simd)
     block_rows = -(-problem.n_out // rows)
     lines = -(-problem.k_in // problem.precision.unit)
+    of_sums = "int32" if problem.precision.scaled else "float32"
 
     with prim_func() as result:
         outputs = Rows(problem, simd, limit, paired=False)
@@ -88,16 +91,20 @@ def dot_matmul(
             segment: Expr, block_row: Expr, live: int, vectors: TileVectors
         ) -> None:
             """Compute the ``live`` rows of a block row for a group of tiles."""
-            acc = local(live * vectors.count * simd.lanes, "int32")
+            chains = 1 if weight is None else dot_chains(live, vectors.count)
+            acc = local(chains * live * vectors.count * simd.lanes, of_sums)
 
-            def at(row: int, vector: int) -> Expr:
-                return ramp((row * vectors.count + vector) * simd.lanes, simd)
+            def at(row: int, vector: int, chain: int = 0) -> Expr:
+                place = (chain * live + row) * vectors.count + vector
+                return ramp(place * simd.lanes, simd)
 
             every = [(row, vector) for row in range(live) for vector in range(vectors.count)]
             for row, vector in every:
-                T.buffer_store(acc, words_like(0, simd.lanes), [at(row, vector)])
+                for chain in range(chains):
+                    nothing = T.broadcast(tirx.const(0, of_sums), simd.lanes)
+                    T.buffer_store(acc, nothing, [at(row, vector, chain)])
 
-            def step(line: Expr, weight_of: Callable[[int], Expr]) -> None:
+            def step(line: Expr, weight_of: Callable[[int], Expr], chain: int = 0) -> None:
                 operands = []
                 for vector in range(vectors.count):
                     tile, lanes = vectors.at(vector)
@@ -108,8 +115,8 @@ def dot_matmul(
                 for row, word in enumerate(words):
                     w = T.broadcast(word, simd.lanes)
                     for vector, operand in enumerate(operands):
-                        total = multiply_add(acc[at(row, vector)], operand, w)
-                        T.buffer_store(acc, total, [at(row, vector)])
+                        place = at(row, vector, chain)
+                        T.buffer_store(acc, multiply_add(acc[place], operand, w), [place])
 
             if weight is None:
                 with T.serial(0, lines) as line:
@@ -119,7 +126,11 @@ def dot_matmul(
                 for place in range(vectors.count // vectors.used):
                     for row in range(rows):
                         outputs.ask(soon + row, vectors.first + place)
-                _for_blocks(data, weight, rows, segment, step)
+                _for_blocks(data, weight, rows, segment, step, chains)
+                for row, vector in every:
+                    for chain in range(1, chains):
+                        total = acc[at(row, vector)] + acc[at(row, vector, chain)]
+                        T.buffer_store(acc, total, [at(row, vector)])
             # Whole tiles at once: what follows a sum is long, and CPUs look few of them ahead.
             for place in range(vectors.count // vectors.used):
                 tile = vectors.first + place
@@ -181,9 +192,13 @@ def _for_blocks(
     weight: SparseWeight,
     rows: int,
     segment: Expr,
-    step: Callable[[Expr, Callable[[int], Expr]], None],
+    step: Callable[[Expr, Callable[[int], Expr], int], None],
+    chains: int,
 ) -> None:
-    """Call ``step(line, weight of a row)`` for the stored blocks of a block row."""
+    """Call ``step(line, weight of a row, chain)`` for the stored blocks of a block row.
+
+    As many blocks as there are chains follow each other, each with sums of its own.
+    """
     first = scalar(weight.indptr[segment])
     count = scalar(weight.indptr[segment + 1] - first)
     ahead = PREFETCH_BYTES // (4 * rows)
@@ -191,8 +206,15 @@ def _for_blocks(
     if rows == 1:  # short blocks, whose lines would be asked for again and again
         for line in range(2):
             prefetch(data, (first + ahead + line * _WORDS_PER_LINE, 0))
-    with T.serial(0, count) as p:
-        at = first + p
+
+    def block(at: Expr, chain: int) -> None:
         if rows > 1:
             prefetch(data, (at + ahead, 0))
-        step(scalar(weight.indices[at, 0]), lambda row: data[at, row])
+        step(scalar(weight.indices[at, 0]), lambda row: data[at, row], chain)
+
+    with T.serial(0, count // chains) as p:
+        for chain in range(chains):
+            block(first + p * chains + chain, chain)
+    if chains > 1:
+        with T.serial(0, count % chains) as rest:
+            block(first + count - 1 - rest, 0)

@@ -1,4 +1,4 @@
-"""Dot product instructions of bytes, as packing, costs and kernels see those of any CPU.
+"""Dot product instructions of words, as packing, costs and kernels see those of any CPU.
 
 Needs no TVM.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparse_tvm.schedules.cpu.precision import INT8, Precision
+
 
 @dataclass(frozen=True)
 class Dot:
-    """A dot product instruction of bytes.
+    """A dot product instruction of bytes, or of pairs of bf16.
 
     Attributes
     ----------
@@ -34,6 +36,8 @@ class Dot:
     gathered : float
         Cycles that a line of x takes longer from the second cache than from the first, where that
         is known to be more than in float32 kernels.
+    precision : Precision
+        What a word holds: int8 is summed up in int32, bf16 in float32.
     """
 
     name: str
@@ -45,3 +49,4 @@ class Dot:
     signed: bool = False
     halves: bool = False
     gathered: float = 0.0
+    precision: Precision = INT8

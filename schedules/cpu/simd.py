@@ -161,3 +161,19 @@ def dot_group_limit(rows: int, simd: Simd) -> int:
     if rows > 1:
         limit = min(limit, (simd.registers - 2) // ((rows + 1) * simd.per_tile))
     return max(1, min(_MAX_DOT_GROUP, limit))
+
+
+_SUMS_ON_THEIR_WAY, _MAX_CHAINS = 8, 4
+
+
+def dot_chains(rows: int, vectors: int) -> int:
+    """How many sums each row of a block of dot products has, which are added up at its end.
+
+    A row of few vectors would wait for its own sums, a dot product's latency from block to block.
+    """
+    return max(1, min(_MAX_CHAINS, _SUMS_ON_THEIR_WAY // vectors)) if rows == 1 else 1
+
+
+def dot_group_of(layout: Layout, simd: Simd) -> int:
+    """Tiles per group that a layout asks for (its parameter ``group``), or as many as fit."""
+    return layout.get("group", dot_group_limit(layout.block[0], simd))

@@ -139,7 +139,47 @@ HALVES: dict[str, Callable[..., Expr]] = {
 }
 """``(acc, x, even, odd)`` likewise, by the name of a :class:`Dot` that multiplies halves."""
 
+# Dot products of bf16: acc[lane] += sum over the two halves of x[lane] * w[lane], in float32
+
+
+def plain_bf16_dot(acc: Expr, x: Expr, w: Expr) -> Expr:
+    """The twin of ``vdpbf16ps``."""
+    lanes = lanes_of(acc)
+    low = [T.shift_left(value, words_like(16, lanes)) for value in (x, w)]
+    high = [T.bitwise_and(value, words_like(-0x10000, lanes)) for value in (x, w)]
+    for factors in (low, high):
+        a, b = (T.reinterpret(f"float32x{lanes}", value) for value in factors)
+        acc = acc + a * b
+    return acc
+
+
+def vdpbf16ps(acc: Expr, x: Expr, w: Expr) -> Expr:
+    """``vdpbf16ps`` of AVX512-BF16, in a function that :func:`with_vdpbf16ps` brings."""
+    return tirx.call_pure_extern(f"float32x{lanes_of(acc)}", _VDPBF16PS, acc, x, w)
+
+
+def with_vdpbf16ps(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
+    """A kernel and the function in LLVM's own words that it calls: TVM has no vectors of bf16."""
+    body = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", _VDPBF16PS_CODE, kernel.body)
+    return kernel.with_body(body)
+
+
+_VDPBF16PS = "sparse_tvm_vdpbf16ps"
+_VDPBF16PS_CODE = f"""
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+define linkonce_odr <16 x float> @{_VDPBF16PS}(<16 x float> %acc, <16 x i32> %x, <16 x i32> %w)
+    alwaysinline nounwind {{
+  %a = bitcast <16 x i32> %x to <32 x bfloat>
+  %b = bitcast <16 x i32> %w to <32 x bfloat>
+  %sum = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
+      <16 x float> %acc, <32 x bfloat> %a, <32 x bfloat> %b)
+  ret <16 x float> %sum
+}}
+"""
+
 MULTIPLY_ADD: dict[str, MultiplyAdd] = {
+    "avx512bf16": vdpbf16ps,
+    "plain-bf16": plain_bf16_dot,
     "avx512vnni": vpdpbusd,
     "avxvnni": vpdpbusd,
     "avx2": vpmaddubsw,
@@ -345,7 +385,13 @@ class PlainTiles:
 
     def multiply_add(self, precision: Precision, c: int, a: int, b: int) -> None:
         """Row by row of ``c``, line by line of ``b``."""
-        multiply = plain_dot if precision.name == "int8" else _plain_bf16_dot
+
+        def multiply(acc: Expr, x: Expr, w: Expr) -> Expr:
+            if precision.name == "int8":
+                return plain_dot(acc, x, w)
+            total = plain_bf16_dot(T.reinterpret(f"float32x{LINES}", acc), x, w)
+            return T.reinterpret(f"int32x{LINES}", total)
+
         with T.serial(0, LINES) as row, T.serial(0, self._shapes[b][0]) as line:
             at = self._row(c, row)
             weight = T.broadcast(self._tiles[a * TILE_WORDS + row * LINES + line], LINES)
@@ -355,17 +401,3 @@ class PlainTiles:
     @staticmethod
     def _row(tile: int, row: Expr) -> Expr:
         return T.ramp(tile * TILE_WORDS + row * LINES, 1, LINES)
-
-
-def _plain_bf16_dot(acc: Expr, x: Expr, w: Expr) -> Expr:
-    """The twin of a line of ``tdpbf16ps``, on words that hold float32 and pairs of bf16."""
-    lanes = lanes_of(acc)
-    real = f"float32x{lanes}"
-    total = T.reinterpret(real, acc)
-    for half in range(2):
-        if half == 0:
-            values = [T.shift_left(v, words_like(16, lanes)) for v in (x, w)]
-        else:
-            values = [T.bitwise_and(v, words_like(-0x10000, lanes)) for v in (x, w)]
-        total = total + T.reinterpret(real, values[0]) * T.reinterpret(real, values[1])
-    return T.reinterpret(f"int32x{lanes}", total)

@@ -1,179 +1,38 @@
-"""Scaled dot-product attention on a matrix unit: bf16 scores and values, float32 soft-max.
-
-One job is one head and up to eight tiles of queries, whose keys and values it first brings into
-the form of weights: keys by their features, values by their keys. Then, for two tiles of queries
-at a time, ``scores[key, query]`` are products of tiles, the soft-max runs down the keys, and its
-weights, rounded to bf16 in pairs of keys, are the lines that the values' tiles multiply.
-"""
+"""Attention on a matrix unit: keys and values are tiles of weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from sparse_tvm.schedules.cpu.attention_operands import LOWEST, Mask, mask_argument, mask_at
-from sparse_tvm.schedules.cpu.lane_tiles import (
-    Buffer,
-    Expr,
-    Registers,
-    Tiles,
-    argument,
-    local,
-    prim_func,
-    scalar,
-    splat,
-    symbol,
-    zero,
-)
-from sparse_tvm.schedules.cpu.low_precision import (
-    Lines,
-    bf16_pair,
-    store_tiles,
-    words_like,
-)
-from sparse_tvm.schedules.cpu.precision import BF16, HEAD_STEP, LINES, Precision
+from sparse_tvm.schedules.cpu.lane_tiles import Buffer, Expr, local, scalar
+from sparse_tvm.schedules.cpu.precision import BF16, HEAD_STEP, LINES
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
-from sparse_tvm.schedules.cpu.vector_math import rough_exp
+from sparse_tvm.schedules.x86.bf16_attention import WIDTH, Bf16Attention, Head, bf16_attention
 from sparse_tvm.schedules.x86.instructions import TILE_WORDS, TileUnit
 
-_MAX_GROUP = 8
-_WIDTH = 2
+
+def tile_attention(problem: Bf16Attention, simd: Simd, unit: TileUnit) -> tirx.PrimFunc:
+    """Build the kernel of :func:`bf16_attention` for a matrix unit."""
+    return bf16_attention(problem, simd, partial(_TileHead, unit))
 
 
-@dataclass(frozen=True)
-class TileAttention:
-    """One attention.
-
-    Attributes
-    ----------
-    queries, keys : Tiles
-        Extents of q, and of k and v.
-    key_rows : int or None
-        Keys, unless run time says how many.
-    heads, head_size, value_size : int
-        The sizes are multiples of ``HEAD_STEP``.
-    scale : float
-        Factor of the scores.
-    mask : Mask | None
-        An additive mask.
-    out : Precision | None
-        Of the output; None for float32.
-    """
-
-    queries: Tiles
-    keys: Tiles
-    key_rows: int | None
-    heads: int
-    head_size: int
-    value_size: int
-    scale: float
-    mask: Mask | None = None
-    out: Precision | None = None
-
-
-def tile_attention(problem: TileAttention, simd: Simd, unit: TileUnit) -> tirx.PrimFunc:
-    """Build the kernel.
-
-    Arguments of the PrimFunc, in order: q, k and v in bf16, the mask if any, the number of keys
-    as an int64 unless ``key_rows`` is a number, and the output.
-    """
-    queries, heads = problem.queries, problem.heads
-    features = heads * problem.value_size
-    with prim_func() as result:
-        q = Lines("q", queries, heads * problem.head_size, BF16)
-        k = Lines("k", problem.keys, heads * problem.head_size, BF16)
-        v = Lines("v", problem.keys, features, BF16)
-        mask = mask_argument(problem.mask, queries) if problem.mask else None
-        count = problem.key_rows
-        if count is None:
-            count = T.arg("key_rows", symbol("key_rows"))
-        if problem.out is None:
-            out = argument("out", queries.shape(features))
-        else:
-            rounded = Lines("out", queries, features, problem.out)
-        for lines in (q, k, v):
-            lines.bind()
-        if problem.out is None:
-            flat = queries.flat(out, features)
-        else:
-            rounded.bind()
-            flat = T.alloc_buffer((queries.count, features, LANES), "float32")
-
-        groups = (queries.per_lead + (_MAX_GROUP - 1)) // _MAX_GROUP
-        jobs = scalar(queries.lead * heads * groups)
-        threads = scalar(tirx.call_packed("runtime.NumThreads"))
-        with T.parallel(0, threads) as thread:
-            unit.configure()
-            kernel = _Head(problem, simd, unit, (q, k, v), mask, count, flat)
-            first_job = scalar(thread * jobs // threads)
-            last_job = scalar((thread + 1) * jobs // threads)
-            with T.serial(0, last_job - first_job) as i:
-                job = scalar(first_job + i)
-                kernel.compute(
-                    scalar(job // groups // heads), scalar(job // groups % heads), job % groups
-                )
-            unit.release()
-        if problem.out is not None:
-            store_tiles(rounded, flat, queries, simd)
-    return result["func"]
-
-
-class _Head:
-    """The work of one job; its scratch memory serves all jobs of a thread."""
-
-    def __init__(
-        self,
-        problem: TileAttention,
-        simd: Simd,
-        unit: TileUnit,
-        inputs: tuple[Lines, Lines, Lines],
-        mask: Buffer,
-        count: Expr,
-        out: Buffer,
-    ) -> None:
-        self._problem, self._simd, self._unit = problem, simd, unit
-        self._q, self._k, self._v = inputs
-        self._mask, self._count, self._out = mask, count, out
+class _TileHead(Head):
+    def __init__(self, unit: TileUnit, problem: Bf16Attention, *others: Any) -> None:
+        super().__init__(problem, *others)
+        self._unit = unit
         self._depth = problem.head_size // HEAD_STEP  # tiles of a head's features
-        self._height = problem.value_size // LANES  # tiles of a head's values
-        # Keys in pairs of tiles: as many as a tile of values has columns.
-        self._pairs = (problem.keys.per_lead + 1) // 2
         self._keys = self._memory(self._pairs * 2 * self._depth * TILE_WORDS)
-        self._values = self._memory(self._pairs * self._height * TILE_WORDS)
-        self._scores = self._memory(self._pairs * HEAD_STEP * LANES * _WIDTH)
-        self._weights = self._memory(self._pairs * LINES * LANES * _WIDTH)
 
-    @staticmethod
-    def _memory(words: Expr) -> Buffer:
-        return T.alloc_buffer((words,), "int32")
+    def begin(self) -> None:
+        self._unit.configure()
 
-    def compute(self, lead: Expr, head: Expr, group: Expr) -> None:
-        """Attention of a head for a group of tiles of queries."""
-        per_lead = self._problem.queries.per_lead
-        first = scalar(group * _MAX_GROUP)
-        size = scalar(tirx.min(_MAX_GROUP, per_lead - first))
-        with T.serial(0, self._pairs) as pair:
-            self._pack_keys(lead, head, pair)
-            self._pack_values(lead, head, pair)
-
-        def some_queries(place: Expr, width: int) -> None:
-            tile = scalar(first + place)
-            self._score(lead, head, tile, width)
-            self._soft_max(lead, head, tile, width)
-            self._value(lead, head, tile, width)
-
-        with T.serial(0, size // _WIDTH) as i:
-            some_queries(i * _WIDTH, _WIDTH)
-        with T.If(size % _WIDTH == 1), T.Then():
-            some_queries(size - 1, 1)
-
-    def _tile(self, lead: Expr, tile: Expr) -> Expr:
-        """A tile of keys, among those of all leading indices; the last one instead of none."""
-        per_lead = self._problem.keys.per_lead
-        return lead * per_lead + tirx.min(tile, per_lead - 1)
+    def end(self) -> None:
+        self._unit.release()
 
     def _pack_keys(self, lead: Expr, head: Expr, pair: Expr) -> None:
         """Transpose two tiles of keys: rows of keys, columns of features."""
@@ -185,29 +44,6 @@ class _Head:
                 at = ((pair * 2 + side) * self._depth + depth) * TILE_WORDS
                 _store_transposed(rows, self._keys, at)
 
-    def _pack_values(self, lead: Expr, head: Expr, pair: Expr) -> None:
-        """Rows of features, columns of two tiles' keys; zeros behind the last key."""
-        tiles = [scalar(self._tile(lead, pair * 2 + side)) for side in range(2)]
-        live = []
-        for side in range(2):
-            key = T.ramp(T.Cast("int32", (pair * 2 + side) * LANES), 1, LANES)
-            below = key < T.broadcast(T.Cast("int32", self._count), LANES)
-            live.append(T.Select(below, words_like(-1, LANES), words_like(0, LANES)))
-        with T.serial(0, self._height) as tile, T.serial(0, LANES // 2) as i:
-            line = scalar((head * self._height + tile) * (LANES // 2) + i)
-            halves = [
-                T.reinterpret(
-                    f"int16x{2 * LANES}",
-                    T.bitwise_and(self._v.get(tiles[side], line, 0, LANES), live[side]),
-                )
-                for side in range(2)
-            ]
-            for odd in range(2):
-                row = tirx.Shuffle(halves, [tirx.const(2 * j + odd, "int32") for j in range(32)])
-                at = (pair * self._height + tile) * TILE_WORDS + (2 * i + odd) * LANES
-                words = T.reinterpret(f"int32x{LANES}", row)
-                T.buffer_store(self._values, words, [T.ramp(at, 1, LANES)])
-
     def _products(
         self,
         width: int,
@@ -218,7 +54,7 @@ class _Head:
     ) -> None:
         """Sums over ``steps`` of two tiles ``a`` times ``width`` tiles ``b``."""
         unit = self._unit
-        for number in range(2 * _WIDTH):
+        for number in range(2 * WIDTH):
             unit.zero(number)
         with T.serial(0, steps) as step:
             for row in range(2):
@@ -226,10 +62,10 @@ class _Head:
             for column in range(width):
                 unit.load(6 + column, *b(step, column))
                 for row in range(2):
-                    unit.multiply_add(BF16, row * _WIDTH + column, 4 + row, 6 + column)
+                    unit.multiply_add(BF16, row * WIDTH + column, 4 + row, 6 + column)
         for row in range(2):
             for column in range(width):
-                unit.store(row * _WIDTH + column, *into(row, column))
+                unit.store(row * WIDTH + column, *into(row, column))
 
     def _score(self, lead: Expr, head: Expr, tile: Expr, width: int) -> None:
         """Scores of all keys for some tiles of queries."""
@@ -248,84 +84,11 @@ class _Head:
 
             self._products(width, self._depth, a, b, into)
 
-    def _score_at(self, key: Expr, column: int) -> Expr:
-        return (column * (self._pairs * HEAD_STEP) + key) * LANES
-
-    def _soft_max(self, lead: Expr, head: Expr, tile: Expr, width: int) -> None:
-        """Turn the scores of some tiles of queries into pairs of weights, which sum up to one."""
-        simd, count, mask = self._simd, self._count, self._problem.mask
-        lanes, scale = simd.lanes, self._problem.scale
-        real, integer = f"float32x{lanes}", f"int32x{lanes}"
-        vectors = [divmod(v * lanes, LANES) for v in range(width * simd.per_tile)]
-        # Even and odd keys by themselves: chains of additions are what would take the time.
-        tops, totals = Registers(2, len(vectors), simd), Registers(2, len(vectors), simd)
-        tops.fill(lambda row, vector: splat(T.float32(LOWEST), simd))
-        totals.fill(lambda row, vector: zero(simd))
-
-        def place(key: Expr, vector: int) -> Expr:
-            column, first = vectors[vector]
-            return T.ramp(self._score_at(key, column) + first, 1, lanes)
-
-        def see(key: Expr, parity: int) -> None:
-            for vector, (column, first) in enumerate(vectors):
-                at = place(key, vector)
-                score = Registers(1, 1, simd)
-                score.set(0, 0, T.reinterpret(real, self._scores[at]))
-                if mask is not None:
-                    of_queries = tile + column, key, T.ramp(first, 1, lanes)
-                    added = mask_at(self._mask, mask, lead, head, self._problem.heads, *of_queries)
-                    score.set(0, 0, score.get(0, 0) * splat(T.float32(scale), simd) + added)
-                    T.buffer_store(self._scores, T.reinterpret(integer, score.get(0, 0)), [at])
-                top = tirx.max(tops.get(parity, vector), score.get(0, 0))
-                tops.set(parity, vector, top)
-
-        def weight(key: Expr, parity: int, vector: int) -> Expr:
-            value = Registers(1, 1, simd)
-            score = T.reinterpret(real, self._scores[place(key, vector)])
-            factor = splat(T.float32(scale if mask is None else 1.0), simd)
-            value.set(0, 0, rough_exp((score - tops.get(0, vector)) * factor))
-            totals.set(parity, vector, totals.get(parity, vector) + value.get(0, 0))
-            return value.get(0, 0)
-
-        def store(pair: Expr, vector: int, words: Expr) -> None:
-            column, first = vectors[vector]
-            at = self._weight_at(pair, column) + first
-            T.buffer_store(self._weights, words, [T.ramp(at, 1, lanes)])
-
-        with T.serial(0, count // 2) as pair:
-            for parity in range(2):
-                see(pair * 2 + parity, parity)
-        with T.If(count % 2 == 1), T.Then():
-            see(count - 1, 0)
-        for vector in range(len(vectors)):
-            tops.set(0, vector, tirx.max(tops.get(0, vector), tops.get(1, vector)))
-        with T.serial(0, count // 2) as pair:
-            for vector in range(len(vectors)):
-                even, odd = weight(pair * 2, 0, vector), weight(pair * 2 + 1, 1, vector)
-                store(pair, vector, bf16_pair(even, odd, lanes))
-        with T.If(count % 2 == 1), T.Then():
-            for vector in range(len(vectors)):
-                last = weight(count - 1, 0, vector)
-                store(count // 2, vector, bf16_pair(last, zero(simd), lanes))
-        used = (count + 1) // 2
-        with T.serial(0, self._pairs * LINES - used) as i:
-            for vector in range(len(vectors)):
-                store(used + i, vector, words_like(0, lanes))
-        for vector in range(len(vectors)):
-            total = totals.get(0, vector) + totals.get(1, vector)
-            # The largest score has weight 1: only a query without any key has a sum of about 0.
-            inverse = splat(T.float32(1), simd) / tirx.max(total, splat(T.float32(1e-30), simd))
-            words = T.reinterpret(integer, inverse)
-            T.buffer_store(self._scores, words, [place(0, vector)])  # which nobody needs any more
-
-    def _weight_at(self, pair: Expr, column: int) -> Expr:
-        return (column * (self._pairs * LINES) + pair) * LANES
-
     def _value(self, lead: Expr, head: Expr, tile: Expr, width: int) -> None:
         """Weighted sums of the values, divided by the weights' sums."""
-        problem, lanes = self._problem, self._simd.lanes
-        sums = local(2 * _WIDTH * TILE_WORDS, "int32")
-        sums = T.decl_buffer((2 * _WIDTH * TILE_WORDS,), "int32", data=sums.data)
+        lanes = self._simd.lanes
+        sums = local(2 * WIDTH * TILE_WORDS, "int32")
+        sums = T.decl_buffer((2 * WIDTH * TILE_WORDS,), "int32", data=sums.data)
         with T.serial(0, self._height // 2) as block:
 
             def a(step: Expr, row: int) -> tuple[Buffer, Expr]:
@@ -335,29 +98,20 @@ class _Head:
                 return self._weights, self._weight_at(step * LINES, column)
 
             def into(row: int, column: int) -> tuple[Buffer, Expr]:
-                return sums, (row * _WIDTH + column) * TILE_WORDS
+                return sums, (row * WIDTH + column) * TILE_WORDS
 
             self._products(width, self._pairs, a, b, into)
             for column in range(width):
                 for part in range(self._simd.per_tile):
                     first = part * lanes
-                    inverse = self._scores[T.ramp(self._score_at(0, column) + first, 1, lanes)]
-                    factor = Registers(1, 1, self._simd)
-                    factor.set(0, 0, T.reinterpret(f"float32x{lanes}", inverse))
+                    factor = self._inverse(column, first)
                     for row in range(2):
                         with T.serial(0, LANES) as r:
-                            at = (row * _WIDTH + column) * TILE_WORDS + r * LANES + first
+                            at = (row * WIDTH + column) * TILE_WORDS + r * LANES + first
                             value = T.reinterpret(f"float32x{lanes}", sums[T.ramp(at, 1, lanes)])
-                            feature = head * problem.value_size + (block * 2 + row) * LANES + r
-                            T.buffer_store(
-                                self._out,
-                                value * factor.get(0, 0),
-                                [
-                                    lead * problem.queries.per_lead + tile + column,
-                                    feature,
-                                    T.ramp(first, 1, lanes),
-                                ],
-                            )
+                            feature = (block * 2 + row) * LANES + r
+                            place = self._place(lead, head, tile + column, feature, first)
+                            T.buffer_store(self._out, value * factor.get(0, 0), place)
 
 
 def _store_transposed(rows: list[Expr], out: Buffer, at: Expr) -> None:

@@ -6,6 +6,7 @@ Needs no TVM; :mod:`sparse_tvm.schedules.x86.instructions` has the instructions.
 from __future__ import annotations
 
 from sparse_tvm.schedules.cpu.dots import Dot
+from sparse_tvm.schedules.cpu.precision import BF16
 
 TILE_ROWS = 16
 """Rows of a tile register, and lines of one."""
@@ -17,6 +18,7 @@ AMX_RATE = 8.0
 
 
 AVX512_VNNI = Dot("avx512vnni", 16, 32, ("avx512vnni", "avx512vl", "avx512bw"), 0.5)
+AVX512_BF16 = Dot("avx512bf16", 16, 32, ("avx512bf16", "avx512vl", "avx512bw"), 0.5, precision=BF16)
 AVX_VNNI = Dot("avxvnni", 8, 16, ("avxvnni", "avx2"), 1.1)
 AVX2 = Dot("avx2", 8, 16, ("avx2",), 2.2, largest_weight=64, gathered=2.8)
 AVX2_SIGNED = Dot(
@@ -32,5 +34,5 @@ IMAGE_DOTS = (AVX512_VNNI, AVX_VNNI, AVX2_HALVES, SSE2_HALVES)
 SPARSE_IMAGE_DOTS = (AVX512_VNNI, AVX_VNNI, AVX2, SSSE3)
 """Of sparse ones, where a word with too large a pair of weights is stored as two."""
 
-DOTS = (AVX512_VNNI, AVX_VNNI, AVX2, AVX2_SIGNED, SSSE3, SSSE3_SIGNED)
+DOTS = (AVX512_VNNI, AVX512_BF16, AVX_VNNI, AVX2, AVX2_SIGNED, SSSE3, SSSE3_SIGNED)
 """The fastest first: those with smaller weights lose a bit of them, and are half as fast again."""

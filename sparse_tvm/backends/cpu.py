@@ -40,8 +40,11 @@ from sparse_tvm.schedules.cpu.families.selection import (
     UniqueRowsFamily,
 )
 from sparse_tvm.schedules.cpu.families.winograd import WinogradFamily
+from sparse_tvm.schedules.x86.families.bf16_attention import (
+    DotAttentionFamily,
+    TileAttentionFamily,
+)
 from sparse_tvm.schedules.x86.families.dots import X86DotFamily
-from sparse_tvm.schedules.x86.families.tile_attention import TileAttentionFamily
 from sparse_tvm.schedules.x86.families.tiles import TileFamily
 from sparse_tvm.schedules.x86.families.words import (
     TileConvolutionFamily,
@@ -91,6 +94,7 @@ class CpuBackend(Backend):
                 X86DotFamily(),
                 ArmDotFamily(),
                 TileAttentionFamily(),
+                DotAttentionFamily(),
                 TileConvolutionFamily(),
                 X86DotConvolutionFamily(),
                 X86WordRowsFamily(),

@@ -133,7 +133,7 @@ def test_quantised_models_multiply_their_own_integers(models, tmp_path):
 
 
 def test_int8_is_refused_without_dot_products(models, tmp_path):
-    with pytest.raises(SparseTvmError, match="cortex-a72 has no dot products of bytes"):
+    with pytest.raises(SparseTvmError, match="cortex-a72 has no dot products of int8"):
         sparse_tvm.compile(
             models / "bert.onnx", tmp_path / "model.so", target="cortex-a72", precision="int8"
         )

@@ -37,6 +37,7 @@ def runnable(features: tuple[str, ...]) -> Target | None:
 DOT_TARGETS: list[tuple[Dot, Target]] = [
     (Dot("plain", lanes, 16, (), 1.0), ANY) for lanes in (4, 8)
 ]
+DOT_TARGETS += [(Dot("plain-bf16", lanes, 16, (), 1.0, precision=BF16), ANY) for lanes in (4, 8)]
 DOT_TARGETS += [(Dot("plain-sdot", 4, 32, (), 1.0), PORTABLE)]
 DOT_TARGETS += [(dot, target) for dot in DOTS if (target := runnable(dot.features))]
 MULTIPLY_ADD = {**x86.MULTIPLY_ADD, **arm.MULTIPLY_ADD}

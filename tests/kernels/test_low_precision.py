@@ -27,7 +27,9 @@ from sparse_tvm.schedules.cpu.low_matmul import LowMatmul
 from sparse_tvm.schedules.cpu.low_precision import quantise, quantise_by_steps
 from sparse_tvm.schedules.cpu.precision import BF16, INT8
 from sparse_tvm.schedules.x86 import tile_weights
+from sparse_tvm.schedules.x86.instructions import with_vdpbf16ps
 from sparse_tvm.schedules.x86.tile_matmul import FORMS, TileLayout, tile_matmul
+from sparse_tvm.schedules.x86.units import AVX512_BF16
 from sparse_tvm.sparsity.quantise import as_words, bf16_values, round_to_bf16
 
 FEW = settings(KERNELS, max_examples=10)
@@ -160,8 +162,8 @@ def test_dot(values):
 
 
 def check_dot(values):
-    case = case_of(INT8, values)
     dot, target = values["native"]
+    case = case_of(dot.precision, values)
     rows = min(values["rows_of_block"], case.n)
     elements, of_rows = rounded_for(dot, target, case.w)
     pack = word_weights.sparse_rows if values["sparse"] else word_weights.dense_rows
@@ -182,12 +184,13 @@ def test_dot_of_few_rows(rows, symbolic, native):
 
 
 def dot_kernel(dot, target, problem, rows, sparse):
-    return dot_matmul(problem, rows, sparse, simd_of(dot, target), MULTIPLY_ADD[dot.name])
+    kernel = dot_matmul(problem, rows, sparse, simd_of(dot, target), MULTIPLY_ADD[dot.name])
+    return with_vdpbf16ps(kernel) if dot is AVX512_BF16 else kernel
 
 
 def rounded_for(dot, target, w):
     zero_point = 0 if dot.signed else simd(target).zero_point
-    return word_weights.rounded(w, INT8, dot.largest_weight, zero_point)
+    return word_weights.rounded(w, dot.precision, dot.largest_weight, zero_point)
 
 
 def pack_tiles(elements, layout):
@@ -272,7 +275,8 @@ def test_quantise_by_steps(values, scale, zero):
 
 @pytest.mark.parametrize("farthest", [127, -128])
 def test_dot_of_the_largest_values_does_not_saturate(farthest):
-    able = [(dot, target) for dot, target in DOT_TARGETS if dot.largest_weight >= -farthest]
+    of_bytes = [(dot, target) for dot, target in DOT_TARGETS if dot.precision is INT8]
+    able = [(dot, target) for dot, target in of_bytes if dot.largest_weight >= -farthest]
     assert able
     for dot, target in able:
         case = Case(INT8, 1, 16, 3, 64, 0.0, [], None, 1.0, 0)

@@ -1,4 +1,4 @@
-"""Attention on matrix units against NumPy: any sizes, masks, and thread counts."""
+"""Attention in bf16 against NumPy, on matrix units and by dot products: sizes, masks, threads."""
 
 from __future__ import annotations
 
@@ -9,14 +9,35 @@ import pytest
 from harness import KERNELS, from_tiles, run, simd, thread_counts, tiles_for, to_tiles
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from low_precision import TILE_TARGETS, from_lines, rounded, to_lines
+from low_precision import ANY, TILE_TARGETS, from_lines, rounded, runnable, to_lines
 from test_attention import LOWEST, reference, split
 
 from sparse_tvm.schedules.cpu.attention_operands import Mask
 from sparse_tvm.schedules.cpu.lane_tiles import Tiles
 from sparse_tvm.schedules.cpu.precision import BF16, INT8
-from sparse_tvm.schedules.x86.tile_attention import TileAttention, tile_attention
+from sparse_tvm.schedules.x86.bf16_attention import Bf16Attention
+from sparse_tvm.schedules.x86.dot_attention import dot_attention
+from sparse_tvm.schedules.x86.instructions import plain_bf16_dot, vdpbf16ps, with_vdpbf16ps
+from sparse_tvm.schedules.x86.tile_attention import tile_attention
+from sparse_tvm.schedules.x86.units import AVX512_BF16
 
+
+def on(unit):
+    """Builds the kernel for a kind of matrix unit."""
+    return lambda problem, simd: tile_attention(problem, simd, unit())
+
+
+def by_vdpbf16ps(problem, simd):
+    return with_vdpbf16ps(dot_attention(problem, simd, vdpbf16ps))
+
+
+def by_plain_dot(problem, simd):
+    return dot_attention(problem, simd, plain_bf16_dot)
+
+
+NATIVE = [(on(unit), target) for unit, target in TILE_TARGETS]
+NATIVE += [(by_plain_dot, ANY)]
+NATIVE += [(by_vdpbf16ps, target) for target in [runnable(AVX512_BF16.features)] if target]
 FEW = settings(KERNELS, max_examples=10)
 lengths = st.one_of(st.sampled_from([1, 15, 16, 17, 32, 33, 128]), st.integers(1, 150))
 problems = st.fixed_dictionaries(
@@ -32,7 +53,7 @@ problems = st.fixed_dictionaries(
         "dropped": st.sampled_from([0.2, 0.6, 1.0]),
         "out": st.sampled_from([None, BF16, INT8]),
         "symbolic": st.booleans(),
-        "native": st.sampled_from(TILE_TARGETS),
+        "native": st.sampled_from(NATIVE),
         "threads": thread_counts,
         "seed": st.integers(0, 2**16),
     }
@@ -77,9 +98,9 @@ def check(case):
         arguments.append(to_tiles(merged) if mask.queries else added)
     if case["symbolic"]:
         arguments.append(keys)
-    unit, target = case["native"]
+    build, target = case["native"]
     over_queries = tiles_for(lead, queries, case["symbolic"])
-    problem = TileAttention(
+    problem = Bf16Attention(
         over_queries,
         Tiles(over_queries.lead, tiles_for(lead, keys, case["symbolic"]).per_lead),
         None if case["symbolic"] else keys,
@@ -90,7 +111,7 @@ def check(case):
         mask,
         out,
     )
-    kernel = tile_attention(problem, simd(target), unit())
+    kernel = build(problem, simd(target))
     features, tiles = heads * case["value_size"], -(-queries // 16)
     if out is None:
         tiled = run(kernel, target, case["threads"], arguments, (lead, tiles, features, 16))
@@ -112,7 +133,7 @@ def check(case):
         "mask": Mask(lead=True, heads=True, queries=True, keys=True),
         "low": -math.inf,
         "dropped": 1.0,
-        "native": TILE_TARGETS[-1],
+        "native": NATIVE[-1],
     }
 )
 @FEW
@@ -120,7 +141,7 @@ def test_tile_attention(case):
     check(case)
 
 
-@pytest.mark.parametrize("native", TILE_TARGETS)
+@pytest.mark.parametrize("native", NATIVE)
 @pytest.mark.parametrize("out", [None, BF16, INT8])
 def test_many_tiles(native, out):
     check({**LARGER, "native": native, "out": out})

@@ -27,7 +27,7 @@ from sparse_tvm.schedules.cpu.precision import (
     PRECISIONS,
     Precision,
 )
-from sparse_tvm.schedules.cpu.simd import LANES, Simd, dot_group_limit, tiles_of
+from sparse_tvm.schedules.cpu.simd import LANES, Simd, dot_chains, dot_group_of, tiles_of
 from sparse_tvm.sparsity.quantise import as_words
 from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.targets import Target
@@ -46,6 +46,12 @@ kernels leave little time to hide them in."""
 
 _L2_SHARE = 0.75
 """Share of the second cache that keeps a weight from one group of tokens to the next."""
+
+_FEW_TILES = 4
+"""Whose words the first cache mostly holds, for a weight of single rows."""
+
+_LOOP = 1.3
+"""Cycles that the loop over stored blocks takes at least for one, measured on Zen 4."""
 
 _LATENCY, _WINDOW = 5.0, 512
 """Cycles from one dot product to the next of the same sums, and how many instructions a CPU looks
@@ -136,28 +142,36 @@ class DotFamily(LowPrecisionFamily):
         """The instruction itself."""
 
     def rate(self, op: Dense) -> float:
-        return INT8.unit  # products in a word
+        return _unit(op)
 
-    def dot(self, target: Target, least: int = 0) -> Dot | None:
+    def dot(self, target: Target, precision: Precision = INT8, least: int = 0) -> Dot | None:
         """The target's instruction, which multiplies weights as large as ``least`` exactly."""
         able = (dot for dot in self.dots if target.has(*dot.features))
-        return next((dot for dot in able if dot.largest_weight >= least), None)
+        exact = (dot for dot in able if dot.largest_weight >= least)
+        return next((dot for dot in exact if dot.precision is precision), None)
 
     def lacks(self, target: Target) -> str | None:
-        return None if self.dot(target) else f"{target.name} has no dot products of bytes"
+        return None  # what it has depends on the precision
 
     def refuses(self, op: Dense, target: Target) -> str | None:
-        if self.dot(target) and not self.dot(target, op.steps):
-            return f"{target.name} multiplies no weights {op.steps} steps from 0"
+        precision = precision_of(op)
+        if precision in self.precisions:
+            if not self.dot(target, precision):
+                return f"{target.name} has no dot products of {precision.name}"
+            if not self.dot(target, precision, op.steps):
+                return f"{target.name} multiplies no weights {op.steps} steps from 0"
         return super().refuses(op, target)
 
     def layouts(self, op: Dense, target: Target) -> Sequence[Layout]:
-        n, unit = op.matrix[0], INT8.unit
+        n, unit = op.matrix[0], _unit(op)
         wide = target.registers > LANES
         rows = min(6 if wide else target.lanes // 2, n)
         found = [Layout(self.name, "dense", (rows, unit))]
         found.append(Layout(self.name, UNSTRUCTURED, (1, unit)))
         found += [Layout(self.name, "bsr", (rows, unit)) for rows in (1, 2, 4, 8) if rows <= n]
+        single = [layout for layout in found if layout.sparse and layout.block[0] == 1]
+        if wide:  # so that the first cache holds more of the tokens; on others not measured
+            found += [layout.having(group=_FEW_TILES) for layout in single]
         return found
 
     def cost(
@@ -167,10 +181,11 @@ class DotFamily(LowPrecisionFamily):
         simd, costs = self._simd(dot, target), target.costs
         (n, k), rows = op.matrix, layout.block[0]
         tiles = tiles_of(tokens)
-        group = tiles / -(-tiles // dot_group_limit(rows, simd))
-        dense_blocks = -(-n // rows) * -(-k // INT8.unit)
+        group = tiles / -(-tiles // dot_group_of(layout, simd))
+        lines = -(-k // _unit(op))
+        dense_blocks = -(-n // rows) * lines
         blocks = weight.stored_blocks(layout.block) if layout.sparse else dense_blocks
-        x_bytes = k * group * LANES
+        x_bytes = lines * group * LANES * 4
         far = max(0.0, 1 - 0.85 * target.caches.l1 / x_bytes) if layout.sparse else 0.0
         far *= group * max(dot.gathered, costs.l2_line)
         spilled = 1.5 if rows * group * simd.per_tile > simd.accumulators else 1.0
@@ -178,10 +193,12 @@ class DotFamily(LowPrecisionFamily):
         waiting = _WINDOW / max(1.0, blocks / -(-n // rows) * (rows * group + 5))
         # Of few tokens one vector is computed; finding stored blocks takes as long as before.
         share = 1 / simd.per_tile if tokens <= simd.lanes and not layout.sparse else 1.0
-        line = simd.per_tile * costs.load
+        load = simd.per_tile * costs.load
         index = costs.index if layout.sparse else 0.0
-        block = max(rows * dot.cycles * spilled, line) * share * group + far + index
-        block = max(block, _LATENCY / max(1.0, waiting))
+        block = max(rows * dot.cycles * spilled, load) * share * group
+        block = max(block, _LOOP if layout.sparse else 0.0) + far + index
+        chains = dot_chains(rows, round(group) * simd.per_tile) if layout.sparse else 1
+        block = max(block, _LATENCY / max(1.0, waiting) / chains)
         finish = n * group * 4.0 * share + -(-n // rows) * costs.row
         # A dense weight comes beside the products, but for the first time.
         passes, stored = tiles / group, blocks * (rows * 4 + 2)
@@ -195,7 +212,7 @@ class DotFamily(LowPrecisionFamily):
     ) -> dict[str, np.ndarray]:
         dot = self._dot(op, target)
         zero_point = 0 if dot.signed else self._simd(dot, target).zero_point
-        elements, of_rows = word_weights.rounded(w, INT8, dot.largest_weight, zero_point)
+        elements, of_rows = word_weights.rounded(w, dot.precision, dot.largest_weight, zero_point)
         pack = word_weights.sparse_rows if layout.sparse else word_weights.dense_rows
         return {**pack(as_words(elements), layout.block[0]), **of_rows}
 
@@ -205,12 +222,14 @@ class DotFamily(LowPrecisionFamily):
         from sparse_tvm.schedules.cpu.dot_matmul import dot_matmul
 
         dot, layout = self._dot(op, target), op.stored
+        simd = self._simd(dot, target)
         function = dot_matmul(
             problem_of(op, operands),
             layout.block[0],
             layout.sparse,
-            self._simd(dot, target),
+            simd,
             self.multiply_add(dot),
+            dot_group_of(layout, simd),
         )
         return Kernel(title_of(op, dot.name.replace("-", "_")), function)
 
@@ -218,9 +237,18 @@ class DotFamily(LowPrecisionFamily):
         return replace(Simd.of(target), lanes=dot.lanes, registers=dot.registers)
 
     def _dot(self, op: Dense, target: Target) -> Dot:
-        dot = self.dot(target, op.steps)
+        precision = precision_of(op)
+        assert precision is not None
+        dot = self.dot(target, precision, op.steps)
         assert dot is not None, f"{self.name} was to refuse {target.name}"
         return dot
+
+
+def _unit(op: Dense) -> int:
+    """Features in a word of the layer's input, and of its weight."""
+    precision = precision_of(op)
+    assert precision is not None
+    return precision.unit
 
 
 def problem_of(op: Dense, operands: Sequence[Extents]) -> LowMatmul:
