@@ -137,7 +137,7 @@ def check(case):
     }
 )
 @FEW
-def test_tile_attention(case):
+def test_bf16_attention(case):
     check(case)
 
 
