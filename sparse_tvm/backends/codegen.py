@@ -11,6 +11,7 @@ from tvm.relax.backend.cpu_generic.pipeline import finalize_passes
 
 from sparse_tvm.backends.base import BackendTarget
 from sparse_tvm.backends.object_code import compile_kernels
+from sparse_tvm.backends.share_storage import share_storage
 from sparse_tvm.backends.shorten_program import shorten_program
 from sparse_tvm.errors import BuildError
 from sparse_tvm.passes.program import Program
@@ -31,13 +32,16 @@ def generate(program: Program, target: BackendTarget) -> Any:
         When code generation fails.
     """
     with tvm.target.Target(target.tvm_target()) as tvm_target:
+        plan_memory, *lower = finalize_passes(tvm_target)
         finish = tvm.transform.Sequential(
             [
                 relax.transform.BundleModelParams(),
                 relax.transform.ToNonDataflow(),
                 relax.transform.RemovePurityChecking(),
                 relax.transform.CallTIRRewrite(),
-                *finalize_passes(tvm_target),
+                plan_memory,
+                share_storage,
+                *lower,
                 shorten_program,
             ]
         )
