@@ -2,8 +2,8 @@
 
 Outputs fill the vector lanes where a block of the weight has enough of them: each vector of weights
 multiplies one broadcast value per row. Else the M rows fill the lanes, and each weight is
-broadcast; with AVX2 small blocks fill them with rows of four weights together, which one load
-brings.
+broadcast; with AVX2, and single weights with AVX-512, fill them with rows of four weights together,
+which one load brings.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from tvm.script.ir_builder import tirx as T
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Expr,
     broadcast,
-    four_twice,
+    four_repeated,
     local,
-    prefetch,
     scalar,
     small_integers,
     span,
@@ -130,7 +129,7 @@ class BlockProduct(RowProduct):
 
             def step(k: Expr, chain: int, first: int = first, sums: Sums = sums) -> None:
                 if per_line or first == 0:
-                    prefetch(data, (block, k + PREFETCH_BYTES // (4 * size), 0))
+                    self.ask(data, (block, k + PREFETCH_BYTES // (4 * size), 0))
                 for vector in range(at_once):
                     w = data[block, k, span((first + vector) * lanes, lanes)]
                     for row in range(self.m):
@@ -177,7 +176,8 @@ class BlockProduct(RowProduct):
         lanes, many = (size, m) if self.outputs else (m, size)
         chains = max(1, min(4, CHAINS // many))
         sums = Sums(chains * many, lanes)
-        weight.prefetch(first, count)
+        if not self.simd.foresees:
+            weight.prefetch(first, count)
 
         def step(i: Expr, chain: int) -> None:
             at = first + i
@@ -210,15 +210,15 @@ class BlockProduct(RowProduct):
         data = T.decl_buffer((weight.data.shape[0] * size,), "float32", data=weight.data.data)
         ahead = PREFETCH_BYTES // 4
         for line in range(2):
-            prefetch(weight.indices, (first + ahead // size + line * 32,))
+            self.ask(weight.indices, (first + ahead // size + line * 32,))
 
         def step(i: Expr, chain: int) -> None:
             at = scalar(first + i * blocks, "int64")
             if chain % 4 == 0:
-                prefetch(data, (at * size + ahead,))
+                self.ask(data, (at * size + ahead,))
             four = data[span(at * size, 4)]
             if m > 1:
-                four = four_twice(four, self.simd)
+                four = four_repeated(four, self.simd)
             columns = (
                 small_integers(weight.indices, at)
                 if blocks == 4
@@ -261,11 +261,8 @@ class BlockProduct(RowProduct):
         vectors = 4 * m // lanes
         for vector in range(vectors):
             places = range(vector * lanes, (vector + 1) * lanes)
-            # Shuffles stay within halves, of which each has all four.
-            w = [
-                place // m + (4 if m > 1 and 2 * (place % lanes) >= lanes else 0)
-                for place in places
-            ]
+            # Shuffles stay within quads, of which each has all four.
+            w = [place // m + 4 * (place % lanes // 4) for place in places]
             sums.add(
                 group * vectors + vector,
                 four if m == 1 else tirx.Shuffle([four], w),
@@ -286,13 +283,13 @@ class BlockProduct(RowProduct):
         data = T.decl_buffer(weight.data.shape[:1], "float32", data=weight.data.data)
         ahead = PREFETCH_BYTES // 4
         with T.serial(0, count // 4) as i:
-            prefetch(data, (first + i * 4 * abreast + ahead,))
-            prefetch(weight.indices, (first + i * 4 * abreast + ahead,))
+            self.ask(data, (first + i * 4 * abreast + ahead,))
+            self.ask(weight.indices, (first + i * 4 * abreast + ahead,))
             for row in range(abreast):
                 at = scalar(first + count * row + i * 4, "int64")
                 four = data[span(at, 4)]
                 if m > 1:
-                    four = four_twice(four, self.simd)
+                    four = four_repeated(four, self.simd)
                 columns = small_integers(weight.indices, at)
                 self._add_four(sums, row, four, columns)
         for row, total in enumerate(self._totals_abreast(sums, vectors, lanes)):

@@ -124,19 +124,19 @@ def splat(value: Expr, simd: Simd) -> Expr:
 
 
 def splats(buffer: Buffer, first: Expr, simd: Simd) -> list[Expr]:
-    """Each of four elements in every lane of eight, all of one load.
+    """Each of four elements in every lane of a vector, all of one load.
 
     ``buffer`` has one dimension, and the expressions are to be used where they are made.
     """
-    both = four_twice(buffer[span(first, 4)], simd)
-    halves = range(0, simd.lanes, 4)
-    return [tirx.Shuffle([both], [half + i for half in halves for _ in range(4)]) for i in range(4)]
+    fours = four_repeated(buffer[span(first, 4)], simd)
+    quads = range(0, simd.lanes, 4)
+    return [tirx.Shuffle([fours], [quad + i for quad in quads for _ in range(4)]) for i in range(4)]
 
 
-def four_twice(four: Expr, simd: Simd) -> Expr:
-    """Four elements in both halves of a vector of eight, for shuffles stay within halves."""
+def four_repeated(four: Expr, simd: Simd) -> Expr:
+    """Four elements in each quad of a vector, for the fastest shuffles stay within quads."""
     # LLVM would see where elements come from, and load each by itself.
-    return fenced(tirx.Shuffle([four, four], list(range(simd.lanes))), simd)
+    return fenced(tirx.Shuffle([four] * (simd.lanes // 4), list(range(simd.lanes))), simd)
 
 
 def fenced(vector: Expr, simd: Simd) -> Expr:
@@ -144,6 +144,17 @@ def fenced(vector: Expr, simd: Simd) -> Expr:
     kept, name = Registers(1, 1, simd), "llvm.arithmetic.fence"
     kept.set(0, 0, T.call_llvm_pure_intrin(f"float32x{simd.lanes}", name, vector))
     return kept.get(0, 0)
+
+
+def by_itself(value: Expr) -> Expr:
+    """One float, or a few lanes, on the way from memory to memory in a loop over lines.
+
+    LLVM would gather and scatter those of several lines, which takes longer than one by one.
+    """
+    kept, lanes, dtype = local(value.ty.dtype.lanes), value.ty.dtype.lanes, str(value.ty.dtype)
+    fence = T.call_llvm_pure_intrin(dtype, "llvm.arithmetic.fence", value)
+    T.buffer_store(kept, fence, [span(0, lanes)])
+    return kept[span(0, lanes)]
 
 
 def small_integers(buffer: Buffer, first: Expr) -> list[Expr]:

@@ -51,11 +51,13 @@ def outputs_in_lanes(layout: Layout, rows: int, lanes: int) -> bool:
 def four_together(layout: Layout, rows: int, lanes: int) -> bool:
     """Whether four weights at a time, of small blocks, are spread over the lanes with all rows.
 
-    On AVX2, whose shuffles spread any element of four. Pairs of weights by eight rows were no
-    faster so.
+    Where shuffles spread any element of four. Pairs of weights by eight rows were no faster so on
+    AVX2; on AVX-512 only single weights were tried.
     """
-    if lanes != _MEASURED_LANES or not layout.sparse:
+    if lanes < _MEASURED_LANES or not layout.sparse:
         return False
+    if lanes > _MEASURED_LANES:
+        return layout.block == (1, 1)
     return layout.block in ((1, 1), (4, 1)) or (layout.block == (2, 1) and rows < lanes)
 
 

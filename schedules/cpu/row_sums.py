@@ -13,7 +13,15 @@ from typing import Self
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP
-from sparse_tvm.schedules.cpu.lane_tiles import Buffer, Expr, broadcast, local, scalar, span
+from sparse_tvm.schedules.cpu.lane_tiles import (
+    Buffer,
+    Expr,
+    broadcast,
+    local,
+    prefetch,
+    scalar,
+    span,
+)
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.stored_weight import StoredWeight
 
@@ -95,6 +103,11 @@ class RowProduct(ABC):
     @abstractmethod
     def run(self, start: Expr, stop: Expr) -> None:
         """Compute a range of the blocks."""
+
+    def ask(self, buffer: Buffer, index: tuple[Expr, ...]) -> None:
+        """Ask for weights further on, where the CPU does not foresee them."""
+        if not self.simd.foresees:
+            prefetch(buffer, index)
 
     @property
     def width(self) -> int:

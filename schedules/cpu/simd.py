@@ -36,6 +36,8 @@ class Simd:
         How an int8 activation of 0 is stored: x86 multiplies unsigned bytes, Arm signed ones.
     permutation : str or None
         LLVM's intrinsic that gives each lane any element of a vector, of float32 by int32.
+    foresees : bool
+        Whether few rows of activations get their weights sooner without asking for them ahead.
     """
 
     lanes: int
@@ -43,13 +45,15 @@ class Simd:
     by_element: bool = False
     zero_point: int = ZERO_POINT
     permutation: str | None = None
+    foresees: bool = False
 
     @classmethod
     def of(cls, target: Target) -> Simd:
         """The vector unit of a target."""
         arm = target.architecture == "aarch64"
         permutation = None if arm else _PERMUTATIONS.get(target.lanes)
-        return cls(target.lanes, target.registers, arm, 0 if arm else ZERO_POINT, permutation)
+        zero_point = 0 if arm else ZERO_POINT
+        return cls(target.lanes, target.registers, arm, zero_point, permutation, target.foresees)
 
     @property
     def accumulators(self) -> int:
@@ -73,12 +77,11 @@ class Simd:
     def weights_together(self, layout: Layout) -> int:
         """How many weights of a row one load brings.
 
-        Four in a CSR row of AVX2, whose shuffles spread any element of four over all lanes. Loads
-        are what such a row is bound by. SSE2's shuffles would need a copy first, and with AVX-512
-        half as many loads bring the weights.
+        Four in a CSR row of AVX2 and AVX-512, whose shuffles spread any element of four over all
+        lanes. Loads are what such a row is bound by. SSE2's shuffles would need a copy first.
         """
-        avx2 = self.lanes == 8
-        return 4 if avx2 and layout.sparse and layout.block == (1, 1) else 1
+        spreads = self.permutation is not None
+        return 4 if spreads and layout.sparse and layout.block == (1, 1) else 1
 
     def rows_abreast(self, layout: Layout) -> int:
         """How many rows of such a weight have equally many, for few tokens to pass over together.

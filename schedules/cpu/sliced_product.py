@@ -14,7 +14,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.cpu.block_arrays import STEPS_TOGETHER
-from sparse_tvm.schedules.cpu.lane_tiles import Expr, broadcast, fenced, prefetch, scalar, span
+from sparse_tvm.schedules.cpu.lane_tiles import Expr, broadcast, fenced, scalar, span
 from sparse_tvm.schedules.cpu.row_sums import CHAINS, RowProduct, Sums
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.schedules.cpu.stored_weight import PREFETCH_BYTES, SlicedWeight
@@ -64,7 +64,7 @@ class SlicedProduct(RowProduct):
         sliced, lanes, row_of = self._sliced, self._sliced.lanes, self.weight.k_in
         ahead = group + PREFETCH_BYTES // (4 * STEPS_TOGETHER * lanes)
         for step in range(0, STEPS_TOGETHER, LANES // lanes):
-            prefetch(sliced.data, (ahead, step, 0))
+            self.ask(sliced.data, (ahead, step, 0))
         words = sliced.places[group, span(0, lanes)]
         for step in range(STEPS_TOGETHER):
             window = scalar(sliced.windows[group, step], "int64")

@@ -100,6 +100,9 @@ class Target:
         Sizes.
     costs : Costs
         The cost model's parameters.
+    foresees : bool
+        Whether a stream of weights that nothing is computed beside comes sooner if nobody asks
+        for it ahead: the CPU does, and each request takes the place of one of its own.
     parts : tuple[int, ...]
         Part numbers of the CPUs that it is made for; ``native`` prefers it on these.
     """
@@ -115,6 +118,7 @@ class Target:
     registers: int
     caches: Caches
     costs: Costs
+    foresees: bool = False
     parts: tuple[int, ...] = ()
 
     @property

@@ -138,14 +138,17 @@ _SAPPHIRE = replace(
 
 X86_TARGETS = (
     _SAPPHIRE,
-    _with(
-        _LEVEL_4,
-        _AVX512_BF16,
-        "avx512-bf16",
-        "AVX-512 with VNNI and bfloat16: Zen 4, Zen 5, Cooper Lake",
-        "znver4",
-        "znver5",
-        "cooperlake",
+    replace(
+        _with(
+            _LEVEL_4,
+            _AVX512_BF16,
+            "avx512-bf16",
+            "AVX-512 with VNNI and bfloat16: Zen 4, Zen 5, Cooper Lake",
+            "znver4",
+            "znver5",
+            "cooperlake",
+        ),
+        foresees=True,
     ),
     _with(
         _LEVEL_4,
