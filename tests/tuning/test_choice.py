@@ -103,7 +103,7 @@ def test_all_numbers_of_tokens_that_a_layer_may_see_count():
 
 
 def test_what_was_measured_at_some_numbers_is_joined_by_predictions_at_others():
-    w = sparse_weight(768, 768, 0.5)
+    w = sparse_weight(768, 768, 0.7)
     records = [record(w, DENSE, 1e-3), record(w, CSR, 1e-6)]
     choice = chosen(w, records, (128, 1))
     assert (choice.layout, choice.basis) == (CSR, "measured")
