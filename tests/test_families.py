@@ -125,9 +125,8 @@ def test_near_loads_are_one_line_of_activations_for_each_column_of_a_block(layou
     work, arrays = dense_work(w, layout, lead=2, rows=20)
     loads = 0
     if layout.sparse:
-        blocks, columns, _ = arrays["data"].shape
-        assert np.count_nonzero(arrays["data"]) == arrays["data"].size  # no zeros are stored
-        loads = blocks * columns * 2 * 32
+        filled = arrays["data"].any(axis=2)  # zeros that fill rows up to fours are no work
+        loads = np.count_nonzero(filled) * 2 * 32
     assert work.near_bytes == 4 * loads
 
 
