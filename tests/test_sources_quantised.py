@@ -166,11 +166,17 @@ def test_torchao_dynamic(saved: bool, tmp_path: Path) -> None:
     agrees(compiled.path, module, (2, 5, 64))
 
 
-def test_torchao_dynamic_of_known_sizes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_torchao_dynamic_of_known_sizes(
+    unsigned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By signed bytes, and by the unsigned ones that torchao takes on CPUs with VNNI alone."""
     module = torchao(quantization.Int8DynamicActivationInt8WeightConfig())
     x = inputs((2, 5, 64), 0)
+    wanted = module(x).detach().numpy()
+    monkeypatch.setattr("torchao.kernel.intmm._cpu_is_vnni_supported", lambda: unsigned)
+    monkeypatch.setattr("torchao.kernel.intmm._cpu_is_amx_tile_supported", lambda: False)
     compiled = sparse_tvm.compile(module, tmp_path / "model.so", example_inputs=(x,))
     assert precisions(compiled.manifest) == [source_models.INTEGERS, source_models.INTEGERS]
     [found] = sparse_tvm.load(compiled.path).run(x.numpy()).values()
-    wanted = module(x).detach().numpy()
     assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()

@@ -42,6 +42,7 @@ def with_real_numbers(program: Any) -> Any:
     graph = copied_graph(program)
     for node in list(_calls(graph)):
         if node.target == torch.ops.aten._int_mm.default:
+            _multiply_signed(graph, node)
             _multiply_reals(graph, node)
         elif node.target == torch.ops.aten._assert_tensor_metadata.default:
             graph.erase_node(node)  # it knows of integers
@@ -55,6 +56,34 @@ def with_real_numbers(program: Any) -> Any:
 
 def _calls(graph: Any) -> Iterator[Any]:
     return (node for node in graph.nodes if node.op == "call_function")
+
+
+def _multiply_signed(graph: Any, product: Any) -> None:
+    """Let a product read the signed bytes that were made unsigned for it.
+
+    Where the CPU multiplies unsigned bytes with signed ones, torchao adds 128 to the activations,
+    and takes 128 times the sum of each column off the product.
+    """
+    import torch
+
+    aten, shift = torch.ops.aten, 128
+    x, w = product.args
+    added = _source(x, aten.to.dtype, torch.uint8)
+    signed = _source(_source(added, aten.add.Tensor, shift), aten.to.dtype, torch.int32)
+    takers = [user for user in product.users if user.target in (aten.sub_.Tensor, aten.sub.Tensor)]
+    if signed is None or len(takers) != 1:
+        return
+    total = _source(takers[0].args[1], aten.mul.Tensor, shift)
+    if _source(total, aten.sum.dim_IntList, [0]) is w:
+        product.args = (signed, w)
+        takers[0].replace_all_uses_with(product)
+        graph.erase_node(takers[0])
+
+
+def _source(node: Any, target: Any, second: Any) -> Any:
+    """What a call of an operator with such a second argument computes from; None if it is none."""
+    called = node is not None and node.target == target and len(node.args) > 1
+    return node.args[0] if called and node.args[1] == second else None
 
 
 def _multiply_reals(graph: Any, node: Any) -> None:
