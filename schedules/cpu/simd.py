@@ -101,8 +101,15 @@ MAX_GROUP = 4
 
 _WEIGHTS_TOGETHER_GROUP = 2
 
-MOST_SLICED_ROWS = 2
-"""Rows of activations that sliced rows are faster for than the other form of single weights."""
+
+def most_sliced_rows(lanes: int) -> int:
+    """Rows of activations that slices of so many lanes serve, which take a step for each.
+
+    For more, the other form of single weights is faster. With AVX-512 four rows of 70 to 90 % zeros
+    take 0.6 to 0.85 of its time, and of 95 % as much or 8 % more.
+    """
+    return 4 if lanes == LANES else 2
+
 
 ROW_COUNTS = (1, 2, 4, 8)
 """Rows of activations, in all, that there are kernels of their own for: fewer count as so many."""

@@ -20,7 +20,13 @@ from sparse_tvm.schedules.cpu.cost import (
 )
 from sparse_tvm.schedules.cpu.families.extents import tiles_for
 from sparse_tvm.schedules.cpu.row_cost import few_rows_seconds, sliced_rows_seconds
-from sparse_tvm.schedules.cpu.simd import LANES, MOST_SLICED_ROWS, ROW_COUNTS, Simd, group_of
+from sparse_tvm.schedules.cpu.simd import (
+    LANES,
+    ROW_COUNTS,
+    Simd,
+    group_of,
+    most_sliced_rows,
+)
 from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.targets import Target
 
@@ -122,7 +128,7 @@ class MatmulFamily(WeightedFamily[Dense]):
         self, op: Dense, layout: Layout, weight: WeightStatistics, tokens: int, target: Target
     ) -> float:
         lanes, few = layout.get("sell", 0), tokens <= ROW_COUNTS[-1]
-        if lanes and tokens <= MOST_SLICED_ROWS:
+        if lanes and tokens <= most_sliced_rows(lanes):
             steps = weight.window_steps(lanes)
             return sliced_rows_seconds(weight.shape, lanes, steps, target, tokens)
         predict = few_rows_seconds if few else matmul_seconds
@@ -136,10 +142,11 @@ class MatmulFamily(WeightedFamily[Dense]):
         return split_arrays(whole, layout, simd.weights_together(layout), simd.rows_abreast(layout))
 
     def second_form(self, layout: Layout, arrays: Mapping[str, np.ndarray]) -> str | None:
-        if not layout.get("sell", 0):
+        if not (lanes := layout.get("sell", 0)):
             return None
         kilobytes = sum(array.nbytes for name, array in arrays.items() if "slice" in name) / 1e3
-        return f"stored once more for 1 and {MOST_SLICED_ROWS} tokens, {kilobytes:.0f} kB"
+        most = most_sliced_rows(lanes)
+        return f"stored once more for up to {most} tokens, {kilobytes:.0f} kB"
 
     def build(
         self, op: Dense, operands: Sequence[Extents], output: Extents, target: Target
