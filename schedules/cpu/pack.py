@@ -1,7 +1,7 @@
 """Into and out of lane tiles: ``[lead, rows, features]`` <-> ``[lead, tiles, features, LANES]``.
 
 Both move squares of one tile's rows by one cache line of features, so that neither side is walked
-with long strides.
+with long strides. Whole squares are turned over in registers, four by four.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     span,
     symbol,
 )
+from sparse_tvm.schedules.cpu.quads import QUAD, joined, turned
 from sparse_tvm.schedules.cpu.simd import LANES, tiles_of
 
 _SQUARE = 16
@@ -32,11 +33,14 @@ def _over_squares(
     rows: Expr,
     features: Expr,
     move: Callable[[Expr, Expr, Expr, Expr], None],
+    move_four: Callable[[Expr, Expr, Expr], None],
     clear: Callable[[Expr, Expr, Expr], None] | None = None,
 ) -> None:
-    """Call ``move(lead, tile, lane, feature)`` for every element, in parallel over squares.
+    """Move every element, in parallel over squares.
 
-    ``clear(lead, tile, feature)`` comes first where a tile has more lanes than there are rows.
+    ``move_four(lead, tile, feature)`` moves four features of all lanes, where a square is whole;
+    else ``move(lead, tile, lane, feature)`` does one, and ``clear(lead, tile, feature)`` comes
+    first where a tile has more lanes than there are rows.
     """
     squares = (features + (_SQUARE - 1)) // _SQUARE
     with T.parallel(0, lead * tiles * squares) as job:
@@ -45,11 +49,15 @@ def _over_squares(
         first = scalar(square * _SQUARE)
         width = scalar(tirx.min(_SQUARE, features - first))
         lanes = scalar(tirx.min(rows - tile * LANES, LANES))
-        if clear is not None:
-            with T.If(lanes < LANES), T.Then(), T.serial(0, width) as f:
-                clear(at, tile, first + f)
-        with T.serial(0, lanes) as lane, T.serial(0, width) as f:
-            move(at, tile, lane, first + f)
+        with T.If(tirx.all(lanes == LANES, width == _SQUARE)):
+            with T.Then(), T.serial(0, _SQUARE // QUAD) as i:
+                move_four(at, tile, scalar(first + i * QUAD))
+            with T.Else():
+                if clear is not None:
+                    with T.If(lanes < LANES), T.Then(), T.serial(0, width) as f:
+                        clear(at, tile, first + f)
+                with T.serial(0, lanes) as lane, T.serial(0, width) as f:
+                    move(at, tile, lane, first + f)
 
 
 def pack(lead: Expr, rows: Expr, features: Expr) -> tirx.PrimFunc:
@@ -66,7 +74,16 @@ def pack(lead: Expr, rows: Expr, features: Expr) -> tirx.PrimFunc:
             row = tile * LANES + lane
             T.buffer_store(y, x[at, row, feature], [at, tile, feature, lane])
 
-        _over_squares(lead, tiles, rows, features, move, clear)
+        def move_four(at: Expr, tile: Expr, feature: Expr) -> None:
+            rows_of = [range(i, LANES, QUAD) for i in range(QUAD)]
+            lines = [
+                joined([x[at, tile * LANES + row, span(feature, QUAD)] for row in some])
+                for some in rows_of
+            ]
+            for i, line in enumerate(turned(lines)):
+                T.buffer_store(y, line, [at, tile, feature + i, span(0, LANES)])
+
+        _over_squares(lead, tiles, rows, features, move, move_four, clear)
     return result["func"]
 
 
@@ -81,5 +98,13 @@ def unpack(lead: Expr, rows: Expr, features: Expr) -> tirx.PrimFunc:
             row = tile * LANES + lane
             T.buffer_store(y, x[at, tile, feature, lane], [at, row, feature])
 
-        _over_squares(lead, tiles, rows, features, move)
+        def move_four(at: Expr, tile: Expr, feature: Expr) -> None:
+            lines = [x[at, tile, feature + i, span(0, LANES)] for i in range(QUAD)]
+            for i, line in enumerate(turned(lines)):
+                for quad in range(0, LANES, QUAD):
+                    four = tirx.Shuffle([line], list(range(quad, quad + QUAD)))
+                    place = [at, tile * LANES + quad + i, span(feature, QUAD)]
+                    T.buffer_store(y, four, place)
+
+        _over_squares(lead, tiles, rows, features, move, move_four)
     return result["func"]
