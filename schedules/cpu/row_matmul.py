@@ -23,11 +23,11 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     scalar,
     span,
 )
+from sparse_tvm.schedules.cpu.quads import joined
 from sparse_tvm.schedules.cpu.row_product import row_product
 from sparse_tvm.schedules.cpu.row_sums import RowProduct
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.stored_weight import Epilogue, StoredWeight
-from sparse_tvm.schedules.cpu.vector_math import lanes_of
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,7 @@ class _Rows:
 def _vector(parts: Sequence[Expr], times: int = 1) -> Expr:
     """Scalars or vectors, each so many times, one after the other in one vector."""
     parts = [part if times == 1 else broadcast(part, times) for part in parts]
-    lanes = sum(map(lanes_of, parts))
-    return tirx.Shuffle(parts, list(range(lanes))) if len(parts) > 1 else parts[0]
+    return joined(parts) if len(parts) > 1 else parts[0]
 
 
 class _FewRows:

@@ -145,7 +145,8 @@ def _storages(function: relax.Function, bindings: Sequence[Any]) -> Iterator[_St
             analyzer.bind(variable, tirx.IntImm("int64", _TYPICAL))
         guess = analyzer.simplify(size)
         last = last_uses.get(hash(binding.var), index)
-        if isinstance(guess, tirx.IntImm):
+        kept = last == len(bindings)  # a result is the caller's, who shall not hold more than that
+        if isinstance(guess, tirx.IntImm) and not kept:
             kind = str(device), str(scope)
             yield _Storage(binding.var, size, int(guess), kind, index, last)
 
