@@ -136,22 +136,13 @@ def splats(buffer: Buffer, first: Expr, simd: Simd) -> list[Expr]:
 def four_repeated(four: Expr, simd: Simd) -> Expr:
     """Four elements in each quad of a vector, for the fastest shuffles stay within quads."""
     # LLVM would see where elements come from, and load each by itself.
-    return fenced(tirx.Shuffle([four] * (simd.lanes // 4), list(range(simd.lanes))), simd)
+    return fenced(tirx.Shuffle([four] * (simd.lanes // 4), list(range(simd.lanes))))
 
 
-def fenced(vector: Expr, simd: Simd) -> Expr:
-    """A vector in a register, of which LLVM does not see what it was made of: no instruction."""
-    kept, name = Registers(1, 1, simd), "llvm.arithmetic.fence"
-    kept.set(0, 0, T.call_llvm_pure_intrin(f"float32x{simd.lanes}", name, vector))
-    return kept.get(0, 0)
-
-
-def by_itself(value: Expr) -> Expr:
-    """One float, or a few lanes, on the way from memory to memory in a loop over lines.
-
-    LLVM would gather and scatter those of several lines, which takes longer than one by one.
-    """
-    kept, lanes, dtype = local(value.ty.dtype.lanes), value.ty.dtype.lanes, str(value.ty.dtype)
+def fenced(value: Expr) -> Expr:
+    """A scalar or vector of which LLVM does not see what it was made of: no instruction."""
+    lanes, dtype = value.ty.dtype.lanes, str(value.ty.dtype)
+    kept = local(lanes)
     fence = T.call_llvm_pure_intrin(dtype, "llvm.arithmetic.fence", value)
     T.buffer_store(kept, fence, [span(0, lanes)])
     return kept[span(0, lanes)]

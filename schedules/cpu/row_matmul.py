@@ -19,7 +19,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     Expr,
     Tiles,
     broadcast,
-    by_itself,
+    fenced,
     scalar,
     span,
 )
@@ -75,7 +75,8 @@ class _Rows:
 
         def together() -> None:
             with T.serial(0, k_in) as k:
-                lanes = by_itself(x[0, k, span(0, self.count)])
+                # LLVM would gather what several lines have, which takes longer than one by one.
+                lanes = fenced(x[0, k, span(0, self.count)])
                 T.buffer_store(xs, lanes, [product.place_of_all(k)])
 
         def apart() -> None:
@@ -94,7 +95,8 @@ class _Rows:
         """Put one output of every row into its tile."""
 
         def together() -> None:
-            T.buffer_store(y, by_itself(_vector(values)), [0, output, span(0, self.count)])
+            # Nor is it to be scattered.
+            T.buffer_store(y, fenced(_vector(values)), [0, output, span(0, self.count)])
 
         def apart() -> None:
             for value, tile, lane in zip(values, self.tiles, self.lanes, strict=True):

@@ -86,7 +86,7 @@ def picked(buffer: Any, first: Expr, places: Expr, simd: Simd) -> Expr:
         within = T.bitwise_and(places, _words(lanes - 1, lanes))
         return buffer[T.Cast(f"int64x{lanes}", within) + broadcast(first, lanes)]
     # Behind a fence, which is no instruction: from memory, ``vpermps`` takes half as long again.
-    window = fenced(buffer[span(first, lanes)], simd)
+    window = fenced(buffer[span(first, lanes)])
     return T.call_llvm_pure_intrin(f"float32x{lanes}", simd.permutation, window, places)
 
 
