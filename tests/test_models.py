@@ -404,6 +404,7 @@ CONVOLUTIONS = {
     "same upper": ((1, 3, 16, 16), (8, 3, 3, 3), 'auto_pad = "SAME_UPPER", strides = [2, 2]'),
     "uneven": ((1, 4, 11, 14), (6, 4, 3, 5), "pads = [2, 0, 1, 3], strides = [1, 2]"),
     "dilated": ((1, 4, 13, 20), (6, 4, 3, 3), "dilations = [2, 3], pads = [2, 2, 2, 2]"),
+    "far": ((2, 5, 13, 20), (7, 5, 3, 3), "dilations = [9, 12], pads = [9, 12, 9, 12]"),
     "7x7": ((1, 3, 32, 32), (8, 3, 7, 7), "pads = [3, 3, 3, 3], strides = [2, 2]"),
     "grouped": ((1, 8, 9, 9), (12, 2, 3, 3), "group = 4, pads = [1, 1, 1, 1]"),
     "depthwise": ((2, 9, 14, 14), (9, 1, 3, 3), "group = 9, pads = [1, 1, 1, 1]"),
@@ -428,7 +429,7 @@ def test_convolution(case, tmp_path):
 
 @pytest.mark.parametrize("options", [{"format": "csr"}, {"format": "bsr", "block": "4x1"}])
 @pytest.mark.parametrize(
-    "name", ["1x1", "3x3 padded", "uneven", "7x7", "grouped", "signal strided"]
+    "name", ["1x1", "3x3 padded", "uneven", "far", "7x7", "grouped", "signal strided"]
 )
 def test_sparse_convolution(name, options, tmp_path):
     x, w, attributes = CONVOLUTIONS[name]

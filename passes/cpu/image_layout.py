@@ -3,7 +3,8 @@
 Matches ``sparse_tvm.convolution``, pooling, means over images, and the elementwise operators and
 concatenations between them, and turns them into the same operations on planes (see
 :mod:`sparse_tvm.schedules.cpu.planes`). Every image has a logical form, planes, and phases for
-each strided convolution that reads it; each is made from another only when somebody asks for it,
+each strided convolution that reads it, or blocks for one whose taps are far apart (see
+:mod:`sparse_tvm.schedules.cpu.blocks`); each is made from another only when somebody asks for it,
 which in an image classifier is once, at the input. :mod:`sparse_tvm.passes.cpu.image_plan` decides
 what lies around the rows.
 
@@ -52,8 +53,10 @@ from sparse_tvm.passes.graph import (
 )
 from sparse_tvm.passes.infrastructure import Context, graph_pass
 from sparse_tvm.passes.program import Program
+from sparse_tvm.schedules.cpu.blocks import Blocks
 from sparse_tvm.schedules.cpu.families.convolution import ImageFamily
 from sparse_tvm.schedules.cpu.image_operators import (
+    ImageBlocks,
     ImageConvolution,
     ImageMask,
     ImagePack,
@@ -62,6 +65,7 @@ from sparse_tvm.schedules.cpu.image_operators import (
     ImageShuffle,
     WordConvolution,
     WordRows,
+    blocks_of,
     window_of,
 )
 from sparse_tvm.schedules.cpu.planes import Border, Planes, Rows, Window
@@ -89,7 +93,7 @@ class _ImageLayout(Rewrite):
         super().__init__(program)
         self._context = context
         self._plan = ImagePlan(self.graph, self._found)
-        self._planes: dict[tuple[Any, Window | None], Any] = {}
+        self._planes: dict[tuple[Any, Window | Blocks | None], Any] = {}
         self._masks: dict[tuple[Any, ...], Any] = {}
         self._zeros: dict[Any, int] = {}
 
@@ -189,6 +193,9 @@ class _ImageLayout(Rewrite):
         return self.emit(call, "planes")
 
     def _convolution(self, var: Any, found: dialect.OperatorCall[Convolution]) -> _InPlanes:
+        blocks = blocks_of(found.op)
+        if blocks is not None:
+            return self._block_convolution(var, found, blocks)
         op, (x, *rest), window = found.op, found.args, window_of(found.op)
         own = has_own_form(op)
         image = self._in_form_for(x, window) if own else self._in_planes(x)
@@ -223,6 +230,37 @@ class _ImageLayout(Rewrite):
             *extras,
         ]
         return _InPlanes(dialect.call(planar, args, self._shape(var), self._element(var)))
+
+    def _block_convolution(
+        self, var: Any, found: dialect.OperatorCall[Convolution], blocks: Blocks
+    ) -> _InPlanes:
+        """A convolution in blocks, and from there to planes."""
+        op, (x, *rest) = found.op, found.args
+        planar = ImageConvolution(**vars(op), source=Border(), target=Border())
+        args = [self._in_blocks(x, blocks), *(self.new(arg) for arg in rest)]
+        args.insert(1 + len(rest) - op.extras, relax.ShapeExpr(size_of(x)))
+        shape = (*shape_of(var)[:2], blocks.planes.size)
+        made = self.emit(dialect.call(planar, args, shape), "blocks")
+        back = ImageBlocks(
+            size=(blocks.height, blocks.width),
+            window=blocks.window,
+            image=self._plan.border(var),
+            back=True,
+        )
+        return _InPlanes(dialect.call(back, [made], self._shape(var)))
+
+    def _in_blocks(self, image: Any, blocks: Blocks) -> Any:
+        """An image in blocks, from its planes if it has them."""
+        if (image, blocks) not in self._planes:
+            (batch, channels, *_), size = shape_of(image), size_of(image)
+            planes = self._planes.get((image, None))
+            border = None if planes is None else self._plan.border(image)
+            if planes is None:
+                planes = self._reshaped(self.new(image), (batch, channels, Rows(*size).size))
+            op = ImageBlocks(size=size, window=blocks.window, image=border)
+            call = dialect.call(op, [planes], (batch, channels, blocks.planes.size))
+            self._planes[image, blocks] = self.emit(call, "blocks")
+        return self._planes[image, blocks]
 
     def _on_words(self, var: Any, found: dialect.OperatorCall[Operator]) -> _InPlanes:
         *images, steps = found.args

@@ -6,7 +6,8 @@ zero. A convolution finds its operands at fixed distances only if input and outp
 equally far apart; that ties images into groups with one pitch, wide enough for the padding of each
 reader. Images that are combined element by element share all of their layout. An image has a
 second form for each convolution that reads it by phases, and for each whose padding is so wide that
-all images of its group would be the slower for it.
+all images of its group would be the slower for it. Convolutions whose taps are far apart read and
+write images in blocks, so that these are tied to nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +42,12 @@ from sparse_tvm.passes.graph import (
     scalar_value,
     shape_of,
 )
-from sparse_tvm.schedules.cpu.image_operators import NARROW, TYPICAL_WIDTH, window_of
+from sparse_tvm.schedules.cpu.image_operators import (
+    NARROW,
+    TYPICAL_WIDTH,
+    blocks_of,
+    window_of,
+)
 from sparse_tvm.schedules.cpu.image_pack import READ_BEYOND
 from sparse_tvm.schedules.cpu.planes import Border, Window
 from sparse_tvm.schedules.cpu.windows import reads_in_place
@@ -182,6 +188,8 @@ class ImagePlan:
             self._read((x, None), reads_in_place(window))
             if not window.strided:
                 self._pitches.unite((x, None), (var, None), window.wider)
+        elif blocks_of(op) is not None:
+            self._read((x, None), Border())
         elif has_own_form(op):
             self._read((x, None), READ_BEYOND)
             self._read((x, window), window.reads)

@@ -8,8 +8,9 @@ of pixels costs there, and beyond, is the same as for tokens (see
 from __future__ import annotations
 
 from sparse_tvm.operators import STILL, Convolution, Layout
+from sparse_tvm.schedules.cpu.blocks import Blocks
 from sparse_tvm.schedules.cpu.cost import line_cycles
-from sparse_tvm.schedules.cpu.image_operators import window_of
+from sparse_tvm.schedules.cpu.image_operators import blocks_of, window_of
 from sparse_tvm.schedules.cpu.planes import Window
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.targets import Target
@@ -63,8 +64,10 @@ _STORED_TAP = 1.6
 
 def blocking(op: Convolution, format: str, rows: int, target: Target) -> dict[str, int]:
     """The layout parameters of :func:`~sparse_tvm.schedules.cpu.conv_planes.conv_planes`."""
-    simd = Simd.of(target)
+    simd, blocks = Simd.of(target), blocks_of(op)
     vectors = min(plane_vectors(op, simd), _group(format, rows, simd))
+    if blocks is not None:
+        return _of_blocks(op, blocks, format, rows, vectors, target)
     parameters = {"vectors": vectors}
     weight_bytes = 4 * op.matrix[0] * op.matrix[1]
     window = window_of(op)
@@ -95,6 +98,20 @@ def blocking(op: Convolution, format: str, rows: int, target: Target) -> dict[st
         near = _read_bytes(op, vectors, simd) / (share * target.caches.l1)
         parameters["parts"] = max(1, min(round(near), op.channels))
     return {**parameters, **_streaming(weight_bytes), **_packing(op, format, rows)}
+
+
+def _of_blocks(
+    op: Convolution, blocks: Blocks, format: str, rows: int, vectors: int, target: Target
+) -> dict[str, int]:
+    """The same for images in blocks: each tap is a part of the weight at least.
+
+    Dense weights, and blocks of rows, gain nothing by more.
+    """
+    simd = Simd.of(target)
+    vectors = min(vectors, -(-blocks.largest // simd.lanes))
+    near = 4.0 * op.channels * vectors * simd.lanes / (_NEAR_SHARE * rows * target.caches.l1)
+    per_tap = max(1, min(round(near), op.channels)) if format == "csr" else 1
+    return {"vectors": vectors, "parts": blocks.window.taps * per_tap}
 
 
 def _streaming(weight_bytes: int) -> dict[str, int]:
@@ -182,10 +199,10 @@ def grouped_rows(op: Convolution, target: Target) -> int:
 
 
 def conv_seconds(
-    op: Convolution, layout: Layout, blocks: int, pixels: int, target: Target
+    op: Convolution, layout: Layout, stored: int, pixels: int, target: Target
 ) -> float:
     """Seconds for so many pixels of the output on one core, with this many stored blocks."""
-    simd, costs = Simd.of(target), target.costs
+    simd, costs, blocks = Simd.of(target), target.costs, blocks_of(op)
     rows, parts, limit = layout.block[0], layout.get("parts", 1), layout.get("vectors", 1)
     groups = -(-plane_vectors(op, simd) // limit)
     vectors = plane_vectors(op, simd) / groups
@@ -194,9 +211,9 @@ def conv_seconds(
         fmas *= _SPILLED
     weights = -(-rows // costs.scalars_per_load) * costs.load
     if layout.sparse:
-        windows = window_of(op).taps * op.frames.kernel > 1
+        windows = window_of(op).taps * op.frames.kernel > 1 and blocks is None
         packed = windows and bool(layout.get("packed", 0))
-        bytes_of = _packed_bytes if packed else _read_bytes
+        bytes_of = _packed_bytes if packed or blocks is not None else _read_bytes
         near = bytes_of(op, limit, simd) / parts
         lines = vectors * line_cycles(near, target) * simd.lanes / LANES
         block = max(fmas, weights) + lines + costs.index  # too short for both to overlap
@@ -205,13 +222,15 @@ def conv_seconds(
         block = max(fmas, weights + vectors * costs.load) * _DENSE_LOOP
     segments = parts * -(-op.out_channels // rows)
     sums = rows * vectors * (costs.sum if parts > 1 else 1)
-    compute = blocks * block + segments * (costs.row + sums)
+    compute = stored * block + segments * (costs.row + sums)
     if layout.sparse and packed:
         compute += op.matrix[1] * vectors * _COPY_CYCLES
     passes = 1 if layout.get("rows_outermost", 0) else groups
-    streamed = passes * blocks * (4 * rows + (2 if layout.sparse else 0)) / costs.streamed
+    streamed = passes * stored * (4 * rows + (2 if layout.sparse else 0)) / costs.streamed
     rows_out, columns_out = out_size(op)
-    return target.seconds(groups * compute + streamed) * pixels / (rows_out * columns_out)
+    share = 1.0 if blocks is None else blocks.share
+    cycles = share * (groups * compute + streamed)
+    return target.seconds(cycles) * pixels / (rows_out * columns_out)
 
 
 def depthwise_seconds(

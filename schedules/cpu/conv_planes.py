@@ -138,16 +138,14 @@ class ConvKernel:
     def build(self, declare_output: Callable[[], Any]) -> tirx.PrimFunc:
         """Build the kernel, whose last arguments ``declare_output`` declares."""
         images = self._images
-        planes = images.channels * len(images.window.phases)
         with prim_func() as result:
-            x = argument("x", (images.sources, planes, images.source.size), self.element)
+            shape = (images.sources, self._planes_read, images.source.size)
+            x = argument("x", shape, self.element)
             self._declare_weight()
             declare_sizes(images.sizes)
             self._output = declare_output()
             self._x = flat(x)
             threads = scalar(tirx.call_packed("runtime.NumThreads"))
-            groups = groups_of(vectors_of(images.target, self._simd), self._group)
-            units = 1 if self._rows_outermost else groups_of(groups, self._run)
             with T.parallel(0, threads) as thread:
                 self._source = Extents(images.source)
                 self._output.open()
@@ -158,9 +156,22 @@ class ConvKernel:
                     elements = self._most_columns * self._group * self._simd.lanes
                     self._panel = T.alloc_buffer((elements,), self.element)
                 self._begin()
-                share_jobs(thread, threads, images.batch * units, self._jobs_of_unit)
+                share_jobs(thread, threads, images.batch * self._units, self._jobs_of_unit)
                 self._end()
         return result["func"]
+
+    @property
+    def _planes_read(self) -> int:
+        """Planes of an image that is read."""
+        return self._images.channels * len(self._images.window.phases)
+
+    @property
+    def _units(self) -> Expr:
+        """How many shares an image's pixels have, each for itself."""
+        if self._rows_outermost:
+            return 1
+        groups = groups_of(vectors_of(self._images.target, self._simd), self._group)
+        return groups_of(groups, self._run)
 
     def _jobs_of_unit(self, unit: Expr, job: Expr, last_job: Expr) -> None:
         """Compute the block rows of a range of jobs."""
@@ -287,9 +298,7 @@ class ConvKernel:
     def _source_of(self, image: Expr, first: Expr) -> Expr:
         """Where the vector ``first`` of pixels is in the first plane."""
         return (
-            self._images.first_source(image)
-            * (self._images.channels * len(self._images.window.phases))
-            * self._source.size
+            self._images.first_source(image) * self._planes_read * self._source.size
             + self._source.first
             + first * self._simd.lanes
         )
@@ -384,9 +393,17 @@ class ConvKernel:
             self._accumulate(acc, part, segment, block_row, source, pixel)
             finish()
             return
-        one_of(part == 0, fresh, resume)
+        one_of(self._is_first(part), fresh, resume)
         self._accumulate(acc, part, segment, block_row, source, pixel)
-        one_of(part == parts - 1, finish, wait)
+        one_of(self._is_last(part), finish, wait)
+
+    def _is_first(self, part: Expr) -> Any:
+        """Whether sums begin with a part."""
+        return part == 0
+
+    def _is_last(self, part: Expr) -> Any:
+        """Whether sums are complete after a part."""
+        return part == self._parts - 1
 
     def _accumulate(
         self,

@@ -9,7 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from sparse_tvm.operators import Convolution, Operator, QuantisedConvolution, Types
+from sparse_tvm.operators import (
+    STILL,
+    Convolution,
+    Operator,
+    QuantisedConvolution,
+    Residual,
+    Types,
+)
+from sparse_tvm.schedules.cpu.blocks import Blocks
 from sparse_tvm.schedules.cpu.planes import IN_PLACE, Border, Window
 
 Size = tuple[int | None, int | None]
@@ -21,15 +29,18 @@ NARROW = 4
 TYPICAL_WIDTH = 28
 """Columns of an image of which only run time knows them."""
 
+_BLOCKS_SHARE = 0.65
+"""Of a window's products, how many are left at most where images go to blocks and back."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConvolution(Convolution):
-    """A convolution of an image in planes, by phases unless it is depthwise.
+    """A convolution of an image in planes, by phases unless it is depthwise, or in blocks.
 
     Attributes
     ----------
     source, target : Border
-        Of the planes that it reads and writes.
+        Of the planes that it reads and writes; blocks have none.
     residuals : tuple[Border, ...]
         Of the epilogue's, in order.
     """
@@ -139,6 +150,22 @@ class ImagePack(Operator):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageBlocks(Operator):
+    """From planes to the blocks of a window, or ``back``.
+
+    An image that is None stands for the model's layout.
+    """
+
+    name: ClassVar[str] = "image_blocks"
+    operands: ClassVar[str] = "x"
+
+    size: tuple[int, int]
+    window: Window
+    image: Border | None
+    back: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageToTiles(Operator):
     """From planes to lane tiles, whose tokens are the pixels, row by row."""
 
@@ -187,3 +214,18 @@ def window_of(op: Convolution) -> Window:
     if op.depthwise or window.strided or dilation[1] == 1 or height == 1 or not wide:
         return window
     return replace(window, apart=True)
+
+
+def blocks_of(op: Convolution) -> Blocks | None:
+    """The blocks in which a convolution's images lie, where so few of its taps see pixels."""
+    height, width = op.size if len(op.size) == 2 else (None, None)
+    plain = op.groups == 1 and op.frames == STILL and not isinstance(op, QuantisedConvolution)
+    adds = any(isinstance(step, Residual) for step in op.epilogue)
+    if not plain or adds or height is None or width is None:
+        return None
+    window = replace(window_of(op), apart=False)
+    suits = window.taps > 1 and Blocks.suits((height, width), window)
+    if not suits or window.share_seen((height, width)) > _BLOCKS_SHARE:
+        return None
+    blocks = Blocks(height, width, window)
+    return blocks if blocks.share <= _BLOCKS_SHARE else None

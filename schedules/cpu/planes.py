@@ -181,6 +181,13 @@ class Window:
         )
         return height, width
 
+    def share_seen(self, size: tuple[int, int]) -> float:
+        """How many of all pixels' taps see a pixel, if the output is as large as the image."""
+        rows, columns = (
+            sum(max(0, size[axis] - abs(step)) for step in self._distances(axis)) for axis in (0, 1)
+        )
+        return rows * columns / (size[0] * size[1] * self.taps)
+
     def _reach(self, axis: int) -> int:
         return (self.kernel[axis] - 1) * self.dilation[axis]
 

@@ -11,6 +11,7 @@ from sparse_tvm.schedules.arm.families.dots import ArmDotFamily
 from sparse_tvm.schedules.cpu.families.attention import AttentionFamily
 from sparse_tvm.schedules.cpu.families.convolution import ConvolutionFamily, DepthwiseFamily
 from sparse_tvm.schedules.cpu.families.images import (
+    ImageBlocksFamily,
     ImageMaskFamily,
     ImagePackFamily,
     ImagePoolingFamily,
@@ -81,6 +82,7 @@ class CpuBackend(Backend):
                 LaneUnpackFamily(),
                 AppendRowsFamily(),
                 RotateHeadsFamily(),
+                ImageBlocksFamily(),
                 ImagePackFamily(),
                 ImageToTilesFamily(),
                 TilesToImageFamily(),

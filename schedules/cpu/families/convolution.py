@@ -12,6 +12,7 @@ import numpy as np
 from sparse_tvm.families import Extents, Kernel, WeightedFamily, Wish, Work, bytes_of
 from sparse_tvm.operators import FLOAT32, STILL, Convolution, Layout
 from sparse_tvm.schedules.cpu.block_arrays import block_diagonal, split_arrays
+from sparse_tvm.schedules.cpu.blocks import tap_major
 from sparse_tvm.schedules.cpu.conv_cost import (
     blocking,
     conv_seconds,
@@ -21,7 +22,7 @@ from sparse_tvm.schedules.cpu.conv_cost import (
 )
 from sparse_tvm.schedules.cpu.families.extents import symbols_of
 from sparse_tvm.schedules.cpu.families.matmul import wished_blocks
-from sparse_tvm.schedules.cpu.image_operators import ImageConvolution, window_of
+from sparse_tvm.schedules.cpu.image_operators import ImageConvolution, blocks_of, window_of
 from sparse_tvm.schedules.cpu.planes import Planes
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.windows import DEPTHWISE, stored_taps
@@ -54,7 +55,10 @@ class ImageFamily(WeightedFamily[Convolution]):
         nonzeros: int | None = None,
     ) -> Work:
         n, k = op.matrix
-        count = n * k if nonzeros is None else nonzeros
+        count = float(n * k if nonzeros is None else nonzeros)
+        blocks = blocks_of(op)
+        if blocks is not None:
+            count *= blocks.share
         flops = 2.0 * count * pixels_of(op, output) * (output.shape[0] or 0)
         near = 2.0 * flops / op.stored.block[0] if op.stored.sparse else 0.0
         return Work(flops, bytes_of([*operands, output]), near)
@@ -118,6 +122,8 @@ class ConvolutionFamily(ImageFamily):
             others = {max(1, parts // 2), parts + 1, 2 * parts}
             found += [layout.having(parts=other) for other in others if other <= op.channels]
             found.append(layout.having(prefetch=1 - layout.get("prefetch", 0)))
+        if blocks_of(op) is not None:
+            found = [one for one in found if _suits_blocks(one, op)]
         return [layout for layout in dict.fromkeys(found) if layout not in known]
 
     def cost(
@@ -137,18 +143,26 @@ class ConvolutionFamily(ImageFamily):
     def pack(
         self, op: Convolution, w: np.ndarray, layout: Layout, target: Target
     ) -> dict[str, np.ndarray]:
-        return split_arrays(block_diagonal(w, op.groups), _kernel_layout(op, layout))
+        blocks = blocks_of(op)
+        w = block_diagonal(w, op.groups) if blocks is None else tap_major(w, blocks.window.taps)
+        return split_arrays(w, _kernel_layout(op, layout))
 
     def build(
         self, op: Convolution, operands: Sequence[Extents], output: Extents, target: Target
     ) -> Kernel:
+        from sparse_tvm.schedules.cpu.block_conv import block_conv
         from sparse_tvm.schedules.cpu.conv_planes import conv_planes
 
         assert isinstance(op, ImageConvolution)
-        layout, stored = _kernel_layout(op, op.stored), op.stored
+        layout, stored, simd = _kernel_layout(op, op.stored), op.stored, Simd.of(target)
         form = stored.format + (f"_{layout.block[0]}x1" if stored.format != "csr" else "")
         images, residuals = images_of(op, operands[0])
-        function = conv_planes(images, layout, op.epilogue, residuals, Simd.of(target))
+        blocks = blocks_of(op)
+        if blocks is None:
+            function = conv_planes(images, layout, op.epilogue, residuals, simd)
+        else:
+            channels = (op.channels, op.out_channels)
+            function = block_conv(images.batch, *channels, blocks, layout, op.epilogue, simd)
         return Kernel("_".join(["conv2d", form, size_title(op), *op.step_titles]), function)
 
 
@@ -219,6 +233,11 @@ def images_of(op: ImageConvolution, x: Extents) -> tuple[Any, list[Planes]]:
         batch, op.channels, op.out_channels, source, target, window, sizes, inputs, op.frames
     )
     return images, [Planes(*out, border) for border in op.residuals]
+
+
+def _suits_blocks(layout: Layout, op: Convolution) -> bool:
+    """Whether a layout is one for images in blocks: each part of the weight is of one tap."""
+    return layout.get("parts", 1) % window_of(op).taps == 0 and not layout.get("rows_outermost", 0)
 
 
 def _kernel_layout(op: Convolution, layout: Layout) -> Layout:

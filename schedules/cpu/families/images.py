@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 
 from sparse_tvm.families import Extents, Kernel
 from sparse_tvm.operators import PadFrames, PixelShuffle
+from sparse_tvm.schedules.cpu.blocks import Blocks
 from sparse_tvm.schedules.cpu.families.extents import known_or_symbols, symbols_of
 from sparse_tvm.schedules.cpu.families.rows import MovesOnly
 from sparse_tvm.schedules.cpu.image_operators import (
+    ImageBlocks,
     ImageMask,
     ImagePack,
     ImagePooling,
@@ -62,6 +64,24 @@ class ImagePackFamily(MovesOnly[ImagePack]):
 
 def _image(size: tuple[Any, Any], border: Border | None) -> Image:
     return Rows(*size) if border is None else Planes(*size, border)
+
+
+@dataclass(frozen=True)
+class ImageBlocksFamily(MovesOnly[ImageBlocks]):
+    """The kernel of :mod:`sparse_tvm.schedules.cpu.image_blocks`."""
+
+    name: ClassVar[str] = "image_blocks"
+    operator: ClassVar[type[ImageBlocks]] = ImageBlocks
+
+    def build(
+        self, op: ImageBlocks, operands: Sequence[Extents], output: Extents, target: Target
+    ) -> Kernel:
+        from sparse_tvm.schedules.cpu.image_blocks import image_blocks
+
+        batch, channels, _ = known_or_symbols(operands[0], _AXES)
+        image, blocks = _image(op.size, op.image), Blocks(*op.size, op.window)
+        function = image_blocks(batch, channels, image, blocks, Simd.of(target), back=op.back)
+        return Kernel("blocks_to_image" if op.back else "image_to_blocks", function)
 
 
 @dataclass(frozen=True)

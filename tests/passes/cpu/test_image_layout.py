@@ -10,7 +10,7 @@ from tvm import relax
 from sparse_tvm.passes.cpu.image_layout import image_layout
 from sparse_tvm.passes.dense_to_sparse import dense_to_sparse
 from sparse_tvm.passes.fuse_convolution import fuse_convolution
-from sparse_tvm.schedules.cpu.image_operators import ImageConvolution, ImagePack
+from sparse_tvm.schedules.cpu.image_operators import ImageBlocks, ImageConvolution, ImagePack
 
 OP = relax.op
 PASSES = [fuse_convolution, dense_to_sparse, image_layout]
@@ -50,8 +50,15 @@ def narrower(emit, x, v, w):
 def far(emit, x, v, w):
     """Padding wider than the image is not for all images around."""
     y = emit(OP.nn.relu(emit(same(x, v))))
-    a = emit(OP.nn.conv2d(y, w, padding=(9, 9, 9, 9), dilation=(9, 9)))
+    a = emit(OP.nn.conv2d(y, w, padding=(9, 8, 9, 10), dilation=(9, 9)))
     return OP.add(emit(same(y, w)), a)
+
+
+def in_blocks(emit, x, v, w):
+    """Taps as far apart from their pixel on all sides move whole blocks of pixels."""
+    y = emit(OP.nn.relu(emit(same(x, v))))
+    a = emit(OP.nn.conv2d(y, w, padding=(9, 9, 9, 9), dilation=(9, 9)))
+    return OP.add(emit(same(y, w)), emit(same(emit(OP.nn.relu(a)), w)))
 
 
 def pooled(emit, x, v, w):
@@ -110,6 +117,7 @@ CASES = [
     strided,
     narrower,
     far,
+    in_blocks,
     pooled,
     rounded_up,
     averaged,
@@ -184,6 +192,26 @@ def test_taps_far_apart_read_phases_and_leave_other_rows_close():
     windows = [pack.op.window for pack in calls(after, ImagePack)]
     assert [window.by_phases for window in windows] == [False, True, False]
     assert [len(window.phases) for window in windows] == [1, 3, 1]
+
+
+def test_taps_that_move_blocks_read_and_write_them():
+    names = planar(in_blocks)
+    there_and_back = ["image_blocks", "image_convolution", "image_blocks"]
+    assert names == [
+        *("image_pack", "image_convolution"),
+        *there_and_back,
+        *("image_convolution", "image_convolution", "image_pack"),
+    ]
+    there, back = calls(apply(PASSES, build(in_blocks, IMAGE, WEIGHTS)), ImageBlocks)
+    assert (there.op.back, back.op.back) == (False, True)
+    assert (there.op.image.padded, back.op.image.padded) == (True, True)
+    assert there.op.window == back.op.window
+    assert not planar(in_blocks, SYMBOLIC).count("image_blocks")
+
+
+def test_an_image_goes_to_blocks_at_once():
+    names = planar(lambda emit, x, v, w: OP.nn.conv2d(x, v, padding=9, dilation=9))
+    assert names == ["image_blocks", "image_convolution", "image_blocks", "image_pack"]
 
 
 def test_pooling_and_means_need_no_conversion():
