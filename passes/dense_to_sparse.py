@@ -18,12 +18,13 @@ from typing import Any
 from tvm import relax
 
 from sparse_tvm.families import TYPICAL_TOKENS
-from sparse_tvm.operators import Dense, Recurrent, WeightedOperator
+from sparse_tvm.operators import Convolution, Dense, Recurrent, WeightedOperator
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.graph import Rewrite, product, same, shape_of
 from sparse_tvm.passes.infrastructure import Context, Property, graph_pass
 from sparse_tvm.passes.layout_choice import Choice, choose
 from sparse_tvm.passes.program import LayerReport, Program
+from sparse_tvm.passes.typical_sizes import TypicalSizes
 from sparse_tvm.sparsity.analysis import MIN_SPARSITY
 from sparse_tvm.sparsity.statistics import MeasuredWeight
 
@@ -82,22 +83,32 @@ class _DenseToSparse(Rewrite):
         super().__init__(program)
         self._context = context
         self._stored: dict[tuple[Any, WeightedOperator], _Stored] = {}
+        self._sizes = TypicalSizes(self.graph.function.params[: program.num_input])
 
     def rewrite(self, var: relax.Var, value: Any) -> Any:
         found = dialect.match(value, WeightedOperator)
         if found is None or found.op.layout is not None:
             return None
         x, w, *extras = found.args
-        stored = self._store(w, found.op, typical_tokens(found.op, shape_of(var)))
+        usual = self._sizes.of(shape_of(x)[2:]) if isinstance(found.op, Convolution) else ()
+        stored = self._store(w, found.op, typical_tokens(found.op, shape_of(var)), usual)
         op = replace(found.op, layout=stored.choice.layout)
         op = replace(op, layer=self._report(op, stored))
         args = [self.new(x), *stored.params, *(self.new(extra) for extra in extras)]
         return dialect.call(op, args, shape_of(var))
 
-    def _store(self, w: relax.Var, op: WeightedOperator, tokens: Sequence[int]) -> _Stored:
+    def _store(
+        self,
+        w: relax.Var,
+        op: WeightedOperator,
+        tokens: Sequence[int],
+        usual: tuple[int | None, ...],
+    ) -> _Stored:
         """The stored form of a weight, made once for all layers of one kind that share it."""
         key = self.graph.value(w), replace(op, epilogue=())
         if key not in self._stored:
+            if isinstance(op, Convolution) and len(usual) == len(op.size):
+                op = replace(op, usual=usual)
             self._stored[key] = self._pack(w, op, tokens)
         return self._stored[key]
 

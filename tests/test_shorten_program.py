@@ -46,6 +46,28 @@ class Layers:
 
 
 @I.ir_module
+class Halves:
+    """Two layers that are told half of how many rows there are."""
+
+    @T.prim_func(private=True)
+    def scale(x: T.handle, half: T.int64, y: T.handle):
+        n = T.int64()
+        x_buffer = T.match_buffer(x, (n, 8), "float32")
+        y_buffer = T.match_buffer(y, (n, 8), "float32")
+        for i in T.serial(half * 2):
+            for j in T.serial(8):
+                y_buffer[i, j] = x_buffer[i, j] * T.float32(2)
+
+    @R.function
+    def main(x: R.Tensor(("n", 8), "float32")):
+        n = T.int64()
+        cls = Halves
+        y = R.call_tir(cls.scale, (x, n // 2), out_ty=R.Tensor((n, 8), "float32"))
+        z = R.call_tir(cls.scale, (y, n // 2), out_ty=R.Tensor((n, 8), "float32"))
+        return z
+
+
+@I.ir_module
 class Branches:
     """Which layer runs depends on an input."""
 
@@ -110,6 +132,17 @@ def test_shapes_sizes_and_tensors_are_made_once() -> None:
     kernels = [(name, args) for name, args in calls(after, WEIGHTS_APART) if name == "scale"]
     assert len(kernels) == 4
     assert len({args[-1] for _, args in kernels}) < 4, "layers in turn write the same memory"
+
+
+def test_sizes_are_computed_once() -> None:
+    computed = [
+        [name for name, _ in calls(module, "main") if name.startswith("compute_symbolic_expr")]
+        for module in (lowered(Halves), shorten_program(lowered(Halves)))
+    ]
+    assert list(map(len, computed)) == [2, 1]
+    x = np.ones((6, 8), np.float32)
+    result = run(shorten_program(lowered(Halves)), tvm.runtime.tensor(x))
+    np.testing.assert_array_equal(result.numpy(), 4 * x)
 
 
 def test_only_main_takes_weights_apart() -> None:

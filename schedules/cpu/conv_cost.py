@@ -251,7 +251,7 @@ def plane_vectors(op: Convolution, simd: Simd) -> int:
 def out_size(op: Convolution) -> tuple[int, int]:
     """Rows and columns of the output; typical ones of an image of unknown size."""
     typical = _TYPICAL_LENGTH if op.size[0] == 1 else _TYPICAL_SIZE
-    height, width = (extent or typical for extent in op.size)
+    height, width = op.typical(typical)
     rows, columns = window_of(op).out_size((height, width))
     return max(1, rows), max(1, columns)
 

@@ -109,3 +109,20 @@ def one_of(condition: Expr, then: Callable[[], None], otherwise: Callable[[], No
             then()
         with T.Else():
             otherwise()
+
+
+def in_groups(count: Expr, limit: int, body: Callable[[Expr, int], None]) -> None:
+    """Call ``body(first, size)`` for all of ``count``, at most ``limit`` at a time."""
+    groups = scalar(count // limit)
+    with T.serial(0, groups) as group:
+        body(scalar(group * limit), limit)
+    if isinstance(count, int):
+        if count % limit:
+            body(count - count % limit, count % limit)
+        return
+    # The rest by halves: how many there are decides registers.
+    size = limit // 2
+    while size:
+        with T.If(count // size % 2 == 1), T.Then():
+            body(scalar(count // (2 * size) * (2 * size)), size)
+        size //= 2

@@ -8,7 +8,7 @@ together as there are registers for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -34,6 +34,7 @@ from sparse_tvm.schedules.cpu.plane_code import (
     declare_sizes,
     deinterleaved,
     flat,
+    in_groups,
     vectors_of,
 )
 from sparse_tvm.schedules.cpu.planes import Planes
@@ -110,19 +111,19 @@ class _Plane:
         self._output.clear_border(self._plane, written)
         if not self._window.strided:
             count = vectors_of(self._target, self._simd)
-            _in_groups(count, DIRECT_VECTORS, lambda first, size: self._sums(0, 1, first, size))
+            in_groups(count, DIRECT_VECTORS, lambda first, size: self._sums(0, 1, first, size))
             return
         count = scalar((there.width + (lanes - 1)) // lanes)
         if isinstance(count, int) and count <= DIRECT_VECTORS:
             together = DIRECT_VECTORS // count
-            _in_groups(
+            in_groups(
                 there.height,
                 together,
                 lambda row, rows: self._sums(row, rows, 0, count, ends=True),
             )
             return
         with T.serial(0, there.height) as row:
-            _in_groups(count, DIRECT_VECTORS, lambda first, size: self._sums(row, 1, first, size))
+            in_groups(count, DIRECT_VECTORS, lambda first, size: self._sums(row, 1, first, size))
             self._clear_behind(row, count)
 
     def _sums(self, row: Expr, rows: int, first: Expr, vectors: int, ends: bool = False) -> None:
@@ -168,16 +169,3 @@ class _Plane:
         whole = scalar((pitch + (lanes - 1)) // lanes)
         with T.serial(0, whole - written) as i:
             self._output.clear(self._plane, row * pitch + (written + i) * lanes)
-
-
-def _in_groups(count: Expr, limit: int, body: Callable[[Expr, int], None]) -> None:
-    """Call ``body(first, size)`` for all of ``count``, at most ``limit`` at a time."""
-    groups = scalar(count // limit)
-    with T.serial(0, groups) as group:
-        body(scalar(group * limit), limit)
-    if isinstance(count, int):
-        if count % limit:
-            body(count - count % limit, count % limit)
-        return
-    with T.serial(0, count - groups * limit) as i:
-        body(scalar(groups * limit + i), 1)

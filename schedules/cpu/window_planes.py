@@ -10,7 +10,7 @@ weights do not fit into registers, each tap loads its operand itself, for severa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 from tvm import tirx
@@ -35,6 +35,7 @@ from sparse_tvm.schedules.cpu.plane_code import (
     declare_sizes,
     deinterleaved,
     flat,
+    in_groups,
     vectors_of,
 )
 from sparse_tvm.schedules.cpu.planes import Planes, Window
@@ -127,16 +128,7 @@ class _Row:
         if rolls(self._window, count, self._operation, self._simd):
             self._roll(start, pixel, count, wraps)
             return
-        size = DIRECT_VECTORS
-        groups = scalar(count // size)
-        with T.serial(0, groups) as group:
-            self._direct(start, pixel, scalar(group * size), size)
-        if isinstance(count, int):
-            if count % size:
-                self._direct(start, pixel, count // size * size, count % size)
-            return
-        with T.serial(0, count - groups * size) as i:
-            self._direct(start, pixel, scalar(groups * size + i), 1)
+        in_groups(count, DIRECT_VECTORS, partial(self._direct, start, pixel))
 
     def _direct(self, start: Expr, pixel: Expr, first: Expr, size: int) -> None:
         lanes, step = self._simd.lanes, self._window.stride[1]

@@ -115,7 +115,7 @@ class _Sharing:
             self._weights.add(hash(binding.var))
         elif _callee(value) == _KILL and hash(value.args[0]) in self._weights:
             return None
-        elif _callee(value) in _SAME_EACH_TIME:
+        elif _callee(value) in _SAME_EACH_TIME or _is_size(binding.value):
             made = self._made.setdefault(_identity(value), binding.var)
             if not made.same_as(binding.var):
                 self._instead[hash(binding.var)] = made
@@ -157,9 +157,17 @@ def _last_kills(bindings: Sequence[Any]) -> list[Any]:
     return left[::-1]
 
 
+def _is_size(value: Expr) -> bool:
+    """Whether a function of the module computes a size from others, as it does each time."""
+    called = isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.GlobalVar)
+    return called and isinstance(value.ty, tvm.ir.PrimType)
+
+
 def _callee(value: Expr) -> str | None:
     if not isinstance(value, relax.Call):
         return None
+    if isinstance(value.op, tvm.ir.GlobalVar):
+        return str(value.op.name_hint)
     if isinstance(value.op, relax.ExternFunc):
         return str(value.op.global_symbol)
     return str(value.op.name) if isinstance(value.op, tvm.ir.Op) else None

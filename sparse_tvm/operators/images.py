@@ -41,8 +41,9 @@ class Convolution(WeightedOperator):
 
     W is ``[out_channels, channels / groups, *kernel]``. All tuples have one number for each spatial
     dimension; ``pads`` has all starts, then all ends, and None in ``size`` is an extent that only
-    run time knows. Over ``frames``, the batch is of the images of one video after the other, and W
-    is ``[out_channels, channels / groups, frames.kernel, *kernel]``.
+    run time knows. What it usually is may be in ``usual``, while a layout is chosen. Over
+    ``frames``, the batch is of the images of one video after the other, and W is
+    ``[out_channels, channels / groups, frames.kernel, *kernel]``.
     """
 
     name: ClassVar[str] = "convolution"
@@ -57,6 +58,14 @@ class Convolution(WeightedOperator):
     pads: tuple[int, ...]
     groups: int = 1
     frames: Frames = STILL
+    usual: tuple[int | None, ...] = ()
+
+    def typical(self, otherwise: int) -> tuple[int, ...]:
+        """The size, with what it usually is, or another number, where nobody knows it."""
+        usual = self.usual or (None,) * len(self.size)
+        return tuple(
+            known or guess or otherwise for known, guess in zip(self.size, usual, strict=True)
+        )
 
     @property
     def depthwise(self) -> bool:

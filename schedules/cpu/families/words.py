@@ -121,8 +121,8 @@ class WordConvolutionFamily(ImageFamily):
 
     def share(self, op: Convolution, tokens: int) -> float:
         """So many pixels of the output's."""
-        size = (op.size[0] or _TYPICAL_SIZE, op.size[1] or _TYPICAL_SIZE)
-        height, width = window_of(op).out_size(size)
+        rows, columns = op.typical(_TYPICAL_SIZE)
+        height, width = window_of(op).out_size((rows, columns))
         return tokens / max(1, int(height) * int(width))
 
     def work(
