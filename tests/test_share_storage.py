@@ -125,6 +125,13 @@ def test_a_storage_is_as_large_as_any_that_it_stands_for():
     assert sizes(shared) == largest
 
 
+def test_what_is_small_does_not_wait_in_what_is_large():
+    shared, _ = planned(network([4, 64, 32, 4, 60, 28, 4], residual=3), shares=True)
+    largest = ["T.max(T.int64(256) * n, T.int64(240) * n)"]
+    largest.append("T.max(T.int64(128) * n, T.int64(112) * n)")
+    assert sizes(shared) == [*largest, "T.int64(16) * n", "T.int64(16) * n"]
+
+
 def test_known_sizes_are_left_to_tvm():
     module = relax.transform.BindSymbolicVars({"n": 7})(network([8, 32, 4, 16, 8]))
     before, _ = planned(module, shares=False)

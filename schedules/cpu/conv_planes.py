@@ -231,6 +231,17 @@ class ConvKernel:
                 )
 
         self._each_block_row(start, stop, block_row)
+        self._clear_borders(image, start, stop, first_group)
+
+    def _clear_borders(self, image: Expr, start: Expr, stop: Expr, first: Expr) -> None:
+        """Clear the padding of the planes of some block rows, with the ``first`` of their pixels.
+
+        Not within the loop over rows: it may be a call, before which all registers go to memory.
+        """
+        channel, stop_channel = scalar(start * self._rows), scalar(stop * self._rows)
+        with T.If(first == 0), T.Then():
+            written = self._count * self._simd.lanes
+            self._output.clear_borders(image, channel, stop_channel, written)
 
     def _pixels_then_rows(self, unit: Expr, start: Expr, stop: Expr) -> None:
         if self._run > 1:
@@ -250,6 +261,7 @@ class ConvKernel:
                 ),
                 lambda part: self._pack(image, part, first, size) if self._packs else None,
             )
+            self._clear_borders(image, start, stop, first)
 
         for_group_sizes(self._count, self._group, group, body)
 
@@ -372,9 +384,6 @@ class ConvKernel:
                     acc.get(row, vector), plane + row, channel + row, pixel + vector * lanes
                 )
             )
-            if output.target.border.padded:
-                with T.If(first == 0), T.Then(), T.serial(0, live) as row:
-                    output.clear_border(plane + row, self._count * lanes)
 
         def wait() -> None:
             each(

@@ -9,7 +9,15 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.operators import Activation, Bias, Clamp, Residual, Step
-from sparse_tvm.schedules.cpu.lane_tiles import Buffer, Expr, argument, prefetch, ramp, splat
+from sparse_tvm.schedules.cpu.lane_tiles import (
+    Buffer,
+    Expr,
+    argument,
+    prefetch,
+    ramp,
+    scalar,
+    splat,
+)
 from sparse_tvm.schedules.cpu.plane_code import Extents, clear_border, flat, masked
 from sparse_tvm.schedules.cpu.planes import Planes
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
@@ -32,7 +40,7 @@ class ImageOutput:
         simd: Simd,
     ) -> None:
         """Declare the arguments: the mask if padded, each bias and residual, the output."""
-        self.target, self._simd = target, simd
+        self.target, self._simd, self._channels = target, simd, channels
         self._mask = argument("mask", (target.room,), "int32") if target.border.padded else None
         places = iter(residuals)
         self._places: dict[int, Planes] = {}
@@ -109,6 +117,12 @@ class ImageOutput:
         """Clear the padding around the ``written`` elements from the first pixel on, if any."""
         if self._mask is not None:
             clear_border(self.y, plane * self.extents.size, self.extents, written, self._simd)
+
+    def clear_borders(self, image: Expr, channel: Expr, stop: Expr, written: Expr) -> None:
+        """The same for an image's channels, as far as there are, from ``channel`` to ``stop``."""
+        if self._mask is not None:
+            with T.serial(0, tirx.min(stop, self._channels) - channel) as i:
+                self.clear_border(scalar(image * self._channels + channel + i), written)
 
     def clear(self, plane: Expr, pixel: Expr) -> None:
         """Clear a vector of the output."""

@@ -180,9 +180,6 @@ class _WordKernel(ConvKernel):
             for vector in range(size):
                 quad = [sums.get(row + i, vector) for i in range(BYTES)]
                 self._output.finish(quad, image, channel + row, pixel + vector * lanes)
-        with T.If(first == 0), T.Then():
-            for row in range(0, live, BYTES):
-                self._output.clear_border(image, channel + row, self._count * lanes)
 
     def _add_products(self, sums: _Sums, segment: Expr, source: Expr, live: int) -> None:
         plane = self._source.size * len(self._images.window.phases)

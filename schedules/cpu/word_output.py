@@ -14,7 +14,7 @@ from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.operators import Step
 from sparse_tvm.schedules.cpu.image_output import ImageOutput
-from sparse_tvm.schedules.cpu.lane_tiles import Expr, argument, ramp, splat
+from sparse_tvm.schedules.cpu.lane_tiles import Expr, argument, ramp, scalar, splat
 from sparse_tvm.schedules.cpu.low_precision import int8_quad
 from sparse_tvm.schedules.cpu.plane_code import Extents, clear_border, flat
 from sparse_tvm.schedules.cpu.planes import Planes
@@ -43,8 +43,11 @@ class Output(Protocol):
     def finish(self, sums: Sequence[Expr], image: Expr, channel: Expr, pixel: Expr) -> None:
         """Finish a vector of pixels of the four channels from ``channel`` on, and store it."""
 
-    def clear_border(self, image: Expr, channel: Expr, written: Expr) -> None:
-        """Write what surrounds the ``written`` elements of four channels, if that is read."""
+    def clear_borders(self, image: Expr, channel: Expr, stop: Expr, written: Expr) -> None:
+        """Write what surrounds the ``written`` elements of some channels, if that is read.
+
+        They are all from ``channel`` to ``stop``, as far as there are.
+        """
 
 
 class WordOutput:
@@ -88,11 +91,13 @@ class WordOutput:
         at = self._plane(image, channel) + self._extents.first + pixel
         T.buffer_store(self._y, words, [ramp(at, self._simd)])
 
-    def clear_border(self, image: Expr, channel: Expr, written: Expr) -> None:
-        """Fill a plane around the ``written`` words, if it is padded."""
+    def clear_borders(self, image: Expr, channel: Expr, stop: Expr, written: Expr) -> None:
+        """Fill planes around the ``written`` words, if they are padded."""
         if self._mask is not None:
-            plane = self._plane(image, channel)
-            clear_border(self._y, plane, self._extents, written, self._simd, self._fill())
+            last = tirx.min(stop, self._planes * BYTES)
+            with T.serial(0, (last - channel) // BYTES) as i:
+                plane = scalar(self._plane(image, channel + i * BYTES))
+                clear_border(self._y, plane, self._extents, written, self._simd, self._fill())
 
 
 class FloatOutput:
@@ -119,22 +124,17 @@ class FloatOutput:
         """Compute extents here, in the body of a loop over jobs."""
         self._output.open()
 
-    def _each(self, channel: Expr) -> list[tuple[int, Expr]]:
-        return [(i, channel + i) for i in range(BYTES)]
-
     def finish(self, sums: Sequence[Expr], image: Expr, channel: Expr, pixel: Expr) -> None:
         """Store those of the four channels that there are."""
-        for i, one in self._each(channel):
+        for i, total in enumerate(sums):
+            one = channel + i
             with T.If(one < self._channels), T.Then():
-                value = scaled(sums[i], self._factor[one], self._offset[one], self._simd)
+                value = scaled(total, self._factor[one], self._offset[one], self._simd)
                 self._output.store(value, image * self._channels + one, one, pixel)
 
-    def clear_border(self, image: Expr, channel: Expr, written: Expr) -> None:
-        """Clear the planes of those channels that there are, if padded."""
-        if self._output.target.border.padded:
-            for _, one in self._each(channel):
-                with T.If(one < self._channels), T.Then():
-                    self._output.clear_border(image * self._channels + one, written)
+    def clear_borders(self, image: Expr, channel: Expr, stop: Expr, written: Expr) -> None:
+        """Clear the padding of those channels that there are."""
+        self._output.clear_borders(image, channel, stop, written)
 
 
 def scaled(sums: Expr, factor: Expr, offset: Expr, simd: Simd) -> Expr:

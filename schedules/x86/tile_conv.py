@@ -129,8 +129,6 @@ class _TileKernel(ConvKernel):
             spot = self._sums(tile, vector)
             self._unit.store(spot, self._results, spot * TILE_WORDS)
         self._finish(image, channel, pixel, live, size)
-        with T.If(first == 0), T.Then(), T.serial(0, live // BYTES) as quad:
-            self._output.clear_border(image, channel + quad * BYTES, self._count * lanes)
 
     def _finish(self, image: Expr, channel: Expr, pixel: Expr, live: int, size: int) -> None:
         """Make the output of the sums in memory."""

@@ -23,6 +23,10 @@ _ALLOC_STORAGE = "relax.memory.alloc_storage"
 _TYPICAL = 64
 """An extent that nobody knows, to guess which of two sizes is larger: only speed depends on it."""
 
+_ALIKE = 8
+"""How many times as large storages may be that share: a small one that is kept for long, as a
+residual is, would hold memory that large ones take turns in, and leave them cold."""
+
 Expr = Any
 
 
@@ -115,6 +119,7 @@ def _take_turns(storages: Sequence[_Storage]) -> list[_Buffer]:
             buffer
             for buffer in buffers
             if buffer.members[0].kind == storage.kind
+            and max(buffer.guess, storage.guess) <= _ALIKE * min(buffer.guess, storage.guess)
             and all(member.last < storage.first for member in buffer.members)
         ]
         roomy = [buffer for buffer in free if buffer.guess >= storage.guess]
