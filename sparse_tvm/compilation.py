@@ -20,9 +20,11 @@ from sparse_tvm.frontends.detect import open_source
 from sparse_tvm.frontends.importer.model import ImportedModel
 from sparse_tvm.frontends.source import Source, SourceOptions
 from sparse_tvm.passes.formats import FormatOptions
+from sparse_tvm.passes.image_turns import image_turns
 from sparse_tvm.passes.infrastructure import Context, Phase
 from sparse_tvm.passes.program import Program
 from sparse_tvm.passes.set_precision import has_kernels
+from sparse_tvm.spec import multiples_of
 
 
 @dataclass
@@ -144,6 +146,7 @@ class Compilation:
             "inputs": [spec.as_json() for spec in self.imported.inputs],
             "outputs": [spec.as_json() for spec in self.imported.outputs],
             "bounds": {name: list(bounds) for name, bounds in self.imported.bounds.items()},
+            **self._turns(),
             "layers": [layer.as_json() for layer in program.reports.values()],
             "notes": [
                 *self.context.evidence.records.remarks,
@@ -160,6 +163,14 @@ class Compilation:
             "kernels": program.kernels,
             "compile": self.phases.as_json(),
         }
+
+    def _turns(self) -> dict[str, Any]:
+        """What a run of many images may do, if each is computed for itself, and may be alone."""
+        turns = image_turns(self.imported.module["main"], len(self.imported.inputs))
+        if turns is None or turns.dimension in multiples_of(self.imported.inputs):
+            return {}
+        alone = self.imported.bounds.get(turns.dimension, (1, 1))[0] <= 1
+        return {"turns": vars(turns)} if alone else {}
 
 
 def in_model_precision(context: Context, imported: ImportedModel, precision: str | None) -> Context:

@@ -232,10 +232,19 @@ class _Required(TypedDict):
     kernels: dict[str, Kernel]
 
 
+class Turns(TypedDict):
+    """How a run of many images may take turns."""
+
+    dimension: str
+    widest: float
+    moved: float
+
+
 class Manifest(_Required, total=False):
     """Everything that an artifact says of itself; ``docs/formats.md`` describes the keys."""
 
     bounds: dict[str, tuple[int, int]]
+    turns: Turns
     unverified: str | None
 
 

@@ -22,6 +22,7 @@ from sparse_tvm.devices import Device, Resident, open_device, parse_device
 from sparse_tvm.errors import ArtifactError, InputError, OptionError
 from sparse_tvm.spec import LARGEST_SIZE, TensorSpec, multiples_of, size_of, symbols_of
 from sparse_tvm.staging import StagedInput
+from sparse_tvm.turns import Turns
 from sparse_tvm.vm import Library, MemoryBound, VirtualMachine, installed_version, runtime
 
 _OTHER_TARGET = (
@@ -157,6 +158,7 @@ class Model:
         self._output_names = [spec.name for spec in self.outputs]
         self._limits = _limits(self.inputs, self.bounds)
         self._memory = MemoryBound()
+        self._turns = Turns.of(manifest, self.inputs, threads) if device.is_host else None
         self._mapped = mapped
         weights = _weights(mapped, manifest["weights"], device)
         self._weights = device.tvm_ffi.convert(weights)
@@ -394,6 +396,14 @@ class Model:
     def _run_on_host(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The same where there are neither residents nor streams: small models live by it."""
         self._refuse_if_closed()
+        images = self._turns.images(values) if self._turns is not None else 0
+        if self._turns is None or not images:
+            return self._turn(values)
+        turns = [self._turn(part) for part in self._turns.parts(values, images)]
+        return [np.concatenate(results) for results in zip(*turns, strict=True)]
+
+    def _turn(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Results for a batch, or a part of one."""
         if self._limits:
             shapes = tuple([value.shape for value in values])
             if shapes not in self._memory:
