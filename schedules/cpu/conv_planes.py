@@ -61,7 +61,7 @@ _MANY_REGISTERS = 32
 
 _RUN, _SHORT_SUM = 4, 32
 """Groups of pixels that a block row goes on with, where sums are as short: lines of the output
-follow each other then, of each plane."""
+follow each other then, of each plane. With many registers, only if there are more outputs."""
 
 _COLUMNS_TOGETHER = 64
 """Columns that a part has at least for its weights to be loaded together: rows have a tenth."""
@@ -119,8 +119,10 @@ class ConvKernel:
         self._taps = images.frames.kernel * images.window.taps
         self._k = images.channels * self._taps
         few_registers = simd.registers < _MANY_REGISTERS
-        self._asks_ahead = few_registers and self.element == "float32" and not self._rows_outermost
-        short = self._asks_ahead and not layout.sparse and self._k <= _SHORT_SUM
+        in_turns = self.element == "float32" and not self._rows_outermost
+        self._asks_ahead = few_registers and in_turns
+        grows = few_registers or images.out_channels > self._k
+        short = in_turns and not layout.sparse and self._k <= _SHORT_SUM and grows
         self._run = _RUN if short else 1
         self._moves = self._taps > 1 or images.window.pads[:2] != (0, 0)
         one_pass = not self._rows_outermost and self._run == 1
