@@ -49,6 +49,11 @@ def dense_to_sparse(program: Program, context: Context) -> Program:
     return rewritten
 
 
+def weights_of(program: Program) -> int:
+    """How many values all layers' weights have: so many are read before one is read again."""
+    return sum(product(call.op.matrix) for call in dialect.calls(program, WeightedOperator))
+
+
 def typical_tokens(op: WeightedOperator, output: Sequence[Any]) -> Sequence[int]:
     """How many tokens the layer sees at a time, or pixels: their number, or typical ones.
 
@@ -82,6 +87,7 @@ class _DenseToSparse(Rewrite):
     def __init__(self, program: Program, context: Context) -> None:
         super().__init__(program)
         self._context = context
+        self._everything = weights_of(program)
         self._stored: dict[tuple[Any, WeightedOperator], _Stored] = {}
         self._sizes = TypicalSizes(self.graph.function.params[: program.num_input])
 
@@ -117,7 +123,7 @@ class _DenseToSparse(Rewrite):
         assert array is not None, f"{op.layer}: its weight is no constant"
         backend, target = self._context.backend, self._context.target
         matrix = array.reshape(op.matrix)
-        weight = MeasuredWeight(matrix)
+        weight = MeasuredWeight(matrix, self._everything / matrix.size)
         options, evidence = self._context.options, self._context.evidence
         choice = choose(op, weight, options, backend, target, tokens, evidence)
         family = backend.weighted_family(choice.layout)

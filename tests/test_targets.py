@@ -33,6 +33,7 @@ def test_names_and_aliases_are_unique():
         ("skylake-avx512", "x86-64-v4"),
         ("icelake-server", "avx512-vnni"),
         ("znver4", "avx512-bf16"),
+        ("znver5", "znver5"),
         ("sapphire-rapids", "sapphirerapids"),
         ("x86-64-v2", "x86-64-v2"),
     ],

@@ -7,6 +7,6 @@ from __future__ import annotations
 
 from sparse_tvm.schedules.cpu.dots import Dot
 
-SDOT = Dot("sdot", 4, 32, ("dotprod",), 2.0)
+SDOT = Dot("sdot", 4, 32, ("dotprod",), None)
 DOTS = (SDOT,)
 """``smmla`` of i8mm multiplies twice as much, but eight inputs in a row, where lines have four."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from sparse_tvm.operators import STILL, Convolution, Layout
 from sparse_tvm.schedules.cpu.blocks import Blocks
-from sparse_tvm.schedules.cpu.cost import line_cycles
+from sparse_tvm.schedules.cpu.cost import arrival_cycles, line_cycles
 from sparse_tvm.schedules.cpu.image_operators import blocks_of, window_of
 from sparse_tvm.schedules.cpu.planes import Window
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
+from sparse_tvm.sparsity.statistics import TYPICAL_COPIES
 from sparse_tvm.targets import Target
 
 _TYPICAL_SIZE = 28
@@ -199,7 +200,12 @@ def grouped_rows(op: Convolution, target: Target) -> int:
 
 
 def conv_seconds(
-    op: Convolution, layout: Layout, stored: int, pixels: int, target: Target
+    op: Convolution,
+    layout: Layout,
+    stored: int,
+    pixels: int,
+    target: Target,
+    copies: float = TYPICAL_COPIES,
 ) -> float:
     """Seconds for so many pixels of the output on one core, with this many stored blocks."""
     simd, costs, blocks = Simd.of(target), target.costs, blocks_of(op)
@@ -209,7 +215,7 @@ def conv_seconds(
     fmas = rows * vectors * costs.fma
     if rows * limit > simd.accumulators:
         fmas *= _SPILLED
-    weights = -(-rows // costs.scalars_per_load) * costs.load
+    weights = -(-rows // costs.scalars_per_load) * costs.load * costs.narrow
     if layout.sparse:
         windows = window_of(op).taps * op.frames.kernel > 1 and blocks is None
         packed = windows and bool(layout.get("packed", 0))
@@ -226,7 +232,8 @@ def conv_seconds(
     if layout.sparse and packed:
         compute += op.matrix[1] * vectors * _COPY_CYCLES
     passes = 1 if layout.get("rows_outermost", 0) else groups
-    streamed = passes * stored * (4 * rows + (2 if layout.sparse else 0)) / costs.streamed
+    nbytes = stored * (4 * rows + (2 if layout.sparse else 0))
+    streamed = arrival_cycles(nbytes, passes, copies, target)
     rows_out, columns_out = out_size(op)
     share = 1.0 if blocks is None else blocks.share
     cycles = share * (groups * compute + streamed)

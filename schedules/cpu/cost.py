@@ -4,8 +4,9 @@ The prediction is for one core. Per stored block the core issues its multiply-ad
 those take longer: of weights, and of X's lines, more slowly by the share of X that the first cache
 does not hold, which is what storing W in parts of columns is for. A sparse block pays a little more
 for its index. What does not fit into registers is loaded again and again. Besides there is a fixed
-cost per block row and part, higher when sums wait in Y between parts, and weights stream from
-memory once per group of tiles. What each of these takes is the target's to say.
+cost per block row and part, higher when sums wait in Y between parts. Weights stream past once per
+group of tiles, the first time from memory where the model's others fill the caches. What each of
+these takes is the target's to say.
 
 ``scripts/check_cost_model.py`` prints prediction against measurement.
 """
@@ -25,7 +26,7 @@ from sparse_tvm.schedules.cpu.simd import (
     rows_per_pass,
     tiles_of,
 )
-from sparse_tvm.sparsity.statistics import WeightStatistics
+from sparse_tvm.sparsity.statistics import TYPICAL_COPIES, WeightStatistics
 from sparse_tvm.targets import Target
 
 _L1_SHARE = 0.85
@@ -60,6 +61,7 @@ def matmul_cycles(
     blocks: int,
     target: Target,
     tokens: int = TYPICAL_TOKENS[0],
+    copies: float = TYPICAL_COPIES,
 ) -> float:
     """Cycles per tile of tokens for a weight of ``shape`` with this many stored blocks."""
     simd, costs = Simd.of(target), target.costs
@@ -70,13 +72,14 @@ def matmul_cycles(
     tiles = _tiles_per_group(limit, tokens)
     vectors = tiles * simd.per_tile
     fmas = rows * vectors * _fma_cycles(rows, limit, target, tokens)
-    weights = -(-rows // costs.scalars_per_load) / simd.weights_together(layout) * costs.load
+    weights = -(-rows // costs.scalars_per_load) / simd.weights_together(layout)
+    weights *= costs.load * costs.narrow
     if layout.sparse:
         packed = bool(layout.get("packed", 0))
         lines = tiles * line_cycles(_x_bytes(shape[1], tiles) / parts, target, packed)
-        block = columns * max(fmas, weights + lines) + costs.index
+        block = columns * target.beside(weights + lines, fmas) + costs.index
     else:
-        block = max(fmas, weights + vectors * costs.load) * _DENSE_LOOP
+        block = target.beside(weights + vectors * costs.load, fmas) * _DENSE_LOOP
     segments = parts * -(-shape[0] // rows)
     sums = rows * vectors * (costs.sum if parts > 1 else 1)
     compute = blocks * block + segments * (costs.row + sums)
@@ -84,8 +87,19 @@ def matmul_cycles(
         compute += shape[1] * vectors * _COPY_LOADS * costs.load
     index_bytes = np.dtype(index_dtype(shape[1])).itemsize if layout.sparse else 0
     stored_bytes = blocks * (4 * rows * columns + index_bytes)
-    streamed = compute + stored_bytes / costs.streamed
-    return max(streamed, stored_bytes / costs.memory) / tiles
+    passes: float = tiles_of(tokens) / tiles
+    arrival = arrival_cycles(stored_bytes, passes, copies, target)
+    return (passes * compute + arrival) / (passes * tiles)
+
+
+def arrival_cycles(nbytes: float, passes: float, copies: float, target: Target) -> float:
+    """Cycles that a computing core waits for a weight of this size that passes by so often.
+
+    The first time it comes from where the model's other weights, ``copies`` of its size with it,
+    have left it; see :class:`~sparse_tvm.sparsity.statistics.WeightStatistics`.
+    """
+    far = target.caches.shares(copies * nbytes)[-1]
+    return nbytes * ((passes - far) / target.costs.streamed + far / target.costs.memory)
 
 
 def matmul_seconds(
@@ -94,9 +108,11 @@ def matmul_seconds(
     blocks: int,
     target: Target,
     tokens: int = TYPICAL_TOKENS[0],
+    copies: float = TYPICAL_COPIES,
 ) -> float:
     """Seconds for all ``tokens`` on one core."""
-    return target.seconds(tiles_of(tokens) * matmul_cycles(shape, layout, blocks, target, tokens))
+    cycles = matmul_cycles(shape, layout, blocks, target, tokens, copies)
+    return target.seconds(tiles_of(tokens) * cycles)
 
 
 def _tiles_per_group(limit: int, tokens: int) -> float:

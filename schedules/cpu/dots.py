@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparse_tvm.schedules.cpu.precision import INT8, Precision
+from sparse_tvm.schedules.cpu.simd import LANES
+from sparse_tvm.targets import Target
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Dot:
         Vector registers.
     features : tuple[str, ...]
         What a CPU must have, by LLVM's names.
-    cycles : float
-        For sixteen words.
+    cycles : float or None
+        For sixteen words; None where they take as long as float32 multiply-adds of as many bits.
     largest_weight : int
         The magnitude of the weights that it multiplies exactly.
     signed : bool
@@ -44,9 +46,13 @@ class Dot:
     lanes: int
     registers: int
     features: tuple[str, ...]
-    cycles: float
+    cycles: float | None
     largest_weight: int = 128
     signed: bool = False
     halves: bool = False
     gathered: float = 0.0
     precision: Precision = INT8
+
+    def cycles_on(self, target: Target) -> float:
+        """Cycles of a target for sixteen words."""
+        return self.cycles or LANES / self.lanes * target.costs.fma

@@ -15,6 +15,7 @@ import numpy as np
 from sparse_tvm.operators import Layout
 from sparse_tvm.schedules.cpu.block_arrays import index_dtype
 from sparse_tvm.schedules.cpu.simd import LANES, ROW_COUNTS
+from sparse_tvm.sparsity.statistics import TYPICAL_COPIES
 from sparse_tvm.targets import Target
 
 _LEAST_LANES = 4
@@ -25,6 +26,10 @@ _MEASURED_LANES = 8
 
 _FILLED = 3.0
 """Zeros that fill a row of single weights up to whole fours, as many as its neighbours have."""
+
+_SPREAD = 0.5
+"""Multiply-adds' worth of shuffles for each weight that is spread with all rows over a vector of
+more than eight lanes."""
 
 _PICKED = 2.1
 """Cycles of a step of sliced rows, for each row of activations."""
@@ -62,32 +67,57 @@ def four_together(layout: Layout, rows: int, lanes: int) -> bool:
 
 
 def few_rows_seconds(
-    shape: tuple[int, int], layout: Layout, blocks: int, target: Target, tokens: int
+    shape: tuple[int, int],
+    layout: Layout,
+    blocks: int,
+    target: Target,
+    tokens: int,
+    copies: float = TYPICAL_COPIES,
 ) -> float:
-    """Seconds on one core, for no more tokens than the largest of ``ROW_COUNTS``."""
+    """Seconds on one core, for no more tokens than the largest of ``ROW_COUNTS``.
+
+    ``copies`` is as :class:`~sparse_tvm.sparsity.statistics.WeightStatistics` has it.
+    """
     count = next(c for c in ROW_COUNTS if c >= tokens)
     compute = _compute_cycles(shape, layout, blocks, target, count)
-    cycles = _read_once(compute, _stored_bytes(shape[1], layout, blocks), layout.sparse, target)
-    return target.seconds(cycles + sum(shape) * count * target.costs.load)
+    stored = _stored_bytes(shape[1], layout, blocks)
+    cycles = _read_once(compute, stored, layout.sparse, target, copies)
+    return target.seconds(cycles + sum(shape) * count * _load(1, target))
 
 
 def sliced_rows_seconds(
-    shape: tuple[int, int], lanes: int, steps: int, target: Target, tokens: int
+    shape: tuple[int, int],
+    lanes: int,
+    steps: int,
+    target: Target,
+    tokens: int,
+    copies: float = TYPICAL_COPIES,
 ) -> float:
     """The same for a weight in sliced rows, which take so many steps."""
     count = next(c for c in ROW_COUNTS if c >= tokens)
     compute = _sliced_cycles(shape[0], lanes, steps, target, count)
-    cycles = _read_once(compute, _sliced_bytes(shape[1], lanes, steps), True, target)
-    return target.seconds(cycles + sum(shape) * count * target.costs.load)
+    stored = _sliced_bytes(shape[1], lanes, steps)
+    cycles = _read_once(compute, stored, True, target, copies)
+    return target.seconds(cycles + sum(shape) * count * _load(1, target))
 
 
-def _read_once(compute: float, stored: int, sparse: bool, target: Target) -> float:
-    """Cycles of so much arithmetic, and for the weight to arrive."""
-    if stored <= target.caches.l2:  # over before a stream of it is under way
-        return compute + stored / target.costs.second
-    streamed = stored / target.costs.last
+def _load(lanes: int, target: Target) -> float:
+    """Cycles to load a vector of so many lanes."""
+    return target.costs.load * _share(lanes, target)
+
+
+def _share(lanes: int, target: Target) -> float:
+    """Of a whole vector's time, what a narrower one takes."""
+    return target.costs.narrow if 2 * lanes <= target.lanes else 1.0
+
+
+def _read_once(compute: float, stored: int, sparse: bool, target: Target, copies: float) -> float:
+    """Cycles of so much arithmetic, and for one of so many weights to arrive."""
+    costs = target.costs
+    near, cached, far = (stored * share for share in target.caches.shares(copies * stored))
+    second, streamed = near / costs.second, cached / costs.last + far / costs.memory
     waited_for = 0.5 if sparse else 0.0  # the rest comes while it computes
-    return max(streamed, compute + waited_for * streamed)
+    return second + max(streamed, compute + waited_for * streamed)
 
 
 def sequences_together(lanes: int) -> tuple[int, ...]:
@@ -156,18 +186,24 @@ def _compute_cycles(
     together = four_together(layout, count, target.lanes)
     if together:
         share = rows / 4  # of a load of weights that a block takes
-        vectors = -(-4 * count // target.lanes)
-        multiplied, loaded = share * vectors, share + 1
+        lanes = min(target.lanes, 4 * count)
+        multiplied = share * (4 * count / lanes) * costs.fma * _share(lanes, target)
+        if lanes > _MEASURED_LANES:
+            multiplied += _SPREAD * costs.fma
+        loaded = share * _load(4, target) + _load(count, target)
     elif outputs_in_lanes(layout, count, target.lanes):
         lanes = gcd(rows, target.lanes)
         vectors = rows // lanes
-        multiplied, loaded = vectors * count, vectors + count
+        multiplied = vectors * count * costs.fma * _share(lanes, target)
+        loaded = vectors * _load(lanes, target) + count * _load(1, target)
         if lanes < _LEAST_LANES and target.lanes == _MEASURED_LANES:
             multiplied, loaded = 2 * multiplied, 2 * loaded  # pairs are put together first
     else:
-        vectors = -(-count // target.lanes)
-        multiplied, loaded = vectors * rows, vectors + rows
-    block = columns * max(multiplied * costs.fma, loaded * costs.load)
+        lanes = min(target.lanes, count)
+        vectors = count // lanes
+        multiplied = vectors * rows * costs.fma * _share(lanes, target)
+        loaded = vectors * _load(lanes, target) + rows * _load(1, target)
+    block = columns * target.beside(loaded, multiplied)
     row, segments = costs.row, parts * -(-n // rows)
     if together and rows == 1:
         blocks += round(_FILLED * segments)
@@ -175,9 +211,10 @@ def _compute_cycles(
     elif together and rows < 4:
         row *= 2  # what is left of a row by fours has a loop of its own
     if layout.sparse:
-        block += costs.load / (2 if together and rows == 1 else 1)  # one load of four indices
+        index = _load(1, target)
+        block += index / (2 if together and rows == 1 else 1)  # one load of four indices
         block += costs.index if rows > 1 else 0
-    return blocks * block + segments * (row + count * rows * costs.load)
+    return blocks * block + segments * (row + count * rows * _load(1, target))
 
 
 def _line_cycles(columns: float, target: Target) -> float:

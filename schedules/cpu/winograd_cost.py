@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from sparse_tvm.operators import Convolution, Layout
 from sparse_tvm.schedules.cpu.conv_cost import out_size
+from sparse_tvm.schedules.cpu.cost import arrival_cycles
 from sparse_tvm.schedules.cpu.image_operators import window_of
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.winograd import OUTPUTS, TAPS, Bands
+from sparse_tvm.sparsity.statistics import TYPICAL_COPIES
 from sparse_tvm.targets import Target
 
 _MOST_VECTORS = 4
@@ -47,7 +49,9 @@ def blocking(op: Convolution, target: Target, outputs: int) -> tuple[int, dict[s
     return min(rows, op.out_channels), {**parameters, "bands": unit} if known else parameters
 
 
-def winograd_seconds(op: Convolution, layout: Layout, pixels: int, target: Target) -> float:
+def winograd_seconds(
+    op: Convolution, layout: Layout, pixels: int, target: Target, copies: float = TYPICAL_COPIES
+) -> float:
     """Seconds for so many pixels of the output on one core."""
     costs = target.costs
     bands, rows = _bands(op, target, layout.get("outputs", 2)), layout.block[0]
@@ -56,14 +60,14 @@ def winograd_seconds(op: Convolution, layout: Layout, pixels: int, target: Targe
     count = unit * bands.vectors
     groups = -(-count // layout.get("vectors", 1))
     vectors = count / groups
-    weights = -(-rows // costs.scalars_per_load) * costs.load
+    weights = -(-rows // costs.scalars_per_load) * costs.load * costs.narrow
     step = max(rows * vectors * costs.fma, weights + vectors * costs.load) * _DENSE_LOOP
     steps = blocks * bands.points * op.channels * TAPS
     compute = units * groups * (steps * step + blocks * bands.points * costs.row)
     # Each point is a sum over all of a band's rows, and each row one over all points.
     combined = op.channels * bands.count * bands.read_vectors * bands.points**2
     combined += op.out_channels * bands.count * bands.vectors * bands.outputs * bands.points
-    streamed = units * steps * 4 * rows / costs.streamed
+    streamed = arrival_cycles(steps * 4 * rows, units, copies, target)
     height, width = out_size(op)
     cycles = compute + combined * costs.fma + streamed
     return target.seconds(cycles) * pixels / (height * width)

@@ -13,11 +13,24 @@ from sparse_tvm.sparsity.analysis import Structure, analyse, density_map
 from sparse_tvm.sparsity.formats import occupied_blocks
 from sparse_tvm.sparsity.sliced import steps_per_slot, window_steps
 
+TYPICAL_COPIES = 12.0
+"""How many weights of a layer's size a model has: as many as an encoder has layers."""
+
 
 class WeightStatistics(ABC):
-    """The zeros of one ``[N, K]`` weight, as kernel families ask about them."""
+    """The zeros of one ``[N, K]`` weight, as kernel families ask about them.
+
+    Attributes
+    ----------
+    shape : tuple[int, int]
+        ``(N, K)``.
+    copies : float
+        How many weights of its size the model goes through before it reads this one again: which
+        cache still has it then.
+    """
 
     shape: tuple[int, int]
+    copies: float = TYPICAL_COPIES
 
     @property
     @abstractmethod
@@ -55,8 +68,8 @@ class WeightStatistics(ABC):
 class MeasuredWeight(WeightStatistics):
     """The zeros of a weight that is there."""
 
-    def __init__(self, w: np.ndarray) -> None:
-        self.shape = (int(w.shape[0]), int(w.shape[1]))
+    def __init__(self, w: np.ndarray, copies: float = TYPICAL_COPIES) -> None:
+        self.shape, self.copies = (int(w.shape[0]), int(w.shape[1])), copies
         self._mask = w != 0
         self._stored: dict[tuple[int, int], int] = {}
         self._steps: dict[int, int] = {}

@@ -35,6 +35,7 @@ _CORTEX_A72 = Target(
         fma=1.0,
         spilled=1.85,
         load=1.0,
+        narrow=1.0,
         scalars_per_load=4,
         l2_line=5.0,
         streamed=8.0,
@@ -44,6 +45,7 @@ _CORTEX_A72 = Target(
         row=16.0,
         sum=2.0,
         index=1.0,
+        apart=16.0,
     ),
     parts=(0xD08,),
 )
@@ -70,6 +72,7 @@ _CORTEX_A76 = replace(
         row=12.0,
         sum=1.5,
         index=0.5,
+        apart=16.0,
     ),
     parts=(0xD0B,),
 )

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+_SHARES = 8
+"""Of the last cache, that are within one core's reach."""
+
 
 @dataclass(frozen=True)
 class Caches:
@@ -22,6 +25,14 @@ class Caches:
     l2: int
     l3: int
 
+    def shares(self, nbytes: float) -> tuple[float, float, float]:
+        """Of so many bytes that are read in turns, what comes from the second cache, from the last
+        one, and from memory: a core has most of the last one, as the others seldom use theirs."""
+        nbytes = max(1.0, nbytes)
+        second = min(1.0, self.l2 / nbytes)
+        cached = min(1.0, max(self.l2, _SHARES * self.l3) / nbytes)
+        return second, cached - second, 1 - cached
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -36,7 +47,9 @@ class Costs:
     spilled : float
         The same, where the sum did not fit into the registers.
     load : float
-        Cycles per load that hits the first cache, of a vector or of scalars.
+        Cycles per load of a vector that hits the first cache.
+    narrow : float
+        Share of its time, and of a multiply-add's, that one takes of half a vector or less.
     scalars_per_load : int
         Weights that one load brings: 1 where each is broadcast from memory, 4 where
         multiply-adds take their factor from an element of a vector.
@@ -44,9 +57,9 @@ class Costs:
         Cycles that a 64-byte line takes longer from the second cache than from the first.
     streamed : float
         Bytes of weights that take a computing core another cycle: most of the way from the last
-        cache, or memory, they come beside its work.
+        cache they come beside its work.
     memory : float
-        Bytes per cycle of one core from memory when it does nothing else.
+        Bytes per cycle of one core from memory.
     second, last : float
         The same from the second cache, and from the last one.
     row : float
@@ -55,12 +68,17 @@ class Costs:
         Cycles per vector to load a sum and store it again, between parts of columns.
     index : float
         Cycles that a stored block takes longer for being sparse.
+    apart : float
+        How well loads and multiply-adds keep out of each other's way: what takes `a` cycles of one
+        and `b` of the other takes ``(a**apart + b**apart) ** (1 / apart)``. With 1 they take turns,
+        the larger the more only the longer counts.
     """
 
     ghz: float
     fma: float
     spilled: float
     load: float
+    narrow: float
     scalars_per_load: int
     l2_line: float
     streamed: float
@@ -70,6 +88,7 @@ class Costs:
     row: float
     sum: float
     index: float
+    apart: float
 
 
 @dataclass(frozen=True)
@@ -134,6 +153,12 @@ class Target:
     def has(self, *features: str) -> bool:
         """Whether its code may use all of these features (LLVM's names, as ``amx-int8``)."""
         return set(features) <= set(self.features)
+
+    def beside(self, loads: float, multiplied: float) -> float:
+        """Cycles of so many of loads and of multiply-adds, beside each other."""
+        apart = self.costs.apart
+        longer = max(loads, multiplied)
+        return longer * float((1 + (min(loads, multiplied) / longer) ** apart) ** (1 / apart))
 
     def seconds(self, cycles: float) -> float:
         """Seconds that so many cycles of a core take."""

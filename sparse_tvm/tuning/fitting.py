@@ -38,7 +38,7 @@ class _RecordedWeight(WeightStatistics):
     """The zeros of a weight as far as a record tells."""
 
     def __init__(self, record: Record) -> None:
-        self.shape = record.problem.op.matrix
+        self.shape, self.copies = record.problem.op.matrix, record.copies
         self._problem, self._record = record.problem, record
 
     @property
@@ -162,16 +162,15 @@ def _seconds(record: Record) -> float:
 
 
 def _predictions(target: Target, records: Sequence[Record]) -> list[float]:
-    """Predicted seconds; of weights that were pushed out of the second cache, from the last one."""
+    """Predicted seconds."""
     backend = get_backend("cpu")
-    far = replace(target, caches=replace(target.caches, l2=0))
     return [
         backend.weighted_family(record.layout).cost(
             record.problem.op,
             record.layout,
             _RecordedWeight(record),
             record.condition.tokens,
-            far if record.rotated_bytes > target.caches.l2 else target,
+            target,
         )
         for record in records
     ]

@@ -14,7 +14,7 @@ import numpy as np
 
 from sparse_tvm.operators import Convolution, Recurrent, WeightedOperator
 from sparse_tvm.passes import dialect
-from sparse_tvm.passes.dense_to_sparse import dense_to_sparse, typical_tokens
+from sparse_tvm.passes.dense_to_sparse import dense_to_sparse, typical_tokens, weights_of
 from sparse_tvm.passes.graph import Rewrite, shape_of
 from sparse_tvm.passes.infrastructure import Context
 from sparse_tvm.passes.pipeline import phases
@@ -78,6 +78,7 @@ def layers_of(program: Program, context: Context) -> tuple[list[TunedLayer], lis
     program = until_layouts(program, context)
     found: dict[Any, TunedLayer] = {}
     left_out = []
+    everything = weights_of(program)
     for op, array, output in layer_calls(program):
         if isinstance(op, Convolution) and None in op.size:
             left_out.append(f"{op.layer}: the size of its images is not known; give --input-shape")
@@ -86,7 +87,7 @@ def layers_of(program: Program, context: Context) -> tuple[list[TunedLayer], lis
             left_out.append(f"{op.layer}: the steps of a recurrent layer are not measured")
             continue
         matrix = array.reshape(op.matrix)
-        weight = MeasuredWeight(matrix)
+        weight = MeasuredWeight(matrix, everything / matrix.size)
         problem = Problem.of(op, weight, context.target.name)
         dims = output[:1] if isinstance(op, Convolution) else output[:-1]
         leading = tuple(dim if isinstance(dim, int) else None for dim in dims)

@@ -26,7 +26,7 @@ from sparse_tvm.operators import Layout, WeightedOperator, from_json, to_json
 from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.tuning.job import Machine, this_machine
 
-VERSION = 1
+VERSION = 2
 """Of the schema; it counts up when lines of an older one mean something else."""
 
 _ALIKE = 0.1
@@ -54,7 +54,7 @@ class _Line(TypedDict):
     tokens: Natural
     threads: Natural
     stored_blocks: Natural
-    rotated_bytes: Natural
+    copies: Natural
     seconds: float | None
     noise: float
     failure: str | None
@@ -139,8 +139,8 @@ class Record:
         How the weight was stored.
     stored_blocks : int
         How many blocks of the layout's size that were.
-    rotated_bytes : int
-        How many bytes of weights took turns, of which a call read its own.
+    copies : int
+        How many weights of its size took turns, of which a call read one.
     seconds : float | None
         Median of a call; None where there is none, as ``failure`` explains.
     noise : float
@@ -155,7 +155,7 @@ class Record:
     condition: Condition
     layout: Layout
     stored_blocks: int
-    rotated_bytes: int
+    copies: int
     seconds: float | None
     noise: float
     failure: str | None
@@ -179,7 +179,7 @@ class Record:
             "tokens": self.condition.tokens,
             "threads": self.condition.threads,
             "stored_blocks": self.stored_blocks,
-            "rotated_bytes": self.rotated_bytes,
+            "copies": self.copies,
             "seconds": self.seconds,
             "noise": self.noise,
             "failure": self.failure,
@@ -222,7 +222,7 @@ class Record:
             Condition(value["tokens"], value["threads"]),
             op.layout,
             value["stored_blocks"],
-            value["rotated_bytes"],
+            value["copies"],
             seconds,
             value["noise"],
             value["failure"],

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from math import exp, inf, log
+from math import ceil, exp, inf, log
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -274,7 +274,6 @@ def tune(
         context = _context(target, precision, machine)
         program, context = _imported(model, context, precision, input_shapes, allow_pickle)
         found, left_out = layers_of(program, context)
-        model_bytes = sum(one.matrix.nbytes * len(one.layers) for one in found)
         found = [one for one in found if any(pattern.search(layer) for layer in one.layers)]
         if not found:
             raise OptionError(
@@ -288,7 +287,7 @@ def tune(
             known = read_records([records], machine["cpu"])
         kernels = [_kernel(one, context, known, threads, exhaustive) for one in found]
         path = Path(records)
-        tuner = _Tuner(context, machine, kernels, threads, model_bytes, path, progress)
+        tuner = _Tuner(context, machine, kernels, threads, path, progress)
         try:
             tuner.run(own, trials, seconds)
         finally:
@@ -317,7 +316,6 @@ class _Tuner:
     machine: Machine
     kernels: Sequence[Kernel]
     threads: Sequence[int]
-    model_bytes: int
     path: Path
     progress: Callable[[Trial], None] | None
     noise: list[float] = field(default_factory=list)
@@ -392,7 +390,7 @@ class _Tuner:
             "weight": str(self.kernels.index(kernel)),
             "tokens": list(layer.tokens),
             "threads": list(self.threads),
-            "copies": -(-self.model_bytes // layer.matrix.nbytes),
+            "copies": ceil(layer.weight.copies),
             "seconds": seconds,
             "beside": to_json(replace(op, layout=kernel.untuned)) if paired else None,
         }
@@ -421,7 +419,7 @@ class _Tuner:
                 condition,
                 layout,
                 stored,
-                answer.get("rotated_bytes", 0),
+                answer.get("copies", 0),
                 seconds,
                 result["noise"],
                 failure,

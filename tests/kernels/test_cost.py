@@ -16,7 +16,7 @@ from sparse_tvm.schedules.cpu.cost import dense_rows, matmul_cycles, matmul_seco
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.sparsity.masks import prune_array
 from sparse_tvm.sparsity.statistics import MeasuredWeight
-from sparse_tvm.targets import TARGETS
+from sparse_tvm.targets import TARGETS, Caches
 
 EVERY_TARGET = pytest.mark.parametrize(
     "target", TARGETS.values(), ids=[target.name for target in TARGETS.values()]
@@ -146,3 +146,28 @@ def test_a_signal_of_unknown_length_does_not_pass_each_row_of_the_weight_whole()
     parameters = blocking(signal(1, 3, 2, 512), "dense", 4, TARGETS["x86-64-v3"])
     assert "rows_outermost" not in parameters
     assert parameters["packed"] == 1
+
+
+@EVERY_TARGET
+@pytest.mark.parametrize("tokens", [1, 128])
+def test_a_weight_that_others_push_out_of_the_caches_takes_longer(target, tokens):
+    w = weight((768, 3072), 0.9, "4x1")
+    op, layout = Dense(layer="layer", matrix=w.shape), Layout("matmul", "bsr", (4, 1))
+    family = get_backend("cpu").family("matmul")
+    cached, pushed_out = (
+        family.cost(op, layout, MeasuredWeight(w, copies), tokens, target) for copies in (4, 1000)
+    )
+    assert cached < pushed_out
+
+
+def test_caches_share_what_is_read_in_turns():
+    caches = Caches(l1=32 << 10, l2=1 << 20, l3=2 << 20)
+    assert caches.shares(0) == caches.shares(1 << 20) == (1, 0, 0)
+    assert caches.shares(2 << 20) == (0.5, 0.5, 0)
+    assert caches.shares(32 << 20) == (1 / 32, 15 / 32, 0.5)
+
+
+@EVERY_TARGET
+def test_loads_and_products_take_as_long_as_the_longer_or_up_to_both(target):
+    for loads, products in ((1.0, 3.0), (3.0, 1.0), (2.0, 2.0), (0.0, 1.0)):
+        assert max(loads, products) <= target.beside(loads, products) <= loads + products

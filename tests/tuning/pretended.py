@@ -46,7 +46,7 @@ def record(
         Condition(tokens, threads),
         layout,
         stored,
-        1 << 26,
+        12,
         seconds,
         0.01,
         None if seconds is not None else "killed by SIGABRT",
@@ -70,4 +70,4 @@ class Pretender(Measurer):
             for t in job["tokens"]
             for n in job["threads"]
         ]
-        return {"title": "pretended", "rotated_bytes": 1 << 26, "results": results}
+        return {"title": "pretended", "copies": 12, "results": results}

@@ -63,7 +63,7 @@ def test_the_newest_of_a_kind_stays_in_any_order(tmp_path):
     [
         ("{", "it is not JSON"),
         ("[1]", "it is [1], not an object"),
-        ({"version": 7}, "it is of version 7, not 1"),
+        ({"version": 7}, "it is of version 7, not 2"),
         ({"seconds": "fast"}, "it.seconds is 'fast', not a number"),
         ({"seconds": None}, "either seconds or a failure"),
         ({"seconds": -1.0}, "its seconds are -1.0"),

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from sparse_tvm.schedules.arm.units import DOTS
 from sparse_tvm.schedules.cpu.dots import Dot
 from sparse_tvm.schedules.cpu.families.low_precision import DotFamily
-from sparse_tvm.schedules.cpu.precision import INT8, Precision
-from sparse_tvm.schedules.cpu.simd import LANES
-from sparse_tvm.targets import Target
 
 if TYPE_CHECKING:
     from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
@@ -22,11 +19,6 @@ class ArmDotFamily(DotFamily):
 
     name: ClassVar[str] = "arm_dot"
     dots: ClassVar[tuple[Dot, ...]] = DOTS
-
-    def dot(self, target: Target, precision: Precision = INT8, least: int = 0) -> Dot | None:
-        """As many vectors a cycle as of multiply-adds."""
-        found = super().dot(target, precision, least)
-        return found and replace(found, cycles=LANES / found.lanes * target.costs.fma)
 
     def multiply_add(self, dot: Dot) -> MultiplyAdd:
         from sparse_tvm.schedules.arm.instructions import MULTIPLY_ADD

@@ -138,7 +138,7 @@ class ConvolutionFamily(ImageFamily):
             stored = weight.stored_blocks(layout.block)
         else:
             stored = -(-weight.shape[0] // layout.block[0]) * weight.shape[1]
-        return conv_seconds(op, layout, stored, tokens, target)
+        return conv_seconds(op, layout, stored, tokens, target, weight.copies)
 
     def pack(
         self, op: Convolution, w: np.ndarray, layout: Layout, target: Target

@@ -195,7 +195,7 @@ class DotFamily(LowPrecisionFamily):
         share = 1 / simd.per_tile if tokens <= simd.lanes and not layout.sparse else 1.0
         load = simd.per_tile * costs.load
         index = costs.index if layout.sparse else 0.0
-        block = max(rows * dot.cycles * spilled, load) * share * group
+        block = max(rows * dot.cycles_on(target) * spilled, load) * share * group
         block = max(block, _LOOP if layout.sparse else 0.0) + far + index
         chains = dot_chains(rows, round(group) * simd.per_tile) if layout.sparse else 1
         block = max(block, _LATENCY / max(1.0, waiting) / chains)

@@ -130,9 +130,9 @@ class MatmulFamily(WeightedFamily[Dense]):
         lanes, few = layout.get("sell", 0), tokens <= ROW_COUNTS[-1]
         if lanes and tokens <= most_sliced_rows(lanes):
             steps = weight.window_steps(lanes)
-            return sliced_rows_seconds(weight.shape, lanes, steps, target, tokens)
-        predict = few_rows_seconds if few else matmul_seconds
-        return predict(weight.shape, layout, stored_blocks(weight, layout), target, tokens)
+            return sliced_rows_seconds(weight.shape, lanes, steps, target, tokens, weight.copies)
+        predict, blocks = few_rows_seconds if few else matmul_seconds, stored_blocks(weight, layout)
+        return predict(weight.shape, layout, blocks, target, tokens, weight.copies)
 
     def pack(
         self, op: Dense, w: np.ndarray, layout: Layout, target: Target

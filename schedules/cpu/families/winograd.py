@@ -75,7 +75,7 @@ class WinogradFamily(ImageFamily):
         tokens: int,
         target: Target,
     ) -> float:
-        return winograd_seconds(op, layout, tokens, target)
+        return winograd_seconds(op, layout, tokens, target, weight.copies)
 
     def pack(
         self, op: Convolution, w: np.ndarray, layout: Layout, target: Target

@@ -221,7 +221,7 @@ class DotConvolutionFamily(WordConvolutionFamily):
         taps, rows = window_of(op).taps, layout.block[0]
         words = taps if op.depthwise else word_planes(op.channels) * taps
         block_rows = -(-op.out_channels // max(rows, BYTES))
-        per_dot = dot.cycles * simd.lanes / LANES
+        per_dot = dot.cycles_on(target) * simd.lanes / LANES
         if op.depthwise and dot.halves:
             per_dot /= 2  # of one byte there is one half
         if layout.sparse:
