@@ -216,7 +216,9 @@ def serve() -> None:
     """Answer jobs until there are no more."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a kernel or a compiler prints is no answer
-    os.environ.setdefault("TVM_BIND_THREADS", "1")  # two threads may share a core for long else
+    # Two threads may share a core for long otherwise; but TVM binds them to the first cores.
+    every_core = len(os.sched_getaffinity(0)) == os.cpu_count()
+    os.environ["TVM_BIND_THREADS"] = str(int(every_core))
     allow_amx()
     runtime()  # sets the other defaults of the thread pool, before TVM loads
     weights: dict[str, np.ndarray] = {}
