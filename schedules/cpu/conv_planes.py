@@ -235,15 +235,29 @@ class ConvKernel:
         self._each_block_row(start, stop, block_row)
         self._clear_borders(image, start, stop, first_group)
 
+    @property
+    def _knows_borders(self) -> bool:
+        """Whether padding is a few lines that code can name."""
+        return isinstance(self._images.target.size, int)
+
     def _clear_borders(self, image: Expr, start: Expr, stop: Expr, first: Expr) -> None:
         """Clear the padding of the planes of some block rows, with the ``first`` of their pixels.
 
-        Not within the loop over rows: it may be a call, before which all registers go to memory.
+        Of unknown size not within the loop over rows, which `_clear_with_row` is for: it is a call
+        then, before which all registers go to memory.
         """
-        channel, stop_channel = scalar(start * self._rows), scalar(stop * self._rows)
+        if not self._knows_borders:
+            self._clear(image, start * self._rows, stop * self._rows, first)
+
+    def _clear_with_row(self, image: Expr, channel: Expr, live: int, first: Expr) -> None:
+        """The same for a block row, beside its products: other cores may have the lines."""
+        if self._knows_borders:
+            self._clear(image, channel, channel + live, first)
+
+    def _clear(self, image: Expr, channel: Expr, stop: Expr, first: Expr) -> None:
         with T.If(first == 0), T.Then():
             written = self._count * self._simd.lanes
-            self._output.clear_borders(image, channel, stop_channel, written)
+            self._output.clear_borders(image, scalar(channel), scalar(stop), written)
 
     def _pixels_then_rows(self, unit: Expr, start: Expr, stop: Expr) -> None:
         if self._run > 1:
@@ -386,6 +400,7 @@ class ConvKernel:
                     acc.get(row, vector), plane + row, channel + row, pixel + vector * lanes
                 )
             )
+            self._clear_with_row(image, channel, live, first)
 
         def wait() -> None:
             each(

@@ -180,6 +180,7 @@ class _WordKernel(ConvKernel):
             for vector in range(size):
                 quad = [sums.get(row + i, vector) for i in range(BYTES)]
                 self._output.finish(quad, image, channel + row, pixel + vector * lanes)
+        self._clear_with_row(image, channel, live, first)
 
     def _add_products(self, sums: _Sums, segment: Expr, source: Expr, live: int) -> None:
         plane = self._source.size * len(self._images.window.phases)

@@ -129,6 +129,7 @@ class _TileKernel(ConvKernel):
             spot = self._sums(tile, vector)
             self._unit.store(spot, self._results, spot * TILE_WORDS)
         self._finish(image, channel, pixel, live, size)
+        self._clear_with_row(image, channel, live, first)
 
     def _finish(self, image: Expr, channel: Expr, pixel: Expr, live: int, size: int) -> None:
         """Make the output of the sums in memory."""
