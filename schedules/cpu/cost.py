@@ -5,8 +5,9 @@ those take longer: of weights, and of X's lines, more slowly by the share of X t
 does not hold, which is what storing W in parts of columns is for. A sparse block pays a little more
 for its index. What does not fit into registers is loaded again and again. Besides there is a fixed
 cost per block row and part, higher when sums wait in Y between parts. Weights stream past once per
-group of tiles, the first time from memory where the model's others fill the caches. What each of
-these takes is the target's to say.
+group of tiles, the first time from memory where the model's others fill the caches, more slowly if
+X is read at random from the second cache meanwhile. What each of these takes is for the target to
+say.
 
 ``scripts/check_cost_model.py`` prints prediction against measurement.
 """
@@ -88,18 +89,23 @@ def matmul_cycles(
     index_bytes = np.dtype(index_dtype(shape[1])).itemsize if layout.sparse else 0
     stored_bytes = blocks * (4 * rows * columns + index_bytes)
     passes: float = tiles_of(tokens) / tiles
-    arrival = arrival_cycles(stored_bytes, passes, copies, target)
+    x_bytes = _x_bytes(shape[1], tiles) / parts if layout.sparse else 0.0
+    arrival = arrival_cycles(stored_bytes, passes, copies, target, x_bytes)
     return (passes * compute + arrival) / (passes * tiles)
 
 
-def arrival_cycles(nbytes: float, passes: float, copies: float, target: Target) -> float:
+def arrival_cycles(
+    nbytes: float, passes: float, copies: float, target: Target, x_bytes: float = 0.0
+) -> float:
     """Cycles that a computing core waits for a weight of this size that passes by so often.
 
     The first time it comes from where the model's other weights, ``copies`` of its size with it,
-    have left it; see :class:`~sparse_tvm.sparsity.statistics.WeightStatistics`.
+    have left it; see :class:`~sparse_tvm.sparsity.statistics.WeightStatistics`. Meanwhile so many
+    bytes of X are read at random.
     """
     far = target.caches.shares(copies * nbytes)[-1]
-    return nbytes * ((passes - far) / target.costs.streamed + far / target.costs.memory)
+    slow = far * target.memory_cycles(x_bytes)
+    return nbytes * ((passes - far) / target.costs.streamed + slow)
 
 
 def matmul_seconds(

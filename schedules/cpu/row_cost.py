@@ -81,7 +81,8 @@ def few_rows_seconds(
     count = next(c for c in ROW_COUNTS if c >= tokens)
     compute = _compute_cycles(shape, layout, blocks, target, count)
     stored = _stored_bytes(shape[1], layout, blocks)
-    cycles = _read_once(compute, stored, layout.sparse, target, copies)
+    x_bytes = 4 * count * shape[1] / layout.get("parts", 1) if layout.sparse else 0.0
+    cycles = _read_once(compute, stored, layout.sparse, target, copies, x_bytes)
     return target.seconds(cycles + sum(shape) * count * _load(1, target))
 
 
@@ -97,7 +98,7 @@ def sliced_rows_seconds(
     count = next(c for c in ROW_COUNTS if c >= tokens)
     compute = _sliced_cycles(shape[0], lanes, steps, target, count)
     stored = _sliced_bytes(shape[1], lanes, steps)
-    cycles = _read_once(compute, stored, True, target, copies)
+    cycles = _read_once(compute, stored, True, target, copies, 4.0 * count * shape[1])
     return target.seconds(cycles + sum(shape) * count * _load(1, target))
 
 
@@ -111,11 +112,16 @@ def _share(lanes: int, target: Target) -> float:
     return target.costs.narrow if 2 * lanes <= target.lanes else 1.0
 
 
-def _read_once(compute: float, stored: int, sparse: bool, target: Target, copies: float) -> float:
+def _read_once(
+    compute: float, stored: int, sparse: bool, target: Target, copies: float, x_bytes: float
+) -> float:
     """Cycles of so much arithmetic, and for one of so many weights to arrive."""
     costs = target.costs
     near, cached, far = (stored * share for share in target.caches.shares(copies * stored))
-    second, streamed = near / costs.second, cached / costs.last + far / costs.memory
+    second, streamed = (
+        near / costs.second,
+        cached / costs.last + far * target.memory_cycles(x_bytes),
+    )
     waited_for = 0.5 if sparse else 0.0  # the rest comes while it computes
     return second + max(streamed, compute + waited_for * streamed)
 

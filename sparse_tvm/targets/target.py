@@ -9,6 +9,10 @@ _SHARES = 8
 """Of the last cache, that are within one core's reach."""
 
 
+_UNDISTURBED = 0.3
+"""Share of the first cache that stays there of what is read at random beside a stream."""
+
+
 @dataclass(frozen=True)
 class Caches:
     """Data caches, in bytes, as most CPUs of a family have them.
@@ -59,7 +63,10 @@ class Costs:
         Bytes of weights that take a computing core another cycle: most of the way from the last
         cache they come beside its work.
     memory : float
-        Bytes per cycle of one core from memory.
+        Bytes per cycle of one core from memory, while it finds nearly all else in its first cache.
+    disturbed : float
+        How much longer that takes where it finds nothing there, as a share: what is read at random
+        from the second cache takes the place of what the CPU would ask for ahead.
     second, last : float
         The same from the second cache, and from the last one.
     row : float
@@ -83,6 +90,7 @@ class Costs:
     l2_line: float
     streamed: float
     memory: float
+    disturbed: float
     second: float
     last: float
     row: float
@@ -159,6 +167,11 @@ class Target:
         apart = self.costs.apart
         longer = max(loads, multiplied)
         return longer * float((1 + (min(loads, multiplied) / longer) ** apart) ** (1 / apart))
+
+    def memory_cycles(self, x_bytes: float) -> float:
+        """Cycles for a byte from memory, while so many bytes of X are read at random."""
+        near = min(1.0, _UNDISTURBED * self.caches.l1 / max(1.0, x_bytes))
+        return (1 + self.costs.disturbed * (1 - near)) / self.costs.memory
 
     def seconds(self, cycles: float) -> float:
         """Seconds that so many cycles of a core take."""

@@ -26,6 +26,9 @@ from sparse_tvm.tuning.records import Condition, Problem, Record, Records
 _FIXED = ("ghz", "scalars_per_load")
 """Parameters that are facts, or give only the unit of the others."""
 
+_NONE = 0.25
+"""From where a parameter is fitted that the entry has as 0."""
+
 _LEAST_RECORDS = 30
 _HELD = 0.2
 """How much a record's worth of parameter counts against a record's worth of time."""
@@ -133,7 +136,7 @@ def _fit(target: Target, cpu: str, records: Sequence[Record]) -> Fit:
         raise OptionError("fitting needs SciPy, which is not installed", hint=hint) from error
 
     names = [field.name for field in fields(Costs) if field.name not in _FIXED]
-    start = np.array([log(getattr(target.costs, name)) for name in names])
+    start = np.array([log(getattr(target.costs, name) or _NONE) for name in names])
     measured = np.log([_seconds(record) for record in records])
 
     def costs_of(logarithms: np.ndarray) -> Costs:

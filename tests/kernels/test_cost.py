@@ -171,3 +171,10 @@ def test_caches_share_what_is_read_in_turns():
 def test_loads_and_products_take_as_long_as_the_longer_or_up_to_both(target):
     for loads, products in ((1.0, 3.0), (3.0, 1.0), (2.0, 2.0), (0.0, 1.0)):
         assert max(loads, products) <= target.beside(loads, products) <= loads + products
+
+
+@EVERY_TARGET
+def test_what_is_read_at_random_only_slows_memory_down(target):
+    cycles = [target.memory_cycles(x_bytes) for x_bytes in (0, target.caches.l1, 1 << 30)]
+    assert cycles == sorted(cycles)
+    assert cycles[0] == 1 / target.costs.memory
