@@ -52,6 +52,7 @@ NOT_RUN = {
     r"python scripts/bench_classifiers\.py": "trains for an hour, and needs WordNet",
     r"python scripts/bench_pruning\.py": "takes an hour, and needs WordNet",
     r"python scripts/(bench_\w+|roofline)\.py": "measures for minutes",
+    r"sparse-tvm bench mobilenet_v2\.so": "measures for minutes a model to be compiled first",
     r"python scripts/check_(plans|cost_model|tuning)\.py": "measures for minutes",
     r"python scripts/(load_test|soak|malformed_requests|chaos)\.py": "loads a server for minutes",
     r"minisign -[GS]": "asks for a password",
