@@ -8,7 +8,7 @@ that a dense weight is hard to beat. Needs no TVM.
 
 from __future__ import annotations
 
-from math import gcd
+from math import gcd, inf
 
 import numpy as np
 
@@ -82,6 +82,8 @@ def few_rows_seconds(
     compute = _compute_cycles(shape, layout, blocks, target, count)
     stored = _stored_bytes(shape[1], layout, blocks)
     x_bytes = 4 * count * shape[1] / layout.get("parts", 1) if layout.sparse else 0.0
+    if layout.sparse and layout.block == (1, 1):
+        x_bytes = inf  # what is read next is known too late, however near it is
     cycles = _read_once(compute, stored, layout.sparse, target, copies, x_bytes)
     return target.seconds(cycles + sum(shape) * count * _load(1, target))
 

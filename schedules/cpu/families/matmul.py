@@ -208,12 +208,13 @@ def _sliced(layouts: Sequence[Layout], weight: WeightStatistics, target: Target)
     rows = [layout for layout in layouts if layout.format == "csr"]
     if not rows:
         return []
-    one = sliced_rows_seconds(weight.shape, lanes, weight.window_steps(lanes), target, 1)
+    shape, copies = weight.shape, weight.copies
+    one = sliced_rows_seconds(shape, lanes, weight.window_steps(lanes), target, 1, copies)
     blocks = weight.stored_blocks((1, 1))
     return [
         layout.having(sell=lanes)
         for layout in rows
-        if _WORTH_STORING_TWICE * one < few_rows_seconds(weight.shape, layout, blocks, target, 1)
+        if _WORTH_STORING_TWICE * one < few_rows_seconds(shape, layout, blocks, target, 1, copies)
     ]
 
 
