@@ -120,10 +120,8 @@ def _read_once(
     """Cycles of so much arithmetic, and for one of so many weights to arrive."""
     costs = target.costs
     near, cached, far = (stored * share for share in target.caches.shares(copies * stored))
-    second, streamed = (
-        near / costs.second,
-        cached / costs.last + far * target.memory_cycles(x_bytes),
-    )
+    second = near / costs.second
+    streamed = cached / costs.last + far * target.memory_cycles(x_bytes)
     waited_for = 0.5 if sparse else 0.0  # the rest comes while it computes
     return second + max(streamed, compute + waited_for * streamed)
 

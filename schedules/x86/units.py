@@ -17,8 +17,9 @@ AMX_RATE = 8.0
 """Words that AMX multiplies while AVX-512 multiplies one float32: 256 a cycle, and 32."""
 
 
-AVX512_VNNI = Dot("avx512vnni", 16, 32, ("avx512vnni", "avx512vl", "avx512bw"), None)
 _BF16_FEATURES = ("avx512bf16", "avx512vl", "avx512bw")
+
+AVX512_VNNI = Dot("avx512vnni", 16, 32, ("avx512vnni", "avx512vl", "avx512bw"), None)
 AVX512_BF16 = Dot("avx512bf16", 16, 32, _BF16_FEATURES, None, precision=BF16)
 AVX_VNNI = Dot("avxvnni", 8, 16, ("avxvnni", "avx2"), 1.1)
 AVX2 = Dot("avx2", 8, 16, ("avx2",), 2.2, largest_weight=64, gathered=2.8)

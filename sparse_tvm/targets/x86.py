@@ -4,7 +4,8 @@ float32 kernels are the same within a level: the costs are one level's, measured
 AVX-512. Those of AVX2 are Zen 3's, those of Sapphire Rapids and Zen 4 their own, by `sparse-tvm
 tune --fit`. Zen 3's `second` and `last` are what chooses best for 1 to 8 tokens among its records,
 and its `l2_line` and `row` were fitted by themselves since, to rows whose weights are loaded four
-at once. Zen 4's first cache has 32 KiB, but with 48 as here faster layouts are chosen.
+at once. Zen 4's `disturbed` is what chooses best, too; its first cache has 32 KiB, but with 48 as
+here faster layouts are chosen.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ _SAPPHIRE = replace(
     ),
 )
 
-_WITH_BF16 = replace(
+_ZEN_4 = replace(
     _with(
         _LEVEL_4,
         _AVX512_BF16,
@@ -178,7 +179,7 @@ X86_TARGETS = (
         _with(_LEVEL_4, _ZEN_5, "znver5", "AVX-512 with bfloat16 and AVX-VNNI: Zen 5"),
         foresees=True,
     ),
-    _WITH_BF16,
+    _ZEN_4,
     _with(
         _LEVEL_4,
         _AVX512_VNNI,
