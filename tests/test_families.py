@@ -384,3 +384,14 @@ print("tvm" in sys.modules)
 def test_planning_needs_no_compiler():
     ended = subprocess.run([sys.executable, "-c", PLAN], capture_output=True, text=True, check=True)
     assert ended.stdout.split() == ["False"]
+
+
+@pytest.mark.parametrize("copies", [1.3, 144])
+def test_sliced_rows_stay_where_weights_come_from_memory(copies):
+    """Zen 4: rows of single weights are what memory is slowest beside."""
+    target, family, shape = get_target("znver4"), CPU.family("matmul"), (768, 768)
+    known = MeasuredWeight(weight(shape, 0.8, "unstructured"), copies)
+    op = Dense(layer="fc", matrix=shape)
+    found = family.candidates(op, known, target)
+    best = min(found, key=lambda layout: family.cost(op, layout, known, 1, target))
+    assert best.get("sell", 0)
