@@ -125,6 +125,10 @@ class Device(ABC):
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:
         """Memory for an input."""
 
+    def copies(self, array: np.ndarray) -> bool:
+        """Whether arrays of this dtype and shape are copied in, wherever they lie."""
+        return True
+
     def in_place(self, array: np.ndarray) -> Any:
         """An array as a tensor that programs read where it is; None where it has to be copied."""
         return None
@@ -195,14 +199,14 @@ class Cpu(Device):
         host = memory[start : start + nbytes].view(dtype).reshape(shape)
         return Buffer(shape, self.tvm_ffi.from_dlpack(host), host)
 
-    def in_place(self, array: np.ndarray) -> Any:
-        """Large arrays that are aligned, as outputs of ours are: a decoder's caches come back.
+    def copies(self, array: np.ndarray) -> bool:
+        """Small ones, and indices, for what is checked of them has to hold until they are read."""
+        return array.nbytes <= _COPIED_BYTES or array.dtype.kind != "f"
 
-        Indices are copied, for what is checked of them has to hold until they are read.
-        """
+    def in_place(self, array: np.ndarray) -> Any:
+        """Large arrays that are aligned, as outputs of ours are: a decoder's caches come back."""
         suits = (
-            array.nbytes > _COPIED_BYTES
-            and array.dtype.kind == "f"
+            not self.copies(array)
             and array.ctypes.data % ALIGNMENT == 0
             and array.flags.c_contiguous
             and array.flags.writeable  # others cannot be handed over

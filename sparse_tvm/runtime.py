@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple, cast
@@ -111,6 +112,29 @@ class Call(NamedTuple):
     dtypes: tuple[str, ...]
 
 
+_Signature = list[tuple[np.dtype[Any], tuple[int, ...]]]
+"""Dtype and shape of each input, which are all that decides how a run goes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Repeat:
+    """What a run on the host did that the next one of its signature can do again.
+
+    Attributes
+    ----------
+    signature : _Signature
+        Of its inputs; the object itself tells that inputs are of it.
+    memory : list[Any]
+        Arrays that inputs are copied to.
+    tensors : list[Any]
+        The same memory as the program takes it.
+    """
+
+    signature: _Signature
+    memory: list[Any]
+    tensors: list[Any]
+
+
 class Model:
     """A compiled model, ready to run. Make one with :func:`load`.
 
@@ -164,7 +188,8 @@ class Model:
         self._weights = device.tvm_ffi.convert(weights)
         self._last = () if machine.bind(weights) else (self._weights,)
         self._own: set[int] | None = None
-        self._signature: list[Any] | None = None
+        self._signature: _Signature | None = None
+        self._repeat: _Repeat | None = None
 
     def __repr__(self) -> str:
         inputs = ", ".join(map(str, self.inputs))
@@ -196,6 +221,7 @@ class Model:
         self._closed = True
         with self._device.submitting():
             self._weights, self._last, self._staged = None, (), []
+            self._signature = self._repeat = None
             self._mapped = np.empty(0, np.uint8)
             self._machine.close()
             self._device.close()
@@ -242,11 +268,13 @@ class Model:
         DeviceError
             When the device fails.
         """
-        handle = self._device.stream_of(stream)
-        named = self._named(inputs)
-        values = self._known(named) or self._checked(named, handle)
+        handle = None if stream is None else self._device.stream_of(stream)
+        signature = self._signature
+        values = None if signature is None else self._known(inputs, signature)
+        if values is None:
+            signature, values = None, self._checked(self._named(inputs), handle)
         if self._device.is_host:
-            results = self._machine.call(self._run_on_host, values)
+            results = self._machine.call(self._run_on_host, values, signature)
             return self._by_name(results, into)
         resident = [isinstance(value, Resident) for value in values]
         stays = (any(resident) if on_device is None else on_device) and not self._device.is_host
@@ -310,18 +338,16 @@ class Model:
             )
         return {spec.name: value for spec, value in zip(self.inputs, inputs, strict=True)}
 
-    def _known(self, inputs: Mapping[str, Any]) -> list[Any] | None:
-        """Arrays of the dtypes and shapes of the last call that were found right, else None."""
-        signature = self._signature
-        if signature is None or len(inputs) != len(signature):
+    def _known(self, inputs: Sequence[Any], signature: _Signature) -> Sequence[Any] | None:
+        """Arrays, by name or in order, if they are of a signature that was found right."""
+        if len(inputs) == 1 and type(inputs[0]) is dict and len(inputs[0]) == len(signature):
+            inputs = tuple(map(inputs[0].get, self._names))
+        if len(inputs) != len(signature):
             return None
-        values = []
-        for name, (dtype, shape) in zip(self._names, signature, strict=True):
-            value = inputs.get(name)
-            if type(value) is not np.ndarray or value.dtype != dtype or value.shape != shape:
+        for value, (dtype, shape) in zip(inputs, signature, strict=True):
+            if type(value) is not np.ndarray or value.dtype is not dtype or value.shape != shape:
                 return None
-            values.append(value)
-        return values
+        return inputs
 
     def _checked(self, inputs: Mapping[str, Any], stream: int | None = None) -> list[Any]:
         """Return the inputs as arrays, or as residents of the device, in the model's order."""
@@ -393,14 +419,33 @@ class Model:
             self._device.wait()
         return owned
 
-    def _run_on_host(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _run_on_host(
+        self, values: Sequence[np.ndarray], signature: _Signature | None = None
+    ) -> list[np.ndarray]:
         """The same where there are neither residents nor streams: small models live by it."""
+        repeat = self._repeat
+        if repeat is not None and repeat.signature is signature:
+            for value, memory in zip(values, repeat.memory, strict=True):
+                memory[...] = value
+            results = self._results(self._machine.main, repeat.tensors)
+            return self._device.copy_out(results, self._shared)
         self._refuse_if_closed()
         images = self._turns.images(values) if self._turns is not None else 0
         if self._turns is None or not images:
-            return self._turn(values)
+            results = self._turn(values)
+            self._repeat = self._repeat_of(values, signature)
+            return results
         turns = [self._turn(part) for part in self._turns.parts(values, images)]
         return [np.concatenate(results) for results in zip(*turns, strict=True)]
+
+    def _repeat_of(
+        self, values: Sequence[np.ndarray], signature: _Signature | None
+    ) -> _Repeat | None:
+        """How to run once more what has just run, if whatever is given will be copied."""
+        if signature is None or not all(map(self._device.copies, values)):
+            return None
+        buffers = [staged.buffer for staged in self._staged]
+        return _Repeat(signature, [b.host for b in buffers], [b.tensor for b in buffers])
 
     def _turn(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Results for a batch, or a part of one."""
@@ -419,12 +464,13 @@ class Model:
         return [result] if hasattr(result, "__dlpack__") else result
 
     def _copied(self, results: Sequence[Any], values: Sequence[Any]) -> list[np.ndarray]:
-        def shared() -> list[np.ndarray]:
-            staged = [s.buffer.host for s in self._staged if s.buffer.host is not None]
-            given = [v for v in values if isinstance(v, np.ndarray)]  # read in place, maybe
-            return [self._mapped, *staged, *given]
+        given = [v for v in values if isinstance(v, np.ndarray)]  # read in place, maybe
+        return self._device.copy_out(results, lambda: [*self._shared(), *given])
 
-        return self._device.copy_out(results, shared)
+    def _shared(self) -> list[np.ndarray]:
+        """Memory that outputs may lie in, and that is not theirs."""
+        staged = [s.buffer.host for s in self._staged if s.buffer.host is not None]
+        return [self._mapped, *staged]
 
     def _kept(self, main: Any, results: Sequence[Any], tensors: Sequence[Any]) -> list[Any]:
         """Results on the device that belong to the caller: neither inputs, weights nor constants.
@@ -447,7 +493,7 @@ class Model:
         return owned
 
 
-def _signature(values: Sequence[Any]) -> list[Any] | None:
+def _signature(values: Sequence[Any]) -> _Signature | None:
     """What is checked of arrays: dtypes and shapes; None where not all are NumPy's own."""
     signature = []
     for value in values:

@@ -227,8 +227,8 @@ class VirtualMachine:
         """Return ``function(*args)``, called on a thread with the right pool, and alone."""
         if not self._device.is_host:
             return self._alone(function, *args)
-        in_main_thread = threading.get_ident() == threading.main_thread().ident
         may_have_workers = self._threads == 1 or not _forks
+        in_main_thread = threading.get_ident() == _main_thread
         if in_main_thread and may_have_workers and _set_pool(self._threads):
             with self._running:
                 return function(*args)
@@ -318,7 +318,7 @@ def _set_pool(threads: int) -> bool:
     configure, size = _pool_functions()
     # The list's length sets the size of a new pool; its cores matter only to those who ask for
     # pinning with TVM_BIND_THREADS=1.
-    if getattr(_pool, "threads", None) == threads and size() == threads:
+    if _pool.threads == threads and size() == threads:
         return True
     configure(_SHARE_ALL_CORES, threads, [str(core) for core in range(threads)])
     _pool.threads = threads
@@ -331,13 +331,20 @@ def _pool_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return get("runtime.config_threadpool"), get("runtime.NumThreads")
 
 
-_pool = threading.local()
+class _Pool(threading.local):
+    """How many threads the calling thread's pool was last told to use."""
+
+    threads = 0
+
+
+_pool = _Pool()
+_main_thread = threading.main_thread().ident
 
 
 def _after_fork() -> None:
     """Forget, in a forked process, locks that other threads held, and threads."""
-    global _loading
-    _loading = threading.Lock()
+    global _loading, _main_thread
+    _loading, _main_thread = threading.Lock(), threading.get_ident()
     for machine in list(_machines):
         machine.without_threads()
 
