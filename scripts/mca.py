@@ -23,21 +23,23 @@ from tvm import tirx
 from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.cli.tables import plain_table
 from sparse_tvm.operators import Layout
-from sparse_tvm.schedules.arm.instructions import MULTIPLY_ADD
-from sparse_tvm.schedules.arm.units import SDOT
+from sparse_tvm.schedules.arm.instructions import CODE, MULTIPLY_ADD
+from sparse_tvm.schedules.arm.units import BFDOT, DOTS
 from sparse_tvm.schedules.cpu.attention import attention
 from sparse_tvm.schedules.cpu.attention_operands import AttentionProblem, InTiles
+from sparse_tvm.schedules.cpu.bf16_attention import Bf16Attention
+from sparse_tvm.schedules.cpu.bf16_dot import with_code
 from sparse_tvm.schedules.cpu.cost import dense_rows
+from sparse_tvm.schedules.cpu.dot_attention import dot_attention
 from sparse_tvm.schedules.cpu.dot_matmul import dot_matmul
 from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
 from sparse_tvm.schedules.cpu.lane_tiles import Tiles
 from sparse_tvm.schedules.cpu.low_matmul import LowMatmul
 from sparse_tvm.schedules.cpu.matmul import matmul
-from sparse_tvm.schedules.cpu.precision import INT8
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.targets import Target, get_target
 
-CPUS = ("cortex-a72", "neoverse-n1", "neoverse-v1", "neoverse-v2")
+CPUS = ("cortex-a72", "neoverse-n1", "neoverse-n2", "neoverse-v1", "neoverse-v2")
 TOOLS = ("llvm-mca-22", "llvm-mca-21", "llvm-mca-20", "llvm-mca-19", "llvm-mca")
 HIDDEN, HEADS, TOKENS = 768, 12, 128
 ITERATIONS = 200
@@ -45,7 +47,7 @@ ENOUGH = 0.95
 
 _LABEL = re.compile(r"^(\.L\w+):")
 _BRANCH = re.compile(r"^\s+(?:b\.\w+|cbn?z|tbn?z)\s+(?:.*,\s*)?(\.L\w+)")
-_FMA = re.compile(r"^\s+(?:fml[as]|sdot)\s+v\d+\.4s")
+_FMA = re.compile(r"^\s+(?:fml[as]|sdot|bfdot)\s+v\d+\.4s")
 
 
 @dataclass(frozen=True)
@@ -106,22 +108,43 @@ def shares(target: Target) -> Iterator[tuple[str, str]]:
     ):
         layout = Layout("matmul", format, (rows, 1))
         kernel = matmul(tiles, TOKENS, HIDDEN, HIDDEN, layout, [], simd)
-        loop = max(inner_loops(assembly(kernel, target)), key=lambda loop: loop.fmas)
-        yield title, cell([loop], target)
-    if target.has(*SDOT.features):
-        problem = LowMatmul(tiles, HIDDEN, HIDDEN, INT8, rows=TOKENS)
-        for rows in (1, 4):
-            kernel = dot_matmul(problem, rows, True, simd, MULTIPLY_ADD[SDOT.name])
-            loop = max(inner_loops(assembly(kernel, target)), key=lambda loop: loop.fmas)
-            yield f"int8 {rows}x4", cell([loop], target)
+        yield title, cell([longest_loop(kernel, target)], target)
+    for dot in DOTS:
+        if not target.has(*dot.features):
+            continue
+        precision = dot.precision
+        problem = LowMatmul(tiles, HIDDEN, HIDDEN, precision, rows=TOKENS)
+        for title, rows, sparse in (
+            (f"dense, {dense} rows", dense, False),
+            (f"1x{precision.unit}", 1, True),
+            (f"4x{precision.unit}", 4, True),
+        ):
+            kernel = dot_matmul(problem, rows, sparse, simd, MULTIPLY_ADD[dot.name])
+            kernel = with_code(kernel, CODE.get(dot.name))
+            yield f"{precision.name} {title}", cell([longest_loop(kernel, target)], target)
     size = HIDDEN // HEADS
     rows = InTiles(tiles, HEADS, size)
     problem = AttentionProblem(rows, rows, rows, tiles, None, TOKENS, size**-0.5, None)
-    kernel = attention(problem, simd)
+    yield from attention_cells("attention", attention(problem, simd), target)
+    if target.has(*BFDOT.features):
+        scale = size**-0.5
+        low = Bf16Attention(tiles, tiles, TOKENS, HEADS, size, size, scale)
+        kernel = dot_attention(low, simd, MULTIPLY_ADD[BFDOT.name])
+        kernel = with_code(kernel, CODE[BFDOT.name])
+        yield from attention_cells("bf16 attention", kernel, target)
+
+
+def attention_cells(title: str, kernel: tirx.PrimFunc, target: Target) -> Iterator[tuple[str, str]]:
+    """The two products of an attention."""
     loops = [loop for loop in inner_loops(assembly(kernel, target)) if loop.fmas]
     exponentials = max(range(len(loops)), key=lambda i: loops[i].others)  # between the two
-    yield "attention, scores", cell(loops[:exponentials], target)
-    yield "attention, values", cell(loops[exponentials + 1 :], target)
+    yield f"{title}, scores", cell(loops[:exponentials], target)
+    yield f"{title}, values", cell(loops[exponentials + 1 :], target)
+
+
+def longest_loop(kernel: tirx.PrimFunc, target: Target) -> Loop:
+    """The inner loop with the most multiply-adds."""
+    return max(inner_loops(assembly(kernel, target)), key=lambda loop: loop.fmas)
 
 
 def assembly(function: tirx.PrimFunc, target: Target) -> str:
@@ -140,6 +163,8 @@ def inner_loops(code: str) -> Iterator[Loop]:
     for line in code.splitlines():
         if found := _LABEL.match(line):
             label, body = found[1], []
+            continue
+        if line.lstrip().startswith("//"):  # around instructions that are named as such
             continue
         body.append(line)
         branch = _BRANCH.match(line)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import tvm
-from onnx import numpy_helper, parser
+from onnx import TensorProto, numpy_helper, parser
 from tvm import relax
 
 from sparse_tvm.frontends.importer.model import import_onnx
 from sparse_tvm.frontends.onnx.read import NEWEST_OPSET
 
 ORT_NEWEST_OPSET = 26
+HALVES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 FAST_TO_COMPILE = tvm.target.Target({"kind": "llvm", "opt-level": 0})
 
 
@@ -86,3 +88,31 @@ def calls(imported) -> list[str]:
             if isinstance(binding.value, relax.Call):
                 names.append(binding.value.op.name.removeprefix("relax."))
     return names
+
+
+def narrowed(model, name):
+    """A float32 model with everything in 16 bits."""
+    dtype = HALVES[name]
+    type_ = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+
+    def narrow(tensor):
+        if tensor.data_type == TensorProto.FLOAT:
+            values = np.clip(numpy_helper.to_array(tensor), -6e4, 6e4).astype(dtype)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    half = onnx.ModelProto()
+    half.CopyFrom(model)
+    for tensor in half.graph.initializer:
+        narrow(tensor)
+    for node in half.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+                attribute.i = type_
+            if attribute.name == "value":
+                narrow(attribute.t)
+    for value in (*half.graph.input, *half.graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = type_
+    del half.graph.value_info[:]
+    onnx.checker.check_model(half)
+    return half

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, numpy_helper, parser
+from onnx_models import HALVES, narrowed
 from typer.testing import CliRunner
 
 import sparse_tvm
@@ -18,35 +18,6 @@ from sparse_tvm.models.bert import BertConfig, build_bert
 from sparse_tvm.targets import TARGETS, runs_here
 
 SMALL = BertConfig(layers=1, hidden=64, heads=2, intermediate=128, vocabulary=100, max_positions=64)
-HALVES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-
-
-def narrowed(model, name):
-    """A float32 model with everything in 16 bits."""
-    dtype = HALVES[name]
-    type_ = onnx.helper.np_dtype_to_tensor_dtype(dtype)
-
-    def narrow(tensor):
-        if tensor.data_type == TensorProto.FLOAT:
-            values = np.clip(numpy_helper.to_array(tensor), -6e4, 6e4).astype(dtype)
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-
-    half = onnx.ModelProto()
-    half.CopyFrom(model)
-    for tensor in half.graph.initializer:
-        narrow(tensor)
-    for node in half.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "to" and attribute.i == TensorProto.FLOAT:
-                attribute.i = type_
-            if attribute.name == "value":
-                narrow(attribute.t)
-    for value in (*half.graph.input, *half.graph.output):
-        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
-            value.type.tensor_type.elem_type = type_
-    del half.graph.value_info[:]
-    onnx.checker.check_model(half)
-    return half
 
 
 @pytest.fixture(scope="module")

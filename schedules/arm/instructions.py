@@ -1,11 +1,12 @@
 """Arm's low-precision instructions, one small function each, and their twins in plain arithmetic.
 
 See :mod:`sparse_tvm.schedules.x86.instructions`: words are 32 bits, and vectors of them int32. Both
-operands hold signed bytes here.
+operands hold signed bytes here, and the twin of ``bfdot`` is ``cpu.bf16_dot.plain_bf16_dot``.
 """
 
 from __future__ import annotations
 
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
@@ -30,5 +31,53 @@ def sdot(acc: Expr, x: Expr, w: Expr) -> Expr:
     return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.sdot.v4i32.v16i8", acc, x, w)
 
 
-MULTIPLY_ADD: dict[str, MultiplyAdd] = {"sdot": sdot, "plain-sdot": plain_sdot}
+def bfdot(acc: Expr, x: Expr, w: Expr) -> Expr:
+    """``bfdot``, with w by element likewise, in functions of its ``CODE``.
+
+    It adds the sum of two products, rounded to odd, and takes numbers below 2**-126 for 0.
+    """
+    word = w.value if isinstance(w, tirx.Broadcast) else None
+    if isinstance(word, tirx.Shuffle):
+        ((vector,), (element,)) = word.vectors, word.indices
+        name = f"{_BFDOT}_{lanes_of(vector)}_{int(element)}"
+        return tirx.call_pure_extern("float32x4", name, acc, x, vector)
+    return tirx.call_pure_extern("float32x4", _BFDOT, acc, x, w)
+
+
+_BFDOT = "sparse_tvm_bfdot"
+_BFDOT_CODE = f"""
+declare <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float>, <8 x bfloat>, <8 x bfloat>)
+define linkonce_odr <4 x float> @{_BFDOT}(<4 x float> %acc, <4 x i32> %x, <4 x i32> %w)
+    alwaysinline nounwind {{
+  %a = bitcast <4 x i32> %x to <8 x bfloat>
+  %b = bitcast <4 x i32> %w to <8 x bfloat>
+  %sum = call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(
+      <4 x float> %acc, <8 x bfloat> %a, <8 x bfloat> %b)
+  ret <4 x float> %sum
+}}
+"""
+
+
+def _by_element(lanes: int, element: int) -> str:
+    """A product by one element of so many words: LLVM 22 would spread it by an instruction."""
+    words = f"<{lanes} x i32>"
+    return f"""
+define linkonce_odr <4 x float> @{_BFDOT}_{lanes}_{element}(
+    <4 x float> %acc, <4 x i32> %x, {words} %w) alwaysinline nounwind {{
+  %sum = call <4 x float> asm "bfdot $0.4s, $2.8h, $3.2h[{element}]", "=w,0,w,w"(
+      <4 x float> %acc, <4 x i32> %x, {words} %w)
+  ret <4 x float> %sum
+}}
+"""
+
+
+_ELEMENTS = [_by_element(lanes, element) for lanes in (2, 4) for element in range(lanes)]
+CODE = {"bfdot": "".join([_BFDOT_CODE, *_ELEMENTS])}
+"""What kernels bring in LLVM's own words, by the name of a :class:`Dot`."""
+
+MULTIPLY_ADD: dict[str, MultiplyAdd] = {
+    "sdot": sdot,
+    "bfdot": bfdot,
+    "plain-sdot": plain_sdot,
+}
 """``(acc, x, w)`` to acc plus the products, by the name of a :class:`Dot`."""

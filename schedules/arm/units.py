@@ -6,7 +6,9 @@ Needs no TVM; :mod:`sparse_tvm.schedules.arm.instructions` has the instructions.
 from __future__ import annotations
 
 from sparse_tvm.schedules.cpu.dots import Dot
+from sparse_tvm.schedules.cpu.precision import BF16
 
 SDOT = Dot("sdot", 4, 32, ("dotprod",), None)
-DOTS = (SDOT,)
+BFDOT = Dot("bfdot", 4, 32, ("bf16",), None, precision=BF16)
+DOTS = (SDOT, BFDOT)
 """``smmla`` of i8mm multiplies twice as much, but eight inputs in a row, where lines have four."""

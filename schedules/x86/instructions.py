@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from sparse_tvm.schedules.cpu.bf16_dot import plain_bf16_dot
 from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
 from sparse_tvm.schedules.cpu.lane_tiles import Buffer, Expr, local, scratch
 from sparse_tvm.schedules.cpu.low_precision import words_like
@@ -142,30 +143,14 @@ HALVES: dict[str, Callable[..., Expr]] = {
 # Dot products of bf16: acc[lane] += sum over the two halves of x[lane] * w[lane], in float32
 
 
-def plain_bf16_dot(acc: Expr, x: Expr, w: Expr) -> Expr:
-    """The twin of ``vdpbf16ps``."""
-    lanes = lanes_of(acc)
-    low = [T.shift_left(value, words_like(16, lanes)) for value in (x, w)]
-    high = [T.bitwise_and(value, words_like(-0x10000, lanes)) for value in (x, w)]
-    for factors in (low, high):
-        a, b = (T.reinterpret(f"float32x{lanes}", value) for value in factors)
-        acc = acc + a * b
-    return acc
-
-
 def vdpbf16ps(acc: Expr, x: Expr, w: Expr) -> Expr:
-    """``vdpbf16ps`` of AVX512-BF16, in a function that :func:`with_vdpbf16ps` brings."""
+    """``vdpbf16ps`` of AVX512-BF16, in a function of its ``CODE``."""
     return tirx.call_pure_extern(f"float32x{lanes_of(acc)}", _VDPBF16PS, acc, x, w)
 
 
-def with_vdpbf16ps(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
-    """A kernel and the function in LLVM's own words that it calls: TVM has no vectors of bf16."""
-    body = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", _VDPBF16PS_CODE, kernel.body)
-    return kernel.with_body(body)
-
-
 _VDPBF16PS = "sparse_tvm_vdpbf16ps"
-_VDPBF16PS_CODE = f"""
+CODE = {
+    "avx512bf16": f"""
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 define linkonce_odr <16 x float> @{_VDPBF16PS}(<16 x float> %acc, <16 x i32> %x, <16 x i32> %w)
     alwaysinline nounwind {{
@@ -176,6 +161,8 @@ define linkonce_odr <16 x float> @{_VDPBF16PS}(<16 x float> %acc, <16 x i32> %x,
   ret <16 x float> %sum
 }}
 """
+}
+"""What kernels bring in LLVM's own words, by the name of a :class:`Dot`."""
 
 MULTIPLY_ADD: dict[str, MultiplyAdd] = {
     "avx512bf16": vdpbf16ps,

@@ -9,10 +9,10 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from sparse_tvm.schedules.cpu.bf16_attention import Bf16Attention, Head, bf16_attention
 from sparse_tvm.schedules.cpu.lane_tiles import Buffer, Expr, local, scalar
 from sparse_tvm.schedules.cpu.precision import BF16, HEAD_STEP, LINES
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
-from sparse_tvm.schedules.x86.bf16_attention import WIDTH, Bf16Attention, Head, bf16_attention
 from sparse_tvm.schedules.x86.instructions import TILE_WORDS, TileUnit
 
 
@@ -54,7 +54,7 @@ class _TileHead(Head):
     ) -> None:
         """Sums over ``steps`` of two tiles ``a`` times ``width`` tiles ``b``."""
         unit = self._unit
-        for number in range(2 * WIDTH):
+        for number in range(2 * self.width):
             unit.zero(number)
         with T.serial(0, steps) as step:
             for row in range(2):
@@ -62,10 +62,10 @@ class _TileHead(Head):
             for column in range(width):
                 unit.load(6 + column, *b(step, column))
                 for row in range(2):
-                    unit.multiply_add(BF16, row * WIDTH + column, 4 + row, 6 + column)
+                    unit.multiply_add(BF16, row * self.width + column, 4 + row, 6 + column)
         for row in range(2):
             for column in range(width):
-                unit.store(row * WIDTH + column, *into(row, column))
+                unit.store(row * self.width + column, *into(row, column))
 
     def _score(self, lead: Expr, head: Expr, tile: Expr, width: int) -> None:
         """Scores of all keys for some tiles of queries."""
@@ -87,8 +87,8 @@ class _TileHead(Head):
     def _value(self, lead: Expr, head: Expr, tile: Expr, width: int) -> None:
         """Weighted sums of the values, divided by the weights' sums."""
         lanes = self._simd.lanes
-        sums = local(2 * WIDTH * TILE_WORDS, "int32")
-        sums = T.decl_buffer((2 * WIDTH * TILE_WORDS,), "int32", data=sums.data)
+        sums = local(2 * self.width * TILE_WORDS, "int32")
+        sums = T.decl_buffer((2 * self.width * TILE_WORDS,), "int32", data=sums.data)
         with T.serial(0, self._height // 2) as block:
 
             def a(step: Expr, row: int) -> tuple[Buffer, Expr]:
@@ -98,7 +98,7 @@ class _TileHead(Head):
                 return self._weights, self._weight_at(step * LINES, column)
 
             def into(row: int, column: int) -> tuple[Buffer, Expr]:
-                return sums, (row * WIDTH + column) * TILE_WORDS
+                return sums, (row * self.width + column) * TILE_WORDS
 
             self._products(width, self._pairs, a, b, into)
             for column in range(width):
@@ -107,7 +107,7 @@ class _TileHead(Head):
                     factor = self._inverse(column, first)
                     for row in range(2):
                         with T.serial(0, LANES) as r:
-                            at = (row * WIDTH + column) * TILE_WORDS + r * LANES + first
+                            at = (row * self.width + column) * TILE_WORDS + r * LANES + first
                             value = T.reinterpret(f"float32x{lanes}", sums[T.ramp(at, 1, lanes)])
                             feature = (block * 2 + row) * LANES + r
                             place = self._place(lead, head, tile + column, feature, first)

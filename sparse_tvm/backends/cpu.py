@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparse_tvm.backends.base import Backend, BackendTarget
+from sparse_tvm.schedules.arm.families.bf16_attention import ArmDotAttentionFamily
 from sparse_tvm.schedules.arm.families.dots import ArmDotFamily
 from sparse_tvm.schedules.cpu.families.attention import AttentionFamily
 from sparse_tvm.schedules.cpu.families.convolution import ConvolutionFamily, DepthwiseFamily
@@ -42,8 +43,8 @@ from sparse_tvm.schedules.cpu.families.selection import (
 )
 from sparse_tvm.schedules.cpu.families.winograd import WinogradFamily
 from sparse_tvm.schedules.x86.families.bf16_attention import (
-    DotAttentionFamily,
     TileAttentionFamily,
+    X86DotAttentionFamily,
 )
 from sparse_tvm.schedules.x86.families.dots import X86DotFamily
 from sparse_tvm.schedules.x86.families.tiles import TileFamily
@@ -96,7 +97,8 @@ class CpuBackend(Backend):
                 X86DotFamily(),
                 ArmDotFamily(),
                 TileAttentionFamily(),
-                DotAttentionFamily(),
+                X86DotAttentionFamily(),
+                ArmDotAttentionFamily(),
                 TileConvolutionFamily(),
                 X86DotConvolutionFamily(),
                 X86WordRowsFamily(),

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx_models import build, narrowed
 from onnxruntime.quantization import quantize_dynamic
 
 import sparse_tvm
@@ -28,6 +29,13 @@ from sparse_tvm.models.vit import VitConfig, build_vit
 from sparse_tvm.npz import read_npz, write_npz
 from sparse_tvm.operators import Bias, Dense, Layout, to_json
 from sparse_tvm.schedules.cpu.simd import Simd
+from sparse_tvm.sparsity.quantise import (
+    LARGEST,
+    PEAK_STEPS,
+    bf16_values,
+    quantise_rows,
+    round_to_bf16,
+)
 from sparse_tvm.targets import TARGETS, get_target
 from sparse_tvm.tuning.job import Job
 from sparse_tvm.tuning.measuring import Measurer
@@ -38,6 +46,8 @@ pytestmark = pytest.mark.skipif(
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "cpp"
 ARM = [target for target in TARGETS.values() if target.architecture == "aarch64"]
 DIFFERENT = ["cortex-a72", "neoverse-n1", "neoverse-v1"]
+FORMATS = {None: "dense", "unstructured": "csr", "4x2": "bsr"}
+"""What becomes of a structure."""
 CPUINFO = "processor\t: 0\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU part\t: {:#x}\n"
 CLI = "import sys; from sparse_tvm.cli import main; sys.exit(main(sys.argv[1:]))"
 MODELS = {
@@ -117,6 +127,98 @@ def test_models_in_int8_are_near_float32(models, structure, target, tmp_path):
     assert structure != "4x4" or [4, 4] in [layer["block"] for layer in sparse]
 
 
+@pytest.mark.parametrize("structure", [None, "unstructured", "4x2"])
+def test_models_in_bf16_are_near_float32(models, structure, tmp_path):
+    path, output = pruned(models, "bert", structure), tmp_path / "model.so"
+    options = {"precision": "bf16", "min_cosine": 0.9999}
+    manifest = sparse_tvm.compile(path, output, target="neoverse-v1", **options).manifest
+    layers = manifest["layers"]
+    assert {layer["precision"] for layer in layers} == {"bfloat16"}
+    assert {layer["format"] for layer in layers} == {FORMATS[structure]}
+    assert any(name.startswith("attention_bf16_bfdot") for name in manifest["kernels"])
+
+
+LAYERS = {"dense": (30, 90), "csr": (150, 75), "bsr:2x2": (64, 128), "bsr:4x2": (27, 300)}
+"""Outputs and inputs of a layer for each format: whole blocks and vectors, and not."""
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_layers_agree_with_numpy(precision, tmp_path):
+    """From one token to some tiles of them, by the instructions themselves."""
+    rng = np.random.default_rng(0)
+    weights, rules = {}, []
+    for i, (format, (n, k)) in enumerate(LAYERS.items()):
+        w = rng.standard_normal((n, k)) * (rng.random((n, k)) < (1.0 if i == 0 else 0.3))
+        weights[f"w{i}"] = w.astype("float32")
+        rules.append(f"w{i}={format.replace('x2', 'x4') if precision == 'int8' else format}")
+    path = tmp_path / "layers.onnx"
+    onnx.save(layers_of(weights), path)
+    options = {"layer_rules": rules, "precision": precision, "verify": False}
+    manifest = sparse_tvm.compile(
+        path, tmp_path / "model.so", target="neoverse-v1", **options
+    ).manifest
+    formats = [layer["format"] for layer in manifest["layers"]]
+    assert formats == ["dense", "csr", "bsr", "bsr"]
+    calls = [
+        {f"x_{name}": random_like(rng, rows, w.shape[1]) for name, w in weights.items()}
+        for rows in (1, 4, 5, 33)
+    ]
+    found = Emulator.of(get_target("neoverse-v1")).run(tmp_path / "model.so", calls)
+    for inputs, outputs in zip(calls, found, strict=True):
+        for name, w in weights.items():
+            x = inputs[f"x_{name}"]
+            expected = activation_in(precision, x) @ weight_in(precision, w).T
+            largest = np.abs(expected).max(axis=-1, keepdims=True)
+            error = np.abs(outputs[f"y_{name}"] - expected)
+            assert (error <= 3e-5 * largest + 1e-6).all(), name
+
+
+def random_like(rng, rows, features):
+    return (rng.standard_normal((1, rows, features)) * rng.uniform(0.1, 3)).astype("float32")
+
+
+def activation_in(precision, x):
+    """What a float32 activation is worth in a precision."""
+    if precision == "bf16":
+        bits = x.view(np.uint32) + 0x8000 & 0xFFFF0000  # what lies in the middle goes up
+        return bits.astype(np.uint32).view(np.float32).astype("float64")
+    scales = np.abs(x).max(axis=-1, keepdims=True) / PEAK_STEPS
+    return np.clip(np.rint(x / scales), -LARGEST, LARGEST) * scales.astype("float64")
+
+
+def weight_in(precision, w):
+    """What a float32 weight is worth in a precision."""
+    if precision == "bf16":
+        return bf16_values(round_to_bf16(w)).astype("float64")
+    values, scales = quantise_rows(w, LARGEST)
+    return values * scales[:, None].astype("float64")
+
+
+def layers_of(weights):
+    """A model of dense layers beside each other, of any number of rows."""
+    inputs = ", ".join(f"float[1,rows,{w.shape[1]}] x_{name}" for name, w in weights.items())
+    outputs = ", ".join(f"float[1,rows,{len(w)}] y_{name}" for name, w in weights.items())
+    nodes = " ".join(f"y_{name} = MatMul(x_{name}, {name})" for name in weights)
+    transposed = {name: np.ascontiguousarray(w.T) for name, w in weights.items()}
+    return build(f"({inputs}) => ({outputs}) {{ {nodes} }}", **transposed)
+
+
+def test_auto_precision_keeps_what_hurts_in_bf16(models, tmp_path):
+    options = {"precision": "auto", "min_cosine": 0.99999}
+    manifest = sparse_tvm.compile(
+        models / "bert.onnx", tmp_path / "model.so", target="neoverse-v1", **options
+    ).manifest
+    assert "bfloat16" in {layer["precision"] for layer in manifest["layers"]}
+
+
+def test_bfloat16_models_compute_in_bf16_where_the_target_has_it(models, tmp_path):
+    path = tmp_path / "half.onnx"
+    onnx.save(narrowed(onnx.load(models / "tiny.onnx"), "bfloat16"), path)
+    for target, expected in {"neoverse-v1": "bfloat16", "neoverse-n1": "float32"}.items():
+        manifest = sparse_tvm.compile(path, tmp_path / "model.so", target=target).manifest
+        assert {layer["precision"] for layer in manifest["layers"]} == {expected}
+
+
 def test_quantised_models_multiply_their_own_integers(models, tmp_path):
     """Exactly: what this machine computes of the integers' real numbers."""
     quantised, here, there = (tmp_path / name for name in ("q.onnx", "here.so", "there.so"))
@@ -137,6 +239,14 @@ def test_int8_is_refused_without_dot_products(models, tmp_path):
         sparse_tvm.compile(
             models / "bert.onnx", tmp_path / "model.so", target="cortex-a72", precision="int8"
         )
+
+
+def test_bf16_is_refused_without_it(models, tmp_path):
+    with pytest.raises(SparseTvmError, match="neoverse-n1 has no dot products of bf16") as refused:
+        sparse_tvm.compile(
+            models / "bert.onnx", tmp_path / "model.so", target="neoverse-n1", precision="bf16"
+        )
+    assert "--precision fp32 or int8" in refused.value.hint
 
 
 def test_the_other_targets_get_the_same_code():
@@ -290,5 +400,6 @@ def test_inner_loops_reach_the_peak(tmp_path):
     shares = {
         row[0].strip(): [int(cell.split("%")[0]) for cell in row[1:] if "%" in cell] for row in rows
     }
-    for kernel in ("dense, 6 rows", "BSR 2x1", "BSR 4x1", "attention, scores", "int8 4x4"):
+    blocks = ("BSR 2x1", "BSR 4x1", "int8 4x4", "bf16 4x2")
+    for kernel in ("dense, 6 rows", *blocks, "attention, scores", "bf16 attention, values"):
         assert min(shares[kernel]) >= 95, kernel

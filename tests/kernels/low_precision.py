@@ -38,8 +38,12 @@ DOT_TARGETS: list[tuple[Dot, Target]] = [
     (Dot("plain", lanes, 16, (), 1.0), ANY) for lanes in (4, 8)
 ]
 DOT_TARGETS += [(Dot("plain-bf16", lanes, 16, (), 1.0, precision=BF16), ANY) for lanes in (4, 8)]
-DOT_TARGETS += [(Dot("plain-sdot", 4, 32, (), 1.0), PORTABLE)]
+DOT_TARGETS += [
+    (Dot("plain-sdot", 4, 32, (), 1.0), PORTABLE),
+    (Dot("plain-bf16", 4, 32, (), 1.0, precision=BF16), PORTABLE),
+]
 DOT_TARGETS += [(dot, target) for dot in DOTS if (target := runnable(dot.features))]
+CODE = {**x86.CODE, **arm.CODE}
 MULTIPLY_ADD = {**x86.MULTIPLY_ADD, **arm.MULTIPLY_ADD}
 TILE_TARGETS = [(PlainTiles, ANY)]
 TILE_TARGETS += [(Amx, target) for target in [runnable(Amx.features)] if target]

@@ -6,18 +6,19 @@ import math
 
 import numpy as np
 import pytest
-from harness import KERNELS, from_tiles, run, simd, thread_counts, tiles_for, to_tiles
+from harness import KERNELS, PORTABLE, from_tiles, run, simd, thread_counts, tiles_for, to_tiles
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from low_precision import ANY, TILE_TARGETS, from_lines, rounded, runnable, to_lines
 from test_attention import LOWEST, reference, split
 
 from sparse_tvm.schedules.cpu.attention_operands import Mask
+from sparse_tvm.schedules.cpu.bf16_attention import Bf16Attention
+from sparse_tvm.schedules.cpu.bf16_dot import plain_bf16_dot, with_code
+from sparse_tvm.schedules.cpu.dot_attention import dot_attention
 from sparse_tvm.schedules.cpu.lane_tiles import Tiles
 from sparse_tvm.schedules.cpu.precision import BF16, INT8
-from sparse_tvm.schedules.x86.bf16_attention import Bf16Attention
-from sparse_tvm.schedules.x86.dot_attention import dot_attention
-from sparse_tvm.schedules.x86.instructions import plain_bf16_dot, vdpbf16ps, with_vdpbf16ps
+from sparse_tvm.schedules.x86.instructions import CODE, vdpbf16ps
 from sparse_tvm.schedules.x86.tile_attention import tile_attention
 from sparse_tvm.schedules.x86.units import AVX512_BF16
 
@@ -28,7 +29,7 @@ def on(unit):
 
 
 def by_vdpbf16ps(problem, simd):
-    return with_vdpbf16ps(dot_attention(problem, simd, vdpbf16ps))
+    return with_code(dot_attention(problem, simd, vdpbf16ps), CODE[AVX512_BF16.name])
 
 
 def by_plain_dot(problem, simd):
@@ -36,7 +37,7 @@ def by_plain_dot(problem, simd):
 
 
 NATIVE = [(on(unit), target) for unit, target in TILE_TARGETS]
-NATIVE += [(by_plain_dot, ANY)]
+NATIVE += [(by_plain_dot, target) for target in (ANY, PORTABLE)]
 NATIVE += [(by_vdpbf16ps, target) for target in [runnable(AVX512_BF16.features)] if target]
 FEW = settings(KERNELS, max_examples=10)
 lengths = st.one_of(st.sampled_from([1, 15, 16, 17, 32, 33, 128]), st.integers(1, 150))
@@ -119,7 +120,7 @@ def check(case):
     else:
         shape = (lead, tiles, out.lines(features), 16)
         lines = run(kernel, target, case["threads"], arguments, shape, "int32")
-        result = from_lines(lines, queries, features, out)
+        result = from_lines(lines, queries, features, out, simd(target).zero_point)
     with np.errstate(invalid="ignore", over="ignore"):
         expected = reference(*(split(x, heads) for x in (q, k, v)), problem.scale, added)
     quantum = {None: 0.0, BF16: 2.0**-8, INT8: 0.51 / 127}[out]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparse_tvm.backends import get_backend
-from sparse_tvm.operators import Convolution, Dense, Layout
+from sparse_tvm.operators import PRECISIONS, Convolution, Dense, Layout
 from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.layout_choice import choose
 from sparse_tvm.schedules.cpu.conv_cost import blocking, grouped_rows
@@ -33,8 +33,8 @@ def weight(shape, sparsity, structure):
     return prune_array(w, sparsity, structure) if sparsity else w
 
 
-def chosen(w, target):
-    op = Dense(layer="layer", matrix=w.shape)
+def chosen(w, target, precision="fp32"):
+    op = Dense(layer="layer", matrix=w.shape, types=PRECISIONS[precision])
     return choose(op, MeasuredWeight(w), FormatOptions(), get_backend("cpu"), target)
 
 
@@ -92,6 +92,21 @@ def test_4x1_stays_in_blocks(target, shape, sparsity):
 @SHAPES
 def test_unstructured_95_percent_is_sparse(target, shape):
     assert chosen(weight(shape, 0.95, "unstructured"), target).layout.format == "csr"
+
+
+@EVERY_TARGET
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_no_choice_in_low_precision_is_predicted_slower_than_dense(target, precision):
+    shape = (768, 768)
+    op = Dense(layer="layer", matrix=shape, types=PRECISIONS[precision])
+    if get_backend("cpu").refuses(op, target):
+        pytest.skip(f"{target.name} has no kernels for {precision}")
+    dense = chosen(weight(shape, 0, None), target)
+    for structure in ("unstructured", "4x2", "4x4"):
+        for sparsity in (0.0, 0.5, 0.9):
+            choice = chosen(weight(shape, sparsity, structure), target, precision)
+            assert choice.seconds <= choice.dense_seconds <= dense.seconds
+            assert choice.layout.sparse or sparsity < 0.9
 
 
 @EVERY_TARGET

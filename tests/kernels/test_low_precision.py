@@ -9,6 +9,7 @@ from harness import KERNELS, from_tiles, run, simd, thread_counts, tiles_for, to
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from low_precision import (
+    CODE,
     DOT_TARGETS,
     MULTIPLY_ADD,
     TILE_TARGETS,
@@ -22,14 +23,13 @@ from test_matmul import ACTIVATIONS
 
 from sparse_tvm.operators import Activation, Bias, Residual
 from sparse_tvm.schedules.cpu import word_weights
+from sparse_tvm.schedules.cpu.bf16_dot import with_code
 from sparse_tvm.schedules.cpu.dot_matmul import dot_matmul
 from sparse_tvm.schedules.cpu.low_matmul import LowMatmul
 from sparse_tvm.schedules.cpu.low_precision import quantise, quantise_by_steps
 from sparse_tvm.schedules.cpu.precision import BF16, INT8
 from sparse_tvm.schedules.x86 import tile_weights
-from sparse_tvm.schedules.x86.instructions import with_vdpbf16ps
 from sparse_tvm.schedules.x86.tile_matmul import FORMS, TileLayout, tile_matmul
-from sparse_tvm.schedules.x86.units import AVX512_BF16
 from sparse_tvm.sparsity.quantise import as_words, bf16_values, round_to_bf16
 
 FEW = settings(KERNELS, max_examples=10)
@@ -185,7 +185,7 @@ def test_dot_of_few_rows(rows, symbolic, native):
 
 def dot_kernel(dot, target, problem, rows, sparse):
     kernel = dot_matmul(problem, rows, sparse, simd_of(dot, target), MULTIPLY_ADD[dot.name])
-    return with_vdpbf16ps(kernel) if dot is AVX512_BF16 else kernel
+    return with_code(kernel, CODE.get(dot.name))
 
 
 def rounded_for(dot, target, w):

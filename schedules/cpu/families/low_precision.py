@@ -141,6 +141,10 @@ class DotFamily(LowPrecisionFamily):
     def multiply_add(self, dot: Dot) -> MultiplyAdd:
         """The instruction itself."""
 
+    @abstractmethod
+    def code(self, dot: Dot) -> str | None:
+        """What kernels with it bring in LLVM's own words."""
+
     def rate(self, op: Dense) -> float:
         return _unit(op)
 
@@ -219,6 +223,7 @@ class DotFamily(LowPrecisionFamily):
     def build(
         self, op: Dense, operands: Sequence[Extents], output: Extents, target: Target
     ) -> Kernel:
+        from sparse_tvm.schedules.cpu.bf16_dot import with_code
         from sparse_tvm.schedules.cpu.dot_matmul import dot_matmul
 
         dot, layout = self._dot(op, target), op.stored
@@ -231,7 +236,8 @@ class DotFamily(LowPrecisionFamily):
             self.multiply_add(dot),
             dot_group_of(layout, simd),
         )
-        return Kernel(title_of(op, dot.name.replace("-", "_")), function)
+        title = title_of(op, dot.name.replace("-", "_"))
+        return Kernel(title, with_code(function, self.code(dot)))
 
     def _simd(self, dot: Dot, target: Target) -> Simd:
         return replace(Simd.of(target), lanes=dot.lanes, registers=dot.registers)

@@ -1,95 +1,26 @@
-"""Attention in bf16: on matrix units, and by dot products."""
+"""Attention in bf16 on matrix units, and by dot products where there are none."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from sparse_tvm.families import Extents, Kernel, KernelFamily, Work, bytes_of, elements
-from sparse_tvm.operators import Attention
-from sparse_tvm.schedules.cpu.families.extents import tiles_for
-from sparse_tvm.schedules.cpu.precision import BF16, HEAD_STEP, PRECISIONS
-from sparse_tvm.schedules.cpu.simd import LANES, Simd
+from sparse_tvm.schedules.cpu.dots import Dot
+from sparse_tvm.schedules.cpu.families.bf16_attention import Bf16AttentionFamily, DotAttentionFamily
+from sparse_tvm.schedules.cpu.precision import BF16
+from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.x86.units import AMX_FEATURES, AMX_RATE, AVX512_BF16
 from sparse_tvm.targets import Target
 
 if TYPE_CHECKING:
     from tvm import tirx
 
-    from sparse_tvm.schedules.x86.bf16_attention import Bf16Attention
-
-
-class _Bf16AttentionFamily(KernelFamily[Attention]):
-    """The kernels of :mod:`sparse_tvm.schedules.x86.bf16_attention`.
-
-    Operands are q, k and v in lines of bf16, the mask if any (lane-tiled over its queries, if it
-    has any), and the number of keys.
-    """
-
-    operator: ClassVar[type[Attention]] = Attention
-    unit: ClassVar[str]
-    """What multiplies, in a kernel's name."""
-    rate: ClassVar[float]
-    """Of the unit (see :class:`Work`)."""
-
-    @abstractmethod
-    def lacks(self, target: Target) -> str | None:
-        """What the target's CPUs miss; None if nothing."""
-
-    @abstractmethod
-    def kernel(self, problem: Bf16Attention, target: Target) -> tirx.PrimFunc:
-        """Build the kernel itself."""
-
-    def refuses(self, op: Attention, target: Target) -> str | None:
-        if PRECISIONS.get(op.types.input) is not BF16:
-            return f"{self.name} computes bf16 only"
-        if op.sizes is None or any(size % HEAD_STEP for size in op.sizes):
-            return f"{self.name} takes heads of {HEAD_STEP}, {2 * HEAD_STEP}, ... features"
-        return self.lacks(target)
-
-    def build(
-        self, op: Attention, operands: Sequence[Extents], output: Extents, target: Target
-    ) -> Kernel:
-        from sparse_tvm.schedules.cpu.attention_operands import Mask
-        from sparse_tvm.schedules.cpu.lane_tiles import Tiles
-        from sparse_tvm.schedules.x86.bf16_attention import Bf16Attention
-
-        q, k, *_, rows = operands
-        assert op.sizes is not None
-        queries = tiles_for(q)
-        out = PRECISIONS.get(op.types.output)
-        problem = Bf16Attention(
-            queries,
-            Tiles(queries.lead, tiles_for(k).per_lead),
-            rows.shape[0],
-            op.heads,
-            *op.sizes,
-            op.scale,
-            Mask(*op.mask) if op.mask is not None else None,
-            out,
-        )
-        to = f"_to_{out.name}" if out else ""
-        title = f"attention_bf16_{self.unit}_{op.heads}x{op.sizes[0]}{to}"
-        return Kernel(title, self.kernel(problem, target))
-
-    def work(
-        self,
-        op: Attention,
-        operands: Sequence[Extents],
-        output: Extents,
-        nonzeros: int | None = None,
-    ) -> Work:
-        assert op.sizes is not None
-        queries, keys = (elements(Extents(o.shape[:2])) * LANES for o in operands[:2])
-        flops = 2.0 * queries * keys * op.heads * sum(op.sizes)
-        flops /= max(1, operands[0].shape[0] or 1)
-        return Work(flops, bytes_of([*operands, output]), rate=self.rate)
+    from sparse_tvm.schedules.cpu.bf16_attention import Bf16Attention
+    from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
 
 
 @dataclass(frozen=True)
-class TileAttentionFamily(_Bf16AttentionFamily):
+class TileAttentionFamily(Bf16AttentionFamily):
     """The kernel of :mod:`sparse_tvm.schedules.x86.tile_attention`."""
 
     name: ClassVar[str] = "tile_attention"
@@ -107,21 +38,24 @@ class TileAttentionFamily(_Bf16AttentionFamily):
 
 
 @dataclass(frozen=True)
-class DotAttentionFamily(_Bf16AttentionFamily):
-    """The kernel of :mod:`sparse_tvm.schedules.x86.dot_attention`."""
+class X86DotAttentionFamily(DotAttentionFamily):
+    """By ``vdpbf16ps``."""
 
     name: ClassVar[str] = "dot_attention"
+    dot: ClassVar[Dot] = AVX512_BF16
     unit: ClassVar[str] = AVX512_BF16.name
-    rate: ClassVar[float] = BF16.unit  # products in a word
 
     def lacks(self, target: Target) -> str | None:
         if target.has(*AMX_FEATURES):
             return f"{target.name} has a matrix unit, which is faster"
-        able = target.has(*AVX512_BF16.features)
-        return None if able else f"{target.name} has no dot products of bf16"
+        return super().lacks(target)
 
-    def kernel(self, problem: Bf16Attention, target: Target) -> tirx.PrimFunc:
-        from sparse_tvm.schedules.x86.dot_attention import dot_attention
-        from sparse_tvm.schedules.x86.instructions import vdpbf16ps, with_vdpbf16ps
+    def multiply_add(self) -> MultiplyAdd:
+        from sparse_tvm.schedules.x86.instructions import vdpbf16ps
 
-        return with_vdpbf16ps(dot_attention(problem, Simd.of(target), vdpbf16ps))
+        return vdpbf16ps
+
+    def code(self) -> str | None:
+        from sparse_tvm.schedules.x86.instructions import CODE
+
+        return CODE[self.dot.name]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from sparse_tvm.families import Extents, Kernel
-from sparse_tvm.operators import Dense
 from sparse_tvm.schedules.cpu.dots import Dot
-from sparse_tvm.schedules.cpu.families.low_precision import DotFamily, precision_of
+from sparse_tvm.schedules.cpu.families.low_precision import DotFamily
 from sparse_tvm.schedules.cpu.precision import BF16, INT8, Precision
 from sparse_tvm.schedules.x86.units import AMX_FEATURES, DOTS
 from sparse_tvm.targets import Target
@@ -38,12 +35,7 @@ class X86DotFamily(DotFamily):
 
         return MULTIPLY_ADD[dot.name]
 
-    def build(
-        self, op: Dense, operands: Sequence[Extents], output: Extents, target: Target
-    ) -> Kernel:
-        from sparse_tvm.schedules.x86.instructions import with_vdpbf16ps
+    def code(self, dot: Dot) -> str | None:
+        from sparse_tvm.schedules.x86.instructions import CODE
 
-        kernel = super().build(op, operands, output, target)
-        if precision_of(op) is not BF16:
-            return kernel
-        return replace(kernel, function=with_vdpbf16ps(kernel.function))
+        return CODE.get(dot.name)

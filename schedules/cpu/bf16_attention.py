@@ -1,11 +1,11 @@
 """Scaled dot-product attention in bf16: scores and weighted values in pairs, float32 soft-max.
 
 One job is one head and up to eight tiles of queries, whose values it first brings into the form
-of weights, by pairs of keys. Then, for two tiles of queries at a time, come
+of weights, by pairs of keys. Then, for one or two tiles of queries at a time, come
 ``scores[key, query]``; the soft-max runs down the keys, and its weights, rounded to bf16 in pairs
 of keys, are the lines that the values multiply. What multiplies is a :class:`Head`'s to say: that
 of :mod:`sparse_tvm.schedules.x86.tile_attention` has a matrix unit, that of
-:mod:`sparse_tvm.schedules.x86.dot_attention` dot products.
+:mod:`sparse_tvm.schedules.cpu.dot_attention` dot products.
 """
 
 from __future__ import annotations
@@ -39,11 +39,10 @@ from sparse_tvm.schedules.cpu.low_precision import (
 from sparse_tvm.schedules.cpu.precision import BF16, HEAD_STEP, LINES, Precision
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.schedules.cpu.vector_math import rough_exp
-from sparse_tvm.schedules.x86.instructions import TILE_WORDS
 
 _MAX_GROUP = 8
-WIDTH = 2
-"""Tiles of queries at a time."""
+_SQUARE = LINES * LANES
+"""Words of a tile of values: a row for each of some features, a column for each pair of keys."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +126,9 @@ def bf16_attention(problem: Bf16Attention, simd: Simd, make_head: MakeHead) -> t
 class Head(ABC):
     """The work of one job; its scratch memory serves all jobs of a thread."""
 
+    width = 2
+    """Tiles of queries at a time, 1 or 2."""
+
     def __init__(
         self,
         problem: Bf16Attention,
@@ -142,9 +144,9 @@ class Head(ABC):
         self._height = problem.value_size // LANES  # tiles of a head's values
         # Keys in pairs of tiles: as many as a line of bf16 has.
         self._pairs = (problem.keys.per_lead + 1) // 2
-        self._values = self._memory(self._pairs * self._height * TILE_WORDS)
-        self._scores = self._memory(self._pairs * HEAD_STEP * LANES * WIDTH)
-        self._weights = self._memory(self._pairs * LINES * LANES * WIDTH)
+        self._values = self._memory(self._pairs * self._height * _SQUARE)
+        self._scores = self._memory(self._pairs * HEAD_STEP * LANES * self.width)
+        self._weights = self._memory(self._pairs * LINES * LANES * self.width)
 
     @abstractmethod
     def begin(self) -> None:
@@ -185,10 +187,11 @@ class Head(ABC):
             self._soft_max(lead, head, tile, width)
             self._value(lead, head, tile, width)
 
-        with T.serial(0, size // WIDTH) as i:
-            some_queries(i * WIDTH, WIDTH)
-        with T.If(size % WIDTH == 1), T.Then():
-            some_queries(size - 1, 1)
+        with T.serial(0, size // self.width) as i:
+            some_queries(i * self.width, self.width)
+        if self.width > 1:
+            with T.If(size % self.width == 1), T.Then():
+                some_queries(size - 1, 1)
 
     def _tile(self, lead: Expr, tile: Expr) -> Expr:
         """A tile of keys, among those of all leading indices; the last one instead of none."""
@@ -214,7 +217,7 @@ class Head(ABC):
             ]
             for odd in range(2):
                 row = tirx.Shuffle(halves, [tirx.const(2 * j + odd, "int32") for j in range(32)])
-                at = (pair * self._height + tile) * TILE_WORDS + (2 * i + odd) * LANES
+                at = (pair * self._height + tile) * _SQUARE + (2 * i + odd) * LANES
                 words = T.reinterpret(f"int32x{LANES}", row)
                 T.buffer_store(self._values, words, [T.ramp(at, 1, LANES)])
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from sparse_tvm.schedules.cpu.bf16_attention import Bf16Attention, Head, bf16_attention
 from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
-from sparse_tvm.schedules.cpu.lane_tiles import Expr, Registers, scalar, zero
+from sparse_tvm.schedules.cpu.lane_tiles import Expr, Registers, loaded_together, scalar, zero
 from sparse_tvm.schedules.cpu.precision import LINES
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
-from sparse_tvm.schedules.x86.bf16_attention import Bf16Attention, Head, bf16_attention
 
-_BLOCK = 8
-"""Keys, or features of the result, that are summed up together."""
+_FORMS = ((8, 2), (4, 1))
+"""Keys, or features of the result, that are summed up together, for so many tiles of queries: the
+larger where the sums fit into the registers."""
 
 
 def dot_attention(problem: Bf16Attention, simd: Simd, multiply_add: MultiplyAdd) -> tirx.PrimFunc:
@@ -26,6 +28,9 @@ def dot_attention(problem: Bf16Attention, simd: Simd, multiply_add: MultiplyAdd)
 
 class _DotHead(Head):
     def __init__(self, multiply_add: MultiplyAdd, problem: Bf16Attention, *others: Any) -> None:
+        simd: Simd = others[0]
+        fitting = (form for form in _FORMS if prod(form) * simd.per_tile <= simd.accumulators)
+        self._block, self.width = next(fitting, _FORMS[-1])
         super().__init__(problem, *others)
         self._multiply_add = multiply_add
 
@@ -49,25 +54,32 @@ class _DotHead(Head):
         steps: Expr,
         word: Callable[[int, Expr], Expr],
         vector: Callable[[int, Expr], Expr],
+        together: int = 1,
     ) -> None:
-        """Add, step by step, every row's word times every vector."""
-        with T.serial(0, steps) as step:
-            operands = [vector(i, step) for i in range(sums.vectors)]
-            for row in range(sums.rows):
-                weight = T.broadcast(word(row, step), self._simd.lanes)
-                for i, operand in enumerate(operands):
-                    sums.set(row, i, self._multiply_add(sums.get(row, i), operand, weight))
+        """Add, some steps together, every row's word times every vector."""
+        rows, simd = range(sums.rows), self._simd
+        with T.serial(0, steps // together) as i:
+            places = [i * together + step for step in range(together)]
+            words = [word(row, place) for row in rows for place in places]
+            if simd.by_element:
+                words = loaded_together(words, simd)
+            for step, place in enumerate(places):
+                operands = [vector(i, place) for i in range(sums.vectors)]
+                for row in rows:
+                    weight = T.broadcast(words[row * together + step], simd.lanes)
+                    for i, operand in enumerate(operands):
+                        sums.set(row, i, self._multiply_add(sums.get(row, i), operand, weight))
 
     def _score(self, lead: Expr, head: Expr, tile: Expr, width: int) -> None:
         """Scores of all keys for some tiles of queries."""
         problem, lanes = self._problem, self._simd.lanes
         vectors, depth = self._vectors(width), problem.head_size // 2
         queries = scalar(lead * problem.queries.per_lead + tile)
-        per_block = LANES // _BLOCK
+        per_block = LANES // self._block
         with T.serial(0, problem.keys.per_lead * per_block) as block:
             keys = scalar(self._tile(lead, block // per_block))
-            first = scalar(block % per_block * _BLOCK)
-            sums = Registers(_BLOCK, len(vectors), self._simd)
+            first = scalar(block % per_block * self._block)
+            sums = Registers(self._block, len(vectors), self._simd)
             sums.fill(lambda row, vector: zero(self._simd))
 
             def key(row: int, step: Expr) -> Expr:
@@ -78,9 +90,9 @@ class _DotHead(Head):
                 return self._q.get(queries + column, head * depth + step, lane, lanes)
 
             self._add_products(sums, depth, key, query)
-            for row in range(_BLOCK):
+            for row in range(self._block):
                 for i, (column, lane) in enumerate(vectors):
-                    at = self._score_at(block * _BLOCK + row, column) + lane
+                    at = self._score_at(block * self._block + row, column) + lane
                     words = T.reinterpret(f"int32x{lanes}", sums.get(row, i))
                     T.buffer_store(self._scores, words, [T.ramp(at, 1, lanes)])
 
@@ -88,22 +100,24 @@ class _DotHead(Head):
         """Weighted sums of the values, divided by the weights' sums."""
         lanes, vectors = self._simd.lanes, self._vectors(width)
         size = self._problem.value_size
-        with T.serial(0, size // _BLOCK) as block:
-            sums = Registers(_BLOCK, len(vectors), self._simd)
+        with T.serial(0, size // self._block) as block:
+            sums = Registers(self._block, len(vectors), self._simd)
             sums.fill(lambda row, vector: zero(self._simd))
             with T.serial(0, self._pairs) as pair:
 
                 def value(row: int, step: Expr) -> Expr:
-                    return self._values[(pair * size + block * _BLOCK + row) * LINES + step]
+                    return self._values[(pair * size + block * self._block + row) * LINES + step]
 
                 def weight(vector: int, step: Expr) -> Expr:
                     column, lane = vectors[vector]
                     at = self._weight_at(pair * LINES + step, column) + lane
                     return self._weights[T.ramp(at, 1, lanes)]
 
-                self._add_products(sums, LINES, value, weight)
+                # A feature's words lie together, of which one load brings a vector's elements.
+                together = lanes if self._simd.by_element else 1
+                self._add_products(sums, LINES, value, weight, together)
             for i, (column, lane) in enumerate(vectors):
                 factor = self._inverse(column, lane)
-                for row in range(_BLOCK):
-                    place = self._place(lead, head, tile + column, block * _BLOCK + row, lane)
+                for row in range(self._block):
+                    place = self._place(lead, head, tile + column, block * self._block + row, lane)
                     T.buffer_store(self._out, sums.get(row, i) * factor.get(0, 0), place)
