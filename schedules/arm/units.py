@@ -10,5 +10,6 @@ from sparse_tvm.schedules.cpu.precision import BF16
 
 SDOT = Dot("sdot", 4, 32, ("dotprod",), None)
 BFDOT = Dot("bfdot", 4, 32, ("bf16",), None, precision=BF16)
-DOTS = (SDOT, BFDOT)
-"""``smmla`` of i8mm multiplies twice as much, but eight inputs in a row, where lines have four."""
+SMMLA = Dot("smmla", 4, 32, ("i8mm",), None, depth=2)
+BFMMLA = Dot("bfmmla", 4, 32, ("bf16",), None, precision=BF16, depth=2)
+DOTS = (SDOT, BFDOT, SMMLA, BFMMLA)

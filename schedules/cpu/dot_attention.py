@@ -11,7 +11,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.cpu.bf16_attention import Bf16Attention, Head, bf16_attention
-from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
+from sparse_tvm.schedules.cpu.dot_products import MultiplyAdd
 from sparse_tvm.schedules.cpu.lane_tiles import Expr, Registers, loaded_together, scalar, zero
 from sparse_tvm.schedules.cpu.precision import LINES
 from sparse_tvm.schedules.cpu.simd import LANES, Simd

@@ -2,7 +2,8 @@
 
 The family of ``schedules.cpu.matmul`` in words: a block is some rows of W by one line of X, four
 inputs or two; its weight, broadcast, multiplies vectors of tokens, and the sums stay in registers.
-An unstructured W is stored as every word that holds a non-zero.
+An unstructured W is stored as every word that holds a non-zero. Instructions that multiply pairs
+have blocks of two lines (see :mod:`sparse_tvm.schedules.cpu.dot_products`).
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.cpu.block_arrays import index_dtype
+from sparse_tvm.schedules.cpu.dot_products import (
+    DotProducts,
+    MultiplyAdd,
+    PairProducts,
+    WordsAt,
+)
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
+    Registers,
     TileVectors,
     argument,
     for_group_sizes,
     groups_of,
-    loaded_together,
-    local,
     prefetch,
     prim_func,
-    ramp,
     scalar,
     side_by_side,
     symbol,
@@ -42,12 +47,10 @@ from sparse_tvm.schedules.cpu.simd import Simd, dot_chains, dot_group_limit
 
 _WORDS_PER_LINE = 16
 
+_PRODUCTS = {products.depth: products for products in (DotProducts, PairProducts)}
+
 _ROWS_AHEAD = 4
 """How many block rows ahead their outputs are asked for: CPUs do not foresee their order."""
-
-
-MultiplyAdd = Callable[[Expr, Expr, Expr], Expr]
-"""A dot product instruction: sums, words of x and words of weights to new sums."""
 
 
 def dot_matmul(
@@ -57,14 +60,16 @@ def dot_matmul(
     simd: Simd,
     multiply_add: MultiplyAdd,
     group: int | None = None,
+    depth: int = 1,
 ) -> tirx.PrimFunc:
-    """Build the kernel for blocks of ``rows`` outputs by one word of inputs.
+    """Build the kernel for blocks of ``rows`` outputs by ``depth`` words of inputs, one or two.
 
     ``multiply_add(acc, x, w)`` is the dot product, from a kind of CPU's ``instructions``.
 
     Arguments of the PrimFunc, in order: x; the weight: ``data`` int32, dense
-    ``[ceil(n_out / rows), lines, rows]``, sparse ``[blocks, rows]`` with the arguments of
-    :class:`SparseWeight`; then those of :class:`Rows`, rows counted.
+    ``[ceil(n_out / rows), ceil(lines / depth), rows * depth]``, sparse ``[blocks, rows * depth]``
+    with the arguments of :class:`SparseWeight`, whose lines are ``depth`` of them; then those of
+    :class:`Rows`, rows counted.
 
     ``group`` tiles share a pass over the weight, or as many as there are registers for.
 
@@ -72,19 +77,20 @@ def dot_matmul(
     """
     limit = group or dot_group_limit(rows, simd)
     block_rows = -(-problem.n_out // rows)
-    lines = -(-problem.k_in // problem.precision.unit)
+    lines = -(-problem.k_in // (problem.precision.unit * depth))
+    words = rows * depth
     of_sums = "int32" if problem.precision.scaled else "float32"
 
     with prim_func() as result:
         outputs = Rows(problem, simd, limit, paired=False)
-        x = outputs.x
+        products = _PRODUCTS[depth](outputs.x, simd, multiply_add)
         weight = None
         if sparse:
             blocks = symbol("blocks")
-            data = argument("data", (blocks, rows), "int32")
+            data = argument("data", (blocks, words), "int32")
             weight = SparseWeight.arguments(blocks, 1, block_rows, index_dtype(lines))
         else:
-            data = argument("data", (block_rows, lines, rows), "int32")
+            data = argument("data", (block_rows, lines, words), "int32")
         outputs.declare(counted=True)
 
         def block_row_kernel(
@@ -92,53 +98,35 @@ def dot_matmul(
         ) -> None:
             """Compute the ``live`` rows of a block row for a group of tiles."""
             chains = 1 if weight is None else dot_chains(live, vectors.count)
-            acc = local(chains * live * vectors.count * simd.lanes, of_sums)
+            nothing = T.broadcast(tirx.const(0, of_sums), simd.lanes)
+            of_chains = []
+            for _ in range(chains):
+                sums = Registers(products.rows(live), vectors.count, simd, of_sums)
+                sums.fill(lambda row, vector: nothing)
+                of_chains.append(sums)
 
-            def at(row: int, vector: int, chain: int = 0) -> Expr:
-                place = (chain * live + row) * vectors.count + vector
-                return ramp(place * simd.lanes, simd)
-
-            every = [(row, vector) for row in range(live) for vector in range(vectors.count)]
-            for row, vector in every:
-                for chain in range(chains):
-                    nothing = T.broadcast(tirx.const(0, of_sums), simd.lanes)
-                    T.buffer_store(acc, nothing, [at(row, vector, chain)])
-
-            def step(line: Expr, weight_of: Callable[[int], Expr], chain: int = 0) -> None:
-                operands = []
-                for vector in range(vectors.count):
-                    tile, lanes = vectors.at(vector)
-                    operands.append(x.get(tile, line, lanes.base, simd.lanes))
-                words = [weight_of(row) for row in range(live)]
-                if simd.by_element:
-                    words = loaded_together(words, simd)
-                for row, word in enumerate(words):
-                    w = T.broadcast(word, simd.lanes)
-                    for vector, operand in enumerate(operands):
-                        place = at(row, vector, chain)
-                        T.buffer_store(acc, multiply_add(acc[place], operand, w), [place])
+            def step(line: Expr, words_at: WordsAt, chain: int = 0) -> None:
+                products.add(of_chains[chain], live, vectors, line, words_at)
 
             if weight is None:
                 with T.serial(0, lines) as line:
-                    step(line, lambda row: data[segment, line, row])
+                    step(line, lambda word: data[segment, line, word])
             else:
                 soon = scalar(weight.rows[tirx.min(segment + _ROWS_AHEAD, block_rows - 1)] * rows)
                 for place in range(vectors.count // vectors.used):
                     for row in range(rows):
                         outputs.ask(soon + row, vectors.first + place)
-                _for_blocks(data, weight, rows, segment, step, chains)
-                for row, vector in every:
-                    for chain in range(1, chains):
-                        total = acc[at(row, vector)] + acc[at(row, vector, chain)]
-                        T.buffer_store(acc, total, [at(row, vector)])
+                _for_blocks(data, weight, words, segment, step, chains)
+            sums, *others = of_chains
+            for other in others:
+                sums.add(other)
             # Whole tiles at once: what follows a sum is long, and CPUs look few of them ahead.
             for place in range(vectors.count // vectors.used):
                 tile = vectors.first + place
                 with outputs.output.peak(place, 0, vectors.used * simd.lanes) as peak:
                     for row in range(live):
-                        parts = [
-                            acc[at(row, place * vectors.used + i)] for i in range(vectors.used)
-                        ]
+                        first = place * vectors.used
+                        parts = [products.total(sums, row, first + i) for i in range(vectors.used)]
                         outputs.finish(side_by_side(parts), block_row * rows + row, tile, 0, peak)
 
         def rows_kernel(vectors: TileVectors, start: Expr, stop: Expr) -> None:
@@ -162,12 +150,15 @@ def dot_matmul(
                 start, stop = row_range(weight, block_rows, job, last_job)
 
                 def body(first: Expr, size: int) -> None:
+                    vectors = TileVectors(first, size, simd, used)
+                    products.begin(vectors)
                     with outputs.output.jobs(first, size, job, last_job):
-                        rows_kernel(TileVectors(first, size, simd, used), start, stop)
+                        rows_kernel(vectors, start, stop)
 
                 for_group_sizes(problem.tiles.count, limit, group, body)
 
-            for_job_ranges(groups_of(problem.tiles.count, limit), jobs_kernel)
+            groups = groups_of(problem.tiles.count, limit)
+            for_job_ranges(groups, jobs_kernel, (lambda: products.open(limit), lambda: None))
 
         def whole() -> None:
             tiles_kernel(limit, simd.per_tile)
@@ -190,27 +181,27 @@ def dot_matmul(
 def _for_blocks(
     data: Buffer,
     weight: SparseWeight,
-    rows: int,
+    words: int,
     segment: Expr,
-    step: Callable[[Expr, Callable[[int], Expr], int], None],
+    step: Callable[[Expr, WordsAt, int], None],
     chains: int,
 ) -> None:
-    """Call ``step(line, weight of a row, chain)`` for the stored blocks of a block row.
+    """Call ``step(line, words, chain)`` for the stored blocks of a block row, of so many words.
 
     As many blocks as there are chains follow each other, each with sums of its own.
     """
     first = scalar(weight.indptr[segment])
     count = scalar(weight.indptr[segment + 1] - first)
-    ahead = PREFETCH_BYTES // (4 * rows)
+    ahead = PREFETCH_BYTES // (4 * words)
     prefetch(weight.indices, (first + ahead, 0))
-    if rows == 1:  # short blocks, whose lines would be asked for again and again
+    if words == 1:  # short blocks, whose lines would be asked for again and again
         for line in range(2):
             prefetch(data, (first + ahead + line * _WORDS_PER_LINE, 0))
 
     def block(at: Expr, chain: int) -> None:
-        if rows > 1:
+        if words > 1:
             prefetch(data, (at + ahead, 0))
-        step(scalar(weight.indices[at, 0]), lambda row: data[at, row], chain)
+        step(scalar(weight.indices[at, 0]), lambda word: data[at, word], chain)
 
     with T.serial(0, count // chains) as p:
         for chain in range(chains):

@@ -40,6 +40,9 @@ class Dot:
         is known to be more than in float32 kernels.
     precision : Precision
         What a word holds: int8 is summed up in int32, bf16 in float32.
+    depth : int
+        Lines that it multiplies: with 2 it is of pairs of rows and of tokens, and does twice as
+        much at once.
     """
 
     name: str
@@ -52,7 +55,8 @@ class Dot:
     halves: bool = False
     gathered: float = 0.0
     precision: Precision = INT8
+    depth: int = 1
 
     def cycles_on(self, target: Target) -> float:
         """Cycles of a target for sixteen words."""
-        return self.cycles or LANES / self.lanes * target.costs.fma
+        return self.cycles or LANES / self.lanes * target.costs.fma / self.depth

@@ -265,9 +265,9 @@ def unrolled(count: Expr, by: int, body: Callable[[Expr, int], None]) -> None:
 class Registers:
     """A ``rows`` x ``vectors`` block of vector accumulators."""
 
-    def __init__(self, rows: int, vectors: int, simd: Simd) -> None:
+    def __init__(self, rows: int, vectors: int, simd: Simd, dtype: str = "float32") -> None:
         self.rows, self.vectors, self.simd = rows, vectors, simd
-        self._buffer = local(rows * vectors * simd.lanes)
+        self._buffer = local(rows * vectors * simd.lanes, dtype)
 
     def _at(self, row: int, vector: int) -> Expr:
         return ramp((row * self.vectors + vector) * self.simd.lanes, self.simd)
@@ -285,6 +285,10 @@ class Registers:
         for row in range(self.rows):
             for vector in range(self.vectors):
                 self.set(row, vector, value(row, vector))
+
+    def add(self, others: Registers) -> None:
+        """Add as many others, one by one."""
+        self.fill(lambda row, vector: self.get(row, vector) + others.get(row, vector))
 
     def multiply_add(self, weight: Callable[[int], Expr], x: Callable[[int], Expr]) -> None:
         """Add the outer product of ``weight(row)`` (scalars) and ``x(vector)`` (vectors)."""

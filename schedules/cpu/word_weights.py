@@ -31,22 +31,24 @@ def rounded(
     return values, {"correction": correction, "scale": scale}
 
 
-def dense_rows(words: np.ndarray, rows: int) -> dict[str, np.ndarray]:
-    """Every word, ``[ceil(N / rows), lines, rows]``."""
-    padded = np.pad(words, ((0, -len(words) % rows), (0, 0)))
-    blocks = padded.reshape(-1, rows, words.shape[1]).swapaxes(1, 2)
-    return {"data": np.ascontiguousarray(blocks)}
+def dense_rows(words: np.ndarray, rows: int, depth: int = 1) -> dict[str, np.ndarray]:
+    """Every word, ``[ceil(N / rows), ceil(lines / depth), rows * depth]``."""
+    padded = np.pad(words, ((0, -len(words) % rows), (0, -words.shape[1] % depth)))
+    steps = padded.shape[1] // depth
+    blocks = padded.reshape(-1, rows, steps, depth).swapaxes(1, 2)
+    return {"data": np.ascontiguousarray(blocks).reshape(-1, steps, rows * depth)}
 
 
-def sparse_rows(words: np.ndarray, rows: int) -> dict[str, np.ndarray]:
-    """Blocks of ``rows`` by one line: ``data`` ``[blocks, rows]``, and where they are."""
-    occupied = occupied_blocks(words != 0, (rows, 1))
+def sparse_rows(words: np.ndarray, rows: int, depth: int = 1) -> dict[str, np.ndarray]:
+    """Blocks of ``rows`` by ``depth`` lines: ``data`` ``[blocks, rows * depth]``, and where they
+    are."""
+    occupied = occupied_blocks(words != 0, (rows, depth))
     order, places = in_order(occupied)
-    blocks = dense_rows(words, rows)["data"]
-    block_rows, lines = block_positions(occupied, order)
+    blocks = dense_rows(words, rows, depth)["data"]
+    block_rows, steps = block_positions(occupied, order)
     return {
-        "data": at_least_one(blocks[block_rows, lines]),
-        "indices": line_indices(lines[:, None], words.shape[1]),
+        "data": at_least_one(blocks[block_rows, steps]),
+        "indices": line_indices(steps[:, None], blocks.shape[1]),
         **places,
     }
 

@@ -16,7 +16,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.cpu.bf16_dot import plain_bf16_dot
-from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
+from sparse_tvm.schedules.cpu.dot_products import MultiplyAdd
 from sparse_tvm.schedules.cpu.lane_tiles import Buffer, Expr, local, scratch
 from sparse_tvm.schedules.cpu.low_precision import words_like
 from sparse_tvm.schedules.cpu.precision import LINES, Precision

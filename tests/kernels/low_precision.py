@@ -41,6 +41,8 @@ DOT_TARGETS += [(Dot("plain-bf16", lanes, 16, (), 1.0, precision=BF16), ANY) for
 DOT_TARGETS += [
     (Dot("plain-sdot", 4, 32, (), 1.0), PORTABLE),
     (Dot("plain-bf16", 4, 32, (), 1.0, precision=BF16), PORTABLE),
+    (Dot("plain-smmla", 4, 32, (), 1.0, depth=2), PORTABLE),
+    (Dot("plain-bfmmla", 4, 32, (), 1.0, precision=BF16, depth=2), PORTABLE),
 ]
 DOT_TARGETS += [(dot, target) for dot in DOTS if (target := runnable(dot.features))]
 CODE = {**x86.CODE, **arm.CODE}

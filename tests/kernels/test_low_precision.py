@@ -165,10 +165,11 @@ def check_dot(values):
     dot, target = values["native"]
     case = case_of(dot.precision, values)
     rows = min(values["rows_of_block"], case.n)
+    rows += rows % dot.depth  # of pairs
     elements, of_rows = rounded_for(dot, target, case.w)
     pack = word_weights.sparse_rows if values["sparse"] else word_weights.dense_rows
     kernel = dot_kernel(dot, target, case.problem(values["symbolic"]), rows, values["sparse"])
-    weight = pack(as_words(elements), rows)
+    weight = pack(as_words(elements), rows, dot.depth)
     counts = [case.rows] if values["symbolic"] else []
     case.check(kernel, weight, elements, of_rows, target, values["threads"], counts)
 
@@ -184,7 +185,8 @@ def test_dot_of_few_rows(rows, symbolic, native):
 
 
 def dot_kernel(dot, target, problem, rows, sparse):
-    kernel = dot_matmul(problem, rows, sparse, simd_of(dot, target), MULTIPLY_ADD[dot.name])
+    unit, multiply_add = simd_of(dot, target), MULTIPLY_ADD[dot.name]
+    kernel = dot_matmul(problem, rows, sparse, unit, multiply_add, depth=dot.depth)
     return with_code(kernel, CODE.get(dot.name))
 
 
@@ -284,8 +286,8 @@ def test_dot_of_the_largest_values_does_not_saturate(farthest):
         case.w[:, 0] = 1 if farthest == -128 else 127
         elements, of_rows = rounded_for(dot, target, case.w)
         assert elements[0, 1] == (-128 if farthest == -128 else min(dot.largest_weight, 127))
-        kernel = dot_kernel(dot, target, case.problem(False), 1, False)
-        weight = word_weights.dense_rows(as_words(elements), 1)
+        kernel = dot_kernel(dot, target, case.problem(False), dot.depth, False)
+        weight = word_weights.dense_rows(as_words(elements), dot.depth, dot.depth)
         case.check(kernel, weight, elements, of_rows, target, 1)
 
 

@@ -10,7 +10,7 @@ from sparse_tvm.schedules.cpu.dots import Dot
 from sparse_tvm.schedules.cpu.families.bf16_attention import DotAttentionFamily
 
 if TYPE_CHECKING:
-    from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
+    from sparse_tvm.schedules.cpu.dot_products import MultiplyAdd
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from sparse_tvm.schedules.cpu.families.low_precision import DotFamily
 from sparse_tvm.schedules.cpu.precision import BF16, INT8, Precision
 
 if TYPE_CHECKING:
-    from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
+    from sparse_tvm.schedules.cpu.dot_products import MultiplyAdd
 
 
 @dataclass(frozen=True)

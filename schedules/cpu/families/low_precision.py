@@ -33,7 +33,7 @@ from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.targets import Target
 
 if TYPE_CHECKING:
-    from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
+    from sparse_tvm.schedules.cpu.dot_products import MultiplyAdd
     from sparse_tvm.schedules.cpu.low_matmul import LowMatmul
 
 UNSTRUCTURED = "csr"
@@ -52,6 +52,12 @@ _FEW_TILES = 4
 
 _LOOP = 1.3
 """Cycles that the loop over stored blocks takes at least for one, measured on Zen 4."""
+
+_PAIRED_ROWS = (2, 4, 6)
+"""Of blocks that are multiplied in pairs; the last of a dense weight's."""
+
+_WOVEN = 6.0
+"""Cycles that weaving two lines of a tile takes, by LLVM's models of N2, V1 and V2."""
 
 _LATENCY, _WINDOW = 5.0, 512
 """Cycles from one dot product to the next of the same sums, and how many instructions a CPU looks
@@ -146,13 +152,16 @@ class DotFamily(LowPrecisionFamily):
         """What kernels with it bring in LLVM's own words."""
 
     def rate(self, op: Dense) -> float:
-        return _unit(op)
+        return op.layout.block[1] if op.layout else _unit(op)
 
-    def dot(self, target: Target, precision: Precision = INT8, least: int = 0) -> Dot | None:
+    def dot(
+        self, target: Target, precision: Precision = INT8, least: int = 0, depth: int = 1
+    ) -> Dot | None:
         """The target's instruction, which multiplies weights as large as ``least`` exactly."""
         able = (dot for dot in self.dots if target.has(*dot.features))
         exact = (dot for dot in able if dot.largest_weight >= least)
-        return next((dot for dot in exact if dot.precision is precision), None)
+        wanted = (precision, depth)
+        return next((dot for dot in exact if (dot.precision, dot.depth) == wanted), None)
 
     def lacks(self, target: Target) -> str | None:
         return None  # what it has depends on the precision
@@ -173,6 +182,9 @@ class DotFamily(LowPrecisionFamily):
         found = [Layout(self.name, "dense", (rows, unit))]
         found.append(Layout(self.name, UNSTRUCTURED, (1, unit)))
         found += [Layout(self.name, "bsr", (rows, unit)) for rows in (1, 2, 4, 8) if rows <= n]
+        if self.dot(target, _precision(op), op.steps, depth=2):
+            found.append(Layout(self.name, "dense", (_PAIRED_ROWS[-1], 2 * unit)))
+            found += [Layout(self.name, "bsr", (rows, 2 * unit)) for rows in _PAIRED_ROWS]
         single = [layout for layout in found if layout.sparse and layout.block[0] == 1]
         if wide:  # so that the first cache holds more of the tokens; on others not measured
             found += [layout.having(group=_FEW_TILES) for layout in single]
@@ -181,31 +193,34 @@ class DotFamily(LowPrecisionFamily):
     def cost(
         self, op: Dense, layout: Layout, weight: WeightStatistics, tokens: int, target: Target
     ) -> float:
-        dot = self._dot(op, target)
+        dot = self._dot(op, layout, target)
         simd, costs = self._simd(dot, target), target.costs
         (n, k), rows = op.matrix, layout.block[0]
         tiles = tiles_of(tokens)
         group = tiles / -(-tiles // dot_group_of(layout, simd))
-        lines = -(-k // _unit(op))
+        lines = -(-k // layout.block[1])
         dense_blocks = -(-n // rows) * lines
         blocks = weight.stored_blocks(layout.block) if layout.sparse else dense_blocks
-        x_bytes = lines * group * LANES * 4
+        x_bytes = lines * group * LANES * 4 * dot.depth
         far = max(0.0, 1 - 0.85 * target.caches.l1 / x_bytes) if layout.sparse else 0.0
-        far *= group * max(dot.gathered, costs.l2_line)
+        far *= group * dot.depth * max(dot.gathered, costs.l2_line)
         spilled = 1.5 if rows * group * simd.per_tile > simd.accumulators else 1.0
         # The sums of a row wait for each other, unless the next row's products start meanwhile.
         waiting = _WINDOW / max(1.0, blocks / -(-n // rows) * (rows * group + 5))
         # Of few tokens one vector is computed; finding stored blocks takes as long as before.
         share = 1 / simd.per_tile if tokens <= simd.lanes and not layout.sparse else 1.0
-        load = simd.per_tile * costs.load
+        load = simd.per_tile * costs.load * dot.depth
         index = costs.index if layout.sparse else 0.0
-        block = max(rows * dot.cycles_on(target) * spilled, load) * share * group
+        products = rows * dot.depth * dot.cycles_on(target)
+        block = max(products * spilled, load) * share * group
         block = max(block, _LOOP if layout.sparse else 0.0) + far + index
         chains = dot_chains(rows, round(group) * simd.per_tile) if layout.sparse else 1
         block = max(block, _LATENCY / max(1.0, waiting) / chains)
         finish = n * group * 4.0 * share + -(-n // rows) * costs.row
+        if dot.depth > 1:  # lines of the tokens are woven first
+            finish += lines * group * (_WOVEN + dot.depth * costs.l2_line) * share
         # A dense weight comes beside the products, but for the first time.
-        passes, stored = tiles / group, blocks * (rows * 4 + 2)
+        passes, stored = tiles / group, blocks * (rows * dot.depth * 4 + 2)
         near = stored < _L2_SHARE * target.caches.l2
         again = (passes - 1) / (costs.second if near else costs.streamed) if layout.sparse else 0.0
         streamed = stored * (1 / min(STREAMED, costs.streamed) + again)
@@ -214,11 +229,11 @@ class DotFamily(LowPrecisionFamily):
     def pack(
         self, op: Dense, w: np.ndarray, layout: Layout, target: Target
     ) -> dict[str, np.ndarray]:
-        dot = self._dot(op, target)
+        dot = self._dot(op, layout, target)
         zero_point = 0 if dot.signed else self._simd(dot, target).zero_point
         elements, of_rows = word_weights.rounded(w, dot.precision, dot.largest_weight, zero_point)
         pack = word_weights.sparse_rows if layout.sparse else word_weights.dense_rows
-        return {**pack(as_words(elements), layout.block[0]), **of_rows}
+        return {**pack(as_words(elements), layout.block[0], dot.depth), **of_rows}
 
     def build(
         self, op: Dense, operands: Sequence[Extents], output: Extents, target: Target
@@ -226,7 +241,8 @@ class DotFamily(LowPrecisionFamily):
         from sparse_tvm.schedules.cpu.bf16_dot import with_code
         from sparse_tvm.schedules.cpu.dot_matmul import dot_matmul
 
-        dot, layout = self._dot(op, target), op.stored
+        layout = op.stored
+        dot = self._dot(op, layout, target)
         simd = self._simd(dot, target)
         function = dot_matmul(
             problem_of(op, operands),
@@ -235,6 +251,7 @@ class DotFamily(LowPrecisionFamily):
             simd,
             self.multiply_add(dot),
             dot_group_of(layout, simd),
+            dot.depth,
         )
         title = title_of(op, dot.name.replace("-", "_"))
         return Kernel(title, with_code(function, self.code(dot)))
@@ -242,19 +259,23 @@ class DotFamily(LowPrecisionFamily):
     def _simd(self, dot: Dot, target: Target) -> Simd:
         return replace(Simd.of(target), lanes=dot.lanes, registers=dot.registers)
 
-    def _dot(self, op: Dense, target: Target) -> Dot:
-        precision = precision_of(op)
-        assert precision is not None
-        dot = self.dot(target, precision, op.steps)
+    def _dot(self, op: Dense, layout: Layout, target: Target) -> Dot:
+        depth = layout.block[1] // _unit(op)
+        dot = self.dot(target, _precision(op), op.steps, depth)
         assert dot is not None, f"{self.name} was to refuse {target.name}"
         return dot
 
 
-def _unit(op: Dense) -> int:
-    """Features in a word of the layer's input, and of its weight."""
+def _precision(op: Dense) -> Precision:
+    """Of a layer that is known to have one."""
     precision = precision_of(op)
     assert precision is not None
-    return precision.unit
+    return precision
+
+
+def _unit(op: Dense) -> int:
+    """Features in a word of the layer's input, and of its weight."""
+    return _precision(op).unit
 
 
 def problem_of(op: Dense, operands: Sequence[Extents]) -> LowMatmul:

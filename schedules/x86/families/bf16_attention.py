@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tvm import tirx
 
     from sparse_tvm.schedules.cpu.bf16_attention import Bf16Attention
-    from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
+    from sparse_tvm.schedules.cpu.dot_products import MultiplyAdd
 
 
 @dataclass(frozen=True)

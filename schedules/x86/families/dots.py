@@ -12,7 +12,7 @@ from sparse_tvm.schedules.x86.units import AMX_FEATURES, DOTS
 from sparse_tvm.targets import Target
 
 if TYPE_CHECKING:
-    from sparse_tvm.schedules.cpu.dot_matmul import MultiplyAdd
+    from sparse_tvm.schedules.cpu.dot_products import MultiplyAdd
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,12 @@ class X86DotFamily(DotFamily):
     dots: ClassVar[tuple[Dot, ...]] = DOTS
     precisions: ClassVar[tuple[Precision, ...]] = (INT8, BF16)
 
-    def dot(self, target: Target, precision: Precision = INT8, least: int = 0) -> Dot | None:
+    def dot(
+        self, target: Target, precision: Precision = INT8, least: int = 0, depth: int = 1
+    ) -> Dot | None:
         if precision is BF16 and target.has(*AMX_FEATURES):
             return None
-        return super().dot(target, precision, least)
+        return super().dot(target, precision, least, depth)
 
     def multiply_add(self, dot: Dot) -> MultiplyAdd:
         from sparse_tvm.schedules.x86.instructions import MULTIPLY_ADD
