@@ -24,7 +24,7 @@ ALIGNMENT = 64
 
 _POOLED_ALLOCATOR = 2
 
-_COPIED_BYTES = 64 * 1024
+COPIED_BYTES = 64 * 1024
 """Outputs up to this size are copied, which costs nothing and covers outputs that are constants
 of the program; larger ones are handed over as the program allocated them."""
 
@@ -201,7 +201,7 @@ class Cpu(Device):
 
     def copies(self, array: np.ndarray) -> bool:
         """Small ones, and indices, for what is checked of them has to hold until they are read."""
-        return array.nbytes <= _COPIED_BYTES or array.dtype.kind != "f"
+        return array.nbytes <= COPIED_BYTES or array.dtype.kind != "f"
 
     def in_place(self, array: np.ndarray) -> Any:
         """Large arrays that are aligned, as outputs of ours are: a decoder's caches come back."""
@@ -231,7 +231,7 @@ class Cpu(Device):
         owned: list[np.ndarray] = []
         for tensor in tensors:
             array = np.from_dlpack(tensor)
-            if array.nbytes <= _COPIED_BYTES:
+            if array.nbytes <= COPIED_BYTES:
                 owned.append(array.copy())
                 continue
             if others is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple, cast
@@ -21,6 +20,7 @@ from sparse_tvm.collection import without_collection
 from sparse_tvm.cpu import allow_amx, architecture, cpu_model, host_features, usable_cores
 from sparse_tvm.devices import Device, Resident, open_device, parse_device
 from sparse_tvm.errors import ArtifactError, InputError, OptionError
+from sparse_tvm.repeat import Repeat, Signature, Straight, matching, signature_of
 from sparse_tvm.spec import LARGEST_SIZE, TensorSpec, multiples_of, size_of, symbols_of
 from sparse_tvm.staging import StagedInput
 from sparse_tvm.turns import Turns
@@ -112,29 +112,6 @@ class Call(NamedTuple):
     dtypes: tuple[str, ...]
 
 
-_Signature = list[tuple[np.dtype[Any], tuple[int, ...]]]
-"""Dtype and shape of each input, which are all that decides how a run goes."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Repeat:
-    """What a run on the host did that the next one of its signature can do again.
-
-    Attributes
-    ----------
-    signature : _Signature
-        Of its inputs; the object itself tells that inputs are of it.
-    memory : list[Any]
-        Arrays that inputs are copied to.
-    tensors : list[Any]
-        The same memory as the program takes it.
-    """
-
-    signature: _Signature
-    memory: list[Any]
-    tensors: list[Any]
-
-
 class Model:
     """A compiled model, ready to run. Make one with :func:`load`.
 
@@ -187,9 +164,13 @@ class Model:
         weights = _weights(mapped, manifest["weights"], device)
         self._weights = device.tvm_ffi.convert(weights)
         self._last = () if machine.bind(weights) else (self._weights,)
+        self._straight: Straight | None = None
+        if device.is_host and (straight := machine.straight()) is not None:
+            function, constants = straight
+            self._straight = Straight(function, [*weights, *constants], device)
         self._own: set[int] | None = None
-        self._signature: _Signature | None = None
-        self._repeat: _Repeat | None = None
+        self._signature: Signature | None = None
+        self._repeat: Repeat | None = None
 
     def __repr__(self) -> str:
         inputs = ", ".join(map(str, self.inputs))
@@ -221,7 +202,7 @@ class Model:
         self._closed = True
         with self._device.submitting():
             self._weights, self._last, self._staged = None, (), []
-            self._signature = self._repeat = None
+            self._signature = self._repeat = self._straight = None
             self._mapped = np.empty(0, np.uint8)
             self._machine.close()
             self._device.close()
@@ -338,16 +319,11 @@ class Model:
             )
         return {spec.name: value for spec, value in zip(self.inputs, inputs, strict=True)}
 
-    def _known(self, inputs: Sequence[Any], signature: _Signature) -> Sequence[Any] | None:
+    def _known(self, inputs: Sequence[Any], signature: Signature) -> Sequence[Any] | None:
         """Arrays, by name or in order, if they are of a signature that was found right."""
         if len(inputs) == 1 and type(inputs[0]) is dict and len(inputs[0]) == len(signature):
             inputs = tuple(map(inputs[0].get, self._names))
-        if len(inputs) != len(signature):
-            return None
-        for value, (dtype, shape) in zip(inputs, signature, strict=True):
-            if type(value) is not np.ndarray or value.dtype is not dtype or value.shape != shape:
-                return None
-        return inputs
+        return inputs if matching(signature, inputs) else None
 
     def _checked(self, inputs: Mapping[str, Any], stream: int | None = None) -> list[Any]:
         """Return the inputs as arrays, or as residents of the device, in the model's order."""
@@ -362,7 +338,7 @@ class Model:
         if sizes:
             self._check_sizes(sizes)
         if all(spec.only is None for spec in self.inputs):
-            self._signature = _signature(values)
+            self._signature = signature_of(values)
         return values
 
     def _check_sizes(self, sizes: Mapping[str, int]) -> None:
@@ -420,32 +396,46 @@ class Model:
         return owned
 
     def _run_on_host(
-        self, values: Sequence[np.ndarray], signature: _Signature | None = None
+        self, values: Sequence[np.ndarray], signature: Signature | None = None
     ) -> list[np.ndarray]:
         """The same where there are neither residents nor streams: small models live by it."""
         repeat = self._repeat
         if repeat is not None and repeat.signature is signature:
-            for value, memory in zip(values, repeat.memory, strict=True):
-                memory[...] = value
-            results = self._results(self._machine.main, repeat.tensors)
-            return self._device.copy_out(results, self._shared)
+            return self._again(repeat, values)
         self._refuse_if_closed()
         images = self._turns.images(values) if self._turns is not None else 0
         if self._turns is None or not images:
             results = self._turn(values)
-            self._repeat = self._repeat_of(values, signature)
+            self._repeat = self._repeat_of(values, results, signature)
             return results
         turns = [self._turn(part) for part in self._turns.parts(values, images)]
         return [np.concatenate(results) for results in zip(*turns, strict=True)]
 
+    def _again(self, repeat: Repeat, values: Sequence[np.ndarray]) -> list[np.ndarray]:
+        for value, memory in zip(values, repeat.memory, strict=True):
+            memory[...] = value
+        if repeat.outputs is None:
+            results = self._results(repeat.function, repeat.arguments)
+            return self._device.copy_out(results, self._shared)
+        repeat.function(*repeat.arguments)
+        return [output.copy() for output in repeat.outputs]
+
     def _repeat_of(
-        self, values: Sequence[np.ndarray], signature: _Signature | None
-    ) -> _Repeat | None:
+        self,
+        values: Sequence[np.ndarray],
+        results: Sequence[np.ndarray],
+        signature: Signature | None,
+    ) -> Repeat | None:
         """How to run once more what has just run, if whatever is given will be copied."""
         if signature is None or not all(map(self._device.copies, values)):
             return None
         buffers = [staged.buffer for staged in self._staged]
-        return _Repeat(signature, [b.host for b in buffers], [b.tensor for b in buffers])
+        if self._straight is not None:
+            repeat = self._straight.repeat(signature, buffers, results)
+            if repeat is not None:
+                return repeat
+        hosts, tensors = [each.host for each in buffers], [each.tensor for each in buffers]
+        return Repeat(signature, hosts, self._machine.main, tensors)
 
     def _turn(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Results for a batch, or a part of one."""
@@ -491,16 +481,6 @@ class Model:
             taken.add(address)
             owned.append(result)
         return owned
-
-
-def _signature(values: Sequence[Any]) -> _Signature | None:
-    """What is checked of arrays: dtypes and shapes; None where not all are NumPy's own."""
-    signature = []
-    for value in values:
-        if type(value) is not np.ndarray:
-            return None
-        signature.append((value.dtype, value.shape))
-    return signature
 
 
 def _limits(

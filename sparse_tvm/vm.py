@@ -30,6 +30,15 @@ ONE_BY_ONE = "one_by_one"
 WEIGHTS_APART = "weights_apart"
 """A program's function that takes the weights one by one, where ``main`` takes them as a tuple."""
 
+STRAIGHT = "straight"
+"""A library's function that is all kernels of the program in turn, where there is nothing else.
+
+It takes inputs, outputs, a workspace and the table of the addresses of weights and constants, and
+returns how many bytes the workspace has to have if it has fewer; else it has run, and returns 0."""
+
+CONSTANTS = "constants"
+"""A function of the machine beside `STRAIGHT`: the program's own tensors, in the table's order."""
+
 _BOUND = "bound"
 
 _CAPTURES = 3
@@ -185,6 +194,14 @@ class VirtualMachine:
             return False
         self._weights, self._main = weights, _with_weights(self._machine, weights)
         return True
+
+    def straight(self) -> tuple[Callable[..., int], Sequence[Any]] | None:
+        """The program as one function of its library, where it has one, and its constants."""
+        assert self._library is not None
+        module = self._library.module
+        if not module.implements_function(STRAIGHT, query_imports=True):
+            return None
+        return module.get_function(STRAIGHT, query_imports=True), self._machine[CONSTANTS]()
 
     def main(self, *args: Any) -> Any:
         """Run the program once; to be called by :meth:`call`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import tvm
 from tvm.script import tirx as T
 
 from sparse_tvm.backends import object_code
+from sparse_tvm.backends.straight_program import BODY_ATTRIBUTE
 from sparse_tvm.linker import link
 from sparse_tvm.passes.lower_kernels import KERNEL_ATTRIBUTE
 from sparse_tvm.targets import get_target
@@ -79,3 +81,30 @@ def test_an_error_of_one_thread_is_that_of_all(tmp_path: Path) -> None:
 
 def test_a_program_without_kernels_has_no_code(tmp_path: Path) -> None:
     assert compiled(tmp_path, {}) == []
+
+
+def test_a_body_apart_takes_addresses_and_numbers_as_they_were(tmp_path: Path) -> None:
+    """Its callers are compiled apart from it, so neither order nor types may change."""
+
+    @T.prim_func
+    def kernel(x: T.handle, first: T.int64, scale: T.float32, last: T.int32, y: T.handle):
+        n = T.int64()
+        x_buffer = T.match_buffer(x, (n,), "float32")
+        y_buffer = T.match_buffer(y, (n,), "float32")
+        for i in T.serial(T.Cast("int64", last) - first):
+            y_buffer[first + i] = x_buffer[first + i] * scale
+
+    marked = {"global_symbol": "kernel", BODY_ATTRIBUTE: "kernel_body"}
+    compiled(tmp_path, {"kernel": kernel.with_attrs(marked)})
+    library = tvm.runtime.load_module(str(tmp_path / "all.so"))
+    x, y = np.arange(100, dtype=np.float32), np.zeros(100, np.float32)
+    given, result = tvm.runtime.tensor(x), tvm.runtime.tensor(y)
+    library["kernel"](given, 30, 2.0, 70, result)
+    y[30:70] = x[30:70] * 2
+    np.testing.assert_array_equal(result.numpy(), y)
+    body = ctypes.CDLL(str(tmp_path / "all.so")).kernel_body
+    again = tvm.runtime.tensor(np.zeros(100, np.float32))
+    addresses = [ctypes.c_void_p(np.from_dlpack(each).ctypes.data) for each in (given, again)]
+    numbers = ctypes.c_int64(30), ctypes.c_float(2), ctypes.c_int32(70)
+    assert body(addresses[0], *numbers, addresses[1], ctypes.c_int64(100)) == 0
+    np.testing.assert_array_equal(again.numpy(), y)

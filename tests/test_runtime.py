@@ -261,7 +261,7 @@ def aligned(array: np.ndarray) -> np.ndarray:
 def test_large_aligned_inputs_are_read_in_place(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "_COPIED_BYTES", 0)
+    monkeypatch.setattr(devices, "COPIED_BYTES", 0)
     model = load(path)
     inputs = artifacts.inputs()
     expected = model.run(inputs)["y"]
@@ -289,7 +289,7 @@ def test_large_aligned_inputs_are_read_in_place(
 def test_outputs_belong_to_the_caller(
     path: Path, monkeypatch: pytest.MonkeyPatch, copied_bytes: int
 ) -> None:
-    monkeypatch.setattr(devices, "_COPIED_BYTES", copied_bytes)
+    monkeypatch.setattr(devices, "COPIED_BYTES", copied_bytes)
     model = load(path)
     runs = [(inputs := artifacts.inputs(seed), model.run(inputs)) for seed in range(20)]
     for inputs, outputs in runs:

@@ -13,6 +13,7 @@ from sparse_tvm.backends.base import BackendTarget
 from sparse_tvm.backends.object_code import compile_kernels
 from sparse_tvm.backends.share_storage import share_storage
 from sparse_tvm.backends.shorten_program import shorten_program
+from sparse_tvm.backends.straight_program import straight_program
 from sparse_tvm.errors import BuildError
 from sparse_tvm.passes.program import Program
 from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
@@ -41,6 +42,7 @@ def generate(program: Program, target: BackendTarget) -> Any:
                 relax.transform.CallTIRRewrite(),
                 plan_memory,
                 share_storage,
+                straight_program,
                 *lower,
                 shorten_program,
             ]

@@ -22,6 +22,12 @@ import tvm
 from tvm import s_tir, tirx
 from tvm.runtime.module import load_static_library
 
+from sparse_tvm.backends.straight_program import (
+    BODY_ATTRIBUTE,
+    is_buffer,
+    parameters_of,
+    symbols_of,
+)
 from sparse_tvm.cpu import usable_cores
 from sparse_tvm.passes.lower_kernels import KERNEL_ATTRIBUTE
 from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
@@ -100,9 +106,70 @@ def _lowering(by_hand: bool) -> Sequence[Any]:
         tirx.transform.VerifyMemory(),
         tirx.transform.AnnotateEntryFunc(),
         tirx.transform.SplitHostDevice(),
+        _bodies_apart,
         tirx.transform.MakePackedAPI(),
         tirx.transform.FP8StorageLegalize(),
         tirx.transform.BF16StorageLegalize(),
         tirx.transform.LowerTVMBuiltin(),
         tirx.transform.LowerIntrin(),
     ]
+
+
+def _with_bodies_apart(module: tvm.IRModule, _context: Any) -> tvm.IRModule:
+    for variable, function in module.functions_items():
+        if function.attrs is not None and BODY_ATTRIBUTE in function.attrs:
+            symbol = str(function.attrs[BODY_ATTRIBUTE])
+            called = tvm.ir.GlobalVar(symbol)
+            module.update_func(called, _body_of(function, symbol))
+            module.update_func(variable, _calling(function, called))
+    return module
+
+
+def _body_of(function: tirx.PrimFunc, symbol: str) -> tirx.PrimFunc:
+    """What a function does, for callers that have addresses and numbers and return its code.
+
+    All is as in the function that TVM makes of one that takes tensors.
+    """
+    addresses = [
+        tirx.Var(each.name, each.data.ty) if is_buffer(each) else each for each in function.params
+    ]
+    declared = [
+        statement
+        for buffer, address in zip(function.params, addresses, strict=True)
+        if is_buffer(buffer)
+        for statement in (
+            tirx.DeclBuffer(buffer, data=address),
+            tirx.AttrStmt(
+                buffer, "storage_alignment", _int32(buffer.data_alignment), tirx.Evaluate(0)
+            ),
+        )
+    ]
+    body = tirx.AttrStmt(
+        _int32(0), "compute_scope", tvm.ir.StringImm(f"{symbol}_compute_"), function.body
+    )
+    body = tirx.SeqStmt([*declared, body, tirx.Return(_int32(0))])
+    for key, value in (("device_type", _CPU), ("device_id", 0)):
+        body = tirx.AttrStmt("default", key, _int32(value), body)
+    made = tirx.PrimFunc([*addresses, *symbols_of(function)], body, tvm.ir.PrimType("int32"))
+    host = function.attrs["target"].host
+    return made.with_attrs(
+        {"global_symbol": symbol, "target": host, "calling_conv": _ALREADY_LOWERED}
+    )
+
+
+def _calling(function: tirx.PrimFunc, body: tvm.ir.GlobalVar) -> tirx.PrimFunc:
+    """The function that takes tensors."""
+    code = tvm.ir.Call(body, parameters_of(function), ret_ty=tvm.ir.PrimType("int32"))
+    failed = tirx.Evaluate(tirx.tvm_throw_last_error())
+    return function.with_body(tirx.IfThenElse(tirx.NE(code, 0), failed, None))
+
+
+def _int32(value: int) -> Any:
+    return tirx.IntImm("int32", value)
+
+
+_CPU = 1
+_ALREADY_LOWERED = 1
+"""A calling convention for which TVM leaves a function's parameters as they are."""
+
+_bodies_apart = tvm.transform.module_pass(_with_bodies_apart, opt_level=0, name="BodiesApart")

@@ -18,7 +18,7 @@ import tvm_ffi
 from tvm import relax, tirx
 from tvm.sym import Analyzer
 
-_ALLOC_STORAGE = "relax.memory.alloc_storage"
+ALLOC_STORAGE = "relax.memory.alloc_storage"
 
 _TYPICAL = 64
 """An extent that nobody knows, to guess which of two sizes is larger: only speed depends on it."""
@@ -172,7 +172,7 @@ def _last_uses(bindings: Sequence[Any], result: Expr) -> dict[int, int]:
             last[place] = index
         if _makes_storage(value):
             lies[hash(binding.var)] = {hash(binding.var)}
-        elif not _is_kernel(value):
+        elif not is_kernel(value):
             lies[hash(binding.var)] = places
     for variable in relax.analysis.free_vars(result):
         for place in lies.get(hash(variable), set()):
@@ -181,10 +181,10 @@ def _last_uses(bindings: Sequence[Any], result: Expr) -> dict[int, int]:
 
 
 def _makes_storage(value: Expr) -> bool:
-    return isinstance(value, relax.Call) and getattr(value.op, "name", "") == _ALLOC_STORAGE
+    return isinstance(value, relax.Call) and getattr(value.op, "name", "") == ALLOC_STORAGE
 
 
-def _is_kernel(value: Expr) -> bool:
+def is_kernel(value: Expr) -> bool:
     """Whether it is a call that writes what it is handed and returns nothing."""
     called = isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.GlobalVar)
     return called and isinstance(value.ty, relax.TupleType) and not value.ty.fields

@@ -60,7 +60,7 @@ def _weights_apart(function: relax.Function) -> relax.Function | None:
         value = binding.value
         if isinstance(value, relax.TupleGetItem) and value.tuple_value.same_as(weights):
             instead[hash(binding.var)] = fields[value.index]
-        elif _callee(value) != _CHECK_TUPLE or not value.args[0].same_as(weights):
+        elif callee_of(value) != _CHECK_TUPLE or not value.args[0].same_as(weights):
             kept.append(relax.VarBinding(binding.var, _renamed(value, instead)))
     body = relax.SeqExpr([relax.BindingBlock(kept)], _renamed(function.body.body, instead))
     if any(variable.same_as(weights) for variable in relax.analysis.free_vars(body)):
@@ -113,9 +113,9 @@ class _Sharing:
         value = self.renamed(binding.value)
         if isinstance(value, relax.TupleGetItem) and hash(value.tuple_value) in self._parameters:
             self._weights.add(hash(binding.var))
-        elif _callee(value) == _KILL and hash(value.args[0]) in self._weights:
+        elif callee_of(value) == _KILL and hash(value.args[0]) in self._weights:
             return None
-        elif _callee(value) in _SAME_EACH_TIME or _is_size(binding.value):
+        elif callee_of(value) in _SAME_EACH_TIME or _is_size(binding.value):
             made = self._made.setdefault(_identity(value), binding.var)
             if not made.same_as(binding.var):
                 self._instead[hash(binding.var)] = made
@@ -148,7 +148,7 @@ def _last_kills(bindings: Sequence[Any]) -> list[Any]:
     left: list[Any] = []
     killed: set[int] = set()
     for binding in reversed(bindings):
-        if _callee(binding.value) == _KILL:
+        if callee_of(binding.value) == _KILL:
             variable = hash(binding.value.args[0])
             if variable in killed:
                 continue
@@ -163,7 +163,8 @@ def _is_size(value: Expr) -> bool:
     return called and isinstance(value.ty, tvm.ir.PrimType)
 
 
-def _callee(value: Expr) -> str | None:
+def callee_of(value: Expr) -> str | None:
+    """What a value calls, by its name; None where it is no call."""
     if not isinstance(value, relax.Call):
         return None
     if isinstance(value.op, tvm.ir.GlobalVar):
@@ -175,7 +176,7 @@ def _callee(value: Expr) -> str | None:
 
 def _identity(call: relax.Call) -> Hashable:
     """Equal for calls of one function with equal arguments."""
-    return (_callee(call), *map(_argument, call.args))
+    return (callee_of(call), *map(_argument, call.args))
 
 
 def _argument(arg: Expr) -> Hashable:

@@ -1,0 +1,72 @@
+"""Runs like the last one: small models call their whole program as one function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import numpy_helper, parser
+
+import sparse_tvm
+from sparse_tvm import repeat
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers for any number of rows; the second's result, and half of the first's."""
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[n, 64] x) =>
+        (float[n, 64] y, float[n, 64] h)
+        { a = MatMul(x, w) b = Relu(a) h = Mul(b, half) y = MatMul(b, w) }"""
+    model = parser.parse_model(text)
+    arrays = {"w": weight(), "half": np.float32(0.5)}
+    for name, array in arrays.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))
+    path = tmp_path_factory.mktemp("repeat") / "model.so"
+    sparse_tvm.compile(model, path, format="dense")
+    return path
+
+
+def weight() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+
+
+def check(model: sparse_tvm.Model, rows: int, seed: int) -> dict[str, np.ndarray]:
+    x = np.random.default_rng(seed).standard_normal((rows, 64)).astype(np.float32)
+    outputs = model.run({"x": x})
+    hidden = np.maximum(x @ weight(), 0)
+    np.testing.assert_allclose(outputs["h"], hidden / 2, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(outputs["y"], hidden @ weight(), rtol=1e-4, atol=1e-3)
+    return outputs
+
+
+def is_straight(model: sparse_tvm.Model) -> bool:
+    return model._repeat is not None and model._repeat.outputs is not None
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sizes_may_change_between_repeats(path: Path, threads: int) -> None:
+    model = sparse_tvm.load(path, threads=threads)
+    for seed, rows in enumerate((1, 1, 1, 1, 5, 5, 5, 1, 5, 1, 1, 33, 33, 33, 33)):
+        check(model, rows, seed)
+    assert is_straight(model)
+
+
+def test_outputs_belong_to_the_caller(path: Path) -> None:
+    model = sparse_tvm.load(path)
+    kept = [check(model, 2, seed) for seed in range(5)]
+    assert is_straight(model)
+    arrays = [array for outputs in kept for array in outputs.values()]
+    assert not any(np.may_share_memory(a, b) for i, a in enumerate(arrays) for b in arrays[i + 1 :])
+
+
+@pytest.mark.parametrize(("limit", "rows"), [("_MOST_WORKSPACE", 3), ("COPIED_BYTES", 3)])
+def test_the_machine_runs_what_is_large(
+    path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, rows: int
+) -> None:
+    monkeypatch.setattr(repeat, limit, 1)
+    model = sparse_tvm.load(path)
+    for seed in range(4):
+        check(model, rows, seed)
+    assert model._repeat is not None
+    assert not is_straight(model)
