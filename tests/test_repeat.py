@@ -52,6 +52,19 @@ def test_sizes_may_change_between_repeats(path: Path, threads: int) -> None:
     assert is_straight(model)
 
 
+def test_nothing_is_no_case_for_it(path: Path) -> None:
+    """Sizes start at 1 where the model does not say otherwise; a slice may leave none."""
+    graph = "g (float[n, 8] x) => (float[m, 8] y) { y = Slice(x, start, end, axis) }"
+    model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {graph}')
+    for name, value in {"start": 2, "end": 100, "axis": 0}.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.array([value]), name))
+    sparse_tvm.compile(model, path.with_name("slice.so"))
+    sliced = sparse_tvm.load(path.with_name("slice.so"))
+    for rows in (2, 2, 2, 2, 3, 3, 3, 1, 1, 1, 1):
+        x = np.random.default_rng(rows).standard_normal((rows, 8)).astype(np.float32)
+        np.testing.assert_array_equal(sliced.run({"x": x})["y"], x[2:])
+
+
 def test_outputs_belong_to_the_caller(path: Path) -> None:
     model = sparse_tvm.load(path)
     kept = [check(model, 2, seed) for seed in range(5)]
