@@ -177,10 +177,12 @@ class BlockProduct(RowProduct):
         chains = max(1, min(4, CHAINS // many))
         sums = Sums(chains * many, lanes)
         if not self.simd.foresees:
-            weight.prefetch(first, count)
+            weight.ask_for_row(first, count)
 
         def step(i: Expr, chain: int) -> None:
             at = first + i
+            if not self.simd.foresees:
+                weight.ask_for_block(at)
             column = scalar(weight.indices[at])
             for c in range(weight.layout.block[1]):
                 for one in range(many):

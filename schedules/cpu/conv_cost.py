@@ -34,8 +34,6 @@ _SECOND_CACHE_SHARE = 0.6
 _FAR = 6.0
 """How many times the first cache a dense weight's rows must read of an image to do so in parts."""
 
-_MANY_REGISTERS = 32
-
 _PACKED_USES = {"dense": 20.0, "csr": 12.0, "bsr": 1.5}
 """How often a vector of pixels must be read for a copy beside its neighbours to pay."""
 
@@ -125,7 +123,7 @@ def _packs_windows(op: Convolution, format: str, rows: int, simd: Simd) -> bool:
 
     Measured with few registers only.
     """
-    if op.groups > 1 or simd.registers >= _MANY_REGISTERS:
+    if op.groups > 1 or not simd.few_registers:
         return False
     if op.frames != STILL and format != "dense":
         return False

@@ -56,8 +56,6 @@ from sparse_tvm.schedules.cpu.simd import LANES, Simd
 
 _PREFETCH_BYTES = 4096
 
-_MANY_REGISTERS = 32
-"""Of CPUs on which nobody measured what asking for the output ahead of time is worth."""
 
 _RUN, _SHORT_SUM = 4, 32
 """Groups of pixels that a block row goes on with, where sums are as short: lines of the output
@@ -118,9 +116,10 @@ class ConvKernel:
         self._block_rows = -(-images.out_channels // self._rows)
         self._taps = images.frames.kernel * images.window.taps
         self._k = images.channels * self._taps
-        few_registers = simd.registers < _MANY_REGISTERS
+        few_registers = simd.few_registers
         in_turns = self.element == "float32" and not self._rows_outermost
-        self._asks_ahead = few_registers and in_turns
+        self._asks_for_weights = bool(layout.get("prefetch", 0))
+        self._asks_ahead = few_registers and in_turns  # with more, nobody measured what it is worth
         grows = few_registers or images.out_channels > self._k
         short = in_turns and not layout.sparse and self._k <= _SHORT_SUM and grows
         self._run = _RUN if short else 1
@@ -462,8 +461,8 @@ class ConvKernel:
             return
         first = scalar(self._indptr[segment])
         count = scalar(self._indptr[segment + 1] - first)
-        if self._layout.get("prefetch", 0):
-            self._prefetch(first, count)
+        if self._asks_for_weights:
+            self._ask_for_row(first, count)
 
         def offset_of(column: Expr) -> Expr:
             return column * plane if self._packs else self._offset_of(column, plane)
@@ -473,6 +472,8 @@ class ConvKernel:
             return
         with T.serial(0, count) as p:
             at = first + p
+            if self._asks_for_weights and self._rows > 1:
+                self._ask_for_block(at)
             offset = offset_of(scalar(self._indices[at]))
             acc.multiply_add(lambda row: self._data[at, 0, row], load(offset))
 
@@ -570,10 +571,17 @@ class ConvKernel:
             below = below + T.Cast("int32", top + step < image.height)
         return scalar(above * across), scalar(below * across)
 
-    def _prefetch(self, first: Expr, count: Expr) -> None:
-        """Ask for as much of the weight, a little further on, as the next blocks will use."""
+    def _ask_for_row(self, first: Expr, count: Expr) -> None:
+        """Ask for the indices, a little further on, that the next blocks will use, and for the
+        weights if they are single ones: they are many in a line."""
         ahead = first + _PREFETCH_BYTES // (4 * self._rows)
-        with T.serial(0, (count * self._rows + (LANES - 1)) // LANES) as line:
-            prefetch(self._data, (ahead + line * LANES // self._rows, 0, 0))
+        if self._rows == 1:
+            with T.serial(0, (count + (LANES - 1)) // LANES) as line:
+                prefetch(self._data, (ahead + line * LANES, 0, 0))
         with T.serial(0, (count + 2 * LANES - 1) // (2 * LANES)) as line:
             prefetch(self._indices, (ahead + line * 2 * LANES,))
+
+    def _ask_for_block(self, at: Expr) -> None:
+        """Ask for the block that comes as much further on, one with the work of each: see
+        :meth:`~sparse_tvm.schedules.cpu.stored_weight.StoredWeight.ask_for_block`."""
+        prefetch(self._data, (at + _PREFETCH_BYTES // (4 * self._rows), 0, 0))

@@ -41,8 +41,6 @@ _PACKING_LANES, _PACKED_USES = 8, 2
 
 _SPILLED_WEIGHTS = 1.15
 
-_FEW_REGISTERS = 16
-
 _PACKED_LINE = 0.67
 """Share of a far line's time that one of a part takes which was copied just before: few pages."""
 
@@ -134,7 +132,7 @@ def _fma_cycles(rows: int, limit: int, target: Target, tokens: int) -> float:
     if sums > simd.accumulators:
         return costs.spilled
     operands = -(-rows // costs.scalars_per_load)
-    if simd.registers == _FEW_REGISTERS:  # X's vectors stay in registers, weights pass through one
+    if simd.few_registers:  # X's vectors stay in registers, weights pass through one
         operands = min(operands, sums // rows)
     return costs.fma * (_SPILLED_WEIGHTS if sums + operands + 1 > simd.registers else 1.0)
 

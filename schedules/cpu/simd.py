@@ -70,6 +70,12 @@ class Simd:
         return sums <= self.accumulators and sums + vectors < self.registers
 
     @property
+    def few_registers(self) -> bool:
+        """Whether there are 16 of them, as with AVX2: what is neither a sum nor an operand of the
+        next multiply-add has no place there."""
+        return self.registers < 32
+
+    @property
     def per_tile(self) -> int:
         """Vectors in one tile."""
         return LANES // self.lanes

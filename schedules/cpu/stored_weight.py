@@ -148,20 +148,32 @@ class StoredWeight:
             return scalar(self.partition[job])
         return scalar(job * self.block_rows // JOBS_PER_GROUP)
 
-    def prefetch(self, first: Expr, count: Expr) -> None:
-        """Ask for as much of the weight, a little further on, as the next blocks will use."""
+    def ask_for_row(self, first: Expr, count: Expr) -> None:
+        """Ask for the indices, a little further on, that the next blocks will use.
+
+        And for the weights if they are single ones: a row of a part is too short for a loop.
+        """
         rows, columns = self.layout.block
-        size = rows * columns
-        ahead = first + PREFETCH_BYTES // (4 * size)
-        if size == 1:  # a row of a part is too short for a loop
+        ahead = first + PREFETCH_BYTES // (4 * rows * columns)
+        if rows * columns == 1:
             for line in range(2):
                 prefetch(self.data, (ahead + line * LANES, 0, 0))
             prefetch(self.indices, (ahead,))
             return
-        with T.serial(0, (count * size + (LANES - 1)) // LANES) as line:
-            prefetch(self.data, (ahead + line * LANES // size, 0, 0))
         with T.serial(0, (count + 2 * LANES - 1) // (2 * LANES)) as line:
             prefetch(self.indices, (ahead + line * 2 * LANES,))
+
+    def ask_for_block(self, at: Expr) -> None:
+        """Ask for the block that comes as much further on, in the midst of computing with this one.
+
+        A core can wait for about two dozen lines: asked for all of a row at once, it would stand
+        still until the first of them have come. Small blocks ask for some lines more than once.
+        """
+        rows, columns = self.layout.block
+        ahead = at + PREFETCH_BYTES // (4 * rows * columns)
+        for element in range(0, rows * columns, LANES):
+            if rows * columns > 1:
+                prefetch(self.data, (ahead, element // rows, element % rows))
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class _Row:
 
     def _load_weights(self, w: Buffer) -> Callable[[int], Expr]:
         taps = self._window.taps
-        if taps > _TAPS_IN_REGISTERS or self._simd.registers < 32:
+        if taps > _TAPS_IN_REGISTERS or self._simd.few_registers:
             return lambda tap: splat(w[self._channel, tap], self._simd)
         kept = Registers(1, taps, self._simd)
         kept.fill(lambda _, tap: splat(w[self._channel, tap], self._simd))

@@ -15,7 +15,6 @@ from sparse_tvm.schedules.cpu.simd import LANES, Simd
 DIRECT_VECTORS = 8
 ROW_BITS = 16
 COLUMN_MASK = (1 << ROW_BITS) - 1
-_MANY_REGISTERS = 32
 _MOST_IN_PLACE = 25
 """Taps of a window, with few registers, that cost less than to shift sums against each other."""
 
@@ -48,7 +47,7 @@ def rolls(window: Window, vectors: Extent, operation: Operation, simd: Simd) -> 
     Where a window's weights do not fit into the registers, each is loaded for each vector then,
     instead of once for several.
     """
-    few = simd.registers < _MANY_REGISTERS and window.taps <= _MOST_IN_PLACE
+    few = simd.few_registers and window.taps <= _MOST_IN_PLACE
     if few and operation.weighted and not window.strided:
         return False
     far = max(abs(step) for step, _ in window.steps(1)) >= 4
