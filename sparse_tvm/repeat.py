@@ -92,7 +92,8 @@ class Straight:
         """A repeat of a run with `results`; None where these, or what lies between, are large."""
         if any(result.nbytes > COPIED_BYTES for result in results):
             return None
-        if any(0 in each.shape for each in (*inputs, *results)):
+        shapes = [*(each.shape for each in inputs), *(each.shape for each in results)]
+        if any(0 in shape for shape in shapes):
             return None  # NumPy's strides of nothing are not those that kernels expect
         outputs = [self._memory(result.shape, result.dtype) for result in results]
         tensors = [*(each.tensor for each in inputs), *(tensor for tensor, _ in outputs)]
