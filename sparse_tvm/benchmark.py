@@ -86,6 +86,7 @@ def bench(
     allow_pickle: bool = False,
     threads: int | None = None,
     device: str | None = None,
+    huge_pages: bool = False,
     warmup: float = 1.0,
     duration: float = 5.0,
     inputs: Mapping[str, np.ndarray] | None = None,
@@ -105,7 +106,7 @@ def bench(
         interleaved with ours.
     allow_pickle : bool
         As for :func:`sparse_tvm.compile`.
-    threads, device : int | None, str | None
+    threads, device, huge_pages : int | None, str | None, bool
         As for :func:`sparse_tvm.load`.
     warmup, duration : float
         Seconds of uncounted and of counted runs, per engine.
@@ -131,7 +132,9 @@ def bench(
         if value < 0:
             raise OptionError(f"{name} must not be negative, is {value:g} s")
     progress("load and warm up")
-    ours = _Engine("sparse-tvm", lambda: load(path, threads=threads, device=device))
+    ours = _Engine(
+        "sparse-tvm", lambda: load(path, threads=threads, device=device, huge_pages=huge_pages)
+    )
     model = ours.loaded
     chosen = chosen_sizes(model.inputs, model.bounds, shapes or {}, sizes or {})
     feed = random_inputs(model.inputs, sizes=chosen) if inputs is None else inputs

@@ -12,6 +12,7 @@ import numpy as np
 
 from sparse_tvm.artifact import (
     check_content,
+    copy_content,
     manifest_of,
     map_content,
     open_artifact,
@@ -38,6 +39,7 @@ def load(
     verify: bool = False,
     device: str | None = None,
     graphs: bool = True,
+    huge_pages: bool = False,
 ) -> Model:
     """Load a compiled model.
 
@@ -60,6 +62,10 @@ def load(
     graphs : bool
         Launch a GPU's kernels as CUDA graphs where the artifact has them: those of fixed sizes.
         The first run captures them, and keeps the memory of what lies between kernels.
+    huge_pages : bool
+        Read all weights into memory of this process, in pages of 2 MiB where the system has them
+        (Linux, unless `transparent_hugepage` is `never`). Runs of few tokens, whose time it is to
+        go through the weights, are up to 1.4 times as fast; processes no longer share them.
 
     Raises
     ------
@@ -79,7 +85,7 @@ def load(
         if count < 1:
             raise OptionError(f"threads must be at least 1, not {count}")
         index = _index_of(path, device, manifest["device"])
-        content = map_content(file)
+        content = copy_content(file) if huge_pages else map_content(file)
         check_content(content, manifest, path, everything=verify)
         opened = open_device(manifest["device"], runtime(), index)
         opened.check(manifest["target"])

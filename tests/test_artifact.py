@@ -14,6 +14,8 @@ from sample_manifest import sample_manifest
 
 from sparse_tvm import artifact
 from sparse_tvm.artifact import (
+    copy_content,
+    map_content,
     read_manifest,
     rewrite_manifest,
     sections_of,
@@ -72,6 +74,23 @@ def test_library_weights_and_manifest_come_back(path: Path, library: Path) -> No
     for entry in manifest["weights"]:
         assert entry["offset"] % 64 == 0
         np.testing.assert_array_equal(stored(path, entry), WEIGHTS[entry["name"]])
+
+
+def test_a_copy_has_what_a_map_has(path: Path) -> None:
+    with path.open("rb") as file:
+        file.read(3)  # from wherever the file was read before
+        copied, mapped = copy_content(file), map_content(file)
+    np.testing.assert_array_equal(copied, mapped)
+    assert copied.ctypes.data % (2 << 20) == 0
+
+
+def test_a_file_that_is_cut_while_it_is_copied(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = path.stat()
+    with path.open("rb") as file:
+        os.truncate(path, whole.st_size // 2)
+        monkeypatch.setattr(os, "fstat", lambda _: whole)
+        with pytest.raises(ArtifactError, match="was cut while it was read"):
+            copy_content(file)
 
 
 def test_equal_weights_are_stored_once(tmp_path: Path, library: Path) -> None:

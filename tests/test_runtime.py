@@ -188,6 +188,14 @@ def test_a_repeated_run_computes_what_it_is_given(path: Path, in_order: bool) ->
         model.run(inputs)
 
 
+def test_weights_in_memory_of_their_own(path: Path) -> None:
+    inputs = artifacts.inputs()
+    with load(path, threads=1, huge_pages=True) as model:
+        outputs = [model.run(inputs) for _ in range(3)]
+    for each in outputs:
+        np.testing.assert_allclose(each["y"], artifacts.expected(inputs), rtol=1e-5, atol=1e-5)
+
+
 def test_outputs_go_into_another_library_without_a_copy(model: Model) -> None:
     kept: list[np.ndarray] = []
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparse_tvm.cli.options import AllowPickle, Device
+from sparse_tvm.cli.options import AllowPickle, Device, HugePages
 from sparse_tvm.errors import OptionError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def bench(
         int | None, typer.Option(metavar="N", help="By default as compiled, else every core.")
     ] = None,
     device: Device = None,
+    huge_pages: HugePages = False,
     shape: Annotated[
         list[str] | None,
         typer.Option(
@@ -89,6 +90,7 @@ def bench(
                     allow_pickle=allow_pickle,
                     threads=threads,
                     device=device,
+                    huge_pages=huge_pages,
                     warmup=warmup,
                     duration=duration,
                     shapes=shapes,

@@ -34,6 +34,13 @@ Target = Annotated[
     str,
     typer.Option(metavar="NAME", help="native, or a CPU or board that `sparse-tvm targets` lists."),
 ]
+HugePages = Annotated[
+    bool,
+    typer.Option(
+        "--huge-pages",
+        help="Weights in memory of its own, in large pages: faster for few tokens, not shared.",
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Such as cuda:1; by default the first that MODEL is for."),

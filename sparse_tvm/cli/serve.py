@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from sparse_tvm.cli.options import HugePages
+
 
 def serve(
     models: Annotated[
@@ -33,6 +35,7 @@ def serve(
             "that a model is for.",
         ),
     ] = None,
+    huge_pages: HugePages = False,
     max_batch: Annotated[
         int, typer.Option(min=1, help="Rows that one run may join; 1: no dynamic batching.")
     ] = 8,
@@ -113,6 +116,7 @@ def serve(
         workers=workers,
         threads=threads,
         devices=tuple(device or ()),
+        huge_pages=huge_pages,
         max_batch=max_batch,
         max_delay=max_delay_ms / 1e3,
         max_queue=max_queue,

@@ -23,7 +23,13 @@ class Engine(Protocol):
 
 
 def open_engine(
-    path: Path, copy: Path, threads: int, device: str | None = None, *, verify: bool
+    path: Path,
+    copy: Path,
+    threads: int,
+    device: str | None = None,
+    *,
+    huge_pages: bool = False,
+    verify: bool,
 ) -> Engine:
     """Load a model: ONNX Runtime runs ``.onnx``, everything else is an artifact.
 
@@ -37,6 +43,8 @@ def open_engine(
         Threads of a run.
     device : str | None
         Where an artifact runs, as :func:`sparse_tvm.load` has it.
+    huge_pages : bool
+        Whether its weights are in memory of this process, as there.
     verify : bool
         Compare all of the artifact with its checksums.
 
@@ -49,7 +57,7 @@ def open_engine(
         return _OnnxRuntime(path, threads)
     from sparse_tvm.runtime import load
 
-    return load(copy, threads=threads, verify=verify, device=device)
+    return load(copy, threads=threads, verify=verify, device=device, huge_pages=huge_pages)
 
 
 class _OnnxRuntime:

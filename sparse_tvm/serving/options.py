@@ -30,6 +30,9 @@ class Options:
     devices : tuple[str, ...]
         Where models run, such as ``cuda:1``; workers are spread over them. By default each runs on
         the first device of the kind that it was compiled for.
+    huge_pages : bool
+        Whether each worker has a model's weights in memory of its own, as :func:`sparse_tvm.load`
+        has it.
     max_batch : int
         Rows that one run may take; 1 turns dynamic batching off.
     max_delay : float
@@ -72,6 +75,7 @@ class Options:
     workers: int = 1
     threads: int | None = None
     devices: tuple[str, ...] = ()
+    huge_pages: bool = False
     max_batch: int = 8
     max_delay: float = 0.0
     max_queue: int = 256

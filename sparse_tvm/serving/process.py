@@ -54,6 +54,8 @@ class WorkerProcess:
         Threads of a run.
     device : str | None
         Where runs are made, as :func:`sparse_tvm.load` has it.
+    huge_pages : bool
+        Whether it has the weights in memory of its own, as there.
     verify : bool
         Compare all of the artifact with its checksums; once is enough for a copy.
 
@@ -70,6 +72,7 @@ class WorkerProcess:
         threads: int,
         device: str | None = None,
         *,
+        huge_pages: bool = False,
         verify: bool,
     ) -> None:
         self.device = device
@@ -85,9 +88,10 @@ class WorkerProcess:
                     *(artifact.descriptor, theirs.fileno()),
                     *(self._inputs.descriptor, self._outputs.descriptor),
                 )
+                numbers = threads, int(huge_pages), int(verify)
                 command = (sys.executable, "-m", "sparse_tvm.serving.worker", os.fspath(path))
                 self._process = subprocess.Popen(
-                    [*command, *map(str, passed), str(threads), str(int(verify)), device or ""],
+                    [*command, *map(str, (*passed, *numbers)), device or ""],
                     pass_fds=passed,
                     stdin=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,

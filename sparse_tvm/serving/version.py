@@ -201,7 +201,12 @@ class Version:
         used = Counter(worker.device for worker in self._owned)
         device = min(self._options.devices, key=lambda device: used[device], default=None)
         worker = WorkerProcess(
-            self.path, self._artifact, self._options.threads_per_worker, device, verify=verify
+            self.path,
+            self._artifact,
+            self._options.threads_per_worker,
+            device,
+            huge_pages=self._options.huge_pages,
+            verify=verify,
         )
         self._owned.add(worker)
         return worker

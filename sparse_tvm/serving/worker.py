@@ -39,13 +39,18 @@ def main(arguments: list[str]) -> None:
 
 def _live(arguments: list[str]) -> None:
     path, *numbers, device = arguments
-    artifact, connection, inputs, outputs, threads, verify = map(int, numbers)
+    artifact, connection, inputs, outputs, threads, huge_pages, verify = map(int, numbers)
     with socket.socket(fileno=connection) as peer, peer.makefile("rb") as messages:
         copy = f"/proc/self/fd/{artifact}"
         try:
             started = perf_counter()
             engine = open_engine(
-                Path(path), Path(copy), threads, device or None, verify=bool(verify)
+                Path(path),
+                Path(copy),
+                threads,
+                device or None,
+                huge_pages=bool(huge_pages),
+                verify=bool(verify),
             )
             loaded = perf_counter()
             _warm_up(engine)
