@@ -170,10 +170,11 @@ class StoredWeight:
         still until the first of them have come. Small blocks ask for some lines more than once.
         """
         rows, columns = self.layout.block
+        if rows * columns == 1:
+            return  # asked for with the row
         ahead = at + PREFETCH_BYTES // (4 * rows * columns)
         for element in range(0, rows * columns, LANES):
-            if rows * columns > 1:
-                prefetch(self.data, (ahead, element // rows, element % rows))
+            prefetch(self.data, (ahead, element // rows, element % rows))
 
 
 @dataclass(frozen=True)
