@@ -18,6 +18,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.cpu.lane_tiles import (
+    PREFETCH_BYTES,
     Expr,
     broadcast,
     four_repeated,
@@ -29,7 +30,6 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
 )
 from sparse_tvm.schedules.cpu.row_cost import four_together, outputs_in_lanes
 from sparse_tvm.schedules.cpu.row_sums import CHAINS, RowProduct, Sums
-from sparse_tvm.schedules.cpu.stored_weight import PREFETCH_BYTES
 from sparse_tvm.schedules.cpu.vector_math import lanes_of
 
 

@@ -26,6 +26,7 @@ from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP, index_dtype
 from sparse_tvm.schedules.cpu.image_output import ImageOutput
 from sparse_tvm.schedules.cpu.images import Images
 from sparse_tvm.schedules.cpu.lane_tiles import (
+    PREFETCH_BYTES,
     Buffer,
     Expr,
     Registers,
@@ -53,9 +54,6 @@ from sparse_tvm.schedules.cpu.plane_code import (
 )
 from sparse_tvm.schedules.cpu.planes import Planes
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
-
-_PREFETCH_BYTES = 4096
-
 
 _RUN, _SHORT_SUM = 4, 32
 """Groups of pixels that a block row goes on with, where sums are as short: lines of the output
@@ -119,7 +117,8 @@ class ConvKernel:
         few_registers = simd.few_registers
         in_turns = self.element == "float32" and not self._rows_outermost
         self._asks_for_weights = bool(layout.get("prefetch", 0))
-        self._asks_ahead = few_registers and in_turns  # with more, nobody measured what it is worth
+        # Of CPUs with many registers nobody measured what asking for outputs is worth.
+        self._asks_for_outputs = few_registers and in_turns
         grows = few_registers or images.out_channels > self._k
         short = in_turns and not layout.sparse and self._k <= _SHORT_SUM and grows
         self._run = _RUN if short else 1
@@ -377,7 +376,7 @@ class ConvKernel:
         plane = scalar(image * self._images.out_channels + channel)
         source = 0 if self._packs else scalar(self._source_of(image, first))
 
-        if self._asks_ahead:
+        if self._asks_for_outputs:
             following = block_row + 1
             if self._sorted:
                 last = self._parts * self._block_rows - 1
@@ -574,7 +573,7 @@ class ConvKernel:
     def _ask_for_row(self, first: Expr, count: Expr) -> None:
         """Ask for the indices, a little further on, that the next blocks will use, and for the
         weights if they are single ones: they are many in a line."""
-        ahead = first + _PREFETCH_BYTES // (4 * self._rows)
+        ahead = first + PREFETCH_BYTES // (4 * self._rows)
         if self._rows == 1:
             with T.serial(0, (count + (LANES - 1)) // LANES) as line:
                 prefetch(self._data, (ahead + line * LANES, 0, 0))
@@ -584,4 +583,4 @@ class ConvKernel:
     def _ask_for_block(self, at: Expr) -> None:
         """Ask for the block that comes as much further on, one with the work of each: see
         :meth:`~sparse_tvm.schedules.cpu.stored_weight.StoredWeight.ask_for_block`."""
-        prefetch(self._data, (at + _PREFETCH_BYTES // (4 * self._rows), 0, 0))
+        prefetch(self._data, (at + PREFETCH_BYTES // (4 * self._rows), 0, 0))

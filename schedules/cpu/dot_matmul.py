@@ -21,6 +21,7 @@ from sparse_tvm.schedules.cpu.dot_products import (
     WordsAt,
 )
 from sparse_tvm.schedules.cpu.lane_tiles import (
+    PREFETCH_BYTES,
     Buffer,
     Expr,
     Registers,
@@ -35,7 +36,6 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     symbol,
 )
 from sparse_tvm.schedules.cpu.low_matmul import (
-    PREFETCH_BYTES,
     LowMatmul,
     Rows,
     SparseWeight,

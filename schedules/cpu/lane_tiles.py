@@ -110,6 +110,10 @@ def scalar(value: Expr, dtype: str = "int32") -> Expr:
     return cell[0]
 
 
+PREFETCH_BYTES = 4096
+"""How far ahead of its use a weight is asked for: the CPU's own prefetchers stop at each page."""
+
+
 def prefetch(buffer: Buffer, index: tuple[Expr, ...]) -> None:
     """Ask for the cache line of an element, which may lie behind the buffer's end."""
     read, all_levels, data = 0, 3, 1  # of LLVM's intrinsic

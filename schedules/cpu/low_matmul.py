@@ -34,9 +34,6 @@ from sparse_tvm.schedules.cpu.precision import Precision
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.vector_math import ACTIVATIONS, ROUGH_ACTIVATIONS, lanes_of
 
-PREFETCH_BYTES = 4096
-"""How far ahead of its use a weight is asked for."""
-
 
 @dataclass(frozen=True)
 class LowMatmul:

@@ -14,10 +14,17 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.cpu.block_arrays import STEPS_TOGETHER
-from sparse_tvm.schedules.cpu.lane_tiles import Expr, broadcast, fenced, scalar, span
+from sparse_tvm.schedules.cpu.lane_tiles import (
+    PREFETCH_BYTES,
+    Expr,
+    broadcast,
+    fenced,
+    scalar,
+    span,
+)
 from sparse_tvm.schedules.cpu.row_sums import CHAINS, RowProduct, Sums
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
-from sparse_tvm.schedules.cpu.stored_weight import PREFETCH_BYTES, SlicedWeight
+from sparse_tvm.schedules.cpu.stored_weight import SlicedWeight
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from sparse_tvm.schedules.cpu.block_arrays import (
     index_dtype,
 )
 from sparse_tvm.schedules.cpu.lane_tiles import (
+    PREFETCH_BYTES,
     Buffer,
     Expr,
     Tiles,
@@ -29,9 +30,6 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
 )
 from sparse_tvm.schedules.cpu.simd import LANES
 from sparse_tvm.schedules.cpu.vector_math import ACTIVATIONS, lanes_of
-
-PREFETCH_BYTES = 4096
-"""How far ahead of its use a weight is asked for: the CPU's own prefetchers stop at each page."""
 
 
 @dataclass(frozen=True)
