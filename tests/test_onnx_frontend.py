@@ -44,8 +44,10 @@ def test_weights_are_not_copied_into_the_program():
     model = build_bert(TINY, sequence=8)
     imported = import_onnx(model)
     stored = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    computed = {"/embeddings/Gather_2_output_0"}  # the embeddings of positions
     for name, array in imported.weights.items():
-        np.testing.assert_array_equal(array, stored[name])
+        if name not in computed:
+            np.testing.assert_array_equal(array, stored[name])
         assert array.dtype == np.float32
         assert array.flags.c_contiguous
 

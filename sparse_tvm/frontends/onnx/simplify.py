@@ -19,6 +19,7 @@ from sparse_tvm.frontends.onnx.detach import (
     names_read,
     stored_tensors,
 )
+from sparse_tvm.frontends.onnx.fold_weights import fold_weights
 from sparse_tvm.frontends.onnx.integer_ranges import count_in_integers
 from sparse_tvm.frontends.onnx.rewrite import constants_to_initializers, expand, modernise
 from sparse_tvm.frontends.onnx.specs import tensor_spec
@@ -73,6 +74,7 @@ def simplify(
     _set_shapes(skeleton, specs)
     check_sizes(skeleton)
     try:
+        fold_weights(skeleton, weights)
         skeleton = expand(sum_bags(modernise(skeleton)), definitions)
         # It prints when it falls back to a slower way, and warns of each node it does not fold.
         with contextlib.redirect_stdout(io.StringIO()), silent_stderr():
