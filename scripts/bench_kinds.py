@@ -1,16 +1,16 @@
-"""A dozen kinds of convolutional networks, dense and pruned, beside ONNX Runtime.
+"""Kinds of networks, most of them convolutional, dense and pruned, beside ONNX Runtime.
 
     python scripts/bench_kinds.py --workdir kinds --only-prepare  # export, prune, compile
     python scripts/bench_kinds.py --workdir kinds                 # the table
     python scripts/bench_kinds.py --workdir kinds unet tcn        # two of them
 
 Networks are exported by PyTorch in their usual sizes, with random weights, in an environment that
-has it, torchvision and transformers; what the work directory holds already is not made again, so
-that another environment may go on. 90 % of each weight is pruned, without structure. ONNX Runtime
-runs the unpruned network: zeros do not change its time. All engines that run one network take
-turns in one process, and outputs are compared with ONNX Runtime's on the same weights. Failures
-are outputs that differ, and speeds below the bar: 0.95 times ONNX Runtime's dense, 1.5 times at
-90 %.
+has it, torchvision, timm and transformers; what the work directory holds already is not made again,
+so that another environment may go on. 90 % of each weight is pruned, without structure. ONNX
+Runtime runs the unpruned network: zeros do not change its time. All engines that run one network
+take turns in one process, and outputs are compared with ONNX Runtime's on the same weights.
+Failures are outputs that differ, and speeds below the bar: 0.95 times ONNX Runtime's dense, 1.5
+times at 90 %.
 """
 
 from __future__ import annotations
@@ -63,6 +63,14 @@ class Kind:
 USUAL = dict.fromkeys(zoo_text.USUAL)
 """Instead of the zoo's small sizes."""
 
+DEBERTA = {
+    **USUAL,
+    **{"hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12},
+    **{"intermediate_size": 3072, "vocab_size": 8000, "relative_attention": True},
+    **{"position_buckets": 256, "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm"},
+    "share_att_key": True,
+}
+
 WAV2VEC2 = ("Wav2Vec2Config", "Wav2Vec2ForCTC", "input_values")
 
 KINDS = {
@@ -99,6 +107,20 @@ KINDS = {
         "ESPCN, 224 x 224, any size",
         zoo_networks.super_resolution,
         {"height": 224, "width": 224},
+    ),
+    "deberta": Kind(
+        "DeBERTa-v3-small, 128 tokens",
+        partial(zoo_text.tokens, "DebertaV2Config", "DebertaV2Model", DEBERTA),
+        {"sequence": 128},
+    ),
+    "nfnet": Kind("NF-ResNet-50, 224 x 224", partial(zoo_vision.of_timm, "nf_resnet50", 224)),
+    "mobilenet-v4": Kind(
+        "MobileNetV4-small, 224 x 224",
+        partial(zoo_vision.of_timm, "mobilenetv4_conv_small", 224),
+    ),
+    "swin": Kind(
+        "Swin-tiny, 224 x 224",
+        partial(zoo_vision.of_timm, "swin_tiny_patch4_window7_224", 224),
     ),
     "ocr-detector": Kind("OCR detector, 640 x 640", zoo_networks.ocr_detector),
     "ocr-recogniser": Kind("OCR recogniser, 48 x 320", zoo_networks.ocr_recogniser),
