@@ -37,7 +37,8 @@ def fold_weights(skeleton: onnx.ModelProto, weights: dict[str, onnx.TensorProto]
     skeleton : onnx.ModelProto
         A model without its weights, which are its last inputs. Results become inputs behind them.
     weights : dict[str, onnx.TensorProto]
-        The weights; the results are added. What nothing reads any more stays.
+        The weights; the results are added. What nothing reads any more stays, and so does all
+        that ONNX Runtime cannot compute.
     """
     graph = skeleton.graph
     nodes = _of_weights(graph, weights)
@@ -49,7 +50,13 @@ def fold_weights(skeleton: onnx.ModelProto, weights: dict[str, onnx.TensorProto]
     read = {name for node in kept for name in names_read(node)}
     if not (results := sorted(folded & read)):
         return
-    for name, value in _evaluate(program, results, weights).items():
+    try:
+        values = _evaluate(program, results, weights)
+    except MemoryError:
+        raise
+    except Exception:  # its exceptions have no base of their own
+        return  # an opset or a type that it lacks: computed at every run instead
+    for name, value in values.items():
         tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
         if is_weight(tensor):
             weights[name] = tensor
