@@ -411,46 +411,62 @@ class Model:
         self._refuse_if_closed()
         images = self._turns.images(values) if self._turns is not None else 0
         if self._turns is None or not images:
-            results = self._turn(values)
-            self._repeat = self._repeat_of(values, results, signature)
+            tensors = self._filled(values)
+            results = self._turn(values, tensors)
+            self._repeat = self._repeat_of(values, tensors, results, signature)
             return results
-        turns = [self._turn(part) for part in self._turns.parts(values, images)]
+        parts = self._turns.parts(values, images)
+        turns = [self._turn(part, self._filled(part)) for part in parts]
         return [np.concatenate(results) for results in zip(*turns, strict=True)]
 
     def _again(self, repeat: Repeat, values: Sequence[np.ndarray]) -> list[np.ndarray]:
-        for value, memory in zip(values, repeat.memory, strict=True):
-            memory[...] = value
+        arguments = repeat.arguments
+        if repeat.in_place:
+            arguments = arguments.copy()  # or the last run's array would live until the next one
+        for i, (value, memory) in enumerate(zip(values, repeat.memory, strict=True)):
+            if memory is None:
+                arguments[i] = self._staged[i].fill(value)
+            else:
+                memory[...] = value
         if repeat.outputs is None:
-            results = self._results(repeat.function, repeat.arguments)
+            results = self._results(repeat.function, arguments)
             return self._device.copy_out(results, self._shared)
-        repeat.function(*repeat.arguments)
+        repeat.function(*arguments)
         return [output.copy() for output in repeat.outputs]
 
     def _repeat_of(
         self,
         values: Sequence[np.ndarray],
+        tensors: Sequence[Any],
         results: Sequence[np.ndarray],
         signature: Signature | None,
     ) -> Repeat | None:
-        """How to run once more what has just run, if whatever is given will be copied."""
-        if signature is None or not all(map(self._device.copies, values)):
+        """How to run once more what has just run; the machine only if all inputs are copied."""
+        if signature is None:
             return None
-        buffers = [staged.buffer for staged in self._staged]
+        memory = [
+            staged.buffer.host if self._device.copies(value) else None
+            for staged, value in zip(self._staged, values, strict=True)
+        ]
         if self._straight is not None:
-            repeat = self._straight.repeat(signature, buffers, results)
+            repeat = self._straight.repeat(signature, memory, tensors, results)
             if repeat is not None:
                 return repeat
-        hosts, tensors = [each.host for each in buffers], [each.tensor for each in buffers]
-        return Repeat(signature, hosts, self._machine.main, tensors)
+        if any(each is None for each in memory):
+            return None
+        return Repeat(signature, memory, self._machine.main, list(tensors))
 
-    def _turn(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Results for a batch, or a part of one."""
+    def _turn(self, values: Sequence[np.ndarray], tensors: Sequence[Any]) -> list[np.ndarray]:
+        """Results for a batch, or a part of one, that these tensors hold."""
+        return self._copied(self._results(self._machine.main, tensors), values)
+
+    def _filled(self, values: Sequence[np.ndarray]) -> Sequence[Any]:
+        """Inputs as tensors, once it is known that there is memory for the run."""
         if self._limits:
             shapes = tuple([value.shape for value in values])
             if shapes not in self._memory:
                 self._bound_memory(shapes)
-        tensors = [staged.fill(v) for staged, v in zip(self._staged, values, strict=True)]
-        return self._copied(self._results(self._machine.main, tensors), values)
+        return [staged.fill(v) for staged, v in zip(self._staged, values, strict=True)]
 
     def _bound_memory(self, shapes: tuple[tuple[int, ...], ...]) -> None:
         self._memory.before_run(shapes, lambda: sum(map(StagedInput.nbytes, self._staged, shapes)))

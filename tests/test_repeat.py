@@ -73,6 +73,30 @@ def test_outputs_belong_to_the_caller(path: Path) -> None:
     assert not any(np.may_share_memory(a, b) for i, a in enumerate(arrays) for b in arrays[i + 1 :])
 
 
+def test_large_inputs_are_read_where_they_are(path: Path) -> None:
+    """If they are aligned and contiguous; the others are copied."""
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[n, 512] x, float[512] b) =>
+        (float[n, 4] y) { a = Add(x, b) y = MatMul(a, w) }"""
+    model, rng = parser.parse_model(text), np.random.default_rng(0)
+    w = rng.standard_normal((512, 4)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(w, "w"))
+    sparse_tvm.compile(model, path.with_name("wide.so"))
+    wide = sparse_tvm.load(path.with_name("wide.so"))
+    cases = [(64, 0), (64, 0), (64, 1), (64, 0), (80, 3), (80, 0)]
+    for seed, (rows, shift) in enumerate(cases * 2):
+        memory = np.empty(rows * 512 + 32, np.float32)
+        first = -memory.ctypes.data % 64 // 4 + shift
+        x = memory[first : first + rows * 512].reshape(rows, 512)
+        x[...] = np.random.default_rng(seed).standard_normal(x.shape)
+        if seed % 3 == 1:
+            x = np.asfortranarray(x)
+        b = np.full(512, seed, np.float32)
+        for _ in range(2):
+            np.testing.assert_allclose(wide.run(x, b)["y"], (x + b) @ w, rtol=1e-4, atol=1e-2)
+        assert is_straight(wide)
+        np.testing.assert_allclose(wide.run(-x, b)["y"], (b - x) @ w, rtol=1e-4, atol=1e-2)
+
+
 @pytest.mark.parametrize(("limit", "rows"), [("_MOST_WORKSPACE", 3), ("COPIED_BYTES", 3)])
 def test_the_machine_runs_what_is_large(
     path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, rows: int
