@@ -94,9 +94,15 @@ class ImageOutput:
         self.store(value, plane, channel, pixel, first_step=int(self._starts_with_bias()))
 
     def store(
-        self, value: Expr, plane: Expr, channel: Expr, pixel: Expr, first_step: int = 0
+        self,
+        value: Expr,
+        plane: Expr,
+        channel: Expr,
+        pixel: Expr,
+        first_step: int = 0,
+        lanes: Expr | None = None,
     ) -> None:
-        """Apply the steps from ``first_step`` on to a vector, and store it."""
+        """Apply the steps from ``first_step`` on to a vector, and store it, or its first lanes."""
         for i, (step, operand) in list(enumerate(self._steps))[first_step:]:
             if isinstance(step, Bias):
                 value = value + splat(operand[channel], self._simd)
@@ -111,7 +117,12 @@ class ImageOutput:
                 raise ValueError(f"images have no step {step}")
         if self._mask is not None:
             value = masked(value, self._mask, pixel, self._simd)
-        T.buffer_store(self.y, value, self.at(plane, pixel))
+        if lanes is None:
+            T.buffer_store(self.y, value, self.at(plane, pixel))
+            return
+        numbers = T.ramp(tirx.const(0, "int32"), 1, self._simd.lanes)
+        among = numbers < T.broadcast(T.Cast("int32", lanes), self._simd.lanes)
+        T.evaluate(T.masked_store(self.y, value, *self.at(plane, pixel), among))
 
     def clear_border(self, plane: Expr, written: Expr) -> None:
         """Clear the padding around the ``written`` elements from the first pixel on, if any."""

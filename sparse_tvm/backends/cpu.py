@@ -10,6 +10,7 @@ from sparse_tvm.backends.base import Backend, BackendTarget
 from sparse_tvm.schedules.arm.families.bf16_attention import ArmDotAttentionFamily
 from sparse_tvm.schedules.arm.families.dots import ArmDotFamily
 from sparse_tvm.schedules.cpu.families.attention import AttentionFamily
+from sparse_tvm.schedules.cpu.families.channel_lanes import ChannelLanesFamily
 from sparse_tvm.schedules.cpu.families.convolution import ConvolutionFamily, DepthwiseFamily
 from sparse_tvm.schedules.cpu.families.images import (
     ImageBlocksFamily,
@@ -74,6 +75,7 @@ class CpuBackend(Backend):
                 MatmulFamily(),
                 ConvolutionFamily(),
                 WinogradFamily(),
+                ChannelLanesFamily(),
                 DepthwiseFamily(),
                 AttentionFamily(),
                 ProductFamily(),
