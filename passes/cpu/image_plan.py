@@ -46,6 +46,7 @@ from sparse_tvm.schedules.cpu.image_operators import (
     NARROW,
     TYPICAL_WIDTH,
     blocks_of,
+    reads_pixels,
     window_of,
 )
 from sparse_tvm.schedules.cpu.image_pack import READ_BEYOND
@@ -188,6 +189,8 @@ class ImagePlan:
             self._read((x, None), reads_in_place(window))
             if not window.strided:
                 self._pitches.unite((x, None), (var, None), window.wider)
+        elif reads_pixels(op):
+            self._read((x, None), window.pixel_reads)
         elif blocks_of(op) is not None:
             self._read((x, None), Border())
         elif has_own_form(op):
@@ -284,7 +287,7 @@ class ImagePlan:
 def has_own_form(op: Convolution) -> bool:
     """Whether a convolution reads its input in a form that is made for it."""
     window, width = window_of(op), op.size[1]
-    if reads_each_channel(op):
+    if reads_each_channel(op) or reads_pixels(op):
         return False
     return window.by_phases or window.reads.gap * NARROW > (width or TYPICAL_WIDTH)
 

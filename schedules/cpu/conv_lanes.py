@@ -2,14 +2,16 @@
 
 Rows of 14 or 7 pixels fill vectors badly: with the gaps between them, and at the plane's end, an
 eighth to a quarter of all lanes computes nothing that is wanted. Here a vector has the weights of
-as many rows, and is multiplied with single pixels, in place and without gaps. The sums of a run of
-pixels (:mod:`sparse_tvm.schedules.cpu.pixel_runs`) then are transposed in registers, and stored in
-planes as all images are.
+as many rows, and is multiplied with single pixels, without gaps. They are where they are, whatever
+the window's strides: the image is no other for this reader. The sums of a run of pixels
+(:mod:`sparse_tvm.schedules.cpu.pixel_runs`) then are transposed in registers, and stored in planes
+as all images are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from tvm import tirx
@@ -20,7 +22,15 @@ from sparse_tvm.schedules.cpu.block_arrays import JOBS_PER_GROUP
 from sparse_tvm.schedules.cpu.conv_planes import ConvKernel
 from sparse_tvm.schedules.cpu.image_output import ImageOutput
 from sparse_tvm.schedules.cpu.images import Images
-from sparse_tvm.schedules.cpu.lane_tiles import Expr, Registers, ramp, scalar, zero
+from sparse_tvm.schedules.cpu.lane_tiles import (
+    Buffer,
+    Expr,
+    Registers,
+    local,
+    ramp,
+    scalar,
+    zero,
+)
 from sparse_tvm.schedules.cpu.pixel_runs import MOST_PIXELS, PixelRuns
 from sparse_tvm.schedules.cpu.plane_code import one_of
 from sparse_tvm.schedules.cpu.planes import Planes
@@ -33,14 +43,17 @@ def conv_lanes(
     epilogue: Sequence[Step],
     residuals: Sequence[Planes],
     simd: Simd,
+    groups: int = 1,
 ) -> tirx.PrimFunc:
     """Build the kernel, for vectors of 16 lanes and images of known size.
 
     Its arguments are those of :func:`~sparse_tvm.schedules.cpu.conv_planes.conv_planes` for a
-    dense weight; the layout's block has the rows of the weight that two or three vectors hold.
+    dense weight, but x ``[batch, channels, source.size]`` is not by phases, and its pitch is its
+    own; the layout's block has the rows of the weight that one, two or three vectors hold. Of
+    ``groups``, the weight has the columns of one, and no block is of two.
     """
     out = (images.batch, images.out_channels, images.target)
-    kernel = _Kernel(images, layout, simd)
+    kernel = _Kernel(images, layout, simd, groups)
     return kernel.build(lambda: ImageOutput(*out, epilogue, residuals, simd))
 
 
@@ -115,8 +128,9 @@ _PLACES = [_place_of(channel) for channel in range(LANES)]
 class _Kernel(ConvKernel):
     """The loops over images, rows of the weight and runs of pixels."""
 
-    def __init__(self, images: Images, layout: Layout, simd: Simd) -> None:
-        super().__init__(images, layout, simd)
+    def __init__(self, images: Images, layout: Layout, simd: Simd, groups: int) -> None:
+        super().__init__(replace(images, channels=images.channels // groups), layout, simd)
+        self._groups_of_channels = groups
         self._vectors = layout.block[0] // simd.lanes
         target = images.target
         most = MOST_PIXELS[self._vectors]
@@ -125,6 +139,20 @@ class _Kernel(ConvKernel):
     @property
     def _units(self) -> Expr:
         return 1
+
+    @property
+    def _planes_read(self) -> int:
+        return self._images.channels * self._groups_of_channels
+
+    @property
+    def _plane(self) -> Expr:
+        return self._source.size
+
+    def _table(self) -> Buffer:
+        table, window = local(self._taps, "int32"), self._images.window
+        for tap, (row, column) in enumerate(window.distances()):
+            T.buffer_store(table, T.Cast("int32", row * self._source.pitch + column), [tap])
+        return table
 
     def _jobs_of_unit(self, unit: Expr, job: Expr, last_job: Expr) -> None:
         runs = self._runs
@@ -152,20 +180,31 @@ class _Kernel(ConvKernel):
     def _run_of(self, image: Expr, row: Expr, run: Expr, live: int, lines: int) -> None:
         """Compute a run of so many lines for ``live`` rows of the weight."""
         images, runs, output, lanes = self._images, self._runs, self._output, self._simd.lanes
-        offsets = runs.offsets(lines)
-        start, channel = scalar(runs.start(run)), scalar(row * self._rows)
+        pixels, (down, right) = runs.pixels(lines), images.window.stride
+        start, channel = scalar(self._start(run, runs.pitch)), scalar(row * self._rows)
         plane = scalar(image * images.out_channels + channel)
-        source = scalar(self._source_of(image, 0) + start)
-        sums = _Sums(len(offsets), self._vectors, self._simd)
+        below = self._source.pitch * down
+        source = scalar(
+            self._source_of(image, 0)
+            + self._first_channel(channel) * self._plane
+            + self._start(run, below, right)
+        )
+        sums = _Sums(len(pixels), self._vectors, self._simd)
 
         def load(offset: Expr) -> Callable[[int], Expr]:
             at = scalar(source + offset)
-            return lambda pixel: self._x[at + offsets[pixel]]
+
+            def pixel(i: int) -> Expr:
+                down, across = pixels[i]
+                return self._x[at + (down * below + across * right)]
+
+            return pixel
 
         self._accumulate_dense(sums, 0, row, load, self._plane)
         written = self._count * lanes
-        end = tirx.Select(run == runs.count - 1, written, runs.start(run + 1))
+        end = tirx.Select(run == runs.count - 1, written, self._start(run + 1, runs.pitch))
         stored = scalar(end - start)
+        offsets = [down * runs.pitch + across for down, across in pixels]
         for vector in range(-(-live // lanes)):
             by_channel = sums.by_channel(vector, offsets)
             for lane in range(min(lanes, live - vector * lanes)):
@@ -177,6 +216,22 @@ class _Kernel(ConvKernel):
                 value = by_channel.get(lane, 0)
                 output.store(value, plane + at, channel + at, start, lanes=stored)
         self._clear(image, channel, channel + live, run)
+
+    def _first_channel(self, out_channel: Expr) -> Expr:
+        """The first channel of the group of an output channel."""
+        if self._groups_of_channels == 1:
+            return 0
+        per_group = self._images.out_channels // self._groups_of_channels
+        return scalar(out_channel // per_group * self._images.channels)
+
+    def _start(self, run: Expr, below: Expr, right: int = 1) -> Expr:
+        """How far a run's first pixel is from an image's, each row so far below the last one."""
+        runs = self._runs
+        row = run // runs.pieces * runs.together
+        if runs.pieces == 1:
+            return row * below
+        column = tirx.min(run % runs.pieces * runs.length, runs.width - runs.length)
+        return row * below + column * right
 
     @property
     def _longest(self) -> int:

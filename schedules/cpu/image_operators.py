@@ -23,6 +23,9 @@ from sparse_tvm.schedules.cpu.planes import IN_PLACE, Border, Window
 Size = tuple[int | None, int | None]
 INT32 = Types(output="int32")
 
+CHANNEL_LANES = "channel_lanes_convolution"
+"""The family of convolutions that read single pixels."""
+
 NARROW = 4
 """How many times its padding an image has to be wide for all of its group to bear it."""
 
@@ -214,6 +217,11 @@ def window_of(op: Convolution) -> Window:
     if op.depthwise or window.strided or dilation[1] == 1 or height == 1 or not wide:
         return window
     return replace(window, apart=True)
+
+
+def reads_pixels(op: Convolution) -> bool:
+    """Whether its kernel reads single pixels, which are in place whatever its window is."""
+    return op.stored.family == CHANNEL_LANES
 
 
 def blocks_of(op: Convolution) -> Blocks | None:

@@ -6,7 +6,6 @@ Needs no TVM.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from sparse_tvm.operators import Convolution, Layout
 from sparse_tvm.schedules.cpu.conv_cost import out_size
@@ -17,8 +16,8 @@ from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.sparsity.statistics import TYPICAL_COPIES
 from sparse_tvm.targets import Target
 
-MOST_PIXELS = {2: 14, 3: 9}
-"""Pixels of a run by the vectors of output channels that meet them: 31 registers of 32."""
+MOST_PIXELS = {1: 14, 2: 14, 3: 9}
+"""Pixels of a run by the vectors of output channels that meet them: 31 registers of 32 at most."""
 
 _LOOP = 1.04
 _TRANSPOSED = 80.0
@@ -65,21 +64,19 @@ class PixelRuns:
         """Rows of the last run, if they are fewer."""
         return self.height % self.together
 
-    def start(self, run: Any) -> Any:
-        """Where a run's first pixel is, from the plane's first one; the end, behind the last."""
-        if self.pieces == 1:
-            return run * (self.together * self.pitch)
-        piece = run % self.pieces * self.length
-        last = self.width - self.length
-        if isinstance(run, int):
-            return run // self.pieces * self.pitch + min(piece, last)
-        from tvm import tirx
+    def first(self, run: int) -> tuple[int, int]:
+        """Row and column of a run's first pixel; of the end, those behind the last one."""
+        row, piece = divmod(run, self.pieces)
+        return row * self.together, min(piece * self.length, self.width - self.length)
 
-        return run // self.pieces * self.pitch + tirx.min(piece, last)
+    def start(self, run: int) -> int:
+        """How far that is from the plane's first pixel."""
+        row, column = self.first(run)
+        return row * self.pitch + column
 
-    def offsets(self, rows: int) -> list[int]:
-        """How far each pixel of a run with so many rows is from its first one."""
-        return [row * self.pitch + i for row in range(rows) for i in range(self.length)]
+    def pixels(self, rows: int) -> list[tuple[int, int]]:
+        """How many rows and columns each pixel of a run with so many rows is from its first one."""
+        return [(row, i) for row in range(rows) for i in range(self.length)]
 
     @property
     def suits(self) -> bool:

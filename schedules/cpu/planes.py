@@ -226,6 +226,12 @@ class Window:
         padded = any((above, left, below, right))
         return Border(max(left, right), (above, left), (below, right), padded)
 
+    @property
+    def pixel_reads(self) -> Border:
+        """What single taps read around planes that are not by phases."""
+        top, left, bottom, right = self.pads
+        return Border(max(left, right), (top, left), (bottom, right), any(self.pads))
+
     def offsets(self, source: Any) -> list[Extent]:
         """Where each tap finds its operand, from a pixel in the plane of the first phase."""
         number = {phase: i for i, phase in enumerate(self.phases)}

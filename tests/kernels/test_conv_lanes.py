@@ -13,13 +13,12 @@ from image_harness import (
     epilogues,
     from_planes,
     mask,
-    phases_of,
     to_planes,
     windows,
 )
 
 from sparse_tvm.operators import Activation, Bias, Layout, Residual
-from sparse_tvm.schedules.cpu.block_arrays import split_arrays
+from sparse_tvm.schedules.cpu.block_arrays import block_diagonal, split_arrays
 from sparse_tvm.schedules.cpu.conv_lanes import conv_lanes
 from sparse_tvm.schedules.cpu.images import Images
 from sparse_tvm.schedules.cpu.lane_tiles import symbol
@@ -41,6 +40,7 @@ problems = st.fixed_dictionaries(
         "vectors": st.sampled_from(sorted(MOST_PIXELS)),
         "gap": st.integers(0, 3),
         "padded": st.booleans(),
+        "groups": st.sampled_from([1, 1, 2, 3]),
         "epilogue": epilogues,
         "threads": thread_counts,
     }
@@ -53,25 +53,27 @@ PROBLEM = {
     "vectors": 2,
     "gap": 1,
     "padded": True,
+    "groups": 1,
     "epilogue": [Bias(), Residual(), Activation("relu")],
     "threads": 2,
 }
 FEW = settings(KERNELS, max_examples=12)  # each compiles for seconds
 
 
-def check(size, channels, window, n, vectors, gap, padded, epilogue, threads):
+def check(size, channels, window, n, vectors, gap, padded, groups, epilogue, threads):
     out, batch = window.out_size(size), 2
+    if groups > 1:  # blocks are of one group
+        n, channels = groups * vectors * LANES, groups * channels
     assume(min(out) > 0)
-    reads = window.reads
-    gap = max(gap, reads.gap, -window.wider, 1 - window.wider if padded else 0)
-    pitch_gap = gap + window.wider
-    source = Planes(*window.phase_size(size), reads.with_gap(gap))
-    there = Planes(*out, (SAME.reads if padded else Border()).with_gap(pitch_gap))
-    like = Planes(*out, Border(pitch_gap, front=(0, 20)))
+    reads = window.pixel_reads
+    source = Planes(*size, reads.with_gap(reads.gap + gap % 2))
+    gap = max(gap, int(padded))
+    there = Planes(*out, (SAME.reads if padded else Border()).with_gap(gap))
+    like = Planes(*out, Border(gap, front=(0, 20)))
     assume(PixelRuns(*out, there.pitch, MOST_PIXELS[vectors]).suits)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((batch, channels, *size)).astype("float32")
-    w = rng.standard_normal((n, channels * window.taps)).astype("float32")
+    w = rng.standard_normal((n, channels // groups * window.taps)).astype("float32")
     layout = Layout("test", "dense", (LANES * vectors, 1))
     target = WIDE[0]
     kernel = conv_lanes(
@@ -80,10 +82,11 @@ def check(size, channels, window, n, vectors, gap, padded, epilogue, threads):
         epilogue,
         [like] * epilogue.count(Residual()),
         simd(target),
+        groups,
     )
-    y, extras = apply_epilogue(convolved(x, w, window), epilogue, rng)
+    y, extras = apply_epilogue(convolved(x, block_diagonal(w, groups), window), epilogue, rng)
     arguments = [
-        to_planes(phases_of(x, window), source),
+        to_planes(x, source),
         *split_arrays(w, layout).values(),
         *([mask(there)] if padded else []),
         *(extra if extra.ndim == 1 else to_planes(extra, like) for extra in extras),
@@ -100,6 +103,7 @@ def check(size, channels, window, n, vectors, gap, padded, epilogue, threads):
 @example(PROBLEM)
 @example({**PROBLEM, "gap": 2, "vectors": 3, "n": 50})
 @example({**PROBLEM, "size": (14, 14), "window": SAME})
+@example({**PROBLEM, "size": (14, 14), "window": SAME, "groups": 3, "vectors": 1})
 @example({**PROBLEM, "size": (28, 28), "window": Window((3, 3), (2, 2), pads=(1, 1, 1, 1))})
 @example({**PROBLEM, "size": (5, 28), "gap": 3, "padded": False})
 @example({**PROBLEM, "size": (3, 35), "gap": 14})
@@ -118,7 +122,8 @@ def test_runs_have_every_pixel(most, gap):
         seen = set()
         for run_ in range(runs.count):
             last = runs.rest and run_ == runs.count - 1
-            offsets = runs.offsets(runs.rest if last else runs.together)
+            pixels = runs.pixels(runs.rest if last else runs.together)
+            offsets = [row * runs.pitch + column for row, column in pixels]
             assert len(offsets) <= most
             assert max(offsets) < LANES
             assert runs.start(run_) + LANES <= Planes(9, width, Border(gap)).room

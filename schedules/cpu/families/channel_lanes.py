@@ -12,7 +12,13 @@ from sparse_tvm.families import Extents, Kernel, Wish
 from sparse_tvm.operators import STILL, Convolution, Layout
 from sparse_tvm.schedules.cpu.block_arrays import split_arrays
 from sparse_tvm.schedules.cpu.families.convolution import ImageFamily, images_of, size_title
-from sparse_tvm.schedules.cpu.image_operators import ImageConvolution, blocks_of
+from sparse_tvm.schedules.cpu.image_operators import (
+    CHANNEL_LANES,
+    NARROW,
+    ImageConvolution,
+    blocks_of,
+    window_of,
+)
 from sparse_tvm.schedules.cpu.pixel_runs import MOST_PIXELS, run_seconds, runs_of
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.sparsity.statistics import WeightStatistics
@@ -23,7 +29,7 @@ from sparse_tvm.targets import Target
 class ChannelLanesFamily(ImageFamily):
     """Kernels of :mod:`sparse_tvm.schedules.cpu.conv_lanes`."""
 
-    name: ClassVar[str] = "channel_lanes_convolution"
+    name: ClassVar[str] = CHANNEL_LANES
     operator: ClassVar[type[Convolution]] = Convolution
     depthwise: ClassVar[bool] = False
 
@@ -34,10 +40,15 @@ class ChannelLanesFamily(ImageFamily):
         simd = Simd.of(target)
         if simd.lanes != LANES or simd.few_registers:
             return f"{self.name} is for vectors of {LANES} lanes"
-        if op.groups > 1 or op.frames != STILL or blocks_of(op) is not None:
-            return f"{self.name} computes neither groups, videos nor blocks"
-        if None in op.size:
+        if op.frames != STILL or blocks_of(op) is not None:
+            return f"{self.name} computes neither videos nor blocks"
+        if op.groups > 1 and op.out_channels // op.groups % LANES:
+            return f"{self.name} computes groups of {LANES} channels only, or of several times that"
+        height, width = op.size
+        if height is None or width is None:
             return f"{self.name} computes images of known size only"
+        if width < NARROW * window_of(op).pixel_reads.gap:
+            return f"{self.name} reads images in place, for whose others this padding is wide"
         return None
 
     def candidates(
@@ -48,7 +59,7 @@ class ChannelLanesFamily(ImageFamily):
         return [
             Layout(self.name, "dense", (LANES * vectors, 1))
             for vectors in MOST_PIXELS
-            if runs_of(op, vectors).suits
+            if runs_of(op, vectors).suits and _fits_groups(op, vectors)
         ]
 
     def cost(
@@ -73,6 +84,13 @@ class ChannelLanesFamily(ImageFamily):
 
         assert isinstance(op, ImageConvolution)
         images, residuals = images_of(op, operands[0])
-        function = conv_lanes(images, op.stored, op.epilogue, residuals, Simd.of(target))
+        function = conv_lanes(
+            images, op.stored, op.epilogue, residuals, Simd.of(target), groups=op.groups
+        )
         form = f"conv2d_lanes_{op.stored.block[0]}x1"
         return Kernel("_".join([form, size_title(op), *op.step_titles]), function)
+
+
+def _fits_groups(op: Convolution, vectors: int) -> bool:
+    """Whether no block of so many vectors of rows is of two groups."""
+    return op.groups == 1 or op.out_channels // op.groups % (vectors * LANES) == 0

@@ -22,7 +22,12 @@ from sparse_tvm.schedules.cpu.conv_cost import (
 )
 from sparse_tvm.schedules.cpu.families.extents import symbols_of
 from sparse_tvm.schedules.cpu.families.matmul import wished_blocks
-from sparse_tvm.schedules.cpu.image_operators import ImageConvolution, blocks_of, window_of
+from sparse_tvm.schedules.cpu.image_operators import (
+    ImageConvolution,
+    blocks_of,
+    reads_pixels,
+    window_of,
+)
 from sparse_tvm.schedules.cpu.planes import Planes
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.windows import DEPTHWISE, stored_taps
@@ -227,7 +232,8 @@ def images_of(op: ImageConvolution, x: Extents) -> tuple[Any, list[Planes]]:
     out = window.out_size(size)
     inputs = symbol("batch") if x.shape[0] is None else x.shape[0]
     batch = inputs // op.frames.count * op.frames.out if op.frames != STILL else inputs
-    source = Planes(*(size if op.depthwise else window.phase_size(size)), op.source)
+    in_place = op.depthwise or reads_pixels(op)
+    source = Planes(*(size if in_place else window.phase_size(size)), op.source)
     target = Planes(*out, op.target)
     images = Images(
         batch, op.channels, op.out_channels, source, target, window, sizes, inputs, op.frames
