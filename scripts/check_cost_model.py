@@ -40,13 +40,13 @@ from sparse_tvm.targets import Target
 from sparse_tvm.tuning.fitting import fit
 from sparse_tvm.tuning.job import Job
 from sparse_tvm.tuning.measuring import Measurer
+from sparse_tvm.tuning.provenance import here
 from sparse_tvm.tuning.records import (
     Condition,
     Problem,
     Record,
     Records,
     append_record,
-    here,
     read_records,
 )
 

@@ -33,7 +33,9 @@ from sparse_tvm.interleave import interleave
 from sparse_tvm.models.bert import BertConfig, build_bert
 from sparse_tvm.models.convnets import build_mobilenet_v2
 from sparse_tvm.random_inputs import random_inputs
-from sparse_tvm.tuning.tuner import Kernel, Trial, tune
+from sparse_tvm.tuning.kernel import Kernel
+from sparse_tvm.tuning.rest import ScheduleTrial
+from sparse_tvm.tuning.tuner import Trial, tune
 
 NEAR = 0.05
 """How much slower than the best of all a tuned kernel may be."""
@@ -64,7 +66,8 @@ SUBJECTS = {
 }
 
 
-def progress(trial: Trial) -> None:
+def progress(trial: Trial | ScheduleTrial) -> None:
+    assert isinstance(trial, Trial)
     kernel, layout = trial.kernel, trial.layout
     took = trial.records[0].seconds
     text = f"{kernel.layer.title}: {layout_name(layout)} {(took or 0) * 1e6:.4g} us"
@@ -85,7 +88,9 @@ def distances(
 ) -> list[tuple[Kernel, Kernel]]:
     """Every kernel after tuning, and after all its candidates were measured."""
     records, everything = work / f"{model.stem}.jsonl", work / f"{model.stem}-all.jsonl"
-    search = partial(tune, model, layers=layers, threads=[threads], progress=progress)
+    search = partial(
+        tune, model, layers=layers, threads=[threads], progress=progress, operators=False
+    )
     tuned = search(records, trials=trials)
     if not everything.exists():
         shutil.copyfile(records, everything)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,8 +15,11 @@ from sparse_tvm.collection import without_collection
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
-    from sparse_tvm.tuning.tuner import Kernel, Trial, Tuned
+    from sparse_tvm.tuning.kernel import Kernel
+    from sparse_tvm.tuning.rest import RestOperator, ScheduleTrial
+    from sparse_tvm.tuning.tuner import Trial, Tuned
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
@@ -56,6 +60,10 @@ def tune(
     precision: Annotated[
         str | None, typer.Option(metavar="NAME", help="As for compile: fp32, bf16 or int8.")
     ] = None,
+    operators: Annotated[
+        bool,
+        typer.Option(help="Tune operators without a kernel of ours too, at concrete sizes."),
+    ] = True,
     fit: Annotated[
         list[Path] | None,
         typer.Option(
@@ -119,6 +127,7 @@ def tune(
                 allow_pickle=allow_pickle,
                 measurer=RemoteMeasurer(host, python) if host is not None else Measurer(),
                 progress=show,
+                operators=operators,
             )
         except KeyboardInterrupt:
             if not quiet:
@@ -157,12 +166,20 @@ class _Progress:
         self._console, self._quiet = console, quiet
         self._started, self.count = time.perf_counter(), 0
 
-    def __call__(self, trial: Trial) -> None:
+    def __call__(self, trial: Trial | ScheduleTrial) -> None:
         from rich.text import Text
+
+        from sparse_tvm.tuning.rest import ScheduleTrial
+        from sparse_tvm.tuning.schedule_records import kind
 
         self.count += 1
         if self._quiet:
             return
+        if isinstance(trial, ScheduleTrial):
+            what, best = f"{trial.operator.title}: {kind(trial.schedule)}", _best_of(trial.operator)
+        else:
+            what = f"{trial.kernel.layer.title}: {layout_name(trial.layout)}"
+            best = _best(trial.kernel)
         first = trial.records[0]
         took = f"failed: {first.failure}"
         if first.seconds is not None:
@@ -170,8 +187,8 @@ class _Progress:
         elapsed = time.perf_counter() - self._started
         line = Text.assemble(
             (f"{elapsed:6.0f} s  ", "dim"),
-            f"{trial.kernel.layer.title}: {layout_name(trial.layout)} {took}",
-            (f"; best {_best(trial.kernel)}; at most {trial.left} left", "dim"),
+            f"{what} {took}",
+            (f"; best {best}; at most {trial.left} left", "dim"),
         )
         self._console.print(line, soft_wrap=True)
 
@@ -200,6 +217,35 @@ def _best(kernel: Kernel) -> str:
     return f"{layout_name(kernel.best)} {_microseconds(usual)}"
 
 
+def _best_of(operator: RestOperator) -> str:
+    from sparse_tvm.tuning.schedule_records import kind
+
+    best = operator.best
+    seconds = operator.seconds(best) if best is not None else None
+    return f"{kind(str(best))} {_microseconds(seconds[0])}" if seconds is not None else "none"
+
+
+def _operators_table(operators: Sequence[RestOperator]) -> Table:
+    from rich.text import Text
+
+    from sparse_tvm.cli.tables import plain_table
+    from sparse_tvm.tuning.schedule_records import kind
+
+    table = plain_table(
+        "operator", "calls", "tried", "best", "gain", numbers=("calls", "tried", "gain")
+    )
+    for one in operators:
+        gain = one.gain()
+        table.add_row(
+            Text(one.title),
+            str(one.calls),
+            str(len(one.records)),
+            kind(one.best) if one.best is not None else "none",
+            f"{gain:.2f}x" if gain is not None else "",
+        )
+    return table
+
+
 def _print_summary(console: Console, tuned: Tuned, output: Path) -> None:
     from rich.text import Text
 
@@ -218,7 +264,10 @@ def _print_summary(console: Console, tuned: Tuned, output: Path) -> None:
             layout_name(kernel.best) if kernel.best is not None else "none",
             f"{gain:.2f}x" if gain is not None else "",
         )
-    console.print(table)
+    if tuned.kernels:
+        console.print(table)
+    if tuned.operators:
+        console.print(_operators_table(tuned.operators))
     for remark in tuned.remarks:
         console.print(Text.assemble(("note: ", "dim"), remark), soft_wrap=True)
     console.print(Text.assemble("wrote ", (str(output), "bold")), soft_wrap=True)

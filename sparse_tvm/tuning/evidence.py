@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from sparse_tvm.operators import WeightedOperator
 from sparse_tvm.sparsity.statistics import WeightStatistics
 from sparse_tvm.tuning.records import Condition, Records, Seconds, nearest
+from sparse_tvm.tuning.schedule_records import Chosen
 
 
 @dataclass(frozen=True)
@@ -62,3 +63,7 @@ class Evidence:
         if not needed or all(layout.sparse for layout in complete):
             return None
         return Measured(conditions, complete)
+
+    def schedule(self, function: str, target: str) -> Chosen | None:
+        """The best schedule of an operator without a kernel, by its fingerprint, if measured."""
+        return self.records.schedules.choose(function, target, self.threads)

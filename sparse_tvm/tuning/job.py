@@ -27,6 +27,23 @@ class Job(TypedDict):
     beside: dict[str, Any] | None
 
 
+class ScheduleJob(TypedDict):
+    """A schedule of an operator without a kernel to measure, or to list.
+
+    ``function`` is TVM's JSON of it, at concrete sizes. Without a ``schedule`` the worker answers
+    with those that there are, of which it takes so many ``samples``.
+    """
+
+    backend: str
+    target: str
+    function: str
+    schedule: str | None
+    samples: int
+    threads: list[int]
+    seconds: float
+    beside: str | None
+
+
 class Machine(TypedDict):
     """Where a worker runs: its CPU, and the versions of what builds kernels there."""
 

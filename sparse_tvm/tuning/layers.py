@@ -16,7 +16,7 @@ from sparse_tvm.operators import Convolution, Recurrent, WeightedOperator
 from sparse_tvm.passes import dialect
 from sparse_tvm.passes.dense_to_sparse import dense_to_sparse, typical_tokens, weights_of
 from sparse_tvm.passes.graph import Rewrite, shape_of
-from sparse_tvm.passes.infrastructure import Context
+from sparse_tvm.passes.infrastructure import Context, Pass
 from sparse_tvm.passes.pipeline import phases
 from sparse_tvm.passes.program import Program
 from sparse_tvm.sparsity.statistics import MeasuredWeight
@@ -102,12 +102,17 @@ def layers_of(program: Program, context: Context) -> tuple[list[TunedLayer], lis
 
 def until_layouts(program: Program, context: Context) -> Program:
     """The program just before the pass that stores weights."""
+    return until(dense_to_sparse, program, context)
+
+
+def until(last: Pass, program: Program, context: Context) -> Program:
+    """The program just before a pass."""
     for phase in phases(context.backend):
         for one in phase.passes:
-            if one is dense_to_sparse:
+            if one is last:
                 return program
             program = one(program, context)
-    raise AssertionError("the pipeline stores no weights")
+    raise AssertionError(f"the pipeline has no {last.name}")
 
 
 def layer_calls(program: Program) -> Iterator[tuple[WeightedOperator, np.ndarray, tuple[Any, ...]]]:

@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 import numpy as np
 
 from sparse_tvm.errors import OptionError
-from sparse_tvm.tuning.job import Job, Machine, this_machine
+from sparse_tvm.tuning.job import Job, Machine, ScheduleJob, this_machine
 
 WORKER = (sys.executable, "-m", "sparse_tvm.tuning.worker")
 
@@ -76,6 +76,16 @@ class Measurer:
         weight = {"weight": job["weight"], "npy": base64.b64encode(buffer.getvalue()).decode()}
         self._sent.add(job["weight"])  # forgotten again if the process dies of it
         return self._ask(process, weight, job)
+
+    def schedule(self, job: ScheduleJob) -> dict[str, Any]:
+        """List the schedules of an operator without a kernel, or measure one.
+
+        Returns
+        -------
+        dict[str, Any]
+            ``schedules``, or ``results``, one for each number of threads, or ``failure``.
+        """
+        return self._ask(self._running(), job)
 
     def _ask(
         self, process: subprocess.Popen[bytes], *messages: Mapping[str, Any]

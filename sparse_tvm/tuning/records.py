@@ -1,6 +1,7 @@
 """Records of measured kernels: JSON lines that any number of machines and runs may add to.
 
-A line is one layout of one layer's weight, timed for one number of tokens on one number of threads.
+A line is one layout of one layer's weight, timed for one number of tokens on one number of threads,
+or one schedule of an operator without a kernel (:mod:`~sparse_tvm.tuning.schedule_records`).
 It is found by what decides its time: the operator with its epilogue, the zeros of the weight, the
 target, the CPU, tokens and threads. Records measured with other versions of this package or of TVM
 are of other kernels; they are passed over, as damaged lines are, and the reader says so.
@@ -24,10 +25,8 @@ from sparse_tvm.files import replacing
 from sparse_tvm.manifest import Natural, check
 from sparse_tvm.operators import Layout, WeightedOperator, from_json, to_json
 from sparse_tvm.sparsity.statistics import WeightStatistics
-from sparse_tvm.tuning.job import Machine, this_machine
-
-VERSION = 2
-"""Of the schema; it counts up when lines of an older one mean something else."""
+from sparse_tvm.tuning.provenance import VERSION, Provenance, here
+from sparse_tvm.tuning.schedule_records import ScheduleRecord, Schedules
 
 _ALIKE = 0.1
 """How much two weights' shares of non-zeros, or of stored blocks, may differ and be one kernel."""
@@ -101,30 +100,6 @@ class Condition:
 
     tokens: int
     threads: int
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a record comes from.
-
-    Attributes
-    ----------
-    cpu : str
-        The CPU's model name.
-    sparse_tvm, tvm : str
-        Versions.
-    date : str
-        When it was measured: UTC, ISO 8601.
-    """
-
-    cpu: str
-    sparse_tvm: str
-    tvm: str
-    date: str
-
-    def same_kernels(self, other: Provenance) -> bool:
-        """Whether both were measured with the same versions."""
-        return (self.sparse_tvm, self.tvm) == (other.sparse_tvm, other.tvm)
 
 
 @dataclass(frozen=True)
@@ -241,7 +216,7 @@ Seconds = dict[Layout, dict[Condition, float]]
 
 @dataclass
 class Records:
-    """Records, the newest of each kind.
+    """Records of layers, the newest of each kind; and beside them those of other operators.
 
     Attributes
     ----------
@@ -249,14 +224,20 @@ class Records:
         What was passed over when they were read, a sentence each.
     damaged : int
         How many lines of the files were no records.
+    schedules : Schedules
+        Those of operators without a kernel.
     """
 
     remarks: list[str] = field(default_factory=list)
     damaged: int = 0
+    schedules: Schedules = field(default_factory=Schedules)
     _newest: dict[tuple[Any, ...], Record] = field(default_factory=dict)
 
-    def add(self, record: Record) -> None:
+    def add(self, record: Record | ScheduleRecord) -> None:
         """Add a record; of two of a kind the newer one stays, of two as old the faster one."""
+        if isinstance(record, ScheduleRecord):
+            self.schedules.add(record)
+            return
         known = self._newest.get(record.key)
         if known is None or _rank(record) >= _rank(known):
             self._newest[record.key] = record
@@ -316,16 +297,6 @@ def nearest(tokens: int, measured: Iterable[int]) -> int | None:
     return best if best is not None and distance[best] <= math.log(_NEAR_TOKENS) else None
 
 
-def here(date: str = "") -> Provenance:
-    """The provenance of what is measured on this machine."""
-    return measured_on(this_machine(), date)
-
-
-def measured_on(machine: Machine, date: str = "") -> Provenance:
-    """The provenance of what is measured on a machine."""
-    return Provenance(machine["cpu"], machine["sparse_tvm"], machine["tvm"], date)
-
-
 def read_records(
     paths: Sequence[str | os.PathLike[str]], cpu: str | None = None, *, any_version: bool = False
 ) -> Records:
@@ -377,17 +348,18 @@ def read_records(
     return records
 
 
-def _read(line: bytes) -> Record:
+def _read(line: bytes) -> Record | ScheduleRecord:
     try:
         value = json.loads(line)
     except ValueError as error:
         raise ValueError("it is not JSON") from error
     if isinstance(value, dict) and value.get("version") != VERSION:
         raise ValueError(f"it is of version {value.get('version')!r}, not {VERSION}")
-    return Record.from_json(value)
+    schedule = isinstance(value, dict) and "schedule" in value
+    return ScheduleRecord.from_json(value) if schedule else Record.from_json(value)
 
 
-def append_record(path: str | os.PathLike[str], record: Record) -> None:
+def append_record(path: str | os.PathLike[str], record: Record | ScheduleRecord) -> None:
     """Add a line to a file, on a line of its own even if the last one was cut off.
 
     It is on the disk when this returns.
@@ -426,10 +398,11 @@ def tidy(path: str | os.PathLike[str]) -> None:
     if records.damaged:
         return
     with replacing(path) as temporary:
-        temporary.write_text("".join(_line(record) + "\n" for record in records), encoding="utf-8")
+        lines = [_line(record) + "\n" for record in (*records, *records.schedules)]
+        temporary.write_text("".join(lines), encoding="utf-8")
 
 
-def _line(record: Record) -> str:
+def _line(record: Record | ScheduleRecord) -> str:
     return json.dumps(record.as_json(), sort_keys=True)
 
 

@@ -20,15 +20,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from math import ceil, exp, inf, log
+from math import ceil, inf
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 from sparse_tvm.backends import BackendTarget, resolve_target
 from sparse_tvm.compilation import in_model_precision
 from sparse_tvm.errors import OptionError
-from sparse_tvm.families import WeightedFamily, Wish
 from sparse_tvm.files import check_writable
 from sparse_tvm.frontends.detect import open_source
 from sparse_tvm.frontends.input_shapes import InputShapes
@@ -36,30 +35,29 @@ from sparse_tvm.frontends.source import SourceOptions
 from sparse_tvm.operators import Layout, to_json
 from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.infrastructure import Context
-from sparse_tvm.passes.layout_choice import choose
 from sparse_tvm.passes.program import Program
 from sparse_tvm.passes.set_precision import check_precisions
 from sparse_tvm.targets import NATIVE, Target
+from sparse_tvm.tuning.evidence import Evidence
 from sparse_tvm.tuning.job import Job, Machine
-from sparse_tvm.tuning.layers import TunedLayer, layers_of
+from sparse_tvm.tuning.kernel import Kernel, kernel_of
+from sparse_tvm.tuning.layers import layers_of
 from sparse_tvm.tuning.measuring import Measurer
+from sparse_tvm.tuning.provenance import measured_on
 from sparse_tvm.tuning.records import (
     Condition,
     Record,
     Records,
     append_record,
-    measured_on,
     read_records,
     tidy,
 )
+from sparse_tvm.tuning.rest import RestOperator, RestTuner, ScheduleTrial, rest_of
 
 PathLike = str | os.PathLike[str]
 
 TRIALS = 16
 """Candidates of a kernel that are measured unless told otherwise."""
-
-_HOPELESS = 1.5
-"""How much slower than the best a candidate may be predicted, corrected, and still be tried."""
 
 _NOISY = 0.2
 """Distance of the quartiles, as a share of the median, from which on a user should know."""
@@ -67,8 +65,11 @@ _NOISY = 0.2
 _SECONDS = 0.1
 """How long one timing of a candidate takes."""
 
-_FINALISTS, _CLOSE, _FINAL_SECONDS = 3, 1.1, 0.4
-"""How many of the best are measured once more, how near the best they are, and for how long."""
+_FINAL_SECONDS = 0.4
+"""How long the best are timed once more."""
+
+_LAYERS = 0.7
+"""Share of the time for layers; other operators have what is left."""
 
 _SEARCH = 0.8
 """Share of the time after which no other candidate is tried."""
@@ -96,103 +97,6 @@ class Trial:
     left: int
 
 
-@dataclass
-class Kernel:
-    """One kernel's candidates, and what is known of them.
-
-    Attributes
-    ----------
-    layer : TunedLayer
-        What is computed.
-    untuned : Layout
-        The candidate that is chosen without measuring.
-    compared : Sequence[Layout]
-        The candidates among which the compiler would choose.
-    predicted : dict[Layout, list[float]]
-        Seconds of every candidate at each number of tokens, on one core.
-    measured : dict[Layout, dict[Condition, float]]
-        Seconds of those that were measured.
-    failed : set[Layout]
-        Those that could not be.
-    exhaustive : bool
-        Whether no candidate is left alone for its prediction.
-    fresh : bool
-        Whether one of its candidates was measured just now.
-    """
-
-    layer: TunedLayer
-    untuned: Layout
-    compared: Sequence[Layout]
-    predicted: dict[Layout, list[float]]
-    measured: dict[Layout, dict[Condition, float]] = field(default_factory=dict)
-    failed: set[Layout] = field(default_factory=set)
-    exhaustive: bool = False
-    fresh: bool = False
-
-    @property
-    def tried(self) -> int:
-        """How many candidates are done with."""
-        return len(self.measured) + len(self.failed)
-
-    @property
-    def best(self) -> Layout | None:
-        """The fastest candidate so far, in the mean over all conditions."""
-        return min(self.measured, key=self._measured_loss, default=None)
-
-    def gain(self) -> float | None:
-        """How much faster the best is than what would have been chosen; None if not known."""
-        if self.best is None or self.untuned not in self.measured:
-            return None
-        return self.slower(self.untuned)
-
-    def slower(self, layout: Layout) -> float:
-        """How many times as long as the best a measured candidate takes."""
-        assert self.best is not None
-        return exp(self._measured_loss(layout) - self._measured_loss(self.best))
-
-    def finalists(self) -> list[Layout]:
-        """The fastest candidates, but for the one that the others are measured beside."""
-        if self.best is None or self.untuned not in self.measured:
-            return []
-        limit = self._measured_loss(self.best) + log(_CLOSE)
-        others = sorted(self.measured.keys() - {self.untuned}, key=self._measured_loss)
-        return [one for one in others if self._measured_loss(one) < limit][:_FINALISTS]
-
-    def next(self) -> Layout | None:
-        """The candidate to measure now; None if no other one is worth it."""
-        open_ones = [one for one in self.predicted if one not in self.measured.keys() | self.failed]
-        if self.untuned in open_ones:
-            return self.untuned
-        for sparse in (False, True):
-            if not any(layout.sparse == sparse for layout in self.measured):
-                usual = [layout for layout in self.compared if layout in open_ones]
-                offers = [layout for layout in usual if layout.sparse == sparse]
-                if offers:
-                    return min(offers, key=self._corrected_loss)
-        best = min(open_ones, key=self._corrected_loss, default=None)
-        if best is None or self.best is None or self.exhaustive:
-            return best
-        hopeless = self._corrected_loss(best) > self._measured_loss(self.best) + log(_HOPELESS)
-        return None if hopeless else best
-
-    def _measured_loss(self, layout: Layout) -> float:
-        return mean(log(seconds) for seconds in self.measured[layout].values())
-
-    def _predicted_loss(self, layout: Layout) -> float:
-        return mean(log(seconds) for seconds in self.predicted[layout])
-
-    def _corrected_loss(self, layout: Layout) -> float:
-        """Predicted, and corrected by what was measured of the layouts most like it."""
-        errors: dict[int, list[float]] = {}
-        for known in self.measured:
-            alike = (known.format == layout.format) + (known.block == layout.block)
-            alike += known.sparse == layout.sparse
-            error = self._measured_loss(known) - self._predicted_loss(known)
-            errors.setdefault(alike, []).append(error)
-        correction = mean(errors[max(errors)]) if errors else 0.0
-        return self._predicted_loss(layout) + correction
-
-
 @dataclass(frozen=True)
 class Tuned:
     """What tuning came to.
@@ -200,12 +104,15 @@ class Tuned:
     Attributes
     ----------
     kernels : Sequence[Kernel]
-        All of the model's, in the order of their weight.
+        All of the model's layers', in the order of their weight.
+    operators : Sequence[RestOperator]
+        Those without a kernel of ours.
     remarks : Sequence[str]
         What was left out, or passed over in the records.
     """
 
     kernels: Sequence[Kernel]
+    operators: Sequence[RestOperator]
     remarks: Sequence[str]
 
 
@@ -223,8 +130,9 @@ def tune(
     input_shapes: InputShapes | None = None,
     allow_pickle: bool = False,
     measurer: Measurer | None = None,
-    progress: Callable[[Trial], None] | None = None,
+    progress: Callable[[Trial | ScheduleTrial], None] | None = None,
     exhaustive: bool = False,
+    operators: bool = True,
 ) -> Tuned:
     """Measure candidates for the kernels of a model, and keep what they take.
 
@@ -243,7 +151,7 @@ def tune(
     seconds : float | None
         How long to measure; None without a limit.
     layers : str | None
-        A regular expression; only layers whose name it matches are tuned.
+        A regular expression; only layers, and other operators, whose name it matches are tuned.
     tokens : Sequence[int] | None
         Numbers of tokens to measure, of layers for which run time decides; by default typical ones.
     threads : Sequence[int] | None
@@ -258,6 +166,8 @@ def tune(
         Called after each candidate.
     exhaustive : bool
         Measure those too that are predicted to be far from the best, as far as `trials` goes.
+    operators : bool
+        Tune operators without a kernel of ours as well.
 
     Raises
     ------
@@ -275,25 +185,57 @@ def tune(
         program, context = _imported(model, context, precision, input_shapes, allow_pickle)
         found, left_out = layers_of(program, context)
         found = [one for one in found if any(pattern.search(layer) for layer in one.layers)]
-        if not found:
-            raise OptionError(
-                "there is no layer to tune" + (f" that matches {layers!r}" if layers else ""),
-                hint="; ".join(left_out) or "`sparse-tvm inspect MODEL` lists the layers",
-            )
         if tokens:
             found = [one.at(_positive(tokens, "tokens")) for one in found]
-        known = Records()
-        if Path(records).exists():
-            known = read_records([records], machine["cpu"])
-        kernels = [_kernel(one, context, known, threads, exhaustive) for one in found]
-        path = Path(records)
+        path, started = Path(records), time.monotonic()
+        known = _known(path, machine)
+        kernels = [kernel_of(one, context, known, threads, exhaustive) for one in found]
         tuner = _Tuner(context, machine, kernels, threads, path, progress)
+        limit, rest = inf if seconds is None else seconds, _Rest([], [])
         try:
-            tuner.run(own, trials, seconds)
+            tuner.run(own, trials, limit * (_LAYERS if operators else 1))
+            if operators:
+                rest = _Rest.of(program, context, _known(path, machine), pattern)
+                left = limit - (time.monotonic() - started)
+                rest.tuner(tuner).run(own, trials, left)
         finally:
             if path.exists():
                 tidy(path)
-    return Tuned(kernels, [*known.remarks, *left_out, *tuner.doubts()])
+    if not found and not rest.operators:
+        raise OptionError(
+            "there is nothing to tune" + (f" that matches {layers!r}" if layers else ""),
+            hint="; ".join([*left_out, *rest.left_out])
+            or "`sparse-tvm inspect MODEL` lists the layers",
+        )
+    remarks = [*known.remarks, *left_out, *rest.left_out, *tuner.doubts()]
+    return Tuned(kernels, rest.operators, remarks)
+
+
+def _known(path: Path, machine: Machine) -> Records:
+    """What was measured on a machine before."""
+    return read_records([path], machine["cpu"]) if path.exists() else Records()
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """Operators without a kernel, and why some were left out."""
+
+    operators: Sequence[RestOperator]
+    left_out: Sequence[str]
+    known: Records = field(default_factory=Records)
+
+    @classmethod
+    def of(
+        cls, program: Program, context: Context, known: Records, pattern: re.Pattern[str]
+    ) -> _Rest:
+        """Those of a model whose layers are as measurements so far have them."""
+        found, left_out = rest_of(program, replace(context, evidence=Evidence(known)))
+        return cls([one for one in found if pattern.search(one.title)], left_out, known)
+
+    def tuner(self, tuner: _Tuner) -> RestTuner:
+        """What tunes them where, and as, layers are tuned."""
+        schedules, how = self.known.schedules, (tuner.threads, tuner.path, tuner.progress)
+        return RestTuner(tuner.context, tuner.machine, self.operators, schedules, *how)
 
 
 def _imported(
@@ -317,7 +259,7 @@ class _Tuner:
     kernels: Sequence[Kernel]
     threads: Sequence[int]
     path: Path
-    progress: Callable[[Trial], None] | None
+    progress: Callable[[Trial | ScheduleTrial], None] | None
     noise: list[float] = field(default_factory=list)
 
     def doubts(self) -> Iterator[str]:
@@ -425,35 +367,6 @@ class _Tuner:
                 failure,
                 provenance,
             )
-
-
-def _kernel(
-    layer: TunedLayer,
-    context: Context,
-    known: Records,
-    threads: Sequence[int],
-    exhaustive: bool,
-) -> Kernel:
-    """A kernel with its candidates, and what the records know of them."""
-    op, weight, target = layer.call.op, layer.weight, context.target
-    families = [f for f in context.backend.accepting(op, target) if isinstance(f, WeightedFamily)]
-    wish = Wish("dense") if weight.nonzeros == op.matrix[0] * op.matrix[1] else None
-    compared = [one for family in families for one in family.candidates(op, weight, target, wish)]
-    variants = [one for family in families for one in family.variants(op, weight, target, wish)]
-    predicted = {
-        layout: [family.cost(op, layout, weight, count, target) for count in layer.tokens]
-        for layout in (*compared, *variants)
-        for family in [context.backend.weighted_family(layout)]
-    }
-    needed = {Condition(count, each) for count in layer.tokens for each in threads}
-    measured = {
-        layout: {condition: seconds[condition] for condition in needed}
-        for layout, seconds in known.seconds(op, weight, target.name).items()
-        if needed <= seconds.keys()
-    }
-    failed = known.failures(op, weight, target.name) & predicted.keys()
-    untuned = choose(op, weight, context.options, context.backend, target, layer.tokens).layout
-    return Kernel(layer, untuned, compared, predicted, measured, failed, exhaustive)
 
 
 def _context(name: str, precision: str | None, machine: Machine) -> Context:

@@ -8,10 +8,6 @@ it; :mod:`~sparse_tvm.tuning.measuring` notices and starts another.
 A kernel is timed as a model runs it: its activations are in the cache, and its weight is as far
 away as the model's other weights push it between two runs. For these stand copies of its own, as
 many as the model has weights of its size. What a call costs that computes nothing is taken off.
-
-A clock that moves by a quarter from one second to the next would decide more than the kernels do.
-So a candidate and the layout it is held against take turns of a millisecond, and what counts is the
-median of how many times as long the candidate took as its neighbours did.
 """
 
 from __future__ import annotations
@@ -21,7 +17,6 @@ import io
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,26 +24,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparse_tvm.cpu import allow_amx
+from sparse_tvm.tuning.building import compiled
 from sparse_tvm.tuning.job import Job, this_machine
+from sparse_tvm.tuning.schedule_worker import ScheduleWorker
+from sparse_tvm.tuning.timing import Calls, compare
 from sparse_tvm.vm import runtime
 
 if TYPE_CHECKING:
     from sparse_tvm.tuning.layer_kernel import LayerKernel
 
-_PASS_SECONDS = 1e-3
-"""Least length of a pass, whose mean is one sample."""
-
-_LEAST_PASSES = 7
-_LEAST_SECONDS = 1e-8
-"""What a kernel takes at least: a difference of two timings may come out below zero."""
-
 _LEAST_COPIES = 2
 _MOST_BYTES = 1 << 29
 """Of all copies of a weight."""
-
-_CACHED_BYTES, _REFRESHED_SECONDS = 64 << 20, 5e-3
-"""Of copies that a last cache may hold, and of the time to read all of them: if they take no more,
-they are read again before each pass, for the other side has pushed them out."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +68,12 @@ class Built:
             for threads in job["threads"]:
                 use_threads(threads)
                 calls = [
-                    _Calls(side.run, rotation, side.nbytes * len(each))
+                    Calls(side.run, rotation, side.nbytes * len(each))
                     for side, rotation, each in zip(sides, rotations, copies, strict=True)
                 ]
-                idle = [_Calls(s.idle, r[:1], 0) for s, r in zip(sides, rotations, strict=True)]
-                overhead = np.median(_in_turns(idle, job["seconds"] / 10), axis=0)
-                samples = np.maximum(_in_turns(calls, job["seconds"]) - overhead, _LEAST_SECONDS)
-                results.append({"tokens": tokens, "threads": threads, **_summary(samples)})
+                idle = [Calls(s.idle, r[:1], 0) for s, r in zip(sides, rotations, strict=True)]
+                found = compare(calls, idle, job["seconds"])
+                results.append({"tokens": tokens, "threads": threads, **found})
         return {"title": self.kernel.title, "copies": len(copies[-1]), "results": results}
 
 
@@ -104,24 +90,7 @@ def built(job: Job, w: np.ndarray) -> Built:
     assert isinstance(op, WeightedOperator)
     call = Call(op, tuple(job["leading"]))
     kernel = build_kernel(call, w, op.stored, Context(backend, target))
-    return Built(job, kernel, call.sizes, *_compiled(kernel.function, target))
-
-
-def _compiled(function: Any, target: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """A kernel, and the same with nothing in it: it still checks its arguments."""
-    import tvm
-    from tvm import tirx
-
-    from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
-
-    functions = {"kernel": function, "idle": function.with_body(tirx.Evaluate(0))}
-    module = tvm.IRModule(
-        {name: each.with_attr("global_symbol", name) for name, each in functions.items()}
-    )
-    context = tvm.transform.PassContext(opt_level=3, config=FAST_MATH)
-    with tvm.target.Target(target.tvm_target()) as tvm_target, context:
-        library = tvm.compile(module, tvm_target).jit()
-    return library["kernel"], library["idle"]
+    return Built(job, kernel, call.sizes, *compiled(kernel.function, target))
 
 
 def _copies(weight: dict[int, np.ndarray], count: int) -> list[dict[int, Any]]:
@@ -147,57 +116,6 @@ def _rotation(arguments: Sequence[Any], copies: Sequence[dict[int, Any]]) -> lis
     return [[own.get(place, a) for place, a in enumerate(shared)] for own in copies]
 
 
-class _Calls:
-    """Calls of a function with each of several lists of arguments in turn, many to a pass."""
-
-    def __init__(
-        self, run: Callable[..., Any], rotation: Sequence[Sequence[Any]], nbytes: int
-    ) -> None:
-        self._run, self._rotation, self._at = run, rotation, 0
-        self._all(rotation)
-        cached = nbytes <= _CACHED_BYTES and self._all(rotation) <= _REFRESHED_SECONDS
-        self._refreshed = rotation if cached else ()
-        self._per_pass = 1
-        while (seconds := self() * self._per_pass) < _PASS_SECONDS / 2:
-            more = int(self._per_pass * _PASS_SECONDS / max(seconds, 1e-6))
-            self._per_pass = max(2 * self._per_pass, more)
-
-    def __call__(self) -> float:
-        """Mean seconds of a call in one pass."""
-        rotation = self._rotation
-        chosen = [rotation[(self._at + i) % len(rotation)] for i in range(self._per_pass)]
-        self._at += self._per_pass
-        self._all(self._refreshed)
-        return self._all(chosen) / self._per_pass
-
-    def _all(self, chosen: Sequence[Sequence[Any]]) -> float:
-        """Seconds of a call with each of these lists."""
-        run, started = self._run, time.perf_counter()
-        for arguments in chosen:
-            run(*arguments)
-        return time.perf_counter() - started
-
-
-def _in_turns(sides: Sequence[_Calls], budget: float) -> np.ndarray:
-    """Seconds of a call of each side, pass by pass: float64 ``[passes, sides]``."""
-    samples: list[list[float]] = []
-    deadline = time.perf_counter() + budget
-    while len(samples) < _LEAST_PASSES or time.perf_counter() < deadline:
-        order = list(enumerate(sides))
-        taken = {place: side() for place, side in order[:: (-1) ** len(samples)]}
-        samples.append([taken[place] for place, _ in order])
-    return np.array(samples)
-
-
-def _summary(samples: np.ndarray) -> dict[str, float]:
-    """Of the last side, the first being what it is held against."""
-    own = samples[:, -1]
-    relative = samples[:, -1] / samples[:, 0] if samples.shape[1] > 1 else own
-    low, middle, high = np.quantile(relative, (0.25, 0.5, 0.75))
-    found = {"seconds": float(np.median(own)), "noise": float((high - low) / middle)}
-    return {**found, "relative": float(middle)} if samples.shape[1] > 1 else found
-
-
 def _answer(
     job: Job, weights: Mapping[str, np.ndarray], incumbents: dict[str, Built]
 ) -> Mapping[str, Any]:
@@ -221,6 +139,7 @@ def serve() -> None:
     os.environ["TVM_BIND_THREADS"] = str(int(every_core))
     allow_amx()
     runtime()  # sets the other defaults of the thread pool, before TVM loads
+    schedules = ScheduleWorker()
     weights: dict[str, np.ndarray] = {}
     incumbents: dict[str, Built] = {}
     for line in sys.stdin:
@@ -231,7 +150,10 @@ def serve() -> None:
             continue
         answer: Mapping[str, Any]
         try:
-            answer = _answer(message, weights, incumbents) if message else this_machine()
+            if "function" in message:
+                answer = schedules(message)
+            else:
+                answer = _answer(message, weights, incumbents) if message else this_machine()
         except Exception as error:  # whatever it is, the candidate cannot be used
             text = (str(error).strip().splitlines() or [""])[-1]
             answer = {"failure": f"{type(error).__name__}: {text}"}

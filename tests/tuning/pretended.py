@@ -13,7 +13,8 @@ from sparse_tvm.sparsity.masks import prune_array
 from sparse_tvm.sparsity.statistics import MeasuredWeight
 from sparse_tvm.targets import get_target
 from sparse_tvm.tuning.measuring import Measurer
-from sparse_tvm.tuning.records import Condition, Problem, Record, here
+from sparse_tvm.tuning.provenance import here
+from sparse_tvm.tuning.records import Condition, Problem, Record
 
 NATIVE = get_target().name
 DENSE, CSR = Layout("matmul", "dense", (6, 1)), Layout("matmul", "csr")

@@ -13,11 +13,11 @@ from pretended import CSR, DENSE, NATIVE, layer_of, record, sparse_weight
 from sparse_tvm.errors import OptionError
 from sparse_tvm.sparsity.statistics import MeasuredWeight
 from sparse_tvm.tuning.evidence import Evidence
+from sparse_tvm.tuning.provenance import here
 from sparse_tvm.tuning.records import (
     Record,
     Records,
     append_record,
-    here,
     nearest,
     read_records,
     tidy,

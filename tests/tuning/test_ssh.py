@@ -15,7 +15,8 @@ import pytest
 
 import sparse_tvm
 from sparse_tvm.cli import main
-from sparse_tvm.tuning.records import here, read_records
+from sparse_tvm.tuning.provenance import here
+from sparse_tvm.tuning.records import read_records
 
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/sbin")
 pytestmark = pytest.mark.skipif(

@@ -22,7 +22,8 @@ from sparse_tvm.operators import Bias, Convolution, Layout, from_json, to_json
 from sparse_tvm.targets import get_target
 from sparse_tvm.tuning.job import this_machine
 from sparse_tvm.tuning.measuring import Measurer, RemoteMeasurer
-from sparse_tvm.tuning.records import here, read_records
+from sparse_tvm.tuning.provenance import here
+from sparse_tvm.tuning.records import read_records
 from sparse_tvm.tuning.tuner import tune
 
 CRASHING_WORKER = """
@@ -290,7 +291,7 @@ def test_layers_tokens_and_threads_are_chosen(tmp_path, model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": "nowhere"}, "no layer to tune that matches 'nowhere'"),
+        ({"layers": "nowhere"}, "nothing to tune that matches 'nowhere'"),
         ({"layers": "("}, "bad regular expression"),
         ({"threads": [0]}, "threads must be at least 1, not 0"),
         ({"threads": [4096]}, "4096 threads on"),

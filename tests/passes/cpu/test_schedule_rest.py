@@ -54,7 +54,7 @@ def test_function_that_cannot_be_scheduled_keeps_its_loops_with_a_note(monkeypat
     def refuse(function, simd):
         raise s_tir.ScheduleError("no such loop\ndetails")
 
-    monkeypatch.setattr("sparse_tvm.passes.cpu.schedule_rest.schedule_generic", refuse)
+    monkeypatch.setattr("sparse_tvm.schedules.cpu.searched.schedule_generic", refuse)
     before = legalized(lambda emit, x: OP.tanh(x), (8, 32))
     ((name, old),) = functions(before).items()
     after = schedule_rest(before, V4)
