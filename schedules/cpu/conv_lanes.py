@@ -190,6 +190,7 @@ class _Kernel(ConvKernel):
             + self._start(run, below, right)
         )
         sums = _Sums(len(pixels), self._vectors, self._simd)
+        output.ask_for(plane, live, start, 1)  # each plane's lines are far from others'
 
         def load(offset: Expr) -> Callable[[int], Expr]:
             at = scalar(source + offset)
