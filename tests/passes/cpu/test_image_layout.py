@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import apply, build, calls, compile_and_run, evaluate, operators
+from helpers import apply, build, calls, compile_and_run, context, evaluate, operators
 from tvm import relax
 
 from sparse_tvm.passes.cpu.image_layout import image_layout
 from sparse_tvm.passes.dense_to_sparse import dense_to_sparse
 from sparse_tvm.passes.fuse_convolution import fuse_convolution
-from sparse_tvm.schedules.cpu.image_operators import ImageBlocks, ImageConvolution, ImagePack
+from sparse_tvm.schedules.cpu.image_operators import (
+    CHANNEL_LANES,
+    ImageBlocks,
+    ImageConvolution,
+    ImagePack,
+)
 
 OP = relax.op
 PASSES = [fuse_convolution, dense_to_sparse, image_layout]
@@ -182,6 +187,18 @@ def test_strided_convolution_reads_phases():
     assert phases.op.window.stride == (2, 2)
     assert phases.op.source is not None
     assert phases.op.target is not None
+
+
+def test_single_pixels_are_read_in_place_whatever_the_strides():
+    weights = {"v": (32, 6, 3, 3), "w": (32, 32, 3, 3)}
+    before = build(strided, {"x": (1, 6, 28, 28)}, weights)
+    after = apply(PASSES, before, context(target="x86-64-v4"))
+    names = [name for name in operators(after) if name not in ("reshape", "image_mask")]
+    assert names == ["image_pack", "image_convolution", "image_convolution", "image_pack"]
+    first, second = calls(after, ImageConvolution)
+    assert second.op.stored.family == CHANNEL_LANES
+    assert second.op.source == first.op.target
+    assert second.op.source.padded
 
 
 def test_taps_far_apart_read_phases_and_leave_other_rows_close():
