@@ -23,9 +23,8 @@ from kernel_timing import random_weight
 from sparse_tvm.backends import get_backend
 from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.cli.tables import plain_table
-from sparse_tvm.cpu import allow_amx, cpu_model
+from sparse_tvm.cpu import allow_amx, cpu_model, use_threads
 from sparse_tvm.families import Wish
-from sparse_tvm.machine_limits import use_threads
 from sparse_tvm.operators import PRECISIONS, Dense, Layout
 from sparse_tvm.targets import Target, get_target
 

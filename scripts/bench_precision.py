@@ -24,9 +24,8 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from sparse_tvm.backends import get_backend
 from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.cli.tables import plain_table
-from sparse_tvm.cpu import allow_amx, cpu_model
+from sparse_tvm.cpu import allow_amx, cpu_model, use_threads
 from sparse_tvm.families import Extents, Wish
-from sparse_tvm.machine_limits import use_threads
 from sparse_tvm.operators import PRECISIONS, Bias, Dense, Layout
 from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.layout_choice import choose

@@ -71,6 +71,8 @@ _ARM_PARTS = {
 _BASELINE = {"x86_64": {"sse", "sse2"}, "aarch64": {"neon"}}
 _ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 
+_ONE_CORE_PER_THREAD = -2
+
 
 def architecture() -> str:
     """Return the machine's architecture as LLVM triples begin: ``x86_64``, ``aarch64``."""
@@ -122,6 +124,16 @@ def allow_amx() -> bool:
         return False
     libc = ctypes.CDLL(None, use_errno=True)
     return bool(libc.syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
+
+
+def use_threads(threads: int) -> None:
+    """Let TVM's parallel regions use this many threads; the pool itself has one per core."""
+    import tvm_ffi
+
+    cores = [str(core) for core in range(max(threads, usable_cores()))]
+    configure = tvm_ffi.get_global_func("runtime.config_threadpool")
+    configure(_ONE_CORE_PER_THREAD, len(cores), cores)
+    configure(_ONE_CORE_PER_THREAD, threads, cores[:threads])
 
 
 def usable_cores() -> int:

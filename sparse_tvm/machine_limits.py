@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_tvm.cpu import usable_cores
+from sparse_tvm.cpu import use_threads
 from sparse_tvm.families import Work
 from sparse_tvm.targets import Target, get_target
 
@@ -30,7 +30,6 @@ _READS = 64 << 20
 """Bytes that a call of a bandwidth kernel reads."""
 
 _REPEAT, _MIN_REPEAT_MS = 150, 1  # short, so that some repeats meet no other process
-_ONE_CORE_PER_THREAD = -2
 
 
 @dataclass(frozen=True)
@@ -95,16 +94,6 @@ def build(function: Any, arguments: Sequence[np.ndarray], target: Target) -> Ker
     with tvm.target.Target(target.tvm_target()) as tvm_target, context:
         executable = tvm.compile(function.with_attr("global_symbol", "kernel"), tvm_target)
     return Kernel(executable.jit(), [tvm.runtime.tensor(array) for array in arguments])
-
-
-def use_threads(threads: int) -> None:
-    """Let parallel regions use this many threads; the pool itself has one per core."""
-    import tvm
-
-    cores = [str(core) for core in range(max(threads, usable_cores()))]
-    configure = tvm.get_global_func("runtime.config_threadpool")
-    configure(_ONE_CORE_PER_THREAD, len(cores), cores)
-    configure(_ONE_CORE_PER_THREAD, threads, cores[:threads])
 
 
 class Machine:

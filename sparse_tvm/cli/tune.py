@@ -75,7 +75,9 @@ def tune(
     allow_pickle: AllowPickle = False,
     host: Annotated[
         str | None,
-        typer.Option(metavar="USER@BOARD", help="Measure there, by ssh; it needs sparse-tvm too."),
+        typer.Option(
+            metavar="USER@BOARD", help="Measure there, by ssh; it needs NumPy and apache-tvm."
+        ),
     ] = None,
     python: Annotated[
         str, typer.Option(metavar="PATH", help="The interpreter on --host.")
@@ -109,7 +111,8 @@ def tune(
     console = stderr_console()
     show = _Progress(console, quiet=quiet)
     with without_collection():
-        from sparse_tvm.tuning.measuring import Measurer, RemoteMeasurer
+        from sparse_tvm.tuning.measuring import Measurer
+        from sparse_tvm.tuning.remote import RemoteMeasurer
         from sparse_tvm.tuning.tuner import tune
 
         try:

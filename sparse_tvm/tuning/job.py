@@ -31,7 +31,8 @@ class ScheduleJob(TypedDict):
     """A schedule of an operator without a kernel to measure, or to list.
 
     ``function`` is TVM's JSON of it, at concrete sizes. Without a ``schedule`` the worker answers
-    with those that there are, of which it takes so many ``samples``.
+    with those that there are, of which it takes so many ``samples``. ``tokens`` is any one number,
+    and ``copies`` 1: there is no weight.
     """
 
     backend: str
@@ -39,7 +40,9 @@ class ScheduleJob(TypedDict):
     function: str
     schedule: str | None
     samples: int
+    tokens: list[int]
     threads: list[int]
+    copies: int
     seconds: float
     beside: str | None
 

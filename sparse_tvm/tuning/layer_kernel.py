@@ -21,9 +21,11 @@ from sparse_tvm.passes import dialect
 from sparse_tvm.passes.graph import is_number
 from sparse_tvm.passes.infrastructure import Context
 from sparse_tvm.passes.program import Program
+from sparse_tvm.tuning.runner import Argument
 
 _LAYER = "layer"
-_VALUES = np.random.default_rng(0).standard_normal(1 << 16, np.float32)
+_SMALL = 3
+"""What random whole numbers are below."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,13 @@ class LayerKernel:
     _operands: Sequence[Any]
     _symbols: Sequence[Any]
 
-    def arguments(self, leading: Sequence[int]) -> list[Any]:
-        """Arguments for such extents, activations and output being random.
+    def arguments(self, leading: Sequence[int]) -> list[Argument]:
+        """What it is called with for such extents, activations and output being random.
 
         Returns
         -------
-        list[Any]
-            Arrays and whole numbers, in the order of the function's parameters.
+        list[Argument]
+            In the order of the function's parameters.
         """
         sizes = dict(zip(self._symbols, leading, strict=True))
         known = _sizes_known({s: size for s, size in sizes.items() if s is not None})
@@ -98,13 +100,13 @@ class LayerKernel:
         def number(dim: Any) -> int:
             return int(known.simplify(dim))
 
-        made: list[Any] = []
+        made: list[Argument] = []
         for place, operand in enumerate(self._operands):
             if place in self.weight:
-                made.append(self.weight[place])
+                made.append(None)
             elif isinstance(operand, relax.TensorType):
                 shape = [number(dim) for dim in operand.shape.values]
-                made.append(_random(shape, str(operand.dtype)))
+                made.append([shape, str(operand.dtype), _SMALL])
             else:
                 made.append(number(operand))
         return made
@@ -211,11 +213,3 @@ def _sizes_known(sizes: Mapping[Any, int]) -> Analyzer:
     for symbol, size in sizes.items():
         analyzer.bind(symbol, tirx.IntImm("int64", size))
     return analyzer
-
-
-def _random(shape: Sequence[int], dtype: str) -> np.ndarray:
-    """Values that take no kernel longer than others: normal ones, and small whole numbers."""
-    count = prod(shape)
-    if np.dtype(dtype).kind == "f":
-        return np.resize(_VALUES, count).astype(dtype).reshape(shape)
-    return (np.arange(count) % 3).astype(dtype).reshape(shape)

@@ -7,19 +7,18 @@ import io
 import json
 import os
 import selectors
-import shlex
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
 
-from sparse_tvm.errors import OptionError
 from sparse_tvm.tuning.job import Job, Machine, ScheduleJob, this_machine
 
 WORKER = (sys.executable, "-m", "sparse_tvm.tuning.worker")
@@ -68,14 +67,7 @@ class Measurer:
         dict[str, Any]
             ``results``, one for each condition, or ``failure``, a sentence.
         """
-        process = self._running()
-        if job["weight"] in self._sent:
-            return self._ask(process, job)
-        buffer = io.BytesIO()
-        np.save(buffer, matrix)
-        weight = {"weight": job["weight"], "npy": base64.b64encode(buffer.getvalue()).decode()}
-        self._sent.add(job["weight"])  # forgotten again if the process dies of it
-        return self._ask(process, weight, job)
+        return self._ask(self._running(), *self._weight(job, matrix), job)
 
     def schedule(self, job: ScheduleJob) -> dict[str, Any]:
         """List the schedules of an operator without a kernel, or measure one.
@@ -86,6 +78,28 @@ class Measurer:
             ``schedules``, or ``results``, one for each number of threads, or ``failure``.
         """
         return self._ask(self._running(), job)
+
+    def ship(self, job: Job | ScheduleJob, matrix: np.ndarray | None, path: Path) -> dict[str, Any]:
+        """Have a candidate built, and written to files at a path, ``.so`` and ``.npz``.
+
+        Returns
+        -------
+        dict[str, Any]
+            ``arguments`` that it takes, or ``failure``, a sentence.
+        """
+        message = {"ship": job, "path": str(path)}
+        return self._ask(self._running(), *self._weight(job, matrix), message)
+
+    def _weight(
+        self, job: Mapping[str, Any], matrix: np.ndarray | None
+    ) -> Iterator[Mapping[str, Any]]:
+        """The message with a job's weight, if the worker has not had it."""
+        if matrix is None or job["weight"] in self._sent:
+            return
+        buffer = io.BytesIO()
+        np.save(buffer, matrix)
+        self._sent.add(job["weight"])  # forgotten again if the process dies of it
+        yield {"weight": job["weight"], "npy": base64.b64encode(buffer.getvalue()).decode()}
 
     def _ask(
         self, process: subprocess.Popen[bytes], *messages: Mapping[str, Any]
@@ -156,55 +170,6 @@ class Measurer:
             assert stream is not None
             with suppress(OSError):  # what the worker did not read is lost with it
                 stream.close()
-
-
-class RemoteMeasurer(Measurer):
-    """A worker on another machine, reached by ssh, that has sparse-tvm too.
-
-    Parameters
-    ----------
-    host : str
-        As ssh takes it: ``user@board``.
-    python : str
-        The interpreter there, in whose environment sparse-tvm is installed.
-    """
-
-    _LOST = 255
-    """ssh's own exit code."""
-
-    _KILLED = 128
-    """To which a shell adds the number of the signal that killed its command."""
-
-    def __init__(self, host: str, python: str = "python3", limit: float = LIMIT_S) -> None:
-        worker = f"{shlex.quote(python)} -m sparse_tvm.tuning.worker; exit $?"
-        options = ("-o", "BatchMode=yes", "-o", "ServerAliveInterval=10")
-        super().__init__(["ssh", *options, "--", host, worker], limit)
-        self._host = host
-
-    def machine(self) -> Machine:
-        """Where the worker runs.
-
-        Raises
-        ------
-        OptionError
-            When it cannot be reached, or has no sparse-tvm.
-        """
-        answer = self._ask(self._running(), {})
-        if "failure" in answer:
-            raise OptionError(
-                f"{self._host}: no worker starts there: {answer['failure']}",
-                hint="ssh has to work without a password, and sparse-tvm be installed; "
-                "--python names its interpreter",
-            )
-        return cast("Machine", answer)
-
-    def _how(self, code: int, words: str) -> str:
-        if code == self._LOST:
-            raise OptionError(
-                f"{self._host}: the connection is lost{words}",
-                hint="what was measured is kept; the same command goes on from there",
-            )
-        return super()._how(self._KILLED - code if code > self._KILLED else code, words)
 
 
 def _signal_name(number: int) -> str:

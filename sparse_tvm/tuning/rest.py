@@ -214,6 +214,8 @@ class RestTuner:
             "function": operator.text,
             "schedule": schedule,
             "samples": samples,
+            "tokens": [1],
+            "copies": 1,
             "threads": list(self.threads),
             "seconds": seconds,
             "beside": usual if paired else None,

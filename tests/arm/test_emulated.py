@@ -38,7 +38,7 @@ from sparse_tvm.sparsity.quantise import (
 )
 from sparse_tvm.targets import TARGETS, get_target
 from sparse_tvm.tuning.job import Job
-from sparse_tvm.tuning.measuring import Measurer
+from sparse_tvm.tuning.remote import RemoteMeasurer
 
 pytestmark = pytest.mark.skipif(
     "SPARSE_TVM_TEST_ARM" not in os.environ, reason="scripts/test_arm.sh runs these"
@@ -282,15 +282,19 @@ def emulated(target, *arguments, before=(), **environment):
     )
 
 
-def test_a_worker_measures_there(tmp_path):
+def test_a_runner_measures_there(tmp_path, monkeypatch):
     """The mechanics of tuning: an emulator's times say nothing."""
     emulator = Emulator.of(get_target("cortex-a72"))
-    script = tmp_path / "worker"
-    script.write_text(
-        f"#!/bin/sh\nexport PYTHONPATH='{emulator.environment()['PYTHONPATH']}'\n"
-        f"exec {shlex.join(emulator.command(['-m', 'sparse_tvm.tuning.worker']))}\n"
+    places = emulator.environment()["PYTHONPATH"]
+    python, ssh = tmp_path / "python", tmp_path / "ssh"
+    python.write_text(
+        f"#!/bin/sh\nexport PYTHONPATH={shlex.quote(places)}\n"
+        f'exec {shlex.join(emulator.command([]))} "$@"\n'
     )
-    script.chmod(0o755)
+    ssh.write_text('#!/bin/sh\nwhile [ "$1" != -- ]; do shift; done\nexec sh -c "$3"\n')
+    for script in (python, ssh):
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     w = np.random.default_rng(0).standard_normal((64, 48), np.float32)
     op = Dense(layer="", matrix=w.shape, epilogue=(Bias(),), layout=Layout("matmul", "csr"))
     job: Job = {
@@ -306,7 +310,8 @@ def test_a_worker_measures_there(tmp_path):
         "seconds": 0.01,
         "beside": None,
     }
-    with Measurer([str(script)], limit=600) as measurer:
+    with RemoteMeasurer("board", str(python), limit=600) as measurer:
+        assert measurer.machine()["architecture"] == "aarch64"
         answer = measurer(job, w)
     assert [result["seconds"] > 0 for result in answer["results"]] == [True]
 

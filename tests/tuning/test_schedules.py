@@ -195,6 +195,8 @@ def test_wrong_results_are_a_failure():
         "function": tvm.ir.save_json(softmax()),
         "schedule": json.dumps([[["GetSBlock", [], ["nowhere", "main"], ["b0"]]], []]),
         "samples": 0,
+        "tokens": [1],
+        "copies": 1,
         "threads": [1],
         "seconds": 0.01,
         "beside": None,

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-import sparse_tvm
 from sparse_tvm.cli import main
 from sparse_tvm.tuning.provenance import here
 from sparse_tvm.tuning.records import read_records
@@ -31,7 +30,6 @@ PidFile none
 StrictModes no
 UsePAM no
 PasswordAuthentication no
-SetEnv PYTHONPATH={path}
 """
 CLIENT = """
 Host board
@@ -67,7 +65,6 @@ def server(tmp_path, monkeypatch):
         "port": free_port(),
         "directory": tmp_path,
         "user": getpass.getuser(),
-        "path": Path(sparse_tvm.__file__).parents[1],
     }
     (tmp_path / "sshd_config").write_text(SERVER.format(**values))
     (tmp_path / "ssh_config").write_text(CLIENT.format(**values))

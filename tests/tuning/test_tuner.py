@@ -8,21 +8,18 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
 from pretended import Pretender, layer_of, sparse_weight
 
-import sparse_tvm
 from sparse_tvm import compile
 from sparse_tvm.cli import main
 from sparse_tvm.errors import OptionError
 from sparse_tvm.operators import Bias, Convolution, Layout, from_json, to_json
 from sparse_tvm.targets import get_target
 from sparse_tvm.tuning.job import this_machine
-from sparse_tvm.tuning.measuring import Measurer, RemoteMeasurer
-from sparse_tvm.tuning.provenance import here
+from sparse_tvm.tuning.measuring import Measurer
 from sparse_tvm.tuning.records import read_records
 from sparse_tvm.tuning.tuner import tune
 
@@ -350,59 +347,6 @@ def test_command_line_tunes_is_interrupted_and_goes_on(tmp_path, model):
     lines = [json.loads(line) for line in records.read_text().splitlines()]
     assert len(lines) > kept
     assert all(line["seconds"] > 0 for line in lines)
-
-
-FAKE_SSH = """#!/bin/sh
-while [ "$1" != -- ]; do shift; done
-[ "$2" = lost ] && {{ echo "connect: no route" >&2; exit 255; }}
-[ "$2" = strange ] && {{ echo "python3: not found" >&2; exit 127; }}
-PYTHONPATH={path} exec sh -c "$3"
-"""
-
-
-@pytest.fixture
-def ssh(tmp_path, monkeypatch):
-    """An ssh that runs the command here, whatever the host."""
-    fake = tmp_path / "bin" / "ssh"
-    fake.parent.mkdir()
-    fake.write_text(FAKE_SSH.format(path=Path(sparse_tvm.__file__).parents[1]))
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
-
-
-@pytest.mark.usefixtures("ssh")
-def test_another_machine_measures(tmp_path, model):
-    with RemoteMeasurer("board", sys.executable) as measurer:
-        assert measurer.machine() == this_machine()
-        assert len(measurer(job(OP, Layout("matmul", "csr")), W)["results"]) == 2
-    records = tmp_path / "records.jsonl"
-    command = ["tune", model, "-o", str(records), "--host", "board", "--python", sys.executable]
-    command += ["--layer", "w1", "--tokens", "16", "--threads", "1", "--trials", "1"]
-    assert main(command) == 0
-    assert len(read_records([records], here().cpu)) == 1
-
-
-@pytest.mark.usefixtures("ssh")
-@pytest.mark.parametrize(
-    ("host", "message"),
-    [
-        ("lost", "lost: the connection is lost"),
-        ("strange", "no worker starts there: ended with"),
-    ],
-)
-def test_a_machine_that_does_not_answer(tmp_path, model, capsys, host, message):
-    assert main(["tune", model, "-o", str(tmp_path / "r.jsonl"), "--host", host]) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("ssh")
-def test_a_crash_on_another_machine_is_no_lost_connection(tmp_path):
-    script = tmp_path / "python"
-    script.write_text("#!/bin/sh\nkill -ILL $$\n")
-    script.chmod(0o755)
-    with RemoteMeasurer("board", str(script)) as measurer:
-        answer = measurer(job(OP, Layout("matmul", "csr")), W)
-    assert answer["failure"].startswith("killed by SIGILL")
 
 
 class Elsewhere(Pretender):
