@@ -2,16 +2,19 @@
 
 Matches every dense layer whose weight is still the model's own, and gives it the element types of
 the precision that the options name for it; its operands stay float32, and the backend rounds them
-(per token) on the way in, as weights are (per output) when they are stored. Attention takes bf16
-wherever less than float32 is wished for and the backend has it. What no kernel family of the
-target takes stays float32, with a note.
+(per token) on the way in, as weights are (per output) when they are stored. Where the target has no
+arithmetic in it, but kernels that widen such a weight, only the weight is of that type, if its
+values are within its range. Attention takes bf16 wherever arithmetic in less than float32 is wished
+for and the backend has it. What no kernel family of the target takes stays float32, with a note.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from tvm import relax
 
 from sparse_tvm.errors import OptionError
@@ -47,8 +50,12 @@ def has_kernels(context: Context, precision: str) -> bool:
 
 
 def _refusal(context: Context, precision: str) -> str | None:
-    layer = Dense(layer="", matrix=(64, 64), types=PRECISIONS[precision])
-    return context.backend.refuses(layer, context.target)
+    return _layer(context, precision)[1]
+
+
+def _layer(context: Context, precision: str) -> tuple[Dense, str | None]:
+    layer = Dense(layer="", matrix=(64, 64))
+    return context.backend.in_precision(layer, precision, context.target)
 
 
 def attention_form(
@@ -59,7 +66,7 @@ def attention_form(
     None if there is no such precision; the text says what refused those before the one found.
     """
     wished = context.options.precision
-    low = () if wished == "fp32" else dict.fromkeys((wished, "bf16"))
+    low = dict.fromkeys((wished, "bf16")) if computes_in(context, wished) else ()
     refusals: list[str] = []
     for form in (*(replace(op, types=PRECISIONS[name], sizes=sizes) for name in low), op):
         refusal = context.backend.refuses(form, context.target)
@@ -67,6 +74,11 @@ def attention_form(
             return form, "; ".join(dict.fromkeys(refusals))
         refusals.append(refusal)
     return None, "; ".join(dict.fromkeys(refusals))
+
+
+def computes_in(context: Context, precision: str) -> bool:
+    """Whether the target's arithmetic is that of a precision below float32."""
+    return _layer(context, precision)[0].types.input != "float32"
 
 
 @graph_pass()
@@ -79,6 +91,15 @@ class _SetPrecision(Rewrite):
     def __init__(self, program: Program, context: Context) -> None:
         super().__init__(program)
         self._context = context
+        self._stored: Counter[str] = Counter()
+
+    def run(self) -> Program:
+        """Rewrite the program."""
+        program = super().run()
+        for dtype, layers in self._stored.items():
+            some = "1 layer stores" if layers == 1 else f"{layers} layers store"
+            program.notes.append(f"{some} weights in {dtype}, for kernels that compute in float32")
+        return program
 
     def rewrite(self, var: relax.Var, value: Any) -> Any:
         dense = dialect.match(value, Dense)
@@ -91,14 +112,25 @@ class _SetPrecision(Rewrite):
 
     def _dense(self, found: dialect.OperatorCall[Dense], var: relax.Var) -> Any:
         wished = self._context.options.precision_for(found.op.layer)
-        op = replace(found.op, types=PRECISIONS[wished])
-        if op.types == FLOAT32:
+        if wished == "fp32":
             return None
-        refusal = self._context.backend.refuses(op, self._context.target)
+        op, refusal = self._context.backend.in_precision(found.op, wished, self._context.target)
+        if refusal is None and op.types.input == "float32":
+            refusal = self._out_of_range(found.args[1], op.types.weight)
         if refusal is not None:
             self.program.notes.append(f"{op.layer} stays float32: {refusal}")
             return None
+        if op.types.input == "float32":
+            self._stored[op.types.weight] += 1
         return dialect.call(op, [self.new(arg) for arg in found.args], shape_of(var))
+
+    def _out_of_range(self, weight: Any, dtype: str) -> str | None:
+        """What keeps a weight from being stored in a type."""
+        if dtype != "float16":  # others have float32's range
+            return None
+        array, most = self.array(weight), np.finfo(dtype).max
+        largest = np.abs(array).max() if array is not None and array.size else 0.0
+        return f"its largest weight, {largest:g}, is no {dtype}" if largest > most else None
 
     def _attention(self, found: dialect.OperatorCall[Attention], var: relax.Var) -> Any:
         q, _, v, *_ = found.args

@@ -53,7 +53,7 @@ def main(
     table = plain_table(title, *columns, numbers=("tokens", "zeros", "us", "dense us", "gain"))
     failures = []
     for name in precision:
-        refusal = get_backend("cpu").refuses(layer(name, (64, 64)), target)
+        _, refusal = layer(name, (64, 64), target)
         if refusal is not None:
             print(f"{name}: {refusal}")
             continue
@@ -83,7 +83,7 @@ def compared(
     chosen = {}
     for zeros in SPARSITIES:
         w = random_weight((n, k), zeros, "unstructured")
-        op = layer(precision, (n, k))
+        op, _ = layer(precision, (n, k), target)
         if auto.layout(op, w, target, tokens).sparse:
             kernel = Timed(auto, w, tokens, target, copies)
             chosen[zeros] = kernel.layout
@@ -96,8 +96,9 @@ def compared(
     return [(zeros, layout, (times[zeros], times["dense"])) for zeros, layout in chosen.items()]
 
 
-def layer(precision: str, matrix: tuple[int, int]) -> Dense:
-    return Dense(layer="layer", matrix=matrix, types=PRECISIONS[precision])
+def layer(precision: str, matrix: tuple[int, int], target: Target) -> tuple[Dense, str | None]:
+    op = Dense(layer="layer", matrix=matrix)
+    return get_backend("cpu").in_precision(op, precision, target)
 
 
 def _named(layout: Layout) -> str:

@@ -26,7 +26,7 @@ from sparse_tvm.cli.console import stdout_console
 from sparse_tvm.cli.tables import plain_table
 from sparse_tvm.cpu import allow_amx, cpu_model, use_threads
 from sparse_tvm.families import Extents, Wish
-from sparse_tvm.operators import PRECISIONS, Bias, Dense, Layout
+from sparse_tvm.operators import Bias, Dense, Layout
 from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.layout_choice import choose
 from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
@@ -77,7 +77,9 @@ class Form:
 
 def forms(target: Target) -> list[Form]:
     """Every form that the target has."""
-    found = [Form("fp32", structure, "fp32") for structure in ("dense", "unstructured", "4x1")]
+    usual = ["fp32", "fp16"] if has_halves(target) else ["fp32"]
+    structures = ("dense", "unstructured", "4x1")
+    found = [Form(name, structure, name) for name in usual for structure in structures]
 
     def of(family: str, precision: str, title: str, blocks: Sequence[str]) -> list[Form]:
         wishes = {"dense": Wish("dense"), "unstructured": Wish("csr")}
@@ -96,13 +98,19 @@ def forms(target: Target) -> list[Form]:
     return found
 
 
+def has_halves(target: Target) -> bool:
+    """Whether kernels read weights of float16."""
+    layer = Dense(layer="", matrix=(64, 64))
+    return get_backend("cpu").in_precision(layer, "fp16", target)[1] is None
+
+
 class Timed:
     """A kernel on one or more weights of one shape, called in turn."""
 
     def __init__(self, form: Form, w: np.ndarray, tokens: int, target: Target, copies: int = 1):
         (n, k), tiles, rng = w.shape, -(-tokens // LANES), np.random.default_rng(1)
-        op = Dense(layer="layer", matrix=(n, k), types=PRECISIONS[form.precision])
-        op = replace(op, epilogue=(Bias(),))
+        op = Dense(layer="layer", matrix=(n, k), epilogue=(Bias(),))
+        op, _ = get_backend("cpu").in_precision(op, form.precision, target)
         op = replace(op, layout=form.layout(op, w, target, tokens))
         self.layout = op.stored
         backend = get_backend("cpu")

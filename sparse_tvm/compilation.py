@@ -174,10 +174,13 @@ class Compilation:
 
 
 def in_model_precision(context: Context, imported: ImportedModel, precision: str | None) -> Context:
-    """The context for a model that may bring its own precision: bf16, or integers."""
+    """The context for a model that may bring its own precision: 16 bits, or integers."""
     options = context.options
-    if precision is None and "bfloat16" in imported.widened and has_kernels(context, "bf16"):
-        options = replace(options, precision="bf16")
+    if precision is None:
+        for dtype, name in (("bfloat16", "bf16"), ("float16", "fp16")):
+            if dtype in imported.widened and has_kernels(context, name):
+                options = replace(options, precision=name)
+                break
     if precision in (None, "int8") and imported.quantised:
         options = replace(options, integers=True)
     return replace(context, options=options)

@@ -46,8 +46,46 @@ def test_float16_agrees_with_onnx_runtime(bert, tmp_path):
     assert manifest["outputs"][0]["dtype"] == "float16"
     assert manifest["verification"]["reference"].startswith("ONNX Runtime")
     assert manifest["verification"]["max_abs_diff"]["last_hidden_state"] < 1e-2
-    assert {layer["precision"] for layer in manifest["layers"]} == {"float32"}
+    assert {layer["precision"] for layer in manifest["layers"]} == {"float16"}
     assert any("float16" in note for note in manifest["notes"])
+
+
+@pytest.mark.parametrize(("name", "precision"), [("float16", "fp16"), ("bfloat16", "bf16")])
+def test_weights_stay_narrow_where_the_target_computes_in_float32(tmp_path, name, precision):
+    rng = np.random.default_rng(0)
+    w, v = (rng.standard_normal((256, 256)).astype(HALVES[name]) for _ in range(2))
+    w[np.repeat(rng.random((64, 256)) < 0.9, 4, axis=0).T] = 0
+    graph = """(float[rows,256] x) => (float[rows,256] y, float[rows,256] z) {
+        h = MatMul(x, w) y = Relu(h) z = MatMul(y, v) }"""
+    model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> g {graph}')
+    for key, value in {"w": w, "v": v}.items():
+        model.graph.initializer.append(numpy_helper.from_array(value.astype(np.float32), key))
+    path = saved(model, tmp_path / "model.onnx")
+    sizes, outputs = {}, {}
+    x = {"x": rng.standard_normal((19, 256), np.float32)}
+    for wished in ("fp32", precision):
+        artifact = tmp_path / f"{wished}.so"
+        manifest = sparse_tvm.compile(path, artifact, precision=wished, target="x86-64-v3").manifest
+        sizes[wished] = manifest["totals"]["weight_bytes"]
+        loaded = sparse_tvm.load(artifact)
+        outputs[wished] = [loaded.run({"x": x["x"][:rows]}) for rows in (1, 3, 8, 16, 19)]
+    assert sizes[precision] < 0.6 * sizes["fp32"]
+    for wide, narrow in zip(outputs["fp32"], outputs[precision], strict=True):
+        for key, value in wide.items():  # the weights are the same numbers
+            np.testing.assert_allclose(narrow[key], value, rtol=0, atol=2e-5 * np.abs(value).max())
+
+
+def test_weights_beyond_the_range_of_float16_stay_float32(tmp_path):
+    graph = "(float[2,64] x) => (float[2,8] y) { y = MatMul(x, w) }"
+    model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> g {graph}')
+    w = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
+    w[3, 3] = 1e5
+    model.graph.initializer.append(numpy_helper.from_array(w, "w"))
+    path = saved(model, tmp_path / "model.onnx")
+    manifest = sparse_tvm.compile(path, tmp_path / "model.so", precision="fp16").manifest
+    assert [layer["precision"] for layer in manifest["layers"]] == ["float32"]
+    [note] = [note for note in manifest["notes"] if "float16" in note]
+    assert "largest weight, 100000, is no float16" in note
 
 
 @pytest.mark.parametrize("target", ["sapphirerapids", "avx512-bf16", "x86-64-v3"])
@@ -56,8 +94,10 @@ def test_bfloat16_computes_in_bf16_where_the_target_has_it(bert, tmp_path, targe
         pytest.skip(f"this CPU is not of the family {target}")
     path = saved(narrowed(bert, "bfloat16"), tmp_path / "half.onnx")
     manifest = sparse_tvm.compile(path, tmp_path / "half.so", target=target).manifest
-    expected = "float32" if target == "x86-64-v3" else "bfloat16"
-    assert {layer["precision"] for layer in manifest["layers"]} == {expected}
+    assert {layer["precision"] for layer in manifest["layers"]} == {"bfloat16"}
+    stored = "weights in bfloat16, for kernels that compute in float32"
+    stores = any(stored in note for note in manifest["notes"])
+    assert stores == (target == "x86-64-v3")
     assert manifest["outputs"][0]["dtype"] == "float32"
     exact = sparse_tvm.compile(path, tmp_path / "exact.so", target=target, precision="fp32")
     assert {layer["precision"] for layer in exact.manifest["layers"]} == {"float32"}

@@ -197,7 +197,7 @@ def test_auto_with_calibration_rounds_statically_what_it_leaves_in_int8(x, tmp_p
     ("options", "message"),
     [
         ({"precision": "fp32"}, "--calibrate finds scales for int8, and the precision is fp32"),
-        ({"precision": "bf16", "target": "x86-64-v3"}, "x86-64-v3 has no kernels for bf16"),
+        ({"precision": "fp16", "target": "x86-64-v2"}, "x86-64-v2 has no kernels for fp16"),
         ({"precision": "auto", "target": "a100", "calibrate": None}, "in fp16 as it is"),
         ({"precision": "int8", "calibrate": {"z": np.zeros((2, FEATURES), np.float32)}}, "no x"),
         ({"precision": "int8", "calibrate": {"x": np.zeros((2, 3), np.float32)}}, "shape"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from sparse_tvm.operators import Layout
+from sparse_tvm.schedules.cpu.simd import LANES
 from sparse_tvm.sparsity.formats import BSR
+from sparse_tvm.sparsity.quantise import round_to_bf16
 from sparse_tvm.sparsity.sliced import SlicedRows
 
 JOBS_PER_GROUP = 16
@@ -21,6 +23,23 @@ _MOST_FILLED = 1.4
 def index_dtype(k_in: int) -> str:
     """Type of column indices: the smaller, the less streams from memory."""
     return "uint16" if k_in <= 1 << 16 else "int32"
+
+
+def value_dtype(layout: Layout) -> np.dtype:
+    """Type of the stored values: a layout's parameters ``float16`` and ``bfloat16`` say so.
+
+    NumPy has no bfloat16: uint16, the bits of it.
+    """
+    if layout.get("float16", 0):
+        return np.dtype(np.float16)
+    return np.dtype(np.uint16 if layout.get("bfloat16", 0) else np.float32)
+
+
+def stored_values(values: np.ndarray, layout: Layout) -> np.ndarray:
+    """Values in the type that a layout has."""
+    rounds = layout.get("bfloat16", 0)
+    found = round_to_bf16(values) if rounds else values.astype(value_dtype(layout))
+    return np.ascontiguousarray(found)
 
 
 def block_diagonal(matrix: np.ndarray, groups: int) -> np.ndarray:
@@ -79,13 +98,12 @@ def split_arrays(
     every so many in that order have equally many blocks, where that takes few more zeros.
     Besides, or with the format ``sell`` alone, those of `sliced_arrays`, if the layout wants them.
     """
-    lanes = layout.get("sell", 0)
     if layout.format == "sell":
-        return sliced_arrays(w, lanes)
+        return sliced_arrays(w, layout)
     arrays = stored_arrays(w, layout)
     parts = layout.get("parts", 1)
     if not layout.sparse:
-        return arrays
+        return {"data": stored_values(arrays["data"], layout)}
     indptr, partition, k = arrays["indptr"], arrays["partition"], w.shape[1]
     block_rows = len(indptr) - 1
     partition[:-1] -= partition[:-1] % abreast
@@ -107,18 +125,24 @@ def split_arrays(
     data = arrays["data"][taken] * (within <= last)[:, None, None]
     if not len(taken):  # the one block of a weight without any
         data, taken = arrays["data"], np.zeros(1, np.int64)
+    indices = arrays["indices"][taken].astype(index_dtype(k))
+    if value_dtype(layout) != np.float32:
+        # Read in vectors, of which the last may end behind the last block.
+        more = -(-LANES // data[0].size)
+        data, indices = np.pad(data, ((0, more), (0, 0), (0, 0))), np.pad(indices, (0, more))
     return {
-        "data": np.ascontiguousarray(data),
-        "indices": arrays["indices"][taken].astype(index_dtype(k)),
+        "data": stored_values(data, layout),
+        "indices": indices,
         "indptr": np.concatenate([[0], np.cumsum(filled)]).astype(np.int32),
         "rows": rows.astype(np.int32).ravel(),
         "partition": partition,
-        **(sliced_arrays(w, lanes) if lanes else {}),
+        **(sliced_arrays(w, layout) if layout.get("sell", 0) else {}),
     }
 
 
-def sliced_arrays(w: np.ndarray, lanes: int) -> dict[str, np.ndarray]:
+def sliced_arrays(w: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
     """A weight ``[N, K]`` in slices, as :class:`stored_weight.SlicedWeight` has its arrays."""
+    lanes = layout.get("sell", 0)
     rows = SlicedRows.from_dense(w, lanes, STEPS_TOGETHER)
     data, places, windows = rows.data, rows.places, rows.windows
     if not len(data):  # an all-zero weight: kernels want at least one element
@@ -126,7 +150,7 @@ def sliced_arrays(w: np.ndarray, lanes: int) -> dict[str, np.ndarray]:
         places, windows = data.astype(np.uint8), np.zeros(STEPS_TOGETHER, np.int32)
     words = places.reshape(-1, STEPS_TOGETHER, lanes).swapaxes(1, 2)
     return {
-        "sliced_data": data.reshape(-1, STEPS_TOGETHER, lanes),
+        "sliced_data": stored_values(data.reshape(-1, STEPS_TOGETHER, lanes), layout),
         "sliced_places": np.ascontiguousarray(words).view("<i4")[..., 0],
         "sliced_windows": windows.reshape(-1, STEPS_TOGETHER).astype(index_dtype(w.shape[1])),
         "slices": rows.indptr // STEPS_TOGETHER,

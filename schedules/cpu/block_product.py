@@ -18,7 +18,6 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.cpu.lane_tiles import (
-    PREFETCH_BYTES,
     Expr,
     broadcast,
     four_repeated,
@@ -123,13 +122,13 @@ class BlockProduct(RowProduct):
             if vectors % d == 0 and d * self.m <= max(self.simd.accumulators, self.m)
         )
         chains = max(1, CHAINS // (at_once * self.m))
-        per_line = at_once * lanes * 4 >= 64
+        per_line = at_once * lanes >= data.per_line
         for first in range(0, vectors, at_once):
             sums = Sums(chains * at_once * self.m, lanes)
 
             def step(k: Expr, chain: int, first: int = first, sums: Sums = sums) -> None:
                 if per_line or first == 0:
-                    self.ask(data, (block, k + PREFETCH_BYTES // (4 * size), 0))
+                    self.ask(data.buffer, (block, k + data.ahead // size, 0))
                 for vector in range(at_once):
                     w = data[block, k, span((first + vector) * lanes, lanes)]
                     for row in range(self.m):
@@ -185,12 +184,13 @@ class BlockProduct(RowProduct):
                 weight.ask_for_block(at)
             column = scalar(weight.indices[at])
             for c in range(weight.layout.block[1]):
+                scales = [] if self.outputs else weight.data.elements((at, c, 0), many)
                 for one in range(many):
                     if self.outputs:
                         w = weight.data[at, c, span(0, size)]
                         sums.add(chain * many + one, w, broadcast(self.x(column + c, one), size))
                     else:
-                        w = broadcast(weight.data[at, c, one], m)
+                        w = broadcast(scales[one], m)
                         sums.add(chain * many + one, w, self.x(column + c, 0, m))
 
         unrolled(count, chains, step)
@@ -209,15 +209,15 @@ class BlockProduct(RowProduct):
         chains = max(2, min(size, CHAINS // vectors))
         sums = Sums(chains * vectors, lanes)
         rest = Sums(size, m) if blocks > 1 else None
-        data = T.decl_buffer((weight.data.shape[0] * size,), "float32", data=weight.data.data)
-        ahead = PREFETCH_BYTES // 4
+        data = weight.data.flat(weight.data.buffer.shape[0] * size)
+        ahead = data.ahead
         for line in range(2):
             self.ask(weight.indices, (first + ahead // size + line * 32,))
 
         def step(i: Expr, chain: int) -> None:
             at = scalar(first + i * blocks, "int64")
             if chain % 4 == 0:
-                self.ask(data, (at * size + ahead,))
+                self.ask(data.buffer, (at * size + ahead,))
             four = data[span(at * size, 4)]
             if m > 1:
                 four = four_repeated(four, self.simd)
@@ -282,10 +282,10 @@ class BlockProduct(RowProduct):
         lanes = min(4 * m, self.simd.lanes)
         vectors = 4 * m // lanes
         sums = Sums(abreast * vectors, lanes)
-        data = T.decl_buffer(weight.data.shape[:1], "float32", data=weight.data.data)
-        ahead = PREFETCH_BYTES // 4
+        data = weight.data.flat(weight.data.buffer.shape[0])
+        ahead = data.ahead
         with T.serial(0, count // 4) as i:
-            self.ask(data, (first + i * 4 * abreast + ahead,))
+            self.ask(data.buffer, (first + i * 4 * abreast + ahead,))
             self.ask(weight.indices, (first + i * 4 * abreast + ahead,))
             for row in range(abreast):
                 at = scalar(first + count * row + i * 4, "int64")

@@ -353,11 +353,12 @@ def loaded_together(elements: Sequence[Expr], simd: Simd) -> list[Expr]:
     together: list[Expr] = []
     while len(together) < len(elements):
         rest = elements[len(together) :]
-        size = max(
+        sizes = (
             size
-            for size in range(1, simd.lanes + 1)
+            for size in range(2, simd.lanes + 1)
             if size <= len(rest) and size & (size - 1) == 0 and _neighbours(rest[:size])
         )
+        size = max(sizes, default=1)
         if size == 1:
             together.append(rest[0])
             continue

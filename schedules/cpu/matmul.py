@@ -20,9 +20,11 @@ over.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
+from math import prod
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -40,8 +42,10 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     prim_func,
     ramp,
     scalar,
+    scratch,
     share_jobs,
     small_integers,
+    span,
     splat,
     splats,
     symbol,
@@ -53,6 +57,9 @@ from sparse_tvm.schedules.cpu.simd import LANES, ROW_COUNTS, Simd, group_of
 from sparse_tvm.schedules.cpu.stored_weight import Epilogue, StoredWeight
 
 _ROWS_AHEAD = 4
+
+_WIDENED_BLOCKS = 32
+"""Blocks that are widened at a time, into the first cache."""
 
 _CHAINS, _LOADED_TOGETHER_CHAINS = 4, 8
 """Independent sums that a loop over blocks has at least, if it has the registers."""
@@ -128,6 +135,7 @@ class _WholeTiles:
         self.limit = group_of(weight.layout, simd)
         self.together = simd.weights_together(weight.layout)
         self.panel: Expr = None
+        self.wide: Expr = None
 
     def run(self) -> None:
         """Emit the kernel, on all threads."""
@@ -140,6 +148,8 @@ class _WholeTiles:
             if self.weight.layout.get("packed", 0):
                 columns = -(-self.weight.k_in // self.weight.parts) + self.weight.layout.block[1]
                 self.panel = T.alloc_buffer((columns * limit * LANES,), "float32")
+            if self.weight.data.value_bytes == 2 and not self.simd.by_element:
+                self.wide = scratch(_WIDENED_BLOCKS * prod(self.weight.layout.block))
 
             def jobs(group: Expr, job: Expr, last_job: Expr) -> None:
                 start, stop = self.weight.first_of(job), self.weight.first_of(last_job)
@@ -270,16 +280,19 @@ class _WholeTiles:
             step = scalar(count // passes)
             begin = scalar(first + skipped // sums[0].rows * step)
 
-            def column(i: Expr, chain: int) -> None:
+            def column(i: Expr, chain: int, weights: Callable[[int], Expr]) -> None:
                 if chain % passes == 0:
                     # A pass asks for its share of the next block row: a stream without pauses.
-                    prefetch(weight.data, (block_row + 1, begin + i // passes, 0))
+                    prefetch(weight.data.buffer, (block_row + 1, begin + i // passes, 0))
                 sums[chain % len(sums)].multiply_add(
-                    lambda row: weight.data[block_row, first + i, skipped + row],
-                    lambda v: x(first_input + first + i, v),
+                    weights, lambda v: x(first_input + first + i, v)
                 )
 
-            unrolled(count, max(len(sums), passes), column)
+            def of_column(i: Expr) -> tuple[Expr, ...]:
+                return block_row, first + i, skipped
+
+            by = max(len(sums), passes)
+            self._with_weights(count, by, of_column, (1, sums[0].rows), column)
             return
         first = scalar(weight.indptr[segment])
         count = scalar(weight.indptr[segment + 1] - first)
@@ -290,27 +303,80 @@ class _WholeTiles:
             self._accumulate_together(sums, part, first, count, vectors)
             return
 
-        def one_column(into: Registers, at: Expr, column: Expr, c: int) -> None:
-            into.multiply_add(
-                lambda row: weight.data[at, c, row],
-                lambda v: self._x_at(part, column + c, v, vectors),
-            )
+        rows, columns = weight.layout.block
 
-        def block(i: Expr, chain: int) -> None:
+        def in_column(weights: Callable[[int], Expr], c: int, row: int) -> Expr:
+            return weights(c * rows + row)
+
+        def one_column(into: Registers, column: Expr, weights: Callable[[int], Expr]) -> None:
+            into.multiply_add(weights, lambda v: self._x_at(part, column, v, vectors))
+
+        def block(i: Expr, chain: int, weights: Callable[[int], Expr]) -> None:
             at = first + i
             weight.ask_for_block(at)
             column = scalar(weight.indices[at])
-            for c in range(weight.layout.block[1]):
-                one_column(sums[chain], at, column, c)
+            for c in range(columns):
+                one_column(sums[chain], column + c, partial(in_column, weights, c))
 
-        unrolled(count, len(sums), block)
+        def of_block(i: Expr) -> tuple[Expr, ...]:
+            return first + i, 0, 0
+
+        self._with_weights(count, len(sums), of_block, weight.layout.block[::-1], block)
+
+    def _with_weights(
+        self,
+        count: Expr,
+        by: int,
+        first_of: Callable[[Expr], tuple[Expr, ...]],
+        shape: tuple[int, int],
+        body: Callable[[Expr, int, Callable[[int], Expr]], None],
+    ) -> None:
+        """Repeat ``body`` for so many blocks of ``shape`` (columns, rows), unrolled, with weights.
+
+        ``first_of`` says where a block begins. Where a multiply-add takes a float32 from memory
+        into all lanes, values of 16 bits become float32 in memory first, some blocks at a time.
+        """
+        columns, rows = shape
+        data, size = self.weight.data, columns * rows
+
+        def stored(i: Expr, chain: int) -> None:
+            first, column, row = first_of(i)
+            columns_of = (data.elements((first, column + c, row), rows) for c in range(columns))
+            body(i, chain, list(itertools.chain.from_iterable(columns_of)).__getitem__)
+
+        if self.wide is None:
+            unrolled(count, by, stored)
+            return
+
+        def widened(i: Expr, element: int) -> Expr:
+            return self.wide[i * size + element]
+
+        with T.serial(0, (count + (_WIDENED_BLOCKS - 1)) // _WIDENED_BLOCKS) as run:
+            begin = scalar(run * _WIDENED_BLOCKS)
+            blocks = scalar(tirx.min(count - begin, _WIDENED_BLOCKS))
+            self._widen(first_of(begin), blocks, size)
+            unrolled(blocks, by, lambda i, chain: body(begin + i, chain, partial(widened, i)))
+
+    def _widen(self, first: tuple[Expr, ...], blocks: Expr, size: int) -> None:
+        """Make float32 of so many blocks, or of so much of each: all beside each other."""
+        data = self.weight.data
+        count, columns, rows = data.buffer.shape
+        flat, layout = data.flat(count * columns * rows), self.weight.layout
+        start = scalar((T.Cast("int64", first[0]) * columns + first[1]) * rows + first[2], "int64")
+        # Sparse blocks lie side by side; the last vector may end behind them, as arrays do.
+        lanes = apart = LANES
+        if not layout.sparse:
+            lanes, apart = size, layout.block[0]
+        with T.serial(0, (blocks * size + (lanes - 1)) // lanes) as i:
+            at = start + i * apart
+            T.buffer_store(self.wide, flat[span(at, lanes)], [span(i * lanes, lanes)])
 
     def _accumulate_together(
         self, sums: list[Registers], part: Expr, first: Expr, count: Expr, vectors: TileVectors
     ) -> None:
         """The same for single weights, of which one load brings several."""
         weight, simd = self.weight, self.simd
-        data = T.decl_buffer(weight.data.shape[:1], "float32", data=weight.data.data)
+        data = weight.data.flat(weight.data.buffer.shape[0])
 
         def add(into: Registers, column: Expr, value: Expr) -> None:
             for v in range(vectors.count):

@@ -13,7 +13,7 @@ from math import gcd, inf
 import numpy as np
 
 from sparse_tvm.operators import Layout
-from sparse_tvm.schedules.cpu.block_arrays import index_dtype
+from sparse_tvm.schedules.cpu.block_arrays import index_dtype, value_dtype
 from sparse_tvm.schedules.cpu.simd import LANES, ROW_COUNTS
 from sparse_tvm.sparsity.statistics import TYPICAL_COPIES
 from sparse_tvm.targets import Target
@@ -90,16 +90,16 @@ def few_rows_seconds(
 
 def sliced_rows_seconds(
     shape: tuple[int, int],
-    lanes: int,
+    layout: Layout,
     steps: int,
     target: Target,
     tokens: int,
     copies: float = TYPICAL_COPIES,
 ) -> float:
-    """The same for a weight in sliced rows, which take so many steps."""
+    """The same for the sliced rows that a layout has, which take so many steps."""
     count = next(c for c in ROW_COUNTS if c >= tokens)
-    compute = _sliced_cycles(shape[0], lanes, steps, target, count)
-    stored = _sliced_bytes(shape[1], lanes, steps)
+    compute = _sliced_cycles(shape[0], layout, steps, target, count)
+    stored = _sliced_bytes(shape[1], layout, steps)
     cycles = _read_once(compute, stored, True, target, copies, 4.0 * count * shape[1])
     return target.seconds(cycles + sum(shape) * count * _load(1, target))
 
@@ -150,13 +150,13 @@ def sequence_seconds(
 
 
 def sliced_sequence_seconds(
-    shape: tuple[int, int], lanes: int, steps: int, target: Target, sequences: int
+    shape: tuple[int, int], layout: Layout, steps: int, target: Target, sequences: int
 ) -> float:
     """The same for a weight in sliced rows: half of what arrives comes while it computes."""
-    streamed = _step_cycles(_sliced_bytes(shape[1], lanes, steps), target)
+    streamed = _step_cycles(_sliced_bytes(shape[1], layout, steps), target)
     return target.seconds(
         sum(
-            _sliced_cycles(shape[0], lanes, steps, target, count) + streamed / 2
+            _sliced_cycles(shape[0], layout, steps, target, count) + streamed / 2
             for count in _counts(target.lanes, sequences)
         )
     )
@@ -168,12 +168,14 @@ def _step_cycles(stored: int, target: Target) -> float:
     return stored / (_CACHED_BYTES if cached else 2 * target.costs.last)
 
 
-def _sliced_cycles(n: int, lanes: int, steps: int, target: Target, count: int) -> float:
-    return steps * _PICKED * count + -(-n // lanes) * target.costs.row
+def _sliced_cycles(n: int, layout: Layout, steps: int, target: Target, count: int) -> float:
+    return steps * _PICKED * count + -(-n // layout.get("sell", 1)) * target.costs.row
 
 
-def _sliced_bytes(k: int, lanes: int, steps: int) -> int:
-    return steps * (lanes * 5 + np.dtype(index_dtype(k)).itemsize)
+def _sliced_bytes(k: int, layout: Layout, steps: int) -> int:
+    place = 1
+    of_lanes = layout.get("sell", 1) * (value_dtype(layout).itemsize + place)
+    return steps * (of_lanes + np.dtype(index_dtype(k)).itemsize)
 
 
 def _counts(lanes: int, sequences: int) -> list[int]:
@@ -232,4 +234,4 @@ def _line_cycles(columns: float, target: Target) -> float:
 def _stored_bytes(k: int, layout: Layout, blocks: int) -> int:
     rows, columns = layout.block
     index_bytes = np.dtype(index_dtype(k)).itemsize if layout.sparse else 0
-    return blocks * (4 * rows * columns + index_bytes)
+    return blocks * (value_dtype(layout).itemsize * rows * columns + index_bytes)

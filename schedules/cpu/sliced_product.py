@@ -15,7 +15,6 @@ from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.cpu.block_arrays import STEPS_TOGETHER
 from sparse_tvm.schedules.cpu.lane_tiles import (
-    PREFETCH_BYTES,
     Expr,
     broadcast,
     fenced,
@@ -23,7 +22,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     span,
 )
 from sparse_tvm.schedules.cpu.row_sums import CHAINS, RowProduct, Sums
-from sparse_tvm.schedules.cpu.simd import LANES, Simd
+from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.stored_weight import SlicedWeight
 
 
@@ -69,13 +68,14 @@ class SlicedProduct(RowProduct):
     def _some_steps(self, sums: Sums, group: Expr) -> None:
         """Add the products of a group of steps, whose places lie together in words."""
         sliced, lanes, row_of = self._sliced, self._sliced.lanes, self.weight.k_in
-        ahead = group + PREFETCH_BYTES // (4 * STEPS_TOGETHER * lanes)
-        for step in range(0, STEPS_TOGETHER, LANES // lanes):
-            self.ask(sliced.data, (ahead, step, 0))
+        data = sliced.data
+        ahead = group + data.ahead // (STEPS_TOGETHER * lanes)
+        for step in range(0, STEPS_TOGETHER, max(1, data.per_line // lanes)):
+            self.ask(data.buffer, (ahead, step, 0))
         words = sliced.places[group, span(0, lanes)]
         for step in range(STEPS_TOGETHER):
             window = scalar(sliced.windows[group, step], "int64")
-            w = sliced.data[group, step, span(0, lanes)]
+            w = data[group, step, span(0, lanes)]
             places = _shifted(words, 8 * step)
             for row in range(self.m):
                 x = picked(self.xs, window + row * row_of, places, self.simd)

@@ -17,7 +17,6 @@ from sparse_tvm.schedules.cpu.block_arrays import (
     index_dtype,
 )
 from sparse_tvm.schedules.cpu.lane_tiles import (
-    PREFETCH_BYTES,
     Buffer,
     Expr,
     Tiles,
@@ -29,6 +28,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     symbol,
 )
 from sparse_tvm.schedules.cpu.simd import LANES
+from sparse_tvm.schedules.cpu.stored_values import StoredValues
 from sparse_tvm.schedules.cpu.vector_math import ACTIVATIONS, lanes_of
 
 
@@ -44,19 +44,19 @@ class SlicedWeight:
     """
 
     lanes: int
-    data: Buffer
+    data: StoredValues
     places: Buffer
     windows: Buffer
     slices: Buffer
     partition: Buffer
 
     @classmethod
-    def declare(cls, lanes: int, n_out: int, k_in: int) -> SlicedWeight:
+    def declare(cls, layout: Layout, n_out: int, k_in: int) -> SlicedWeight:
         """Declare the arrays as the next arguments."""
-        groups = symbol("step_groups")
+        groups, lanes = symbol("step_groups"), layout.get("sell", 0)
         return cls(
             lanes,
-            argument("sliced_data", (groups, STEPS_TOGETHER, lanes)),
+            StoredValues.declare("sliced_data", (groups, STEPS_TOGETHER, lanes), layout),
             argument("sliced_places", (groups, lanes), "int32"),
             argument("sliced_windows", (groups, STEPS_TOGETHER), index_dtype(k_in)),
             argument("slices", (-(-n_out // lanes) + 1,), "int32"),
@@ -85,7 +85,7 @@ class StoredWeight:
     n_out: int
     k_in: int
     groups: int
-    data: Buffer = None
+    data: StoredValues
     indices: Buffer = None
     indptr: Buffer = None
     order: Buffer = None
@@ -98,24 +98,24 @@ class StoredWeight:
         rows, columns = layout.block
         block_rows = -(-n_out // rows)
         if not layout.sparse:
-            data = argument("data", (block_rows, k_in // groups, rows))
+            data = StoredValues.declare("data", (block_rows, k_in // groups, rows), layout)
             return cls(layout, n_out, k_in, groups, data)
         lanes = layout.get("sell", 0)
         if layout.format == "sell":
-            sliced = SlicedWeight.declare(lanes, n_out, k_in)
-            return cls(layout, n_out, k_in, groups, sliced=sliced)
+            sliced = SlicedWeight.declare(layout, n_out, k_in)
+            return cls(layout, n_out, k_in, groups, sliced.data, sliced=sliced)
         blocks, segments = symbol("blocks"), layout.get("parts", 1) * block_rows
         return cls(
             layout,
             n_out,
             k_in,
             groups,
-            argument("data", (blocks, columns, rows)),
+            StoredValues.declare("data", (blocks, columns, rows), layout),
             argument("indices", (blocks,), index_dtype(k_in)),
             argument("indptr", (segments + 1,), "int32"),
             argument("rows", (segments,), "int32"),
             argument("partition", (JOBS_PER_GROUP + 1,), "int32"),
-            SlicedWeight.declare(lanes, n_out, k_in) if lanes else None,
+            SlicedWeight.declare(layout, n_out, k_in) if lanes else None,
         )
 
     @property
@@ -152,10 +152,10 @@ class StoredWeight:
         And for the weights if they are single ones: a row of a part is too short for a loop.
         """
         rows, columns = self.layout.block
-        ahead = first + PREFETCH_BYTES // (4 * rows * columns)
+        data, ahead = self.data, first + self.data.ahead // (rows * columns)
         if rows * columns == 1:
-            for line in range(2):
-                prefetch(self.data, (ahead + line * LANES, 0, 0))
+            for line in range(2 * LANES // data.per_line):
+                prefetch(data.buffer, (ahead + line * data.per_line, 0, 0))
             prefetch(self.indices, (ahead,))
             return
         with T.serial(0, (count + 2 * LANES - 1) // (2 * LANES)) as line:
@@ -170,9 +170,9 @@ class StoredWeight:
         rows, columns = self.layout.block
         if rows * columns == 1:
             return  # asked for with the row
-        ahead = at + PREFETCH_BYTES // (4 * rows * columns)
-        for element in range(0, rows * columns, LANES):
-            prefetch(self.data, (ahead, element // rows, element % rows))
+        data, ahead = self.data, at + self.data.ahead // (rows * columns)
+        for element in range(0, rows * columns, data.per_line):
+            prefetch(data.buffer, (ahead, element // rows, element % rows))
 
 
 @dataclass(frozen=True)

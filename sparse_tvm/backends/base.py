@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from sparse_tvm.families import KernelFamily, WeightedFamily
-from sparse_tvm.operators import Layout, Operator, WeightedOperator
+from sparse_tvm.operators import Layout, Operator, WeightedOperator, forms_of
 
 if TYPE_CHECKING:
     from sparse_tvm.passes.infrastructure import Phase
     from sparse_tvm.passes.program import Program
+
+_Operator = TypeVar("_Operator", bound=Operator)
 
 
 class BackendTarget(Protocol):
@@ -124,6 +127,21 @@ class Backend(ABC):
             return None
         different = dict.fromkeys(filter(None, reasons))
         return "; ".join(different) or f"{self.name} has no kernel for {op.name}"
+
+    def in_precision(
+        self, op: _Operator, precision: str, target: BackendTarget
+    ) -> tuple[_Operator, str | None]:
+        """An operator in the first types for a precision that a family computes on `target`.
+
+        As it is if there are none; then the text says what refuses the last of them.
+        """
+        refusal = None
+        for types in forms_of(precision):
+            form = replace(op, types=types)
+            refusal = self.refuses(form, target)
+            if refusal is None:
+                return form, None
+        return op, refusal
 
     def family(self, name: str) -> KernelFamily[Any]:
         """The family called ``name``.

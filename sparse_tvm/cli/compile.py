@@ -51,9 +51,10 @@ def compile(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="In which dense layers and attention compute: fp32, bf16, int8, auto (the lowest "
-            "for each layer that keeps --min-cosine), or fp16 on GPUs; by default fp32, or bf16 "
-            "for a model of bfloat16, and fp16 on GPUs.",
+            help="In which dense layers and attention compute: fp32, fp16 and bf16 "
+            "(only stored in it where the target computes in float32), int8, or auto (the lowest "
+            "for each layer that keeps --min-cosine); by default fp32, a 16-bit model's own, and "
+            "fp16 on GPUs.",
         ),
     ] = None,
     input_shape: InputShapes = None,

@@ -13,6 +13,7 @@ from __future__ import annotations
 from sparse_tvm.operators.base import (
     FLOAT32,
     PRECISIONS,
+    STORED,
     Activation,
     Bias,
     Clamp,
@@ -24,6 +25,7 @@ from sparse_tvm.operators.base import (
     Step,
     Types,
     WeightedOperator,
+    forms_of,
 )
 from sparse_tvm.operators.codec import (
     all_operators,
@@ -64,6 +66,7 @@ __all__ = [
     "PRECISIONS",
     "QUANTISED",
     "STILL",
+    "STORED",
     "Activation",
     "AddImages",
     "Attention",
@@ -95,6 +98,7 @@ __all__ = [
     "UniqueRows",
     "WeightedOperator",
     "all_operators",
+    "forms_of",
     "from_json",
     "operator_called",
     "to_json",

@@ -47,6 +47,14 @@ PRECISIONS = {
 }
 """Types of a layer by what users call them."""
 
+STORED = {"fp16": Types(weight="float16"), "bf16": Types(weight="bfloat16")}
+"""The same of a layer that only stores its weight so, where a target computes in float32."""
+
+
+def forms_of(precision: str) -> list[Types]:
+    """Types of a layer in a precision, in the order that they are preferred in."""
+    return [forms[precision] for forms in (PRECISIONS, STORED) if precision in forms]
+
 
 @dataclass(frozen=True)
 class Step:

@@ -16,7 +16,7 @@ from sparse_tvm.frontends.source import Source
 from sparse_tvm.operators import PRECISIONS
 from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.infrastructure import Context
-from sparse_tvm.passes.set_precision import has_kernels
+from sparse_tvm.passes.set_precision import computes_in, has_kernels
 from sparse_tvm.quantising.rehearsal import Rehearsal
 from sparse_tvm.quantising.scales import (
     METHODS,
@@ -61,11 +61,11 @@ def ladder_of(context: Context) -> list[str]:
             "compute in less than fp32",
             hint="leave --precision away, or ask for one",
         )
-    able = [name for name in ("int8", "bf16") if has_kernels(context, name)]
+    able = [name for name in ("int8", "bf16") if computes_in(context, name)]
     if not able:
         others = [name for name in PRECISIONS if has_kernels(context, name)]
         raise OptionError(
-            f"target {context.target.name} has no kernels of int8 or bf16 to choose among",
+            f"target {context.target.name} has no arithmetic in int8 or bf16 to choose among",
             hint=f"--precision {' or '.join(others)}, or another --target",
         )
     return [*able, "fp32"]

@@ -128,6 +128,16 @@ def test_models_in_int8_are_near_float32(models, structure, target, tmp_path):
     assert structure != "4x4" or any(block[0] > 1 for block in blocks)
 
 
+@pytest.mark.parametrize("name", ["bert csr", "bert 4x1", "bert dense"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_weights_in_16_bits_are_near_float32(models, name, precision, tmp_path):
+    options = {"precision": precision, "min_cosine": 0.9999}
+    manifest = compiled(models, name, "cortex-a72", tmp_path, **options)
+    assert manifest["verification"]["emulated"].endswith("cortex-a72")
+    dtype = {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    assert {layer["precision"] for layer in manifest["layers"]} == {dtype}
+
+
 @pytest.mark.parametrize("structure", [None, "unstructured", "4x2"])
 def test_models_in_bf16_are_near_float32(models, structure, tmp_path):
     path, output = pruned(models, "bert", structure), tmp_path / "model.so"

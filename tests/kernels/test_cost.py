@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparse_tvm.backends import get_backend
-from sparse_tvm.operators import PRECISIONS, Convolution, Dense, Layout
+from sparse_tvm.operators import PRECISIONS, Convolution, Dense, Layout, Types
 from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.layout_choice import choose
 from sparse_tvm.schedules.cpu.conv_cost import blocking, grouped_rows
@@ -34,7 +34,7 @@ def weight(shape, sparsity, structure):
 
 
 def chosen(w, target, precision="fp32"):
-    op = Dense(layer="layer", matrix=w.shape, types=PRECISIONS[precision])
+    op, _ = get_backend("cpu").in_precision(Dense(layer="layer", matrix=w.shape), precision, target)
     return choose(op, MeasuredWeight(w), FormatOptions(), get_backend("cpu"), target)
 
 
@@ -107,6 +107,22 @@ def test_no_choice_in_low_precision_is_predicted_slower_than_dense(target, preci
             choice = chosen(weight(shape, sparsity, structure), target, precision)
             assert choice.seconds <= choice.dense_seconds <= dense.seconds
             assert choice.layout.sparse or sparsity < 0.9
+
+
+@EVERY_TARGET
+def test_weights_of_16_bits_are_sparse_where_float32_is_and_no_slower_for_it(target):
+    shape = (768, 768)
+    for dtype in ("float16", "bfloat16"):
+        op = Dense(layer="layer", matrix=shape, types=Types(weight=dtype))
+        if get_backend("cpu").refuses(op, target):
+            assert (dtype, target.name) == ("float16", "x86-64-v2")
+            continue
+        for structure in ("unstructured", "4x1", "16x1"):
+            w = MeasuredWeight(weight(shape, 0.9, structure))
+            choice = choose(op, w, FormatOptions(), get_backend("cpu"), target)
+            assert choice.layout.sparse
+            assert choice.layout.get(dtype, 0)
+            assert choice.seconds <= choice.dense_seconds
 
 
 @EVERY_TARGET

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from sparse_tvm.operators import Activation, Bias, Gate, Layout, Residual
 from sparse_tvm.schedules.cpu.block_arrays import block_diagonal, split_arrays
 from sparse_tvm.schedules.cpu.matmul import matmul
+from sparse_tvm.sparsity.quantise import bf16_values, round_to_bf16
 
 ACTIVATIONS = {
     "relu": lambda y: np.maximum(y, 0),
@@ -37,6 +38,11 @@ ACTIVATIONS = {
     "silu": lambda y: y / (1 + np.exp(-y)),
     "hard_sigmoid": lambda y: np.clip(y / 6 + 0.5, 0, 1),
     "hard_swish": lambda y: y * np.clip(y / 6 + 0.5, 0, 1),
+}
+ROUNDED = {
+    "float32": lambda w: w,
+    "float16": lambda w: w.astype("float16").astype("float32"),
+    "bfloat16": lambda w: bf16_values(round_to_bf16(w)),
 }
 STEPS = [Bias(), Residual(), Gate(), *map(Activation, ACTIVATIONS)]
 
@@ -52,6 +58,7 @@ problems = st.fixed_dictionaries(
         "block": st.tuples(st.integers(1, 16), st.integers(1, 8)),
         "parts": st.sampled_from([1, 1, 2, 3, 5]),
         "packed": st.sampled_from([0, 1]),
+        "stored": st.sampled_from(["float32", "float16", "bfloat16"]),
         "epilogue": st.lists(st.sampled_from(STEPS), max_size=4),
         "symbolic": st.booleans(),
         "threads": thread_counts,
@@ -71,6 +78,7 @@ def check(
     block,
     parts,
     packed,
+    stored,
     epilogue,
     symbolic,
     target,
@@ -83,7 +91,7 @@ def check(
     w = rng.standard_normal((n, k)) * (rng.random((n, k)) >= sparsity)
     if empty_rows:
         w[rng.random(n) < 0.5] = 0
-    w = w.astype("float32")
+    w = ROUNDED[stored](w.astype("float32"))
     x = rng.standard_normal((lead, rows, k * groups)).astype("float32")
     extras = [
         rng.standard_normal(n if step == Bias() else (lead, rows, n)).astype("float32")
@@ -94,6 +102,7 @@ def check(
     block_rows, columns = min(block[0], n), min(block[1], k)
     blocks = {"dense": (block_rows, 1), "csr": (1, 1), "bsr": (block_rows, columns)}
     layout = Layout("matmul", format, blocks[format]).having(parts=parts, packed=packed)
+    layout = layout if stored == "float32" else layout.having(**{stored: 1})
     layout = layout.having(sell=simd(target).lanes) if sell else layout
     tiles = tiles_for(lead, rows, symbolic)
     known = None if symbolic else rows
@@ -135,6 +144,7 @@ SMALLEST = {
     "block": (1, 1),
     "parts": 1,
     "packed": 0,
+    "stored": "float32",
     "epilogue": [],
     "symbolic": False,
     "threads": 1,
@@ -155,6 +165,7 @@ EVERY_STEP = {**SMALLEST, "rows": 70, "n": 17, "k": 33, "epilogue": STEPS, "thre
 @example(problem=SMALLEST)
 @example(problem=EVERY_STEP)
 @example(problem={**EVERY_STEP, "block": (16, 1), "parts": 3})
+@example(problem={**EVERY_STEP, "block": (12, 1), "stored": "float16"})
 @PER_FORM
 @every_form
 def test_dense(target, problem):
@@ -165,6 +176,7 @@ def test_dense(target, problem):
 @example(problem=ALL_ZERO)
 @example(problem={**ALL_ZERO, "parts": 5})
 @example(problem={**EVERY_STEP, "sparsity": 0.5, "parts": 3})
+@example(problem={**EVERY_STEP, "sparsity": 0.5, "parts": 3, "stored": "bfloat16"})
 @PER_FORM
 @every_form
 def test_csr(target, problem):
@@ -174,6 +186,7 @@ def test_csr(target, problem):
 @given(problem=problems, rows=st.sampled_from([1, 2, 3, 40]), more=st.integers(0, 50))
 @example(problem=ALL_ZERO, rows=1, more=9)
 @example(problem={**EVERY_STEP, "sparsity": 0.5}, rows=2, more=0)
+@example(problem={**EVERY_STEP, "sparsity": 0.5, "stored": "float16"}, rows=1, more=7)
 @PER_FORM
 @every_form
 def test_csr_and_sliced_rows(target, problem, rows, more):
@@ -183,6 +196,7 @@ def test_csr_and_sliced_rows(target, problem, rows, more):
 
 @given(problem=problems)
 @example(problem={**ALL_ZERO, "block": (4, 3)})
+@example(problem={**EVERY_STEP, "sparsity": 0.5, "block": (16, 3), "stored": "bfloat16"})
 @example(problem={**SMALLEST, "rows": 40, "n": 18, "k": 10, "block": (4, 4), "symbolic": True})
 @PER_FORM
 @every_form

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -77,8 +77,12 @@ class MatmulFamily(WeightedFamily[Dense]):
     operator: ClassVar[type[Dense]] = Dense
 
     def refuses(self, op: Dense, target: Target) -> str | None:
-        if op.types != FLOAT32:
+        if replace(op.types, weight="float32") != FLOAT32:
             return f"{self.name} computes float32 only"
+        if op.types.weight not in ("float32", "float16", "bfloat16"):
+            return f"{self.name} has no weights of {op.types.weight}"
+        if op.types.weight == "float16" and not _widens(target):
+            return f"float16 weights want F16C, which {target.name} has not"
         for step in op.epilogue:
             if not isinstance(step, Bias | Residual | Gate | Activation):
                 return f"{self.name} has no epilogue {step}"
@@ -92,11 +96,11 @@ class MatmulFamily(WeightedFamily[Dense]):
         found = []
         if wish is None or wish.format == "dense":
             for rows in dict.fromkeys((dense_rows(weight.shape[0], Simd.of(target)), _DENSE_ROWS)):
-                layout = Layout(self.name, "dense", (rows, 1))
+                layout = _layout(op, "dense", (rows, 1))
                 parts = dense_parts(weight.shape[1], rows, target)
                 found.append(layout.having(parts=parts) if parts > 1 else layout)
         for format, block in wished_blocks(weight, wish):
-            layout = Layout(self.name, format, block)
+            layout = _layout(op, format, block)
             packed = {"packed": 1} if packs(weight, layout, target) else {}
             for parts in part_counts(weight.shape[1], layout, target):
                 found.append(layout.having(**({"parts": parts} if parts > 1 else {}), **packed))
@@ -110,11 +114,11 @@ class MatmulFamily(WeightedFamily[Dense]):
         n, simd = weight.shape[0], Simd.of(target)
         found = []
         if wish is None or wish.format == "dense":
-            found += [Layout(self.name, "dense", (rows, 1)) for rows in _TUNED_ROWS if rows <= n]
-            whole = Layout(self.name, "dense", (_DENSE_ROWS, 1))
+            found += [_layout(op, "dense", (rows, 1)) for rows in _TUNED_ROWS if rows <= n]
+            whole = _layout(op, "dense", (_DENSE_ROWS, 1))
             found += [whole, whole.having(parts=4), whole.having(parts=8)]
         for format, block in wished_blocks(weight, wish):
-            layout = Layout(self.name, format, block)
+            layout = _layout(op, format, block)
             likely = part_counts(weight.shape[1], layout, target)
             for parts in sorted({1, 2, *likely, 2 * max(likely)}):
                 found.append(layout.having(parts=parts) if parts > 1 else layout)
@@ -130,7 +134,7 @@ class MatmulFamily(WeightedFamily[Dense]):
         lanes, few = layout.get("sell", 0), tokens <= ROW_COUNTS[-1]
         if lanes and tokens <= most_sliced_rows(lanes):
             steps = weight.window_steps(lanes)
-            return sliced_rows_seconds(weight.shape, lanes, steps, target, tokens, weight.copies)
+            return sliced_rows_seconds(weight.shape, layout, steps, target, tokens, weight.copies)
         predict, blocks = few_rows_seconds if few else matmul_seconds, stored_blocks(weight, layout)
         return predict(weight.shape, layout, blocks, target, tokens, weight.copies)
 
@@ -162,6 +166,7 @@ class MatmulFamily(WeightedFamily[Dense]):
         split += [f"{group}tiles" for name, group in layout.parameters if name == "group"]
         split += ["and_sell"] if layout.get("sell", 0) else []
         split += ["packed"] if layout.get("packed", 0) else []
+        split += [op.types.weight] if op.types.weight != "float32" else []
         split += [f"{op.groups}groups"] if op.groups > 1 else []
         title = "_".join([layout.format + size, f"{n}x{k}", *split, *op.step_titles])
         tiles, (count,) = tiles_for(operands[0]), operands[-1].shape
@@ -177,6 +182,18 @@ class MatmulFamily(WeightedFamily[Dense]):
         nonzeros: int | None = None,
     ) -> Work:
         return layer_work(op.matrix, op.stored, operands, output, nonzeros)
+
+
+def _widens(target: Target) -> bool:
+    """Whether a CPU makes float32 of a vector of float16 with one instruction."""
+    return target.architecture == "aarch64" or target.has("f16c")
+
+
+def _layout(op: Dense, format: str, block: tuple[int, int]) -> Layout:
+    """A layout with values of the type that the operator wants."""
+    layout = Layout(MatmulFamily.name, format, block)
+    stored = op.types.weight
+    return layout if stored == "float32" else layout.having(**{stored: 1})
 
 
 def _of_groups(
@@ -197,7 +214,7 @@ def _of_groups(
         for format, (rows, columns) in formats
         if format == "dense" or (per_group % rows == 0 and weight.shape[1] % columns == 0)
     ]
-    return [Layout("matmul", format, block) for format, block in dict.fromkeys(found)]
+    return [_layout(op, format, block) for format, block in dict.fromkeys(found)]
 
 
 def _sliced(layouts: Sequence[Layout], weight: WeightStatistics, target: Target) -> list[Layout]:
@@ -209,8 +226,8 @@ def _sliced(layouts: Sequence[Layout], weight: WeightStatistics, target: Target)
     if not rows:
         return []
     shape, copies = weight.shape, weight.copies
-    one = sliced_rows_seconds(shape, lanes, weight.window_steps(lanes), target, 1, copies)
-    blocks = weight.stored_blocks((1, 1))
+    steps, blocks = weight.window_steps(lanes), weight.stored_blocks((1, 1))
+    one = sliced_rows_seconds(shape, rows[0].having(sell=lanes), steps, target, 1, copies)
     return [
         layout.having(sell=lanes)
         for layout in rows

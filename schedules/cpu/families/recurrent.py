@@ -58,7 +58,7 @@ class RecurrentFamily(WeightedFamily[Recurrent]):
         if layout.format == "sell":
             lanes = layout.get("sell", 0)
             steps = weight.window_steps(lanes)
-            return sliced_sequence_seconds(weight.shape, lanes, steps, target, tokens)
+            return sliced_sequence_seconds(weight.shape, layout, steps, target, tokens)
         blocks = stored_blocks(weight, layout)
         return sequence_seconds(weight.shape, layout, blocks, target, tokens)
 
