@@ -139,6 +139,7 @@ class CpuBackend(Backend):
         from sparse_tvm.passes.cpu.image_layout import image_layout
         from sparse_tvm.passes.cpu.lane_layout import lane_layout
         from sparse_tvm.passes.cpu.legalize import legalize
+        from sparse_tvm.passes.cpu.narrow_tables import narrow_tables
         from sparse_tvm.passes.cpu.read_heads import read_heads
         from sparse_tvm.passes.cpu.rotate_heads import rotate_heads
         from sparse_tvm.passes.cpu.round_activations import round_activations
@@ -147,6 +148,7 @@ class CpuBackend(Backend):
         from sparse_tvm.passes.lower_kernels import lower_kernels
 
         return (
+            Phase("tables", (narrow_tables,)),
             Phase("image layout", (image_layout,)),
             Phase(
                 "lane layout",
