@@ -27,7 +27,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     span,
     symbol,
 )
-from sparse_tvm.schedules.cpu.simd import LANES
+from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.schedules.cpu.stored_values import StoredValues
 from sparse_tvm.schedules.cpu.vector_math import ACTIVATIONS, lanes_of
 
@@ -132,6 +132,14 @@ class StoredWeight:
     def depth(self) -> int:
         """Inputs that a row of a dense weight multiplies."""
         return self.k_in // self.groups
+
+    def asks(self, simd: Simd) -> bool:
+        """Whether few rows of activations ask for it ahead.
+
+        Where the CPU foresees it that would be slower, but for a weight that comes from memory: the
+        layout's parameter ``ask``.
+        """
+        return not simd.foresees or bool(self.layout.get("ask", 0))
 
     def first_input(self, block_row: Expr) -> Expr:
         """The first input of a dense block row's group."""

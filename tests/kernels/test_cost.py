@@ -13,6 +13,7 @@ from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.layout_choice import choose
 from sparse_tvm.schedules.cpu.conv_cost import blocking, grouped_rows
 from sparse_tvm.schedules.cpu.cost import dense_rows, matmul_cycles, matmul_seconds, part_counts
+from sparse_tvm.schedules.cpu.families.matmul import MatmulFamily
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.sparsity.masks import prune_array
 from sparse_tvm.sparsity.statistics import MeasuredWeight
@@ -107,6 +108,17 @@ def test_no_choice_in_low_precision_is_predicted_slower_than_dense(target, preci
             choice = chosen(weight(shape, sparsity, structure), target, precision)
             assert choice.seconds <= choice.dense_seconds <= dense.seconds
             assert choice.layout.sparse or sparsity < 0.9
+
+
+@EVERY_TARGET
+def test_sparse_weights_that_no_cache_holds_are_asked_for_where_the_cpu_foresees_them(target):
+    w = weight((768, 768), 0.9, "4x1")
+    family, op = MatmulFamily(), Dense(layer="layer", matrix=w.shape)
+    for copies in (1, 1e4):
+        found = family.candidates(op, MeasuredWeight(w, copies), target)
+        for layout in found:
+            wanted = target.foresees and copies > 1 and layout.sparse
+            assert layout.get("ask", 0) == int(wanted)
 
 
 @EVERY_TARGET

@@ -58,6 +58,7 @@ problems = st.fixed_dictionaries(
         "block": st.tuples(st.integers(1, 16), st.integers(1, 8)),
         "parts": st.sampled_from([1, 1, 2, 3, 5]),
         "packed": st.sampled_from([0, 1]),
+        "ask": st.sampled_from([0, 1]),
         "stored": st.sampled_from(["float32", "float16", "bfloat16"]),
         "epilogue": st.lists(st.sampled_from(STEPS), max_size=4),
         "symbolic": st.booleans(),
@@ -78,6 +79,7 @@ def check(
     block,
     parts,
     packed,
+    ask,
     stored,
     epilogue,
     symbolic,
@@ -101,7 +103,7 @@ def check(
 
     block_rows, columns = min(block[0], n), min(block[1], k)
     blocks = {"dense": (block_rows, 1), "csr": (1, 1), "bsr": (block_rows, columns)}
-    layout = Layout("matmul", format, blocks[format]).having(parts=parts, packed=packed)
+    layout = Layout("matmul", format, blocks[format]).having(parts=parts, packed=packed, ask=ask)
     layout = layout if stored == "float32" else layout.having(**{stored: 1})
     layout = layout.having(sell=simd(target).lanes) if sell else layout
     tiles = tiles_for(lead, rows, symbolic)
@@ -144,6 +146,7 @@ SMALLEST = {
     "block": (1, 1),
     "parts": 1,
     "packed": 0,
+    "ask": 0,
     "stored": "float32",
     "epilogue": [],
     "symbolic": False,

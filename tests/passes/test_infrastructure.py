@@ -37,7 +37,7 @@ PASSES = [one for phase in pipeline.phases(get_backend("cpu")) for one in phase.
 BY_NAME = pytest.mark.parametrize("one", PASSES, ids=lambda one: one.name)
 CONTEXT = context(target="x86-64-v3", precision="int8")
 CONTEXT = replace(CONTEXT, options=replace(CONTEXT.options, integers=True))
-BERT = BertConfig(layers=1, hidden=32, heads=2, intermediate=48, vocabulary=40)
+BERT = BertConfig(layers=1, hidden=32, heads=2, intermediate=48, vocabulary=600)
 
 
 IN_FLOAT32 = context(target="x86-64-v3")

@@ -19,7 +19,11 @@ from sparse_tvm.schedules.cpu.cost import (
     part_counts,
 )
 from sparse_tvm.schedules.cpu.families.extents import tiles_for
-from sparse_tvm.schedules.cpu.row_cost import few_rows_seconds, sliced_rows_seconds
+from sparse_tvm.schedules.cpu.row_cost import (
+    asks_ahead,
+    few_rows_seconds,
+    sliced_rows_seconds,
+)
 from sparse_tvm.schedules.cpu.simd import (
     LANES,
     ROW_COUNTS,
@@ -104,7 +108,8 @@ class MatmulFamily(WeightedFamily[Dense]):
             packed = {"packed": 1} if packs(weight, layout, target) else {}
             for parts in part_counts(weight.shape[1], layout, target):
                 found.append(layout.having(**({"parts": parts} if parts > 1 else {}), **packed))
-        return [*found, *_sliced(found, weight, target)]
+        found += _sliced(found, weight, target)
+        return [_asking(layout, weight, target) for layout in found]
 
     def variants(
         self, op: Dense, weight: WeightStatistics, target: Target, wish: Wish | None = None
@@ -125,6 +130,7 @@ class MatmulFamily(WeightedFamily[Dense]):
         halves = {layout: group_of(layout, simd) // 2 for layout in found}
         found += [one.having(group=half) for one, half in halves.items() if half]
         found += [one.having(packed=1) for one in found if one.sparse]
+        found = [_asking(layout, weight, target) for layout in found]
         known = {*self.candidates(op, weight, target, wish)}
         return [layout for layout in dict.fromkeys(found) if layout not in known]
 
@@ -166,6 +172,7 @@ class MatmulFamily(WeightedFamily[Dense]):
         split += [f"{group}tiles" for name, group in layout.parameters if name == "group"]
         split += ["and_sell"] if layout.get("sell", 0) else []
         split += ["packed"] if layout.get("packed", 0) else []
+        split += ["asking"] if layout.get("ask", 0) else []
         split += [op.types.weight] if op.types.weight != "float32" else []
         split += [f"{op.groups}groups"] if op.groups > 1 else []
         title = "_".join([layout.format + size, f"{n}x{k}", *split, *op.step_titles])
@@ -215,6 +222,13 @@ def _of_groups(
         if format == "dense" or (per_group % rows == 0 and weight.shape[1] % columns == 0)
     ]
     return [_layout(op, format, block) for format, block in dict.fromkeys(found)]
+
+
+def _asking(layout: Layout, weight: WeightStatistics, target: Target) -> Layout:
+    """The layout, its weight asked for ahead where that is far away."""
+    blocks = stored_blocks(weight, layout)
+    asks = asks_ahead(weight.shape, layout, blocks, target, weight.copies)
+    return layout.having(ask=1) if asks else layout
 
 
 def _sliced(layouts: Sequence[Layout], weight: WeightStatistics, target: Target) -> list[Layout]:
