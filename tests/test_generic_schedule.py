@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import tvm
@@ -227,6 +229,126 @@ def test_copies_have_no_conditions_inside():
     text = schedule_generic(tvm.te.create_prim_func([x, y]), Simd(16, 32)).script()
     assert "if_then_else" not in text
     assert "T.vectorized(16)" in text
+
+
+def scheduled(*tensors):
+    """Text of the schedule for AVX-512 of what tensors are computed from."""
+    from sparse_tvm.schedules.cpu.generic import schedule_generic
+    from sparse_tvm.schedules.cpu.simd import Simd
+
+    function = tvm.te.create_prim_func([*tensors], index_dtype_override=None)
+    return schedule_generic(function, Simd(16, 32)).script()
+
+
+@pytest.mark.parametrize("length", [64, "symbolic"])
+def test_gathered_windows_are_rows(length):
+    """A last axis of one element is no row: nothing is divided per element."""
+    n = tirx.Var("n", "int64") if length == "symbolic" else length
+    x = tvm.te.placeholder((1, 384, n + 8, 1), name="x")
+    at = tvm.te.placeholder((9, n), "int64", name="at")
+    y = tvm.te.compute((1, 384, 9, n, 1), lambda a, b, c, d, e: x[a, b, at[c, d], e])
+    text = scheduled(x, at, y)
+    outer, inner = [
+        re.search(r" in (.*):", line)[1] for line in text.splitlines() if " in " in line
+    ]
+    assert "T.parallel" in outer
+    assert re.sub(r"T.int64\((.*)\)", r"\1", inner) == f"range({n})"
+
+
+@each_target
+@pytest.mark.parametrize("dims", [(1, 64, 48), (1, "n", 48)])
+def test_copies_with_a_last_axis_of_one(target, dims):
+    op = relax.op
+    x = normal(1, 64, 48)
+    turned = x.transpose(0, 2, 1)[..., None]
+    at = np.add.outer(np.arange(9), np.arange(40))
+
+    def column(x):
+        return op.expand_dims(op.permute_dims(x, [0, 2, 1]), 3)
+
+    parts = [
+        (column, turned),
+        (
+            lambda x: op.nn.pad(column(x), [0, 0, 0, 0, 4, 4, 0, 0], "constant", 0.5),
+            np.pad(turned, ((0, 0), (0, 0), (4, 4), (0, 0)), constant_values=0.5),
+        ),
+        (lambda x: op.take(column(x), relax.const(at, "int64"), 2), turned[:, :, at]),
+        (
+            lambda x: op.add(column(x), op.mean(column(x), [2], True)),
+            turned + turned.mean(2)[..., None],
+        ),
+    ]
+    for build, expected in parts:
+        run = compile_function(build, dims, target=target)
+        np.testing.assert_allclose(run(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@each_target
+@pytest.mark.parametrize(
+    ("shape", "joined"),
+    [
+        ((1, 196, 4, 32), (1, 196, 128)),
+        ((1, 54, 14, 14), (1, 54, 196)),
+        ((1, 57, 7, 7), (1, 57, 49)),
+        ((1, 57, 56, 56), (1, 57, 3136)),
+        ((1, 10007, 3), (1, 30021)),
+        ((1, 96, 20, 18), (96, 360)),
+        ((3, 40, 96), (3, 8, 480)),
+    ],
+)
+def test_axes_joined(target, shape, joined):
+    run = compile_function(
+        lambda x: relax.op.reshape(relax.op.add(x, x), joined), shape, target=target
+    )
+    x = normal(*shape)
+    np.testing.assert_array_equal(run(x), (x + x).reshape(joined))
+
+
+def test_transposing_copy_padded_on_a_last_axis_of_one():
+    """Padding is written in vectors, and the rest without conditions."""
+    x = tvm.te.placeholder((1, 64, 384), name="x")
+
+    def padded(_, i, j, k):
+        inside = tirx.all(j >= 4, j < 68)
+        column = tirx.floormod(tirx.floordiv(j - 4 + k, 64) + i, 384)  # as a reshape writes it
+        return tirx.if_then_else(inside, x[0, j - 4, column], tirx.const(0, "float32"))
+
+    text = scheduled(x, tvm.te.compute((1, 384, 72, 1), padded))
+    assert "if_then_else" not in text
+    assert "//" not in text
+    assert "T.vectorized(T.int64(4))" in text or "T.vectorized(4)" in text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rows_of_tables_are_vectors(dtype):
+    """Of half-precision tables too, which are converted as they are read."""
+    table = tvm.te.placeholder((100, 768), dtype, name="table")
+    at = tvm.te.placeholder((1, 64), "int64", name="at")
+    row = tvm.te.compute((1, 64, 768), lambda _, i, j: table[at[0, i], j])
+    text = scheduled(table, at, tvm.te.compute(row.shape, lambda *i: row[i].astype("float32")))
+    assert "T.vectorized" in text
+    assert "//" not in text
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_images_as_rows_are_cut_between_rows(batch):
+    """Rows of 14 pixels, of channels that pieces hold whole: all extents are known."""
+    x = tvm.te.placeholder((batch, 54, 14, 14), name="x")
+    y = tvm.te.compute((batch, 54, 196), lambda a, b, c: x[a, b, c // 14, c % 14] * 2)
+    text = scheduled(x, y)
+    assert "T.min" not in text
+    assert "T.vectorized" in text
+
+
+@pytest.mark.parametrize("heads", [4, 8])
+def test_heads_joined_are_vectors(heads):
+    """A row of a head lies within a row of all heads."""
+    x = tvm.te.placeholder((1, 196, heads, 32), name="x")
+    y = tvm.te.compute((1, 196, heads * 32), lambda a, b, c: x[a, b, c // 32, c % 32])
+    text = scheduled(x, y)
+    assert "T.min" not in text
+    assert "T.vectorized" in text
+    assert "T.parallel" in text
 
 
 def test_values_read_often_do_not_grow():

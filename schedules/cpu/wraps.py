@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import tvm
 from tvm import tirx
 from tvm.sym import Analyzer
 from tvm_ffi import structural_equal, structural_map, structural_walk
@@ -63,8 +64,22 @@ def split_wraps(loop: tirx.For, finish: Callable[[tirx.For], _Stmt], cuts: int =
             tirx.For(outer, zero, periods, loop.kind, tirx.SeqStmt(listed)), lambda rest: rest
         )
     part = tirx.For(inner, zero, extent, loop.kind, body(_ANALYZER.simplify(low + inner)))
-    rest = split_wraps(part, finish, cuts + (not whole))
+    rest = split_wraps(_bounded(part), finish, cuts + (not whole))
     return tirx.For(outer, zero, periods, loop.kind, rest)
+
+
+def _bounded(loop: tirx.For) -> tirx.For:
+    """The loop with quotients and remainders simplified by what its variable stays below."""
+    if not isinstance(loop.extent, tirx.IntImm):
+        return loop
+    ranged = Analyzer()
+    ranged.bind(loop.loop_var, tvm.ir.Range.from_min_extent(loop.min, loop.extent))
+
+    def simpler(node: Any) -> Any:
+        return ranged.simplify(node) if uses(node, loop.loop_var) else node
+
+    body = structural_map(loop.body, ((tirx.FloorMod, simpler), (tirx.FloorDiv, simpler)))
+    return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body)
 
 
 def _allocates(body: _Stmt) -> bool:
