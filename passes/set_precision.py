@@ -1,11 +1,12 @@
 """Set precision: which layers compute in fewer bits than float32, as the user wishes.
 
-Matches every dense layer whose weight is still the model's own, and gives it the element types of
-the precision that the options name for it; its operands stay float32, and the backend rounds them
-(per token) on the way in, as weights are (per output) when they are stored. Where the target has no
-arithmetic in it, but kernels that widen such a weight, only the weight is of that type, if its
-values are within its range. Attention takes bf16 wherever arithmetic in less than float32 is wished
-for and the backend has it. What no kernel family of the target takes stays float32, with a note.
+Matches every dense layer in float32 whose weight is still the model's own, and gives it the element
+types of the precision that the options name for it; its operands stay float32, and the backend
+rounds them (per token) on the way in, as weights are (per output) when they are stored. Where the
+target has no arithmetic in it, but kernels that widen such a weight, only the weight is of that
+type, if its values are within its range. Attention takes bf16 wherever arithmetic in less than
+float32 is wished for and the backend has it. What no kernel family of the target takes stays
+float32, with a note.
 """
 
 from __future__ import annotations
@@ -103,10 +104,11 @@ class _SetPrecision(Rewrite):
 
     def rewrite(self, var: relax.Var, value: Any) -> Any:
         dense = dialect.match(value, Dense)
-        if dense is not None and dense.op.layout is None:
+        # A layer with other types multiplies the model's own integers.
+        if dense is not None and dense.op.layout is None and dense.op.types == FLOAT32:
             return self._dense(dense, var)
         attention = dialect.match(value, Attention)
-        if attention is not None and self._context.options.precision != "fp32":
+        if attention is not None and computes_in(self._context, self._context.options.precision):
             return self._attention(attention, var)
         return None
 

@@ -48,6 +48,7 @@ def test_float16_agrees_with_onnx_runtime(bert, tmp_path):
     assert manifest["verification"]["max_abs_diff"]["last_hidden_state"] < 1e-2
     assert {layer["precision"] for layer in manifest["layers"]} == {"float16"}
     assert any("float16" in note for note in manifest["notes"])
+    assert not any("attention" in note for note in manifest["notes"])
 
 
 @pytest.mark.parametrize(("name", "precision"), [("float16", "fp16"), ("bfloat16", "bf16")])
@@ -73,6 +74,20 @@ def test_weights_stay_narrow_where_the_target_computes_in_float32(tmp_path, name
     for wide, narrow in zip(outputs["fp32"], outputs[precision], strict=True):
         for key, value in wide.items():  # the weights are the same numbers
             np.testing.assert_allclose(narrow[key], value, rtol=0, atol=2e-5 * np.abs(value).max())
+
+
+def test_quantised_models_of_float16_keep_their_integers(tmp_path):
+    graph = """(float16[4,64] x) => (float16[4,32] y) {
+        q = QuantizeLinear(x, step, zero) a = DequantizeLinear(q, step, zero)
+        b = DequantizeLinear(w, step, zero) y = MatMul(a, b) }"""
+    model = parser.parse_model(f'<ir_version: 9, opset_import: ["" : 19]> g {graph}')
+    w = np.random.default_rng(0).integers(-127, 128, (64, 32)).astype(np.int8)
+    constants = {"w": w, "step": np.float16(0.03), "zero": np.int8(0)}
+    for name, value in constants.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    path = saved(model, tmp_path / "model.onnx")
+    manifest = sparse_tvm.compile(path, tmp_path / "model.so", target="x86-64-v3").manifest
+    assert [layer["precision"] for layer in manifest["layers"]] == ["int8"]
 
 
 def test_weights_beyond_the_range_of_float16_stay_float32(tmp_path):
