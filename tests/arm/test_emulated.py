@@ -239,9 +239,11 @@ def test_auto_precision_keeps_what_hurts_in_bf16(models, tmp_path):
 def test_bfloat16_models_compute_in_bf16_where_the_target_has_it(models, tmp_path):
     path = tmp_path / "half.onnx"
     onnx.save(narrowed(onnx.load(models / "tiny.onnx"), "bfloat16"), path)
-    for target, expected in {"neoverse-v1": "bfloat16", "neoverse-n1": "float32"}.items():
+    for target, computes in {"neoverse-v1": True, "neoverse-n1": False}.items():
         manifest = sparse_tvm.compile(path, tmp_path / "model.so", target=target).manifest
-        assert {layer["precision"] for layer in manifest["layers"]} == {expected}
+        assert {layer["precision"] for layer in manifest["layers"]} == {"bfloat16"}
+        stored = "weights in bfloat16, for kernels that compute in float32"
+        assert any(stored in note for note in manifest["notes"]) != computes
 
 
 def test_quantised_models_multiply_their_own_integers(models, tmp_path):
@@ -260,18 +262,11 @@ def test_quantised_models_multiply_their_own_integers(models, tmp_path):
 
 
 def test_int8_is_refused_without_dot_products(models, tmp_path):
-    with pytest.raises(SparseTvmError, match="cortex-a72 has no dot products of int8"):
+    with pytest.raises(SparseTvmError, match="cortex-a72 has no dot products of int8") as refused:
         sparse_tvm.compile(
             models / "bert.onnx", tmp_path / "model.so", target="cortex-a72", precision="int8"
         )
-
-
-def test_bf16_is_refused_without_it(models, tmp_path):
-    with pytest.raises(SparseTvmError, match="neoverse-n1 has no dot products of bf16") as refused:
-        sparse_tvm.compile(
-            models / "bert.onnx", tmp_path / "model.so", target="neoverse-n1", precision="bf16"
-        )
-    assert "--precision fp32 or int8" in refused.value.hint
+    assert "--precision fp32 or fp16 or bf16" in refused.value.hint
 
 
 def test_the_other_targets_get_the_same_code():
