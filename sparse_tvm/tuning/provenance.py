@@ -1,10 +1,11 @@
-"""Where measurements come from, and what makes them comparable.
+"""Where measurements come from, what makes them comparable, and what they come to.
 
 Needs no TVM.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from sparse_tvm.tuning.job import Machine, this_machine
@@ -45,3 +46,17 @@ def here(date: str = "") -> Provenance:
 def measured_on(machine: Machine, date: str = "") -> Provenance:
     """The provenance of what is measured on a machine."""
     return Provenance(machine["cpu"], machine["sparse_tvm"], machine["tvm"], date)
+
+
+def check_outcome(seconds: float | None, failure: str | None) -> None:
+    """Check what a measurement came to: a time, or why there is none.
+
+    Raises
+    ------
+    ValueError
+        When it is neither or both, or no time.
+    """
+    if (seconds is None) == (failure is None):
+        raise ValueError("it has to have either seconds or a failure")
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise ValueError(f"its seconds are {seconds}")

@@ -25,7 +25,7 @@ from sparse_tvm.files import replacing
 from sparse_tvm.manifest import Natural, check
 from sparse_tvm.operators import Layout, WeightedOperator, from_json, to_json
 from sparse_tvm.sparsity.statistics import WeightStatistics
-from sparse_tvm.tuning.provenance import VERSION, Provenance, here
+from sparse_tvm.tuning.provenance import VERSION, Provenance, check_outcome, here
 from sparse_tvm.tuning.schedule_records import ScheduleRecord, Schedules
 
 _ALIKE = 0.1
@@ -181,10 +181,7 @@ class Record:
         if not isinstance(op, WeightedOperator) or op.layout is None:
             raise ValueError(f"its operator {value['operator']!r} has no weight with a layout")
         seconds, block = value["seconds"], value["weight"]["block"]
-        if (seconds is None) == (value["failure"] is None):
-            raise ValueError("it has to have either seconds or a failure")
-        if seconds is not None and not 0 < seconds < math.inf:
-            raise ValueError(f"its seconds are {seconds}")
+        check_outcome(seconds, value["failure"])
         if not 0 <= value["weight"]["density"] <= 1:
             raise ValueError(f"its density is {value['weight']['density']}")
         if min(value["tokens"], value["threads"]) < 1:

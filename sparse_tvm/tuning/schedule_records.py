@@ -16,7 +16,7 @@ from statistics import mean
 from typing import Any, TypedDict
 
 from sparse_tvm.manifest import Natural, check
-from sparse_tvm.tuning.provenance import VERSION, Provenance
+from sparse_tvm.tuning.provenance import VERSION, Provenance, check_outcome
 
 NAIVE, GENERIC = "naive", "generic"
 """TVM's own loops, and the schedule that every operator gets which was not measured."""
@@ -112,10 +112,7 @@ class ScheduleRecord:
             schedule = json.dumps(schedule)
         elif schedule not in (NAIVE, GENERIC):
             raise ValueError(f"its schedule is {schedule!r}")
-        if (seconds is None) == (value["failure"] is None):
-            raise ValueError("it has to have either seconds or a failure")
-        if seconds is not None and not 0 < seconds < math.inf:
-            raise ValueError(f"its seconds are {seconds}")
+        check_outcome(seconds, value["failure"])
         if value["threads"] < 1:
             raise ValueError("its threads have to be 1 or more")
         names = ("function", "title", "target", "threads", "seconds", "noise", "failure")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from sparse_tvm.operators import Bias, Dense, Layout, from_json
+from sparse_tvm.operators import Bias, Dense, Layout, WeightedOperator, from_json, to_json
 from sparse_tvm.sparsity.masks import prune_array
 from sparse_tvm.sparsity.statistics import MeasuredWeight
 from sparse_tvm.targets import get_target
+from sparse_tvm.tuning.job import Job
 from sparse_tvm.tuning.measuring import Measurer
 from sparse_tvm.tuning.provenance import here
 from sparse_tvm.tuning.records import Condition, Problem, Record
@@ -27,6 +28,29 @@ def sparse_weight(n: int = 96, k: int = 64, sparsity: float = 0.9) -> np.ndarray
 
 def layer_of(w: np.ndarray) -> Dense:
     return Dense(layer="fc", matrix=(w.shape[0], w.shape[1]), epilogue=(Bias(),))
+
+
+def job(
+    op: WeightedOperator,
+    layout: Layout,
+    leading: Sequence[int | None] = (None,),
+    tokens: Sequence[int] = (1, 20),
+    threads: Sequence[int] = (1,),
+) -> Job:
+    """What a worker is told of a candidate."""
+    return {
+        "backend": "cpu",
+        "target": NATIVE,
+        "operator": op.name,
+        "call": to_json(replace(op, layer="", layout=layout)),
+        "leading": list(leading),
+        "weight": op.name,
+        "tokens": list(tokens),
+        "threads": list(threads),
+        "copies": 4,
+        "seconds": 0.01,
+        "beside": None,
+    }
 
 
 def record(

@@ -10,13 +10,12 @@ from dataclasses import replace
 
 import pytest
 import tvm
-from pretended import NATIVE, layer_of, sparse_weight
+from pretended import NATIVE, job, layer_of, sparse_weight
 from tvm import te
 
 from sparse_tvm.cli import main
 from sparse_tvm.errors import OptionError
 from sparse_tvm.operators import Layout, to_json
-from sparse_tvm.targets import get_target
 from sparse_tvm.tuning.job import this_machine
 from sparse_tvm.tuning.provenance import here
 from sparse_tvm.tuning.records import read_records
@@ -26,22 +25,6 @@ from sparse_tvm.tuning.schedule_records import GENERIC, NAIVE
 
 W = sparse_weight()
 OP = layer_of(W)
-
-
-def job(op, layout, leading=(None,), tokens=(1, 20), threads=(1,)):
-    return {
-        "backend": "cpu",
-        "target": get_target().name,
-        "operator": op.name,
-        "call": to_json(replace(op, layer="", layout=layout)),
-        "leading": list(leading),
-        "weight": op.name,
-        "tokens": list(tokens),
-        "threads": list(threads),
-        "copies": 4,
-        "seconds": 0.01,
-        "beside": None,
-    }
 
 
 FAKE_SSH = """#!/bin/sh

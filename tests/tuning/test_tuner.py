@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import pytest
-from pretended import Pretender, layer_of, sparse_weight
+from pretended import Pretender, job, layer_of, sparse_weight
 
 from sparse_tvm import compile
 from sparse_tvm.cli import main
@@ -47,22 +47,6 @@ class Crashing(MatmulFamily):
 get_backend("cpu").add(Crashing())
 serve()
 """
-
-
-def job(op, layout, leading=(None,), tokens=(1, 20), threads=(1,)):
-    return {
-        "backend": "cpu",
-        "target": get_target().name,
-        "operator": op.name,
-        "call": to_json(replace(op, layer="", layout=layout)),
-        "leading": list(leading),
-        "weight": op.name,
-        "tokens": list(tokens),
-        "threads": list(threads),
-        "copies": 4,
-        "seconds": 0.01,
-        "beside": None,
-    }
 
 
 W = sparse_weight()
