@@ -19,6 +19,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.schedules.cpu import vector_math
+from sparse_tvm.schedules.cpu.attention_blocks import Blocks, check_blocks, usual_blocks
 from sparse_tvm.schedules.cpu.attention_operands import (
     LOWEST,
     AttentionProblem,
@@ -44,18 +45,24 @@ from sparse_tvm.schedules.cpu.row_attention import FEW_QUERIES, few_queries, tak
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.schedules.cpu.visible_keys import visible_tiles
 
-_KEY_BLOCK = 8
-_MAX_GROUP = 2
-"""Query tiles per job: their scores, keys x 32 floats, stay within L1 for a few hundred keys."""
 
-
-def attention(problem: AttentionProblem, simd: Simd) -> tirx.PrimFunc:
+def attention(problem: AttentionProblem, simd: Simd, blocks: Blocks | None = None) -> tirx.PrimFunc:
     """Build the kernel.
+
+    ``blocks`` are keys, and tiles of queries, that are summed up together; None for as many as
+    usual. A few queries of a cache are not computed in blocks.
 
     Arguments of the PrimFunc, in order: q, k, v as the problem has them, the mask if any, then as
     int64 whatever of the numbers of keys and of queries is not known, and the output
     ``[lead, tiles, heads * value_size, LANES]`` over the queries' tiles.
+
+    Raises
+    ------
+    ValueError
+        When the target has too few registers for the blocks.
     """
+    blocks = usual_blocks(simd) if blocks is None else blocks
+    check_blocks(blocks, simd)
     out_shape = problem.queries.shape(problem.heads * problem.v.size)
     numbers = {"key_rows": problem.key_rows, "query_rows": problem.query_rows}
     with prim_func() as result:
@@ -67,7 +74,7 @@ def attention(problem: AttentionProblem, simd: Simd) -> tirx.PrimFunc:
             if isinstance(number, tirx.Var):
                 T.arg(name, number)
         out = argument("out", out_shape)
-        kernel = _Attention(problem, q, k, v, mask, out, simd)
+        kernel = _Attention(problem, q, k, v, mask, out, simd, *blocks)
         rows = problem.query_rows if takes_few_queries(problem, simd) else None
         if rows is None or (isinstance(rows, int) and rows > FEW_QUERIES):
             kernel.run()
@@ -84,7 +91,11 @@ def attention(problem: AttentionProblem, simd: Simd) -> tirx.PrimFunc:
 
 @dataclass(frozen=True)
 class _Attention:
-    """The kernel whose lanes are queries."""
+    """The kernel whose lanes are queries.
+
+    ``block`` keys, or features of the result, are summed up together, for ``group`` tiles of
+    queries, which are a job.
+    """
 
     problem: AttentionProblem
     q: Buffer
@@ -93,16 +104,8 @@ class _Attention:
     mask: Buffer | None
     out: Buffer
     simd: Simd
-
-    @property
-    def group(self) -> int:
-        """Query tiles per job."""
-        return max(1, min(_MAX_GROUP, self.simd.accumulators // (4 * self.simd.per_tile)))
-
-    @property
-    def block(self) -> int:
-        """Keys, or features of the result, that are summed up together."""
-        return min(_KEY_BLOCK, self.simd.accumulators // (self.group * self.simd.per_tile))
+    block: int
+    group: int
 
     def run(self) -> None:
         """Emit the jobs, in parallel."""

@@ -4,33 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from math import prod
 from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from sparse_tvm.schedules.cpu.attention_blocks import (
+    MOST_DOT_TILES,
+    Blocks,
+    check_blocks,
+    usual_dot_blocks,
+)
 from sparse_tvm.schedules.cpu.bf16_attention import Bf16Attention, Head, bf16_attention
 from sparse_tvm.schedules.cpu.dot_products import MultiplyAdd
 from sparse_tvm.schedules.cpu.lane_tiles import Expr, Registers, loaded_together, scalar, zero
 from sparse_tvm.schedules.cpu.precision import LINES
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 
-_FORMS = ((8, 2), (4, 1))
-"""Keys, or features of the result, that are summed up together, for so many tiles of queries: the
-larger where the sums fit into the registers."""
 
+def dot_attention(
+    problem: Bf16Attention, simd: Simd, multiply_add: MultiplyAdd, blocks: Blocks | None = None
+) -> tirx.PrimFunc:
+    """Build the kernel of :func:`bf16_attention` for a dot product of float32 sums.
 
-def dot_attention(problem: Bf16Attention, simd: Simd, multiply_add: MultiplyAdd) -> tirx.PrimFunc:
-    """Build the kernel of :func:`bf16_attention` for a dot product of float32 sums."""
-    return bf16_attention(problem, simd, partial(_DotHead, multiply_add))
+    ``blocks`` are keys, or features of the result, and tiles of queries that are summed up
+    together; None for as many as usual.
+
+    Raises
+    ------
+    ValueError
+        When the target has too few registers for the blocks, or they do not divide a tile.
+    """
+    if blocks is None:
+        blocks = usual_dot_blocks(simd)
+    else:
+        check_blocks(blocks, simd)
+        if LANES % blocks[0] or blocks[1] > MOST_DOT_TILES:
+            raise ValueError(f"blocks of {blocks[0]} keys x {blocks[1]} tiles do not divide tiles")
+    return bf16_attention(problem, simd, partial(_DotHead, multiply_add, blocks))
 
 
 class _DotHead(Head):
-    def __init__(self, multiply_add: MultiplyAdd, problem: Bf16Attention, *others: Any) -> None:
-        simd: Simd = others[0]
-        fitting = (form for form in _FORMS if prod(form) * simd.per_tile <= simd.accumulators)
-        self._block, self.width = next(fitting, _FORMS[-1])
+    def __init__(
+        self, multiply_add: MultiplyAdd, blocks: Blocks, problem: Bf16Attention, *others: Any
+    ) -> None:
+        self._block, self.width = blocks
         super().__init__(problem, *others)
         self._multiply_add = multiply_add
 

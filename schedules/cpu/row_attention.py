@@ -27,7 +27,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
 from sparse_tvm.schedules.cpu.row_sums import Sums
 from sparse_tvm.schedules.cpu.simd import Simd
 
-FEW_QUERIES = 8
+FEW_QUERIES = 7
 """Beyond, lanes of queries are the faster kernel."""
 
 _SEGMENT = 4

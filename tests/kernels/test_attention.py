@@ -21,6 +21,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparse_tvm.schedules.cpu.attention import attention
+from sparse_tvm.schedules.cpu.attention_blocks import (
+    KEYS,
+    MOST_TILES,
+    check_blocks,
+    offered_blocks,
+    usual_blocks,
+)
 from sparse_tvm.schedules.cpu.attention_operands import AttentionProblem, ByHeads, InTiles, Mask
 from sparse_tvm.schedules.cpu.lane_tiles import Tiles, symbol
 
@@ -43,6 +50,7 @@ problems = st.fixed_dictionaries(
         "dropped": st.sampled_from([0.2, 0.6, 1.0]),
         "by_heads": st.sampled_from([IN_TILES, BY_HEADS]) | st.tuples(*[st.booleans()] * 3),
         "symbolic": st.booleans(),
+        "choice": st.none() | st.integers(0, 9),
         "threads": thread_counts,
         "seed": st.integers(0, 2**16),
     }
@@ -93,6 +101,7 @@ def operand(x, heads, by_heads, lead, symbolic, name):
         "dropped": 1.0,
         "by_heads": IN_TILES,
         "symbolic": True,
+        "choice": 2,
         "threads": 2,
         "seed": 0,
     }
@@ -144,7 +153,9 @@ def check(
     target,
     threads,
     seed,
+    choice=None,
 ):
+    """``choice`` is the number of one of the blocks that are offered, None for the usual ones."""
     rng = np.random.default_rng(seed)
     heads = key_heads * shared
     rows = (queries, keys, keys)
@@ -182,7 +193,8 @@ def check(
     problem = AttentionProblem(
         *places, of_result, numbers[1] if counts_queries else None, numbers[0], scale, mask
     )
-    kernel = attention(problem, simd(target))
+    blocks = None if choice is None else offered(target)[choice % len(offered(target))]
+    kernel = attention(problem, simd(target), blocks)
     out_shape = (lead, -(-queries // 16), heads * value_size, 16)
     tiled = run(kernel, target, threads, arguments, out_shape)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -192,6 +204,55 @@ def check(
     coarse = added is not None and low == -1e4 and (added.max(axis=-1) < -1e3).any()
     atol = 2e-3 if coarse else 5e-6
     np.testing.assert_allclose(from_tiles(tiled, queries), expected, rtol=0, atol=atol)
+
+
+def offered(target):
+    return offered_blocks(simd(target), KEYS, MOST_TILES, None)
+
+
+@pytest.mark.parametrize("by_heads", [IN_TILES, BY_HEADS], ids=["in tiles", "by heads"])
+@every_form
+def test_all_blocks_that_are_offered(target, by_heads):
+    """Seven tiles of queries are no multiple of two, three or four; 37 keys end within a block."""
+    for choice in range(len(offered(target))):
+        check(
+            lead=2,
+            queries=7 * 16 - 5,
+            keys=37,
+            key_heads=2,
+            shared=1,
+            size=21,
+            value_size=13,
+            mask=Mask(lead=True, heads=False, queries=True, keys=True),
+            low=LOWEST,
+            dropped=0.6,
+            by_heads=by_heads,
+            symbolic=choice % 2 == 0,
+            target=target,
+            threads=2,
+            seed=choice,
+            choice=choice,
+        )
+
+
+@every_form
+def test_blocks_are_offered_once_and_fit(target):
+    unit = simd(target)
+    found = offered(target)
+    assert len(set(found)) == len(found) >= 1
+    assert usual_blocks(unit) in offered_blocks(unit, KEYS, MOST_TILES, 1)
+    assert all(tiles == 1 for _, tiles in offered_blocks(unit, KEYS, MOST_TILES, 1))
+    for blocks in [*found, usual_blocks(unit)]:
+        check_blocks(blocks, unit)
+
+
+@pytest.mark.parametrize("blocks", [(25, 1), (16, 4), (0, 1), (4, -1)])
+@every_form
+def test_blocks_beyond_the_registers_are_refused(target, blocks):
+    rows = InTiles(Tiles(1, 2), 2, 8)
+    problem = AttentionProblem(rows, rows, rows, Tiles(1, 2), None, 20, 0.5, None)
+    with pytest.raises(ValueError, match=f"blocks of {blocks[0]} keys x {blocks[1]} tiles"):
+        attention(problem, simd(target), blocks)
 
 
 def test_causal_mask():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from low_precision import ANY, TILE_TARGETS, from_lines, rounded, runnable, to_lines
 from test_attention import LOWEST, reference, split
 
+from sparse_tvm.schedules.cpu.attention_blocks import DOT_KEYS, MOST_DOT_TILES, offered_blocks
 from sparse_tvm.schedules.cpu.attention_operands import Mask
 from sparse_tvm.schedules.cpu.bf16_attention import Bf16Attention
 from sparse_tvm.schedules.cpu.bf16_dot import plain_bf16_dot, with_code
@@ -28,12 +30,12 @@ def on(unit):
     return lambda problem, simd: tile_attention(problem, simd, unit())
 
 
-def by_vdpbf16ps(problem, simd):
-    return with_code(dot_attention(problem, simd, vdpbf16ps), CODE[AVX512_BF16.name])
+def by_vdpbf16ps(problem, simd, blocks=None):
+    return with_code(dot_attention(problem, simd, vdpbf16ps, blocks), CODE[AVX512_BF16.name])
 
 
-def by_plain_dot(problem, simd):
-    return dot_attention(problem, simd, plain_bf16_dot)
+def by_plain_dot(problem, simd, blocks=None):
+    return dot_attention(problem, simd, plain_bf16_dot, blocks)
 
 
 NATIVE = [(on(unit), target) for unit, target in TILE_TARGETS]
@@ -146,3 +148,20 @@ def test_bf16_attention(case):
 @pytest.mark.parametrize("out", [None, BF16, INT8])
 def test_many_tiles(native, out):
     check({**LARGER, "native": native, "out": out})
+
+
+@pytest.mark.parametrize(
+    "native", [one for one in NATIVE if one[0] in (by_plain_dot, by_vdpbf16ps)]
+)
+def test_all_blocks_that_are_offered(native):
+    build, target = native
+    for blocks in offered_blocks(simd(target), DOT_KEYS, MOST_DOT_TILES, None):
+        check({**LARGER, "native": (partial(build, blocks=blocks), target)})
+
+
+@pytest.mark.parametrize(("blocks", "why"), [((3, 1), "do not divide"), ((16, 2), "registers")])
+def test_blocks_that_fit_no_tile_or_no_registers_are_refused(blocks, why):
+    one, unit = Tiles(1, 2), simd(PORTABLE)
+    problem = Bf16Attention(one, one, 20, 1, 32, 32, 0.5)
+    with pytest.raises(ValueError, match=why if unit.fits(3, unit.per_tile) else "registers"):
+        by_plain_dot(problem, unit, blocks)
