@@ -124,6 +124,12 @@ class KernelFamily(ABC, Generic[Op]):
     ) -> Kernel:
         """The kernel of a call with these operands, in the backend's layout of activations."""
 
+    def forms(
+        self, op: Op, operands: Sequence[Extents], output: Extents, target: AnyTarget
+    ) -> Mapping[str, Op]:
+        """Other forms that the kernel of a call may have, by names: a measurement chooses."""
+        return {}
+
     @abstractmethod
     def work(
         self, op: Op, operands: Sequence[Extents], output: Extents, nonzeros: int | None = None

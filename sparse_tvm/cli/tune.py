@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sparse_tvm.tuning.kernel import Kernel
-    from sparse_tvm.tuning.rest import RestOperator, ScheduleTrial
+    from sparse_tvm.tuning.rest import ScheduleTrial
+    from sparse_tvm.tuning.rest_operator import RestOperator
     from sparse_tvm.tuning.tuner import Trial, Tuned
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}

@@ -98,6 +98,8 @@ class Attention(Operator):
         Which of q, k and v are ``[batch, heads, rows, features of a head]`` instead.
     key_heads : int | None
         Heads of k and v, where they are fewer than q's: each serves as many of those, in order.
+    blocks : tuple[int, int] | None
+        Keys, and tiles of queries, that are summed up together; None for as many as usual.
     """
 
     name: ClassVar[str] = "attention"
@@ -110,6 +112,7 @@ class Attention(Operator):
     starts: tuple[int, int, int] = (0, 0, 0)
     by_heads: tuple[bool, bool, bool] = (False, False, False)
     key_heads: int | None = None
+    blocks: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,16 +28,20 @@ class Job(TypedDict):
 
 
 class ScheduleJob(TypedDict):
-    """A schedule of an operator without a kernel to measure, or to list.
+    """A schedule of an operator without a kernel, or a form of a kernel, to measure or to list.
 
-    ``function`` is TVM's JSON of it, at concrete sizes. Without a ``schedule`` the worker answers
-    with those that there are, of which it takes so many ``samples``. ``tokens`` is any one number,
-    and ``copies`` 1: there is no weight.
+    ``function`` is TVM's JSON of it, at concrete sizes; of a kernel, which comes with its
+    ``arguments``, :class:`sparse_tvm.tuning.forms.KernelCall` writes it. Without a ``schedule`` the
+    worker answers with those that there are, of which it takes so many ``samples``. Results have to
+    be those of the schedule ``expected``. ``tokens`` is one number, any one where sizes are
+    concrete, and ``copies`` 1: there is no weight.
     """
 
     backend: str
     target: str
     function: str
+    arguments: list[Any] | None
+    expected: str
     schedule: str | None
     samples: int
     tokens: list[int]

@@ -95,7 +95,7 @@ class LayerKernel:
             In the order of the function's parameters.
         """
         sizes = dict(zip(self._symbols, leading, strict=True))
-        known = _sizes_known({s: size for s, size in sizes.items() if s is not None})
+        known = sizes_known({s: size for s, size in sizes.items() if s is not None})
 
         def number(dim: Any) -> int:
             return int(known.simplify(dim))
@@ -208,7 +208,8 @@ def _extract(program: Program, symbols: Sequence[Any]) -> LayerKernel:
     raise AssertionError(f"{title}: no call of it was found")
 
 
-def _sizes_known(sizes: Mapping[Any, int]) -> Analyzer:
+def sizes_known(sizes: Mapping[Any, int]) -> Analyzer:
+    """What simplifies extents to numbers, for these sizes of symbols."""
     analyzer = Analyzer()
     for symbol, size in sizes.items():
         analyzer.bind(symbol, tirx.IntImm("int64", size))

@@ -24,7 +24,6 @@ from sparse_tvm.errors import OptionError
 from sparse_tvm.tuning.job import Job, Machine, ScheduleJob
 from sparse_tvm.tuning.measuring import LIMIT_S, Measurer
 from sparse_tvm.tuning.runner import BOOT, bundle
-from sparse_tvm.tuning.schedule_records import NAIVE
 
 
 class RemoteMeasurer(Measurer):
@@ -96,7 +95,7 @@ class RemoteMeasurer(Measurer):
             return self._builder.schedule(job)
         names = [name for name in (job["beside"], job["schedule"]) if name is not None]
         jobs: list[ScheduleJob]
-        jobs = [{**job, "schedule": name, "beside": None} for name in (NAIVE, *names)]
+        jobs = [{**job, "schedule": name, "beside": None} for name in (job["expected"], *names)]
         return self._measure(jobs, job, None)
 
     def _measure(

@@ -1,8 +1,12 @@
 """Tuning operators without a kernel of ours: TVM's loops, our schedule for any, or MetaSchedule's.
 
+Kernels in several forms (:mod:`~sparse_tvm.tuning.kernel_calls`) are tuned in the same way, a form
+being what a schedule is there.
+
 They are what the compiler's passes leave at the end, so they are looked for once layers are tuned,
 at the concrete sizes of the model: MetaSchedule knows no others. Each schedule's results are
-compared with those of TVM's own loops before it is timed, in turns with the usual one.
+compared with those of TVM's own loops, or of the usual form, before it is timed, in turns with the
+usual one.
 """
 
 from __future__ import annotations
@@ -10,24 +14,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import tvm
 from tvm import relax, tirx
 
-from sparse_tvm.passes.cpu.schedule_rest import schedule_rest, without_kernel
+from sparse_tvm.passes.cpu.schedule_rest import without_kernel
 from sparse_tvm.passes.infrastructure import Context
+from sparse_tvm.passes.lower_kernels import lower_kernels
 from sparse_tvm.passes.program import Program
 from sparse_tvm.schedules.cpu.searched import fingerprint
 from sparse_tvm.tuning.job import Machine, ScheduleJob
+from sparse_tvm.tuning.kernel_calls import kernel_calls
 from sparse_tvm.tuning.layers import until
 from sparse_tvm.tuning.measuring import Measurer
 from sparse_tvm.tuning.provenance import measured_on
 from sparse_tvm.tuning.records import append_record
+from sparse_tvm.tuning.rest_operator import RestOperator
 from sparse_tvm.tuning.schedule_records import GENERIC, NAIVE, ScheduleRecord, Schedules
 
 _LEAST_ELEMENTS = 1 << 12
@@ -40,59 +46,6 @@ _FINALISTS = 3
 """How many are timed once more, at most."""
 
 
-@dataclass
-class RestOperator:
-    """A function of the model that has no kernel, and what is known of its schedules.
-
-    Attributes
-    ----------
-    title : str
-        Its name.
-    text : str
-        TVM's JSON of it.
-    fingerprint : str
-        As records have it.
-    calls : int
-        How often the model calls it.
-    elements : int
-        Of all its operands.
-    records : dict[str, list[ScheduleRecord]]
-        By schedule, those on each number of threads.
-    """
-
-    title: str
-    text: str
-    fingerprint: str
-    calls: int
-    elements: int
-    records: dict[str, list[ScheduleRecord]] = field(default_factory=dict)
-
-    def seconds(self, schedule: str) -> list[float] | None:
-        """What a schedule takes on each number of threads; None if it was not measured."""
-        found = [record.seconds for record in self.records.get(schedule, ())]
-        return [one for one in found if one is not None] or None if None not in found else None
-
-    @property
-    def best(self) -> str | None:
-        """The fastest schedule so far, in the mean over numbers of threads."""
-        known = {s: found for s in self.records if (found := self.seconds(s)) is not None}
-        return min(known, key=lambda one: prod(known[one]), default=None)
-
-    @property
-    def usual(self) -> str | None:
-        """The schedule that the others are held against: the first that was measured."""
-        return next(iter(self.records), None)
-
-    def gain(self) -> float | None:
-        """How many times as fast as the usual one the best is; None if not known."""
-        usual = self.seconds(self.usual) if self.usual is not None else None
-        if usual is None or self.best is None:
-            return None
-        best = self.seconds(self.best)
-        assert best is not None
-        return float((prod(usual) / prod(best)) ** (1 / len(usual)))
-
-
 @dataclass(frozen=True)
 class ScheduleTrial:
     """A schedule that was measured, and how many operators are still to come."""
@@ -103,15 +56,20 @@ class ScheduleTrial:
     left: int
 
 
-def rest_of(program: Program, context: Context) -> tuple[list[RestOperator], list[str]]:
-    """Operators without a kernel that an imported model needs, those of most elements first.
+def rest_of(
+    program: Program, context: Context, tokens: Sequence[int] | None = None
+) -> tuple[list[RestOperator], list[str]]:
+    """What an imported model needs besides its layers: kernels in several forms, for so many tokens
+    where run time decides, then operators without a kernel, those of most elements first.
 
     Returns
     -------
     tuple[list[RestOperator], list[str]]
         The operators, and why others were left out.
     """
-    program = until(schedule_rest, program, context)
+    program = until(lower_kernels, program, context)
+    kernels = kernel_calls(program, context, tokens)
+    program = lower_kernels(program, context)
     calls = _calls(program)
     found: dict[str, RestOperator] = {}
     symbolic = []
@@ -132,7 +90,8 @@ def rest_of(program: Program, context: Context) -> tuple[list[RestOperator], lis
             f"{len(symbolic)} operators without a kernel: their sizes are not known; give "
             "--input-shape"
         )
-    return sorted(found.values(), key=lambda one: -one.calls * one.elements), left_out
+    rest = sorted(found.values(), key=lambda one: -one.calls * one.elements)
+    return [*kernels, *rest], left_out
 
 
 @dataclass
@@ -172,8 +131,8 @@ class RestTuner:
 
     def _measure_best(self, measurer: Measurer, operator: RestOperator) -> None:
         """Measure what seems to be the best once more, until that is what is the best."""
-        sure = {operator.usual}
-        while operator.best not in sure and len(sure) <= _FINALISTS:
+        sure = {operator.usual, None}  # none is where all failed
+        while operator.best not in sure and len(sure) < _FINALISTS + 2:
             best = operator.best
             assert best is not None
             sure.add(best)
@@ -194,7 +153,7 @@ class RestTuner:
             record.threads: record
             for record in self.known
             if (record.function, record.schedule) == (operator.fingerprint, schedule)
-            and record.target == self.context.target.name
+            and (record.target, record.tokens) == (self.context.target.name, operator.tokens)
         }
         complete = all(threads in found for threads in self.threads)
         return [found[threads] for threads in self.threads] if complete else None
@@ -212,9 +171,11 @@ class RestTuner:
             "backend": self.context.backend.name,
             "target": self.context.target.name,
             "function": operator.text,
+            "arguments": operator.arguments,
+            "expected": NAIVE if operator.arguments is None else GENERIC,
             "schedule": schedule,
             "samples": samples,
-            "tokens": [1],
+            "tokens": [operator.tokens or 1],
             "copies": 1,
             "threads": list(self.threads),
             "seconds": seconds,
@@ -242,6 +203,7 @@ class RestTuner:
                 result["noise"],
                 answer.get("failure"),
                 measured_on(self.machine, now),
+                operator.tokens,
             )
 
 

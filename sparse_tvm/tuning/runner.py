@@ -49,6 +49,10 @@ _ALIGNMENT = 64
 _TOLERANCE = 1e-3
 """By how much of the largest value results may differ: sums are taken in another order."""
 
+CAUSAL = 0
+"""Of an array of floats, in place of what whole numbers are below: it is a causal mask."""
+
+_HIDDEN = float(np.finfo(np.float32).min)
 _VALUES = np.random.default_rng(0).standard_normal(1 << 16, np.float32)
 
 
@@ -58,12 +62,23 @@ def random_array(shape: Sequence[int], dtype: str, modulus: int = 3) -> np.ndarr
     Parameters
     ----------
     modulus : int
-        Whole numbers are below it: 1 where they may be indices into anything.
+        Whole numbers are below it: 1 where they may be indices into anything. ``CAUSAL`` for a
+        mask ``[..., tiles, keys, queries of a tile]``.
     """
+    if modulus == CAUSAL:
+        return _causal(shape).astype(dtype)
     count = prod(shape)
     if np.dtype(dtype).kind == "f":
         return np.resize(_VALUES, count).astype(dtype).reshape(shape)
     return (np.arange(count) % modulus).astype(dtype).reshape(shape)
+
+
+def _causal(shape: Sequence[int]) -> np.ndarray:
+    """A mask that shows each query the keys up to its own, the last query all of them."""
+    *_, tiles, keys, lanes = shape
+    query = np.arange(tiles * lanes).reshape(tiles, 1, lanes) + max(0, keys - tiles * lanes)
+    hidden = np.arange(keys)[:, None] > query
+    return np.broadcast_to(np.where(hidden, _HIDDEN, 0.0), shape)
 
 
 @dataclass(frozen=True)
@@ -108,9 +123,9 @@ class Side:
     def results(self) -> list[np.ndarray]:
         """All its arrays after a call, results among them; it has no weight."""
         (arguments,) = self.arguments.values()
-        arrays = [_aligned(random_array(*one)) for one in arguments if isinstance(one, list)]
-        self.run(*map(_from_dlpack, arrays))
-        return arrays
+        made = [_aligned(random_array(*a)) if isinstance(a, list) else a for a in arguments]
+        self.run(*(_from_dlpack(a) if isinstance(a, np.ndarray) else a for a in made))
+        return [a for a in made if isinstance(a, np.ndarray)]
 
 
 def measure(sides: Sequence[Side], job: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import mean
@@ -21,11 +22,20 @@ from sparse_tvm.tuning.provenance import VERSION, Provenance, check_outcome
 NAIVE, GENERIC = "naive", "generic"
 """TVM's own loops, and the schedule that every operator gets which was not measured."""
 
+_BLOCKS = re.compile(r"[1-9]\d*x[1-9]\d*")
+"""What forms of kernels are called: the blocks that they compute."""
+
 _CERTAIN = 1.02
 """How much faster than the usual one a schedule has to be measured."""
 
 
-class _Line(TypedDict):
+class _Sized(TypedDict, total=False):
+    """What lines have of functions at sizes that run time decides."""
+
+    tokens: Natural
+
+
+class _Line(_Sized):
     """The schema of a line."""
 
     version: Natural
@@ -46,7 +56,8 @@ class _Line(TypedDict):
 def kind(schedule: str) -> str:
     """What a schedule is called, for people."""
     names = {NAIVE: "plain loops", GENERIC: "usual schedule"}
-    return names.get(schedule, "auto-scheduled")
+    usual = f"blocks of {schedule}" if _BLOCKS.fullmatch(schedule) else "auto-scheduled"
+    return names.get(schedule, usual)
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ class ScheduleRecord:
     title : str
         Its name in the model it was measured for.
     schedule : str
-        A name, or MetaSchedule's trace as JSON.
+        A name, or MetaSchedule's trace as JSON; of a kernel its form, ``generic`` the usual one.
     target : str
         Name of the target.
     threads : int
@@ -73,6 +84,8 @@ class ScheduleRecord:
         Why the schedule cannot be used.
     provenance : Provenance
         Where, when and with what.
+    tokens : int | None
+        For how many, where run time decides; None where sizes are part of the function.
     """
 
     function: str
@@ -84,17 +97,19 @@ class ScheduleRecord:
     noise: float
     failure: str | None
     provenance: Provenance
+    tokens: int | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What two records have in common of which one is enough."""
-        return (self.function, self.target, self.schedule, self.threads, self.provenance.cpu)
+        condition = (self.tokens, self.threads)
+        return (self.function, self.target, self.schedule, condition, self.provenance.cpu)
 
     def as_json(self) -> dict[str, Any]:
         """The record as a line has it."""
-        named = self.schedule in (NAIVE, GENERIC)
-        own = {name: value for name, value in vars(self).items() if name != "provenance"}
-        own["schedule"] = self.schedule if named else json.loads(self.schedule)
+        left_out = {"provenance"} if self.tokens is not None else {"provenance", "tokens"}
+        own = {name: value for name, value in vars(self).items() if name not in left_out}
+        own["schedule"] = self.schedule if _named(self.schedule) else json.loads(self.schedule)
         return {"version": VERSION, **own, **vars(self.provenance)}
 
     @classmethod
@@ -110,15 +125,20 @@ class ScheduleRecord:
         schedule, seconds = value["schedule"], value["seconds"]
         if isinstance(schedule, list):
             schedule = json.dumps(schedule)
-        elif schedule not in (NAIVE, GENERIC):
+        elif not isinstance(schedule, str) or not _named(schedule):
             raise ValueError(f"its schedule is {schedule!r}")
         check_outcome(seconds, value["failure"])
-        if value["threads"] < 1:
-            raise ValueError("its threads have to be 1 or more")
+        tokens = value.get("tokens")
+        if min(value["threads"], 1 if tokens is None else tokens) < 1:
+            raise ValueError("its tokens and threads have to be 1 or more")
         names = ("function", "title", "target", "threads", "seconds", "noise", "failure")
         source = Provenance(value["cpu"], value["sparse_tvm"], value["tvm"], value["date"])
         own = {name: value[name] for name in names}
-        return cls(schedule=schedule, provenance=source, **own)
+        return cls(schedule=schedule, provenance=source, tokens=tokens, **own)
+
+
+def _named(schedule: str) -> bool:
+    return schedule in (NAIVE, GENERIC) or _BLOCKS.fullmatch(schedule) is not None
 
 
 @dataclass(frozen=True)
@@ -148,12 +168,13 @@ class Schedules:
     def __len__(self) -> int:
         return len(self._newest)
 
-    def seconds(self, function: str, target: str) -> dict[str, dict[int, float]]:
-        """What was measured of a function: by schedule and number of threads."""
-        found: dict[str, dict[int, float]] = {}
+    def seconds(self, function: str, target: str) -> dict[str, dict[tuple[int | None, int], float]]:
+        """What was measured of a function: by schedule, and numbers of tokens and threads."""
+        found: dict[str, dict[tuple[int | None, int], float]] = {}
         for record in self._of(function, target):
             if record.seconds is not None:
-                found.setdefault(record.schedule, {})[record.threads] = record.seconds
+                condition = record.tokens, record.threads
+                found.setdefault(record.schedule, {})[condition] = record.seconds
         return found
 
     def failures(self, function: str, target: str) -> set[str]:
@@ -163,13 +184,15 @@ class Schedules:
     def choose(self, function: str, target: str, threads: int | None) -> Chosen | None:
         """The fastest schedule on so many threads, or in the mean over all that were measured.
 
+        It is the mean over all numbers of tokens in any case.
         None where the usual one, or TVM's where that does not fit, was not measured.
         """
         found = self.seconds(function, target)
         usual = next((name for name in (GENERIC, NAIVE) if name in found), None)
         if usual is None:
             return None
-        wanted = {threads} if threads in found[usual] else found[usual].keys()
+        known = found[usual].keys()
+        wanted = {condition for condition in known if condition[1] == threads} or known
 
         def loss(schedule: str) -> float:
             return mean(math.log(found[schedule][each]) for each in wanted)

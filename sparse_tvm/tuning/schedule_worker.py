@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from sparse_tvm.tuning.building import Built
+from sparse_tvm.tuning.forms import KernelCall
 from sparse_tvm.tuning.job import ScheduleJob
 from sparse_tvm.tuning.runner import OTHER_RESULTS, Argument, Side, alike, measure
-from sparse_tvm.tuning.schedule_records import NAIVE
+from sparse_tvm.tuning.schedule_records import kind
 
 _KEPT = 2
 """Functions whose usual schedule and results are remembered."""
@@ -31,27 +33,30 @@ class ScheduleWorker:
         from sparse_tvm.schedules.cpu.searched import apply_schedule
         from sparse_tvm.schedules.cpu.simd import Simd
 
-        function, target = _loaded(job)
         assert job["schedule"] is not None
+        if job["arguments"] is not None:
+            return _in_form(job, job["schedule"], job["arguments"])
+        function, target = _loaded(job)
         scheduled = apply_schedule(function, job["schedule"], Simd.of(target))
         arguments = dict.fromkeys(job["tokens"], arguments_of(function))
         return Built(scheduled, target, {}, arguments, job["schedule"])
 
     def __call__(self, job: ScheduleJob) -> Mapping[str, Any]:
         """List the schedules, or time one under all conditions."""
-        text, beside = job["function"], job["beside"]
+        key, beside = json.dumps([job["function"], job["tokens"]]), job["beside"]
         if job["schedule"] is None:
             return {"schedules": _listed(job)}
         sides = [self.build(job).side()]
-        if text not in self._expected:
+        if key not in self._expected:
             self._forget()
-            self._expected[text] = self.build({**job, "schedule": NAIVE}).side().results()
-        if not alike(sides[0].results(), self._expected[text]):
+            right = self.build({**job, "schedule": job["expected"]}).side()
+            self._expected[key] = right.results()
+        if not alike(sides[0].results(), self._expected[key]):
             return {"failure": OTHER_RESULTS}
         if beside is not None:
-            if (text, beside) not in self._sides:
-                self._sides[text, beside] = self.build({**job, "schedule": beside}).side()
-            sides.insert(0, self._sides[text, beside])
+            if (key, beside) not in self._sides:
+                self._sides[key, beside] = self.build({**job, "schedule": beside}).side()
+            sides.insert(0, self._sides[key, beside])
         return measure(sides, job)
 
     def _forget(self) -> None:
@@ -64,13 +69,33 @@ def _loaded(job: ScheduleJob) -> tuple[Any, Any]:
     """A job's function and target."""
     import tvm
 
+    return tvm.ir.load_json(job["function"]), _target(job)[1]
+
+
+def _target(job: ScheduleJob) -> tuple[Any, Any]:
+    """A job's backend and target."""
     from sparse_tvm.backends import get_backend
 
-    known = get_backend(job["backend"]).targets
-    return tvm.ir.load_json(job["function"]), next(t for t in known if t.name == job["target"])
+    backend = get_backend(job["backend"])
+    return backend, next(known for known in backend.targets if known.name == job["target"])
+
+
+def _in_form(job: ScheduleJob, form: str, arguments: list[Argument]) -> Built:
+    """Build a kernel in a form."""
+    call, (backend, target) = KernelCall.read(job["function"]), _target(job)
+    family = backend.family_for(call.op, target)
+    forms = call.forms(family, target)
+    if form not in forms:
+        raise ValueError(f"{target.name} has no {kind(form)} of {family.name}: {', '.join(forms)}")
+    kernel = family.build(forms[form], call.operands, call.output, target)
+    return Built(kernel.function, target, {}, dict.fromkeys(job["tokens"], arguments), kernel.title)
 
 
 def _listed(job: ScheduleJob) -> list[str]:
+    if job["arguments"] is not None:
+        call, (backend, target) = KernelCall.read(job["function"]), _target(job)
+        return list(call.forms(backend.family_for(call.op, target), target))
+
     from sparse_tvm.schedules.cpu.searched import candidates
     from sparse_tvm.schedules.cpu.simd import Simd
 

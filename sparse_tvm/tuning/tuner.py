@@ -52,7 +52,8 @@ from sparse_tvm.tuning.records import (
     read_records,
     tidy,
 )
-from sparse_tvm.tuning.rest import RestOperator, RestTuner, ScheduleTrial, rest_of
+from sparse_tvm.tuning.rest import RestTuner, ScheduleTrial, rest_of
+from sparse_tvm.tuning.rest_operator import RestOperator
 
 PathLike = str | os.PathLike[str]
 
@@ -195,7 +196,7 @@ def tune(
         try:
             tuner.run(own, trials, limit * (_LAYERS if operators else 1))
             if operators:
-                rest = _Rest.of(program, context, _known(path, machine), pattern)
+                rest = _Rest.of(program, context, _known(path, machine), pattern, tokens)
                 left = limit - (time.monotonic() - started)
                 rest.tuner(tuner).run(own, trials, left)
         finally:
@@ -226,10 +227,15 @@ class _Rest:
 
     @classmethod
     def of(
-        cls, program: Program, context: Context, known: Records, pattern: re.Pattern[str]
+        cls,
+        program: Program,
+        context: Context,
+        known: Records,
+        pattern: re.Pattern[str],
+        tokens: Sequence[int] | None,
     ) -> _Rest:
         """Those of a model whose layers are as measurements so far have them."""
-        found, left_out = rest_of(program, replace(context, evidence=Evidence(known)))
+        found, left_out = rest_of(program, replace(context, evidence=Evidence(known)), tokens)
         return cls([one for one in found if pattern.search(one.title)], left_out, known)
 
     def tuner(self, tuner: _Tuner) -> RestTuner:

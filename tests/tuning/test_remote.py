@@ -102,6 +102,8 @@ def test_an_operator_without_a_kernel():
         "target": NATIVE,
         "function": tvm.ir.save_json(function),
         "schedule": None,
+        "arguments": None,
+        "expected": NAIVE,
         "samples": 1,
         "tokens": [1],
         "threads": [1],

@@ -193,6 +193,8 @@ def test_wrong_results_are_a_failure():
         "backend": "cpu",
         "target": NATIVE,
         "function": tvm.ir.save_json(softmax()),
+        "arguments": None,
+        "expected": NAIVE,
         "schedule": json.dumps([[["GetSBlock", [], ["nowhere", "main"], ["b0"]]], []]),
         "samples": 0,
         "tokens": [1],

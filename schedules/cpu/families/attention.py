@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from sparse_tvm.families import Extents, Kernel, KernelFamily, Work, bytes_of, elements
 from sparse_tvm.operators import FLOAT32, Attention
+from sparse_tvm.schedules.cpu.attention_blocks import (
+    KEYS,
+    MOST_TILES,
+    Blocks,
+    offered_blocks,
+    usual_blocks,
+)
 from sparse_tvm.schedules.cpu.families.extents import known_or_symbols, tiles_for
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.targets import Target
@@ -46,7 +53,15 @@ class AttentionFamily(KernelFamily[Attention]):
         mask = Mask(*op.mask) if op.mask is not None else None
         rows = query_rows[0] if query_rows else None
         problem = AttentionProblem(q, k, v, queries, rows, key_rows, op.scale, mask)
-        return Kernel(f"attention_{op.heads}x{q.size}", attention(problem, Simd.of(target)))
+        kernel = attention(problem, Simd.of(target), op.blocks)
+        return Kernel(f"attention_{op.heads}x{q.size}", kernel)
+
+    def forms(
+        self, op: Attention, operands: Sequence[Extents], output: Extents, target: Target
+    ) -> Mapping[str, Attention]:
+        simd, tiles = Simd.of(target), output.shape[1]
+        offered = offered_blocks(simd, KEYS, MOST_TILES, tiles)
+        return in_blocks(op, offered, usual_blocks(simd))
 
     def work(
         self,
@@ -62,6 +77,15 @@ class AttentionFamily(KernelFamily[Attention]):
             results = (q.shape[0] or 0) * (q.shape[2] or 0) * (output.shape[2] or 0)
         flops = 2.0 * (elements(q) + results) * keys
         return Work(flops, bytes_of([*operands, output]))
+
+
+def in_blocks(op: Attention, offered: Sequence[Blocks], usual: Blocks) -> Mapping[str, Attention]:
+    """The operator in blocks that are not the usual ones, by names."""
+    return {
+        f"{keys}x{tiles}": replace(op, blocks=(keys, tiles))
+        for keys, tiles in offered
+        if (keys, tiles) != usual
+    }
 
 
 def _heads(operand: Extents, by_heads: bool, heads: int, lead: Any) -> Any:

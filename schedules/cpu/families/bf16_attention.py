@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from sparse_tvm.families import Extents, Kernel, KernelFamily, Work, bytes_of, elements
 from sparse_tvm.operators import Attention
+from sparse_tvm.schedules.cpu.attention_blocks import (
+    DOT_KEYS,
+    MOST_DOT_TILES,
+    Blocks,
+    offered_blocks,
+    usual_dot_blocks,
+)
 from sparse_tvm.schedules.cpu.dots import Dot
+from sparse_tvm.schedules.cpu.families.attention import in_blocks
 from sparse_tvm.schedules.cpu.families.extents import tiles_for
 from sparse_tvm.schedules.cpu.precision import BF16, HEAD_STEP, PRECISIONS
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
@@ -39,8 +47,10 @@ class Bf16AttentionFamily(KernelFamily[Attention]):
         """What the target's CPUs miss; None if nothing."""
 
     @abstractmethod
-    def kernel(self, problem: Bf16Attention, target: Target) -> tirx.PrimFunc:
-        """Build the kernel itself."""
+    def kernel(
+        self, problem: Bf16Attention, target: Target, blocks: Blocks | None
+    ) -> tirx.PrimFunc:
+        """Build the kernel itself, in blocks if it has some to choose among."""
 
     def refuses(self, op: Attention, target: Target) -> str | None:
         if PRECISIONS.get(op.types.input) is not BF16:
@@ -72,7 +82,7 @@ class Bf16AttentionFamily(KernelFamily[Attention]):
         )
         to = f"_to_{out.name}" if out else ""
         title = f"attention_bf16_{self.unit}_{op.heads}x{op.sizes[0]}{to}"
-        return Kernel(title, self.kernel(problem, target))
+        return Kernel(title, self.kernel(problem, target, op.blocks))
 
     def work(
         self,
@@ -102,13 +112,22 @@ class DotAttentionFamily(Bf16AttentionFamily):
     def code(self) -> str | None:
         """What kernels with it bring in LLVM's own words."""
 
+    def forms(
+        self, op: Attention, operands: Sequence[Extents], output: Extents, target: Target
+    ) -> Mapping[str, Attention]:
+        simd, tiles = Simd.of(target), operands[0].shape[1]
+        offered = offered_blocks(simd, DOT_KEYS, MOST_DOT_TILES, tiles)
+        return in_blocks(op, offered, usual_dot_blocks(simd))
+
     def lacks(self, target: Target) -> str | None:
         able = target.has(*self.dot.features)
         return None if able else f"{target.name} has no dot products of bf16"
 
-    def kernel(self, problem: Bf16Attention, target: Target) -> tirx.PrimFunc:
+    def kernel(
+        self, problem: Bf16Attention, target: Target, blocks: Blocks | None
+    ) -> tirx.PrimFunc:
         from sparse_tvm.schedules.cpu.bf16_dot import with_code
         from sparse_tvm.schedules.cpu.dot_attention import dot_attention
 
-        kernel = dot_attention(problem, Simd.of(target), self.multiply_add())
+        kernel = dot_attention(problem, Simd.of(target), self.multiply_add(), blocks)
         return with_code(kernel, self.code())

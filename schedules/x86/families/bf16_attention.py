@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from sparse_tvm.schedules.cpu.attention_blocks import Blocks
 from sparse_tvm.schedules.cpu.dots import Dot
 from sparse_tvm.schedules.cpu.families.bf16_attention import Bf16AttentionFamily, DotAttentionFamily
 from sparse_tvm.schedules.cpu.precision import BF16
@@ -30,7 +31,9 @@ class TileAttentionFamily(Bf16AttentionFamily):
     def lacks(self, target: Target) -> str | None:
         return None if target.has(*AMX_FEATURES) else f"{target.name} has no matrix unit (AMX)"
 
-    def kernel(self, problem: Bf16Attention, target: Target) -> tirx.PrimFunc:
+    def kernel(
+        self, problem: Bf16Attention, target: Target, blocks: Blocks | None
+    ) -> tirx.PrimFunc:
         from sparse_tvm.schedules.x86.instructions import Amx
         from sparse_tvm.schedules.x86.tile_attention import tile_attention
 
