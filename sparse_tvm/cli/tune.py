@@ -63,7 +63,7 @@ def tune(
     ] = None,
     operators: Annotated[
         bool,
-        typer.Option(help="Tune operators without a kernel of ours too, at concrete sizes."),
+        typer.Option(help="Tune attention, and operators without a kernel of ours, too."),
     ] = True,
     fit: Annotated[
         list[Path] | None,

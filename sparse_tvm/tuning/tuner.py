@@ -107,7 +107,7 @@ class Tuned:
     kernels : Sequence[Kernel]
         All of the model's layers', in the order of their weight.
     operators : Sequence[RestOperator]
-        Those without a kernel of ours.
+        Attention, and those without a kernel of ours.
     remarks : Sequence[str]
         What was left out, or passed over in the records.
     """
@@ -154,7 +154,7 @@ def tune(
     layers : str | None
         A regular expression; only layers, and other operators, whose name it matches are tuned.
     tokens : Sequence[int] | None
-        Numbers of tokens to measure, of layers for which run time decides; by default typical ones.
+        Numbers of tokens to measure where run time decides; by default typical ones.
     threads : Sequence[int] | None
         Numbers of threads to measure; by default 1 and all cores.
     precision : str | None
@@ -168,7 +168,7 @@ def tune(
     exhaustive : bool
         Measure those too that are predicted to be far from the best, as far as `trials` goes.
     operators : bool
-        Tune operators without a kernel of ours as well.
+        Tune attention, and operators without a kernel of ours, as well.
 
     Raises
     ------
