@@ -35,6 +35,7 @@ from sparse_tvm.models.convnets import build_mobilenet_v2
 from sparse_tvm.random_inputs import random_inputs
 from sparse_tvm.tuning.kernel import Kernel
 from sparse_tvm.tuning.rest import ScheduleTrial
+from sparse_tvm.tuning.throttling import Notice
 from sparse_tvm.tuning.tuner import Trial, tune
 
 NEAR = 0.05
@@ -66,7 +67,10 @@ SUBJECTS = {
 }
 
 
-def progress(trial: Trial | ScheduleTrial) -> None:
+def progress(trial: Trial | ScheduleTrial | Notice) -> None:
+    if isinstance(trial, Notice):
+        stderr_console().print(trial.text, soft_wrap=True)
+        return
     assert isinstance(trial, Trial)
     kernel, layout = trial.kernel, trial.layout
     took = trial.records[0].seconds

@@ -13,6 +13,7 @@ from sparse_tvm.cpu import architecture, cpu_model, host_features, usable_cores
 from sparse_tvm.errors import TargetError
 from sparse_tvm.extras import installed_distribution
 from sparse_tvm.linker import linkers
+from sparse_tvm.machine_state import doubts, read_state, signs
 from sparse_tvm.targets import TARGETS, Target, get_target
 
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx", "onnxruntime")
@@ -70,10 +71,8 @@ def _problems(target: Target | None, found_linkers: list[str]) -> list[str]:
     busy = os.getloadavg()[0]
     if busy > 0.5 * usable_cores():
         problems.append(f"the machine is busy (load {busy:.1f}): timings will be noisy")
-    governor = _read(_CPU / "cpufreq" / "scaling_governor")
-    if governor == "powersave":
-        problems.append("the CPU's governor is powersave: clocks may stay low")
-    return problems
+    state = read_state()
+    return [*problems, *doubts(state), *signs(state)]
 
 
 def _caches() -> dict[str, str]:

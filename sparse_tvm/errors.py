@@ -59,6 +59,10 @@ class OutputError(SparseTvmError):
     """A result cannot be written (directory missing, not writable, disk full)."""
 
 
+class ThrottledError(SparseTvmError):
+    """A machine is too hot, or gets too little power, to measure on it."""
+
+
 class VerificationError(SparseTvmError):
     """The compiled model's outputs differ from the reference beyond the tolerance."""
 

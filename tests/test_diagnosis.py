@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sparse_tvm import diagnosis
+from sparse_tvm import diagnosis, machine_state
 from sparse_tvm.cli import main
 from sparse_tvm.cpu import usable_cores
 from sparse_tvm.targets import get_target
@@ -40,10 +41,13 @@ def test_what_is_slow_here_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         assert said in problems
 
 
-def test_a_quiet_machine_with_all_has_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quiet_machine_with_all_has_no_problem(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     monkeypatch.setattr(os, "cpu_count", lambda: len(os.sched_getaffinity(0)))
     monkeypatch.setattr(diagnosis, "_read", lambda path: "")
+    monkeypatch.setattr(machine_state, "SYSFS", tmp_path)
     monkeypatch.setattr(diagnosis, "linkers", lambda triple: [("gcc", ["gcc"])])
     monkeypatch.setattr(diagnosis, "get_target", lambda: get_target("x86-64-v4"))
     assert diagnosis.diagnose()["problems"] == []

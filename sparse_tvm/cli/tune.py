@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sparse_tvm.tuning.kernel import Kernel
     from sparse_tvm.tuning.rest import ScheduleTrial
     from sparse_tvm.tuning.rest_operator import RestOperator
+    from sparse_tvm.tuning.throttling import Notice
     from sparse_tvm.tuning.tuner import Trial, Tuned
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
@@ -83,6 +84,10 @@ def tune(
     python: Annotated[
         str, typer.Option(metavar="PATH", help="The interpreter on --host.")
     ] = "python3",
+    ignore_throttling: Annotated[
+        bool,
+        typer.Option("--ignore-throttling", help="Go on where the machine is hot or slowed down."),
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure MODEL's kernels in several layouts; `compile --records` takes the fastest."""
@@ -132,6 +137,7 @@ def tune(
                 measurer=RemoteMeasurer(host, python) if host is not None else Measurer(),
                 progress=show,
                 operators=operators,
+                ignore_throttling=ignore_throttling,
             )
         except KeyboardInterrupt:
             if not quiet:
@@ -170,14 +176,19 @@ class _Progress:
         self._console, self._quiet = console, quiet
         self._started, self.count = time.perf_counter(), 0
 
-    def __call__(self, trial: Trial | ScheduleTrial) -> None:
+    def __call__(self, trial: Trial | ScheduleTrial | Notice) -> None:
         from rich.text import Text
 
         from sparse_tvm.tuning.rest import ScheduleTrial
         from sparse_tvm.tuning.schedule_records import kind
+        from sparse_tvm.tuning.throttling import Notice
 
-        self.count += 1
+        self.count += not isinstance(trial, Notice)
         if self._quiet:
+            return
+        elapsed = (f"{time.perf_counter() - self._started:6.0f} s  ", "dim")
+        if isinstance(trial, Notice):
+            self._console.print(Text.assemble(elapsed, f"note: {trial.text}"), soft_wrap=True)
             return
         if isinstance(trial, ScheduleTrial):
             what, best = f"{trial.operator.title}: {kind(trial.schedule)}", _best_of(trial.operator)
@@ -188,9 +199,8 @@ class _Progress:
         took = f"failed: {first.failure}"
         if first.seconds is not None:
             took = _microseconds(first.seconds)
-        elapsed = time.perf_counter() - self._started
         line = Text.assemble(
-            (f"{elapsed:6.0f} s  ", "dim"),
+            elapsed,
             f"{what} {took}",
             (f"; best {best}; at most {trial.left} left", "dim"),
         )

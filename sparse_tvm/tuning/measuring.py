@@ -55,9 +55,21 @@ class Measurer:
     ) -> None:
         self._stop()
 
+    @property
+    def name(self) -> str:
+        """What the machine is called where the worker runs."""
+        return "this machine"
+
     def machine(self) -> Machine:
         """Where the worker runs."""
         return this_machine()
+
+    def observe(self) -> dict[str, Any]:
+        """How fast the clock is where candidates run: :func:`sparse_tvm.machine_state.observe`.
+
+        Or ``failure``, a sentence.
+        """
+        return self._ask(self._running(), {"observe": True})
 
     def __call__(self, job: Job, matrix: np.ndarray) -> dict[str, Any]:
         """Measure a candidate for a layer with this weight ``[N, K]``.

@@ -6,12 +6,27 @@ Needs no TVM.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypedDict
 
 from sparse_tvm.tuning.job import Machine, this_machine
 
 VERSION = 2
 """Of the schema; it counts up when lines of an older one mean something else."""
+
+
+class _SourceKeys(TypedDict):
+    cpu: str
+    sparse_tvm: str
+    tvm: str
+    date: str
+
+
+class Source(_SourceKeys, total=False):
+    """What a line says of where it comes from; of the clock only if that is known."""
+
+    pace: float
 
 
 @dataclass(frozen=True)
@@ -26,12 +41,24 @@ class Provenance:
         Versions.
     date : str
         When it was measured: UTC, ISO 8601.
+    pace : float | None
+        How fast the clock was then, 1 being the best of the session.
     """
 
     cpu: str
     sparse_tvm: str
     tvm: str
     date: str
+    pace: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """As a line has it, among other keys."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any]) -> Provenance:
+        """From a line that is checked to be a :class:`Source`."""
+        return cls(line["cpu"], line["sparse_tvm"], line["tvm"], line["date"], line.get("pace"))
 
     def same_kernels(self, other: Provenance) -> bool:
         """Whether both were measured with the same versions."""
@@ -43,9 +70,9 @@ def here(date: str = "") -> Provenance:
     return measured_on(this_machine(), date)
 
 
-def measured_on(machine: Machine, date: str = "") -> Provenance:
+def measured_on(machine: Machine, date: str = "", pace: float | None = None) -> Provenance:
     """The provenance of what is measured on a machine."""
-    return Provenance(machine["cpu"], machine["sparse_tvm"], machine["tvm"], date)
+    return Provenance(machine["cpu"], machine["sparse_tvm"], machine["tvm"], date, pace)
 
 
 def check_outcome(seconds: float | None, failure: str | None) -> None:

@@ -25,7 +25,7 @@ from sparse_tvm.files import replacing
 from sparse_tvm.manifest import Natural, check
 from sparse_tvm.operators import Layout, WeightedOperator, from_json, to_json
 from sparse_tvm.sparsity.statistics import WeightStatistics
-from sparse_tvm.tuning.provenance import VERSION, Provenance, check_outcome, here
+from sparse_tvm.tuning.provenance import VERSION, Provenance, Source, check_outcome, here
 from sparse_tvm.tuning.schedule_records import ScheduleRecord, Schedules
 
 _ALIKE = 0.1
@@ -42,7 +42,7 @@ class _Weight(TypedDict):
     block: list[Natural] | None
 
 
-class _Line(TypedDict):
+class _Line(Source):
     """The schema of a line."""
 
     version: Natural
@@ -57,10 +57,6 @@ class _Line(TypedDict):
     seconds: float | None
     noise: float
     failure: str | None
-    cpu: str
-    sparse_tvm: str
-    tvm: str
-    date: str
 
 
 @dataclass(frozen=True)
@@ -143,8 +139,7 @@ class Record:
 
     def as_json(self) -> dict[str, Any]:
         """The record as a line has it."""
-        problem, provenance = self.problem, self.provenance
-        block = problem.block
+        problem, block = self.problem, self.problem.block
         return {
             "version": VERSION,
             "operator": problem.op.name,
@@ -158,10 +153,7 @@ class Record:
             "seconds": self.seconds,
             "noise": self.noise,
             "failure": self.failure,
-            "cpu": provenance.cpu,
-            "sparse_tvm": provenance.sparse_tvm,
-            "tvm": provenance.tvm,
-            "date": provenance.date,
+            **self.provenance.as_json(),
         }
 
     @classmethod
@@ -198,7 +190,7 @@ class Record:
             seconds,
             value["noise"],
             value["failure"],
-            Provenance(value["cpu"], value["sparse_tvm"], value["tvm"], value["date"]),
+            Provenance.from_json(value),
         )
 
 

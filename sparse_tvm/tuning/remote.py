@@ -61,6 +61,11 @@ class RemoteMeasurer(Measurer):
         self._directory.cleanup()
         super().__exit__(kind, error, trace)
 
+    @property
+    def name(self) -> str:
+        """What the machine is called where candidates run."""
+        return self._host
+
     def machine(self) -> Machine:
         """Where candidates run; the versions are those of what builds them.
 

@@ -30,11 +30,11 @@ from sparse_tvm.schedules.cpu.searched import fingerprint
 from sparse_tvm.tuning.job import Machine, ScheduleJob
 from sparse_tvm.tuning.kernel_calls import kernel_calls
 from sparse_tvm.tuning.layers import until
-from sparse_tvm.tuning.measuring import Measurer
 from sparse_tvm.tuning.provenance import measured_on
 from sparse_tvm.tuning.records import append_record
 from sparse_tvm.tuning.rest_operator import RestOperator
 from sparse_tvm.tuning.schedule_records import GENERIC, NAIVE, ScheduleRecord, Schedules
+from sparse_tvm.tuning.throttling import SteadyMeasurer
 
 _LEAST_ELEMENTS = 1 << 12
 """Of all operands of a function: with fewer, calling it takes longer than it does."""
@@ -106,7 +106,7 @@ class RestTuner:
     path: Path
     progress: Callable[[ScheduleTrial], None] | None
 
-    def run(self, measurer: Measurer, trials: int, limit: float) -> None:
+    def run(self, measurer: SteadyMeasurer, trials: int, limit: float) -> None:
         """Measure so many schedules of each, as long as there is time."""
         deadline = time.monotonic() + limit
         for place, operator in enumerate(self.operators):
@@ -129,7 +129,7 @@ class RestTuner:
             if fresh:
                 self._measure_best(measurer, operator)
 
-    def _measure_best(self, measurer: Measurer, operator: RestOperator) -> None:
+    def _measure_best(self, measurer: SteadyMeasurer, operator: RestOperator) -> None:
         """Measure what seems to be the best once more, until that is what is the best."""
         sure = {operator.usual, None}  # none is where all failed
         while operator.best not in sure and len(sure) < _FINALISTS + 2:
@@ -139,7 +139,7 @@ class RestTuner:
             self._measure(measurer, operator, best, _FINAL_SECONDS)
 
     def _measure(
-        self, measurer: Measurer, operator: RestOperator, schedule: str, seconds: float
+        self, measurer: SteadyMeasurer, operator: RestOperator, schedule: str, seconds: float
     ) -> None:
         """Measure a schedule, and keep what it took."""
         answer = measurer.schedule(self._job(operator, schedule, seconds=seconds))
@@ -202,7 +202,7 @@ class RestTuner:
                 seconds,
                 result["noise"],
                 answer.get("failure"),
-                measured_on(self.machine, now),
+                measured_on(self.machine, now, result.get("pace")),
                 operator.tokens,
             )
 

@@ -35,6 +35,7 @@ from sparse_tvm.cpu import (
     use_threads,
 )
 from sparse_tvm.errors import ArtifactError
+from sparse_tvm.machine_state import clock, observe, read_state
 from sparse_tvm.tuning.timing import Calls, compare
 from sparse_tvm.vm import runtime
 
@@ -132,7 +133,8 @@ def measure(sides: Sequence[Side], job: Mapping[str, Any]) -> dict[str, Any]:
     """Time the last of one or two functions under all conditions, in turns with the first.
 
     ``job`` has ``tokens`` and ``threads``, a list each, ``copies`` and ``seconds``, as
-    :class:`sparse_tvm.tuning.job.Job` has them.
+    :class:`sparse_tvm.tuning.job.Job` has them. Beside each result stands the slower ``clock``
+    before and after it, beside all what the machine's ``state`` is then.
     """
     results = []
     copies = [side.copies(job["copies"]) for side in sides]
@@ -145,9 +147,11 @@ def measure(sides: Sequence[Side], job: Mapping[str, Any]) -> dict[str, Any]:
                 for side, rotation, each in zip(sides, rotations, copies, strict=True)
             ]
             idle = [Calls(s.idle, r[:1], 0) for s, r in zip(sides, rotations, strict=True)]
+            before = clock()
             found = compare(calls, idle, job["seconds"])
+            found["clock"] = max(before, clock())
             results.append({"tokens": tokens, "threads": threads, **found})
-    return {"copies": len(copies[-1]), "results": results}
+    return {"copies": len(copies[-1]), "results": results, "state": read_state()}
 
 
 def alike(results: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> bool:
@@ -281,8 +285,12 @@ def serve() -> None:
         if "load" in message:
             runner.load(message)
             continue
+        answer: Mapping[str, Any]
         try:
-            answer = runner(message) if message else _machine()
+            if "observe" in message:
+                answer = observe()
+            else:
+                answer = runner(message) if message else _machine()
         except Exception as error:  # whatever it is, the candidate cannot be used
             answer = failure_of(error)
         print(json.dumps(answer), file=replies, flush=True)
@@ -293,7 +301,7 @@ def bundle() -> bytes:
     import zipfile
 
     here = Path(__file__).parents[1]
-    files = ("cpu", "errors", "devices", "vm", "tuning/timing", "tuning/runner")
+    files = ("cpu", "errors", "devices", "machine_state", "vm", "tuning/timing", "tuning/runner")
     memory = io.BytesIO()
     with zipfile.ZipFile(memory, "w", zipfile.ZIP_DEFLATED) as file:
         for package in ("__init__", "tuning/__init__"):

@@ -17,7 +17,7 @@ from statistics import mean
 from typing import Any, TypedDict
 
 from sparse_tvm.manifest import Natural, check
-from sparse_tvm.tuning.provenance import VERSION, Provenance, check_outcome
+from sparse_tvm.tuning.provenance import VERSION, Provenance, Source, check_outcome
 
 NAIVE, GENERIC = "naive", "generic"
 """TVM's own loops, and the schedule that every operator gets which was not measured."""
@@ -35,7 +35,7 @@ class _Sized(TypedDict, total=False):
     tokens: Natural
 
 
-class _Line(_Sized):
+class _Line(_Sized, Source):
     """The schema of a line."""
 
     version: Natural
@@ -47,10 +47,6 @@ class _Line(_Sized):
     seconds: float | None
     noise: float
     failure: str | None
-    cpu: str
-    sparse_tvm: str
-    tvm: str
-    date: str
 
 
 def kind(schedule: str) -> str:
@@ -110,7 +106,7 @@ class ScheduleRecord:
         left_out = {"provenance"} if self.tokens is not None else {"provenance", "tokens"}
         own = {name: value for name, value in vars(self).items() if name not in left_out}
         own["schedule"] = self.schedule if _named(self.schedule) else json.loads(self.schedule)
-        return {"version": VERSION, **own, **vars(self.provenance)}
+        return {"version": VERSION, **own, **self.provenance.as_json()}
 
     @classmethod
     def from_json(cls, value: Any) -> ScheduleRecord:
@@ -132,9 +128,8 @@ class ScheduleRecord:
         if min(value["threads"], 1 if tokens is None else tokens) < 1:
             raise ValueError("its tokens and threads have to be 1 or more")
         names = ("function", "title", "target", "threads", "seconds", "noise", "failure")
-        source = Provenance(value["cpu"], value["sparse_tvm"], value["tvm"], value["date"])
         own = {name: value[name] for name in names}
-        return cls(schedule=schedule, provenance=source, tokens=tokens, **own)
+        return cls(schedule=schedule, provenance=Provenance.from_json(value), tokens=tokens, **own)
 
 
 def _named(schedule: str) -> bool:

@@ -54,6 +54,7 @@ from sparse_tvm.tuning.records import (
 )
 from sparse_tvm.tuning.rest import RestTuner, ScheduleTrial, rest_of
 from sparse_tvm.tuning.rest_operator import RestOperator
+from sparse_tvm.tuning.throttling import Notice, SteadyMeasurer
 
 PathLike = str | os.PathLike[str]
 
@@ -98,6 +99,9 @@ class Trial:
     left: int
 
 
+Progress = Callable[[Trial | ScheduleTrial | Notice], None]
+
+
 @dataclass(frozen=True)
 class Tuned:
     """What tuning came to.
@@ -131,9 +135,10 @@ def tune(
     input_shapes: InputShapes | None = None,
     allow_pickle: bool = False,
     measurer: Measurer | None = None,
-    progress: Callable[[Trial | ScheduleTrial], None] | None = None,
+    progress: Progress | None = None,
     exhaustive: bool = False,
     operators: bool = True,
+    ignore_throttling: bool = False,
 ) -> Tuned:
     """Measure candidates for the kernels of a model, and keep what they take.
 
@@ -163,17 +168,19 @@ def tune(
         As :func:`sparse_tvm.compile` takes them.
     measurer : Measurer | None
         What measures; by default a worker process.
-    progress : Callable[[Trial], None] | None
-        Called after each candidate.
+    progress : Callable[[Trial | ScheduleTrial | Notice], None] | None
+        Called after each candidate, and when there is something to say of the machine.
     exhaustive : bool
         Measure those too that are predicted to be far from the best, as far as `trials` goes.
     operators : bool
         Tune attention, and operators without a kernel of ours, as well.
+    ignore_throttling : bool
+        Go on however hot the machine is, and however slow its clock.
 
     Raises
     ------
     SparseTvmError
-        A subclass that says what is wrong with the model, an option or the records.
+        A subclass that says what is wrong with the model, an option, the records or the machine.
     """
     if trials < 1:
         raise OptionError(f"trials must be at least 1, not {trials}")
@@ -193,12 +200,13 @@ def tune(
         kernels = [kernel_of(one, context, known, threads, exhaustive) for one in found]
         tuner = _Tuner(context, machine, kernels, threads, path, progress)
         limit, rest = inf if seconds is None else seconds, _Rest([], [])
+        steady = SteadyMeasurer(own, progress or _silent, ignore=ignore_throttling)
         try:
-            tuner.run(own, trials, limit * (_LAYERS if operators else 1))
+            tuner.run(steady, trials, limit * (_LAYERS if operators else 1))
             if operators:
                 rest = _Rest.of(program, context, _known(path, machine), pattern, tokens)
                 left = limit - (time.monotonic() - started)
-                rest.tuner(tuner).run(own, trials, left)
+                rest.tuner(tuner).run(steady, trials, left)
         finally:
             if path.exists():
                 tidy(path)
@@ -208,8 +216,12 @@ def tune(
             hint="; ".join([*left_out, *rest.left_out])
             or "`sparse-tvm inspect MODEL` lists the layers",
         )
-    remarks = [*known.remarks, *left_out, *rest.left_out, *tuner.doubts()]
+    remarks = [*known.remarks, *left_out, *rest.left_out, *tuner.doubts(), *steady.remarks()]
     return Tuned(kernels, rest.operators, remarks)
+
+
+def _silent(notice: Notice) -> None:
+    """What tells nobody."""
 
 
 def _known(path: Path, machine: Machine) -> Records:
@@ -265,7 +277,7 @@ class _Tuner:
     kernels: Sequence[Kernel]
     threads: Sequence[int]
     path: Path
-    progress: Callable[[Trial | ScheduleTrial], None] | None
+    progress: Progress | None
     noise: list[float] = field(default_factory=list)
 
     def doubts(self) -> Iterator[str]:
@@ -276,7 +288,7 @@ class _Tuner:
                 "runs on this machine; `sparse-tvm doctor` may tell"
             )
 
-    def run(self, measurer: Measurer, trials: int, limit: float | None) -> None:
+    def run(self, measurer: SteadyMeasurer, trials: int, limit: float | None) -> None:
         """Measure round by round, and in the end the best ones once more."""
         started, limit = time.monotonic(), inf if limit is None else limit
         for kernel, layout in self._rounds(trials):
@@ -293,7 +305,7 @@ class _Tuner:
             self._measure(measurer, kernel, layout, _FINAL_SECONDS)
 
     def _measure(
-        self, measurer: Measurer, kernel: Kernel, layout: Layout, seconds: float
+        self, measurer: SteadyMeasurer, kernel: Kernel, layout: Layout, seconds: float
     ) -> list[Record]:
         """Measure a candidate, and keep what it took."""
         answer = measurer(self._job(kernel, layout, seconds), kernel.layer.matrix)
@@ -351,7 +363,6 @@ class _Tuner:
         rows = layout.block[0]
         stored = weight.stored_blocks(layout.block) if layout.sparse else -(-n // rows) * k
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        provenance = measured_on(self.machine, now)
         failure = answer.get("failure")
         results = answer.get("results") or [
             {"tokens": tokens, "threads": threads, "seconds": None, "noise": 0.0}
@@ -371,7 +382,7 @@ class _Tuner:
                 seconds,
                 result["noise"],
                 failure,
-                provenance,
+                measured_on(self.machine, now, result.get("pace")),
             )
 
 

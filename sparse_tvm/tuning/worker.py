@@ -1,10 +1,10 @@
 """The process that builds and times kernels: one job a line in, one result a line out.
 
 ``python -m sparse_tvm.tuning.worker`` reads jobs from standard input, weights in front of them, and
-answers on standard output; to an empty job it answers where it runs. Or it only builds, for a
-:mod:`~sparse_tvm.tuning.runner` on another machine to time. It is a process of its own so that a
-kernel which aborts, hangs or uses an instruction that the CPU lacks takes nothing else with it;
-:mod:`~sparse_tvm.tuning.measuring` notices and starts another.
+answers on standard output; asked to observe, it answers how fast its clock is. Or it only builds,
+for a :mod:`~sparse_tvm.tuning.runner` on another machine to time. It is a process of its own so
+that a kernel which aborts, hangs or uses an instruction that the CPU lacks takes nothing else with
+it; :mod:`~sparse_tvm.tuning.measuring` notices and starts another.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from sparse_tvm.machine_state import observe
 from sparse_tvm.tuning.building import Built
-from sparse_tvm.tuning.job import Job, this_machine
+from sparse_tvm.tuning.job import Job
 from sparse_tvm.tuning.runner import Side, answers, failure_of, measure, prepare
 from sparse_tvm.tuning.schedule_worker import ScheduleWorker
 
@@ -73,8 +74,8 @@ def serve() -> None:
         answer: Mapping[str, Any]
         try:
             job = message.get("ship", message)
-            if not job:
-                answer = this_machine()
+            if "observe" in job:
+                answer = observe()
             elif job is not message:
                 one = (
                     schedules.build(job)

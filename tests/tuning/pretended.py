@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sparse_tvm.machine_state import State
 from sparse_tvm.operators import Bias, Dense, Layout, WeightedOperator, from_json, to_json
 from sparse_tvm.sparsity.masks import prune_array
 from sparse_tvm.sparsity.statistics import MeasuredWeight
@@ -79,20 +80,48 @@ def record(
     )
 
 
-class Pretender(Measurer):
-    """Answers from a function of the layout, and remembers what it was asked."""
+SILENT: State = {
+    "cpu": 0,
+    "governor": None,
+    "mhz": None,
+    "least_mhz": None,
+    "most_mhz": None,
+    "highest_mhz": None,
+    "zones": [],
+    "throttled": None,
+    "firmware": None,
+}
+"""What a machine says that says nothing."""
 
-    def __init__(self, seconds: Callable[[Layout], float], noise: float = 0.0) -> None:
+
+class Pretender(Measurer):
+    """Answers from a function of the layout, and remembers what it was asked.
+
+    ``clock`` and ``state`` are what its machine is observed to be, at each look.
+    """
+
+    def __init__(
+        self,
+        seconds: Callable[[Layout], float],
+        noise: float = 0.0,
+        clock: Callable[[], float] = lambda: 1.0,
+        state: Callable[[], State] = lambda: SILENT,
+    ) -> None:
         super().__init__()
         self.jobs: list[Any] = []
         self._seconds, self._noise = seconds, noise
+        self._clock, self._state = clock, state
+
+    def observe(self) -> dict[str, Any]:
+        return {"clock": self._clock(), "state": self._state()}
 
     def __call__(self, job: Any, matrix: np.ndarray) -> dict[str, Any]:
         self.jobs.append(job)
         layout = from_json(job["operator"], job["call"]).stored
+        same = {"noise": self._noise, "clock": self._clock()}
         results = [
-            {"tokens": t, "threads": n, "seconds": self._seconds(layout), "noise": self._noise}
+            {"tokens": t, "threads": n, "seconds": self._seconds(layout), **same}
             for t in job["tokens"]
             for n in job["threads"]
         ]
-        return {"title": "pretended", "copies": 12, "results": results}
+        return {"title": "pretended", "copies": 12, "results": results, "state": self._state()}

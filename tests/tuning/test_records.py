@@ -44,6 +44,14 @@ def test_a_record_survives_its_line():
         assert Record.from_json(json.loads(json.dumps(one.as_json()))) == one
 
 
+def test_a_record_says_how_fast_the_clock_was_where_that_is_known():
+    one = record(W, DENSE, 1e-4)
+    paced = replace(one, provenance=replace(one.provenance, pace=0.9))
+    assert "pace" not in one.as_json()
+    assert paced.as_json()["pace"] == 0.9
+    assert Record.from_json(paced.as_json()) == paced
+
+
 def test_the_newest_of_a_kind_stays_in_any_order(tmp_path):
     old = record(W, CSR, 1e-5, date="2026-01-01T00:00:00+00:00")
     new = record(W, CSR, 3e-5, date="2026-02-01T00:00:00+00:00")
@@ -67,6 +75,7 @@ def test_the_newest_of_a_kind_stays_in_any_order(tmp_path):
         ({"seconds": "fast"}, "it.seconds is 'fast', not a number"),
         ({"seconds": None}, "either seconds or a failure"),
         ({"seconds": -1.0}, "its seconds are -1.0"),
+        ({"pace": "fast"}, "it.pace is 'fast', not a number"),
         ({"seconds": float("nan")}, "its seconds are nan"),
         ({"tokens": 0}, "tokens and threads have to be 1 or more"),
         ({"operator": "transmogrify"}, "its operator 'transmogrify' cannot be read"),

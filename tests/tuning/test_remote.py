@@ -163,6 +163,23 @@ def test_a_full_disk_ends_it(monkeypatch):
 
 
 @pytest.mark.usefixtures("ssh")
+def test_a_board_that_is_throttled_ends_it(tmp_path, monkeypatch, model, capsys):
+    throttled = tmp_path / "devices/platform/soc/soc:firmware/get_throttled"
+    throttled.parent.mkdir(parents=True)
+    throttled.write_text("5\n")
+    there = "from sparse_tvm import machine_state; from pathlib import Path; "
+    there += f"machine_state.SYSFS = Path({str(tmp_path)!r}); serve()"
+    monkeypatch.setattr("sparse_tvm.tuning.remote.BOOT", BOOT.replace("serve()", there))
+    monkeypatch.setattr("sparse_tvm.tuning.throttling._PAUSES", (0.01,))
+    command = ["tune", model, "-o", str(tmp_path / "r.jsonl"), "--host", "board", "--threads", "1"]
+    assert main([*command, "--python", sys.executable]) == 1
+    told = capsys.readouterr().err
+    assert "error: board is still slowed down after 0 s of waiting: " in told
+    assert "firmware says undervoltage, throttled (0x5)" in told
+    assert "stronger power supply" in told
+
+
+@pytest.mark.usefixtures("ssh")
 def test_a_library_that_does_not_load_costs_its_candidate(monkeypatch):
     monkeypatch.setattr(RemoteMeasurer, "_loads", lambda self, keys: [damaged(key) for key in keys])
     with RemoteMeasurer("board", sys.executable) as measurer:
