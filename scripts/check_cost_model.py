@@ -6,10 +6,12 @@
 A layer has a random shape, sparsity, structure and number of tokens, and stands for one of twelve
 in a model: so many copies of its weight take turns. A clock that moves is no error of the model:
 each layout takes turns with the chosen one, and that with a kernel that is the same for all layers
-and counts the cycles. What comes near the best is timed again, for longer. Printed is how far
-predictions are off, and how much slower than the best measured layout the one is that ``compile``
-chooses: by the target's parameters, and by parameters fitted to one half of the layers for the
-other half. Layers that the file has already are not measured again.
+and counts the cycles. What comes near the best, and what was chosen, is timed again by itself,
+thrice, and the median counts: how much of a weight the last cache holds depends on the pages that
+it happens to lie in. Printed is how far predictions are off, and how much slower than the best
+measured layout the one is that ``compile`` chooses: by the target's parameters, and by parameters
+fitted to one half of the layers for the other half. Layers that the file has already are not
+measured again.
 """
 
 from __future__ import annotations
@@ -61,11 +63,12 @@ LAYERS = 12
 HOPELESS = 2.0
 """Layouts predicted this many times slower than the best are not timed."""
 
-SECONDS, LONGER = 0.06, 4
-"""How long one timing takes, and how many times as long another one of what comes near the best."""
+SECONDS = 0.06
+"""How long one timing takes."""
 
-NEAR = 1.15
-"""How many times the best one's time that is."""
+NEAR, ROUNDS, LONGER = 1.2, 3, 2
+"""How many times the best one's time is near it, and what is near is timed so often again, each
+time for so many times as long."""
 
 
 @dataclass(frozen=True)
@@ -226,14 +229,17 @@ def measure_all(case: Case, clock: Clock, measurer: Measurer, again: bool) -> No
     if not again:
         return
     assert anchor is not None
-    longer = LONGER * SECONDS
-    keep(measure(case, anchor.layout, clock.target, measurer, None, clock.pace(measurer), longer))
-    anchor = known[anchor.layout]
     taken = {one: record.seconds for one, record in known.items() if record.seconds is not None}
-    best = min(taken.values())
-    for layout, seconds in taken.items():
-        if layout != anchor.layout and seconds <= NEAR * best:
-            keep(measure(case, layout, clock.target, measurer, anchor, seconds=longer))
+    near = NEAR * min(taken.values())
+    rivals = [one for one, seconds in taken.items() if seconds <= near or one == anchor.layout]
+    timed: dict[Layout, list[Record]] = {layout: [] for layout in rivals}
+    for _ in range(ROUNDS):
+        pace = clock.pace(measurer)
+        for layout in rivals:
+            record = measure(case, layout, clock.target, measurer, None, pace, LONGER * SECONDS)
+            timed[layout].append(record)
+    for records in timed.values():
+        keep(sorted(records, key=lambda record: record.seconds or math.inf)[ROUNDS // 2])
 
 
 @dataclass(frozen=True)

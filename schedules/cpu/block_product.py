@@ -175,12 +175,12 @@ class BlockProduct(RowProduct):
         lanes, many = (size, m) if self.outputs else (m, size)
         chains = max(1, min(4, CHAINS // many))
         sums = Sums(chains * many, lanes)
-        if weight.asks(self.simd):
+        if weight.asks(m, self.simd):
             weight.ask_for_row(first, count)
 
         def step(i: Expr, chain: int) -> None:
             at = first + i
-            if weight.asks(self.simd):
+            if weight.asks(m, self.simd):
                 weight.ask_for_block(at)
             column = scalar(weight.indices[at])
             for c in range(weight.layout.block[1]):

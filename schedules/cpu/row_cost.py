@@ -14,9 +14,10 @@ import numpy as np
 
 from sparse_tvm.operators import Layout
 from sparse_tvm.schedules.cpu.block_arrays import index_dtype, value_dtype
-from sparse_tvm.schedules.cpu.simd import LANES, ROW_COUNTS
+from sparse_tvm.schedules.cpu.simd import LANES, ROW_COUNTS, most_sliced_rows
 from sparse_tvm.sparsity.statistics import TYPICAL_COPIES
 from sparse_tvm.targets import Target
+from sparse_tvm.targets.target import beside
 
 _LEAST_LANES = 4
 """Of vectors that one instruction loads or fills."""
@@ -24,15 +25,23 @@ _LEAST_LANES = 4
 _MEASURED_LANES = 8
 """Where narrower vectors were timed: AVX2."""
 
-_FILLED = 3.0
-"""Zeros that fill a row of single weights up to whole fours, as many as its neighbours have."""
+_SPARSE_APART, _DENSE_APART = 2.3, 4.0
+"""How well arithmetic and the arrival of weights from beyond the second cache keep out of each
+other's way (see :func:`~sparse_tvm.targets.target.beside`): a dense weight is foreseen."""
 
-_SPREAD = 0.5
+_INDEX = 0.5
+"""Of a narrow load's time, what the load of an index takes: integers have ports of their own."""
+
+_FILLED, _FILLED_ROW = 3.0, 0.4
+"""Zeros that fill a row of single weights up to whole fours, as many as its neighbours have, and
+what share of a block row's time it takes with more than eight lanes."""
+
+_SPREAD = 0.6
 """Multiply-adds' worth of shuffles for each weight that is spread with all rows over a vector of
 more than eight lanes."""
 
-_PICKED = 2.1
-"""Cycles of a step of sliced rows, for each row of activations."""
+_STEP, _PICKED = {8: 0.0, 16: 1.4}, {8: 2.0, 16: 1.4}
+"""Cycles of a step of sliced rows, and for each row of activations, by lanes (Zen 3, Zen 4)."""
 
 _CACHED_BYTES, _CACHED = 24.0, 2
 """Bytes a cycle that come from a cache step after step, and how many times one core's share of the
@@ -41,8 +50,9 @@ last one is enough for that: the others seldom use theirs."""
 _NEAR = 2
 """How many times the first cache X may fill before lines are waited for."""
 
-_FAR = 0.2
-"""Share of a weight in memory from which on it is asked for ahead."""
+_FILLING, _SEVERAL, _FAR = 0.6, 4, 1.25
+"""How far weights fill the last cache that several rows ask for them ahead, how many these are, and
+how far they fill it that one does."""
 
 _OVERLAPPED = 0.4
 """Share of a far line's time that one takes of which few are asked for at a time."""
@@ -69,16 +79,26 @@ def four_together(layout: Layout, rows: int, lanes: int) -> bool:
     return layout.block in ((1, 1), (4, 1)) or (layout.block == (2, 1) and rows < lanes)
 
 
-def asks_ahead(
+def asks_from(
     shape: tuple[int, int], layout: Layout, blocks: int, target: Target, copies: float
-) -> bool:
-    """Whether few rows of activations are to ask for a weight although the CPU foresees it.
+) -> int:
+    """From how many rows of activations on a weight is asked for although the CPU foresees it.
 
-    Sparse weights that come from memory took 0.4 to 0.95 of the time so, those of a cache up to 1.5
-    times as long; dense ones as long (AMD EPYC, Zen 4).
+    0 is never. Sparse weights that come from memory took 0.4 to 0.95 of the time so, those of a
+    cache up to 1.3 times as long with one row and 1.2 with four; dense ones as long. Others want
+    the last cache too: four rows that asked for 10 to 20 MB took 0.3 to 1.1 of the time. Single
+    weights lose nothing by asking, and soon come half as fast without (AMD EPYC, Zen 4).
     """
-    stored = _stored_bytes(shape[1], layout, blocks)
-    return layout.sparse and target.foresees and target.caches.shares(copies * stored)[-1] > _FAR
+    if not (layout.sparse and target.foresees):
+        return 0
+    nbytes = copies * _stored_bytes(shape[1], layout, blocks)
+    filled = target.caches.filled(nbytes)
+    if filled > _FAR:
+        return 1
+    if layout.block == (1, 1) and nbytes > target.caches.l2:
+        alone = most_sliced_rows(layout.get("sell", 0)) + 1 if layout.get("sell", 0) else 1
+        return min(alone, _SEVERAL) if filled > _FILLING else alone
+    return _SEVERAL if filled > _FILLING else 0
 
 
 def few_rows_seconds(
@@ -97,10 +117,10 @@ def few_rows_seconds(
     compute = _compute_cycles(shape, layout, blocks, target, count)
     stored = _stored_bytes(shape[1], layout, blocks)
     x_bytes = 4 * count * shape[1] / layout.get("parts", 1) if layout.sparse else 0.0
-    if layout.sparse and layout.block == (1, 1):
+    if layout.sparse and layout.block == (1, 1) and not 0 < layout.get("ask", 0) <= count:
         x_bytes = inf  # what is read next is known too late, however near it is
     cycles = _read_once(compute, stored, layout.sparse, target, copies, x_bytes)
-    return target.seconds(cycles + sum(shape) * count * _load(1, target))
+    return target.seconds(cycles + _moves(shape, count, target))
 
 
 def sliced_rows_seconds(
@@ -116,7 +136,13 @@ def sliced_rows_seconds(
     compute = _sliced_cycles(shape[0], layout, steps, target, count)
     stored = _sliced_bytes(shape[1], layout, steps)
     cycles = _read_once(compute, stored, True, target, copies, 4.0 * count * shape[1])
-    return target.seconds(cycles + sum(shape) * count * _load(1, target))
+    return target.seconds(cycles + _moves(shape, count, target))
+
+
+def _moves(shape: tuple[int, int], count: int, target: Target) -> float:
+    """Cycles to copy X and the outputs of so many rows: each feature is a line of a tile."""
+    costs = target.costs
+    return sum(shape) * (costs.load + costs.l2_line + (count - 1) * _load(1, target) / 2)
 
 
 def _load(lanes: int, target: Target) -> float:
@@ -135,10 +161,9 @@ def _read_once(
     """Cycles of so much arithmetic, and for one of so many weights to arrive."""
     costs = target.costs
     near, cached, far = (stored * share for share in target.caches.shares(copies * stored))
-    second = near / costs.second
+    nearby = target.beside(near / costs.second, compute)
     streamed = cached / costs.last + far * target.memory_cycles(x_bytes)
-    waited_for = 0.5 if sparse else 0.0  # the rest comes while it computes
-    return second + max(streamed, compute + waited_for * streamed)
+    return beside(nearby, streamed, _SPARSE_APART if sparse else _DENSE_APART)
 
 
 def sequences_together(lanes: int) -> tuple[int, ...]:
@@ -184,7 +209,8 @@ def _step_cycles(stored: int, target: Target) -> float:
 
 
 def _sliced_cycles(n: int, layout: Layout, steps: int, target: Target, count: int) -> float:
-    return steps * _PICKED * count + -(-n // layout.get("sell", 1)) * target.costs.row
+    lanes = layout.get("sell", 0)
+    return steps * (_STEP[lanes] + _PICKED[lanes] * count) + -(-n // lanes) * target.costs.row
 
 
 def _sliced_bytes(k: int, layout: Layout, steps: int) -> int:
@@ -206,8 +232,24 @@ def _compute_cycles(
     """Cycles of the arithmetic, all operands being near."""
     costs = target.costs
     (n, k), (rows, columns), parts = shape, layout.block, layout.get("parts", 1)
-    together = four_together(layout, count, target.lanes)
-    if together:
+    block = columns * target.beside(*_column_cycles(layout, target, count))
+    row, segments = costs.row, parts * -(-n // rows)
+    if layout.sparse:
+        block += _INDEX * _load(1, target) + (costs.index if rows > 1 else 0)
+    if four_together(layout, count, target.lanes):
+        if rows == 1:
+            blocks += round(_FILLED * segments)
+            block += _line_cycles(k / parts, target)
+            row *= _FILLED_ROW if target.lanes > _MEASURED_LANES else 1
+        elif rows < 4:
+            row *= 2  # what is left of a row by fours has a loop of its own
+    return blocks * block + segments * row
+
+
+def _column_cycles(layout: Layout, target: Target, count: int) -> tuple[float, float]:
+    """Cycles of the loads, and of the multiply-adds, for a column of a block."""
+    costs, rows = target.costs, layout.block[0]
+    if four_together(layout, count, target.lanes):
         share = rows / 4  # of a load of weights that a block takes
         lanes = min(target.lanes, 4 * count)
         multiplied = share * (4 * count / lanes) * costs.fma * _share(lanes, target)
@@ -221,23 +263,17 @@ def _compute_cycles(
         loaded = vectors * _load(lanes, target) + count * _load(1, target)
         if lanes < _LEAST_LANES and target.lanes == _MEASURED_LANES:
             multiplied, loaded = 2 * multiplied, 2 * loaded  # pairs are put together first
+    elif count == 1:  # outputs in lanes as well, to LLVM
+        multiplied = costs.fma * _share(rows, target)
+        loaded = _load(rows, target) + _load(1, target)
     else:
         lanes = min(target.lanes, count)
         vectors = count // lanes
         multiplied = vectors * rows * costs.fma * _share(lanes, target)
         loaded = vectors * _load(lanes, target) + rows * _load(1, target)
-    block = columns * target.beside(loaded, multiplied)
-    row, segments = costs.row, parts * -(-n // rows)
-    if together and rows == 1:
-        blocks += round(_FILLED * segments)
-        block += _line_cycles(k / parts, target)
-    elif together and rows < 4:
-        row *= 2  # what is left of a row by fours has a loop of its own
-    if layout.sparse:
-        index = _load(1, target)
-        block += index / (2 if together and rows == 1 else 1)  # one load of four indices
-        block += costs.index if rows > 1 else 0
-    return blocks * block + segments * (row + count * rows * _load(1, target))
+    if rows > 1 and 0 < layout.get("ask", 0) <= count:
+        loaded += _load(1, target) * (1 if rows < LANES else 2)  # whose lines it shares with others
+    return loaded, multiplied
 
 
 def _line_cycles(columns: float, target: Target) -> float:

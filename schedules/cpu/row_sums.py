@@ -106,7 +106,7 @@ class RowProduct(ABC):
 
     def ask(self, buffer: Buffer, index: tuple[Expr, ...]) -> None:
         """Ask for weights further on, where the CPU does not foresee them."""
-        if self.weight.asks(self.simd):
+        if self.weight.asks(self.m, self.simd):
             prefetch(buffer, index)
 
     @property

@@ -133,13 +133,13 @@ class StoredWeight:
         """Inputs that a row of a dense weight multiplies."""
         return self.k_in // self.groups
 
-    def asks(self, simd: Simd) -> bool:
-        """Whether few rows of activations ask for it ahead.
+    def asks(self, rows: int, simd: Simd) -> bool:
+        """Whether so many rows of activations, few, ask for it ahead.
 
-        Where the CPU foresees it that would be slower, but for a weight that comes from memory: the
-        layout's parameter ``ask``.
+        Where the CPU foresees it that may be slower: they do from as many on as the layout's
+        parameter ``ask`` says, if it does.
         """
-        return not simd.foresees or bool(self.layout.get("ask", 0))
+        return not simd.foresees or 0 < self.layout.get("ask", 0) <= rows
 
     def first_input(self, block_row: Expr) -> Expr:
         """The first input of a dense block row's group."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from sparse_tvm.passes.layout_choice import choose
 from sparse_tvm.schedules.cpu.conv_cost import blocking, grouped_rows
 from sparse_tvm.schedules.cpu.cost import dense_rows, matmul_cycles, matmul_seconds, part_counts
 from sparse_tvm.schedules.cpu.families.matmul import MatmulFamily
+from sparse_tvm.schedules.cpu.row_cost import asks_from
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.sparsity.masks import prune_array
 from sparse_tvm.sparsity.statistics import MeasuredWeight
@@ -111,14 +113,24 @@ def test_no_choice_in_low_precision_is_predicted_slower_than_dense(target, preci
 
 
 @EVERY_TARGET
-def test_sparse_weights_that_no_cache_holds_are_asked_for_where_the_cpu_foresees_them(target):
-    w = weight((768, 768), 0.9, "4x1")
+@pytest.mark.parametrize("structure", ["4x1", "unstructured"])
+@pytest.mark.parametrize(("filled", "rows"), [(0.01, 0), (0.9, 4), (9, 1)])
+def test_the_farther_a_sparse_weight_the_fewer_rows_ask_for_it(target, structure, filled, rows):
+    w = weight((768, 768), 0.9, structure)
     family, op = MatmulFamily(), Dense(layer="layer", matrix=w.shape)
-    for copies in (1, 1e4):
-        found = family.candidates(op, MeasuredWeight(w, copies), target)
-        for layout in found:
-            wanted = target.foresees and copies > 1 and layout.sparse
-            assert layout.get("ask", 0) == int(wanted)
+    measured = MeasuredWeight(w)
+    for found in family.candidates(op, measured, target):
+        stored = measured.stored_blocks(found.block) * (4 * prod(found.block) + 2)
+        copies = filled / target.caches.filled(stored)
+        layout = found.having(ask=0)
+        asks = asks_from(w.shape, layout, measured.stored_blocks(found.block), target, copies)
+        single = found.block == (1, 1) and copies * stored > target.caches.l2
+        if not (target.foresees and found.sparse):
+            assert asks == 0
+        elif single and filled < 1:  # which lose nothing by it, unless slices serve few rows
+            assert asks == (min(5, rows or 5) if found.get("sell", 0) else 1)
+        else:
+            assert asks == rows
 
 
 @EVERY_TARGET
@@ -198,16 +210,20 @@ def test_a_weight_that_others_push_out_of_the_caches_takes_longer(target, tokens
     op, layout = Dense(layer="layer", matrix=w.shape), Layout("matmul", "bsr", (4, 1))
     family = get_backend("cpu").family("matmul")
     cached, pushed_out = (
-        family.cost(op, layout, MeasuredWeight(w, copies), tokens, target) for copies in (4, 1000)
+        family.cost(op, layout, MeasuredWeight(w, copies), tokens, target) for copies in (0.1, 1000)
     )
     assert cached < pushed_out
 
 
 def test_caches_share_what_is_read_in_turns():
     caches = Caches(l1=32 << 10, l2=1 << 20, l3=2 << 20)
-    assert caches.shares(0) == caches.shares(1 << 20) == (1, 0, 0)
-    assert caches.shares(2 << 20) == (0.5, 0.5, 0)
-    assert caches.shares(32 << 20) == (1 / 32, 15 / 32, 0.5)
+    shares = [caches.shares(nbytes) for nbytes in (0, 1 << 20, 4 << 20, 16 << 20, 64 << 20)]
+    assert shares[0] == (1, 0, 0)
+    assert shares[1] == pytest.approx((1, 0, 0), abs=0.01)
+    assert shares[2] == pytest.approx((1 / 4, 3 / 4, 0), abs=0.02)
+    assert shares[3] == pytest.approx((1 / 16, 0.77, 0.17), abs=0.01)
+    assert shares[4] == (0, 0, 1)
+    assert all(sum(one) == pytest.approx(1) for one in shares)
 
 
 @EVERY_TARGET

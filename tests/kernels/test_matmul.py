@@ -58,7 +58,7 @@ problems = st.fixed_dictionaries(
         "block": st.tuples(st.integers(1, 16), st.integers(1, 8)),
         "parts": st.sampled_from([1, 1, 2, 3, 5]),
         "packed": st.sampled_from([0, 1]),
-        "ask": st.sampled_from([0, 1]),
+        "ask": st.sampled_from([0, 1, 4]),
         "stored": st.sampled_from(["float32", "float16", "bfloat16"]),
         "epilogue": st.lists(st.sampled_from(STEPS), max_size=4),
         "symbolic": st.booleans(),

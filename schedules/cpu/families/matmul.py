@@ -20,7 +20,7 @@ from sparse_tvm.schedules.cpu.cost import (
 )
 from sparse_tvm.schedules.cpu.families.extents import tiles_for
 from sparse_tvm.schedules.cpu.row_cost import (
-    asks_ahead,
+    asks_from,
     few_rows_seconds,
     sliced_rows_seconds,
 )
@@ -172,7 +172,7 @@ class MatmulFamily(WeightedFamily[Dense]):
         split += [f"{group}tiles" for name, group in layout.parameters if name == "group"]
         split += ["and_sell"] if layout.get("sell", 0) else []
         split += ["packed"] if layout.get("packed", 0) else []
-        split += ["asking"] if layout.get("ask", 0) else []
+        split += [f"asking{least}" for name, least in layout.parameters if name == "ask"]
         split += [op.types.weight] if op.types.weight != "float32" else []
         split += [f"{op.groups}groups"] if op.groups > 1 else []
         title = "_".join([layout.format + size, f"{n}x{k}", *split, *op.step_titles])
@@ -227,8 +227,8 @@ def _of_groups(
 def _asking(layout: Layout, weight: WeightStatistics, target: Target) -> Layout:
     """The layout, its weight asked for ahead where that is far away."""
     blocks = stored_blocks(weight, layout)
-    asks = asks_ahead(weight.shape, layout, blocks, target, weight.copies)
-    return layout.having(ask=1) if asks else layout
+    rows = asks_from(weight.shape, layout, blocks, target, weight.copies)
+    return layout.having(ask=rows) if rows else layout
 
 
 def _sliced(layouts: Sequence[Layout], weight: WeightStatistics, target: Target) -> list[Layout]:
