@@ -25,9 +25,9 @@ _LEAST_LANES = 4
 _MEASURED_LANES = 8
 """Where narrower vectors were timed: AVX2."""
 
-_SPARSE_APART, _DENSE_APART = 2.3, 4.0
+_APART = 2.3
 """How well arithmetic and the arrival of weights from beyond the second cache keep out of each
-other's way (see :func:`~sparse_tvm.targets.target.beside`): a dense weight is foreseen."""
+other's way (see :func:`~sparse_tvm.targets.target.beside`)."""
 
 _INDEX = 0.5
 """Of a narrow load's time, what the load of an index takes: integers have ports of their own."""
@@ -35,6 +35,10 @@ _INDEX = 0.5
 _FILLED, _FILLED_ROW = 3.0, 0.4
 """Zeros that fill a row of single weights up to whole fours, as many as its neighbours have, and
 what share of a block row's time it takes with more than eight lanes."""
+
+_KEPT, _FORESEEN = 0.3, 0.15
+"""Share of the first cache that keeps X beside a stream of weights, and of a far line's time, what
+one takes that the CPU foresees."""
 
 _SPREAD = 0.6
 """Multiply-adds' worth of shuffles for each weight that is spread with all rows over a vector of
@@ -119,7 +123,7 @@ def few_rows_seconds(
     x_bytes = 4 * count * shape[1] / layout.get("parts", 1) if layout.sparse else 0.0
     if layout.sparse and layout.block == (1, 1) and not 0 < layout.get("ask", 0) <= count:
         x_bytes = inf  # what is read next is known too late, however near it is
-    cycles = _read_once(compute, stored, layout.sparse, target, copies, x_bytes)
+    cycles = _read_once(compute, stored, target, copies, x_bytes)
     return target.seconds(cycles + _moves(shape, count, target))
 
 
@@ -135,7 +139,7 @@ def sliced_rows_seconds(
     count = next(c for c in ROW_COUNTS if c >= tokens)
     compute = _sliced_cycles(shape[0], layout, steps, target, count)
     stored = _sliced_bytes(shape[1], layout, steps)
-    cycles = _read_once(compute, stored, True, target, copies, 4.0 * count * shape[1])
+    cycles = _read_once(compute, stored, target, copies, 4.0 * count * shape[1])
     return target.seconds(cycles + _moves(shape, count, target))
 
 
@@ -155,15 +159,13 @@ def _share(lanes: int, target: Target) -> float:
     return target.costs.narrow if 2 * lanes <= target.lanes else 1.0
 
 
-def _read_once(
-    compute: float, stored: int, sparse: bool, target: Target, copies: float, x_bytes: float
-) -> float:
+def _read_once(compute: float, stored: int, target: Target, copies: float, x_bytes: float) -> float:
     """Cycles of so much arithmetic, and for one of so many weights to arrive."""
     costs = target.costs
     near, cached, far = (stored * share for share in target.caches.shares(copies * stored))
     nearby = target.beside(near / costs.second, compute)
     streamed = cached / costs.last + far * target.memory_cycles(x_bytes)
-    return beside(nearby, streamed, _SPARSE_APART if sparse else _DENSE_APART)
+    return beside(nearby, streamed, _APART)
 
 
 def sequences_together(lanes: int) -> tuple[int, ...]:
@@ -243,6 +245,9 @@ def _compute_cycles(
             row *= _FILLED_ROW if target.lanes > _MEASURED_LANES else 1
         elif rows < 4:
             row *= 2  # what is left of a row by fours has a loop of its own
+    elif layout.sparse:
+        step = count * n * k / max(1, rows * blocks)  # in X, from one block's values to the next's
+        block += _next_line_cycles(4 * count * k / parts, target) * min(1.0, step / LANES)
     return blocks * block + segments * row
 
 
@@ -274,6 +279,12 @@ def _column_cycles(layout: Layout, target: Target, count: int) -> tuple[float, f
     if rows > 1 and 0 < layout.get("ask", 0) <= count:
         loaded += _load(1, target) * (1 if rows < LANES else 2)  # whose lines it shares with others
     return loaded, multiplied
+
+
+def _next_line_cycles(x_bytes: float, target: Target) -> float:
+    """Mean cycles to wait for the next line of so many bytes of X, which are read in order."""
+    hits = min(1.0, _KEPT * target.caches.l1 / x_bytes)
+    return (1 - hits) * _FORESEEN * target.costs.l2_line
 
 
 def _line_cycles(columns: float, target: Target) -> float:
