@@ -32,7 +32,7 @@ _CERTAIN = 1.02
 """How much faster than what is chosen anyway a layout must have been measured, to be chosen: the
 fastest of many owes some of that to chance."""
 
-_WORTH = 1.5
+_WORTH = 1.6
 """How much faster in the mean a sparse form must be that is slower at some number of tokens."""
 
 _SLOWEST = 1.5
