@@ -43,7 +43,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
 )
 from sparse_tvm.schedules.cpu.row_attention import FEW_QUERIES, few_queries, takes_few_queries
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
-from sparse_tvm.schedules.cpu.visible_keys import visible_tiles
+from sparse_tvm.schedules.cpu.visible_keys import MaskedKeys, visible_tiles
 
 
 def attention(problem: AttentionProblem, simd: Simd, blocks: Blocks | None = None) -> tirx.PrimFunc:
@@ -116,6 +116,7 @@ class _Attention:
             lead = scalar(job // heads // groups)
             width = self.group * LANES
             scores = T.alloc_buffer((problem.key_tiles * LANES, width), "float32")
+            keys = MaskedKeys(heads, problem.key_rows, problem.key_tiles, problem.mask, self.mask)
             packed = None
             if isinstance(problem.q, ByHeads):
                 packed = T.alloc_buffer((problem.q.size, width), "float32")
@@ -125,7 +126,7 @@ class _Attention:
                 key_head = scalar(problem.key_head(head))
                 if packed is not None:
                     self._pack_queries(packed, lead, head, first, size)
-                shown = visible_tiles(problem, self.mask, lead, head, vectors, self.simd)
+                shown = visible_tiles(keys, lead, head, vectors, self.simd)
                 self._score(scores, packed, lead, head, key_head, vectors, shown)
                 total = self._soft_max(scores, lead, head, vectors, shown)
                 self._weigh(scores, total, lead, head, key_head, vectors, shown)

@@ -3,8 +3,9 @@
 One job is one head and up to eight tiles of queries, whose values it first brings into the form
 of weights, by pairs of keys. Then, for one or two tiles of queries at a time, come
 ``scores[key, query]``; the soft-max runs down the keys, and its weights, rounded to bf16 in pairs
-of keys, are the lines that the values multiply. What multiplies is a :class:`Head`'s to say: that
-of :mod:`sparse_tvm.schedules.x86.tile_attention` has a matrix unit, that of
+of keys, are the lines that the values multiply. Keys that a mask hides from all of these queries
+are passed over, two tiles at a time. What multiplies is a :class:`Head`'s to say: that of
+:mod:`sparse_tvm.schedules.x86.tile_attention` has a matrix unit, that of
 :mod:`sparse_tvm.schedules.cpu.dot_attention` dot products.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -23,9 +25,12 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     Expr,
     Registers,
     Tiles,
+    TileVectors,
     argument,
+    local,
     prim_func,
     scalar,
+    scratch,
     splat,
     symbol,
     zero,
@@ -39,10 +44,14 @@ from sparse_tvm.schedules.cpu.low_precision import (
 from sparse_tvm.schedules.cpu.precision import BF16, HEAD_STEP, LINES, Precision
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.schedules.cpu.vector_math import rough_exp
+from sparse_tvm.schedules.cpu.visible_keys import MaskedKeys, visible_tiles
 
 _MAX_GROUP = 8
 _SQUARE = LINES * LANES
 """Words of a tile of values: a row for each of some features, a column for each pair of keys."""
+
+Span = tuple[Expr, Expr]
+"""Some pairs of tiles of keys: the first, and the one behind the last."""
 
 
 @dataclass(frozen=True)
@@ -161,11 +170,11 @@ class Head(ABC):
         """Bring two tiles of keys into the unit's form."""
 
     @abstractmethod
-    def _score(self, lead: Expr, head: Expr, tile: Expr, width: int) -> None:
-        """Scores of all keys for some tiles of queries."""
+    def _score(self, lead: Expr, head: Expr, tile: Expr, width: int, span: Span) -> None:
+        """Scores of a span of keys for some tiles of queries."""
 
     @abstractmethod
-    def _value(self, lead: Expr, head: Expr, tile: Expr, width: int) -> None:
+    def _value(self, lead: Expr, head: Expr, tile: Expr, width: int, span: Span) -> None:
         """Weighted sums of the values, divided by the weights' sums."""
 
     @staticmethod
@@ -177,21 +186,57 @@ class Head(ABC):
         per_lead = self._problem.queries.per_lead
         first = scalar(group * _MAX_GROUP)
         size = scalar(tirx.min(_MAX_GROUP, per_lead - first))
-        with T.serial(0, self._pairs) as pair:
+        (begin, stop), span_of = self._visible(lead, head, first, size)
+        with T.serial(0, stop - begin) as i:
+            pair = scalar(begin + i)
             self._pack_keys(lead, head, pair)
             self._pack_values(lead, head, pair)
 
         def some_queries(place: Expr, width: int) -> None:
-            tile = scalar(first + place)
-            self._score(lead, head, tile, width)
-            self._soft_max(lead, head, tile, width)
-            self._value(lead, head, tile, width)
+            tile, span = scalar(first + place), span_of(place, width)
+            self._score(lead, head, tile, width, span)
+            self._soft_max(lead, head, tile, width, span)
+            self._value(lead, head, tile, width, span)
 
         with T.serial(0, size // self.width) as i:
             some_queries(i * self.width, self.width)
         if self.width > 1:
             with T.If(size % self.width == 1), T.Then():
                 some_queries(size - 1, 1)
+
+    def _visible(
+        self, lead: Expr, head: Expr, first: Expr, size: Expr
+    ) -> tuple[Span, Callable[[Expr, int], Span]]:
+        """The keys that ``size`` tiles of queries see, and those that some neighbours see."""
+        problem, simd = self._problem, self._simd
+        keys = MaskedKeys(
+            problem.heads, self._count, problem.keys.per_lead, problem.mask, self._mask
+        )
+
+        def seen(tile: Expr) -> Span:
+            begin, stop = visible_tiles(keys, lead, head, TileVectors(tile, 1, simd), simd)
+            return scalar(begin // 2), scalar((stop + 1) // 2)
+
+        if problem.mask is None or not (problem.mask.queries and problem.mask.keys):
+            same = seen(first)
+            return same, lambda place, width: same
+        begins, stops = scratch(_MAX_GROUP, "int32"), scratch(_MAX_GROUP, "int32")
+        ends = local(2, "int32")
+        T.buffer_store(ends, self._pairs, [0])
+        T.buffer_store(ends, 0, [1])
+        with T.serial(0, size) as place:
+            begin, stop = seen(scalar(first + place))
+            T.buffer_store(begins, begin, [place])
+            T.buffer_store(stops, stop, [place])
+            T.buffer_store(ends, tirx.min(ends[0], begin), [0])
+            T.buffer_store(ends, tirx.max(ends[1], stop), [1])
+
+        def of_neighbours(place: Expr, width: int) -> Span:
+            places = [place + i for i in range(width)]
+            begin = scalar(reduce(tirx.min, [begins[i] for i in places]))
+            return begin, scalar(reduce(tirx.max, [stops[i] for i in places]))
+
+        return (ends[0], ends[1]), of_neighbours
 
     def _tile(self, lead: Expr, tile: Expr) -> Expr:
         """A tile of keys, among those of all leading indices; the last one instead of none."""
@@ -224,9 +269,12 @@ class Head(ABC):
     def _score_at(self, key: Expr, column: int) -> Expr:
         return (column * (self._pairs * HEAD_STEP) + key) * LANES
 
-    def _soft_max(self, lead: Expr, head: Expr, tile: Expr, width: int) -> None:
+    def _soft_max(self, lead: Expr, head: Expr, tile: Expr, width: int, span: Span) -> None:
         """Turn the scores of some tiles of queries into pairs of weights, which sum up to one."""
-        simd, count, mask = self._simd, self._count, self._problem.mask
+        simd, mask = self._simd, self._problem.mask
+        first_pair, last_pair = span[0] * LINES, span[1] * LINES  # of keys
+        count = scalar(tirx.min(self._count, last_pair * 2))
+        full = count // 2 - first_pair
         lanes, scale = simd.lanes, self._problem.scale
         real, integer = f"float32x{lanes}", f"int32x{lanes}"
         vectors = [divmod(v * lanes, LANES) for v in range(width * simd.per_tile)]
@@ -265,14 +313,15 @@ class Head(ABC):
             at = self._weight_at(pair, column) + first
             T.buffer_store(self._weights, words, [T.ramp(at, 1, lanes)])
 
-        with T.serial(0, count // 2) as pair:
+        with T.serial(0, full) as i:
             for parity in range(2):
-                see(pair * 2 + parity, parity)
+                see((first_pair + i) * 2 + parity, parity)
         with T.If(count % 2 == 1), T.Then():
             see(count - 1, 0)
         for vector in range(len(vectors)):
             tops.set(0, vector, tirx.max(tops.get(0, vector), tops.get(1, vector)))
-        with T.serial(0, count // 2) as pair:
+        with T.serial(0, full) as i:
+            pair = first_pair + i
             for vector in range(len(vectors)):
                 even, odd = weight(pair * 2, 0, vector), weight(pair * 2 + 1, 1, vector)
                 store(pair, vector, bf16_pair(even, odd, lanes))
@@ -281,7 +330,7 @@ class Head(ABC):
                 last = weight(count - 1, 0, vector)
                 store(count // 2, vector, bf16_pair(last, zero(simd), lanes))
         used = (count + 1) // 2
-        with T.serial(0, self._pairs * LINES - used) as i:
+        with T.serial(0, last_pair - used) as i:
             for vector in range(len(vectors)):
                 store(used + i, vector, words_like(0, lanes))
         for vector in range(len(vectors)):

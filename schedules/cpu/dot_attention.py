@@ -15,7 +15,7 @@ from sparse_tvm.schedules.cpu.attention_blocks import (
     check_blocks,
     usual_dot_blocks,
 )
-from sparse_tvm.schedules.cpu.bf16_attention import Bf16Attention, Head, bf16_attention
+from sparse_tvm.schedules.cpu.bf16_attention import Bf16Attention, Head, Span, bf16_attention
 from sparse_tvm.schedules.cpu.dot_products import MultiplyAdd
 from sparse_tvm.schedules.cpu.lane_tiles import Expr, Registers, loaded_together, scalar, zero
 from sparse_tvm.schedules.cpu.precision import LINES
@@ -88,13 +88,16 @@ class _DotHead(Head):
                     for i, operand in enumerate(operands):
                         sums.set(row, i, self._multiply_add(sums.get(row, i), operand, weight))
 
-    def _score(self, lead: Expr, head: Expr, tile: Expr, width: int) -> None:
-        """Scores of all keys for some tiles of queries."""
+    def _score(self, lead: Expr, head: Expr, tile: Expr, width: int, span: Span) -> None:
+        """Scores of a span of keys for some tiles of queries."""
         problem, lanes = self._problem, self._simd.lanes
         vectors, depth = self._vectors(width), problem.head_size // 2
         queries = scalar(lead * problem.queries.per_lead + tile)
         per_block = LANES // self._block
-        with T.serial(0, problem.keys.per_lead * per_block) as block:
+        first_block = span[0] * (2 * per_block)
+        last_block = tirx.min(span[1] * 2, problem.keys.per_lead) * per_block
+        with T.serial(0, last_block - first_block) as i:
+            block = scalar(first_block + i)
             keys = scalar(self._tile(lead, block // per_block))
             first = scalar(block % per_block * self._block)
             sums = Registers(self._block, len(vectors), self._simd)
@@ -114,14 +117,15 @@ class _DotHead(Head):
                     words = T.reinterpret(f"int32x{lanes}", sums.get(row, i))
                     T.buffer_store(self._scores, words, [T.ramp(at, 1, lanes)])
 
-    def _value(self, lead: Expr, head: Expr, tile: Expr, width: int) -> None:
+    def _value(self, lead: Expr, head: Expr, tile: Expr, width: int, span: Span) -> None:
         """Weighted sums of the values, divided by the weights' sums."""
         lanes, vectors = self._simd.lanes, self._vectors(width)
         size = self._problem.value_size
         with T.serial(0, size // self._block) as block:
             sums = Registers(self._block, len(vectors), self._simd)
             sums.fill(lambda row, vector: zero(self._simd))
-            with T.serial(0, self._pairs) as pair:
+            with T.serial(0, span[1] - span[0]) as i:
+                pair = span[0] + i
 
                 def value(row: int, step: Expr) -> Expr:
                     return self._values[(pair * size + block * self._block + row) * LINES + step]

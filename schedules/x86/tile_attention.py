@@ -9,7 +9,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from sparse_tvm.schedules.cpu.bf16_attention import Bf16Attention, Head, bf16_attention
+from sparse_tvm.schedules.cpu.bf16_attention import Bf16Attention, Head, Span, bf16_attention
 from sparse_tvm.schedules.cpu.lane_tiles import Buffer, Expr, local, scalar
 from sparse_tvm.schedules.cpu.precision import BF16, HEAD_STEP, LINES
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
@@ -67,10 +67,11 @@ class _TileHead(Head):
             for column in range(width):
                 unit.store(row * self.width + column, *into(row, column))
 
-    def _score(self, lead: Expr, head: Expr, tile: Expr, width: int) -> None:
-        """Scores of all keys for some tiles of queries."""
+    def _score(self, lead: Expr, head: Expr, tile: Expr, width: int, span: Span) -> None:
+        """Scores of a span of keys for some tiles of queries."""
         per_lead = self._problem.queries.per_lead
-        with T.serial(0, self._pairs) as pair:
+        with T.serial(0, span[1] - span[0]) as i:
+            pair = scalar(span[0] + i)
 
             def a(step: Expr, row: int) -> tuple[Buffer, Expr]:
                 return self._keys, ((pair * 2 + row) * self._depth + step) * TILE_WORDS
@@ -84,7 +85,7 @@ class _TileHead(Head):
 
             self._products(width, self._depth, a, b, into)
 
-    def _value(self, lead: Expr, head: Expr, tile: Expr, width: int) -> None:
+    def _value(self, lead: Expr, head: Expr, tile: Expr, width: int, span: Span) -> None:
         """Weighted sums of the values, divided by the weights' sums."""
         lanes = self._simd.lanes
         sums = local(2 * self.width * TILE_WORDS, "int32")
@@ -92,15 +93,16 @@ class _TileHead(Head):
         with T.serial(0, self._height // 2) as block:
 
             def a(step: Expr, row: int) -> tuple[Buffer, Expr]:
-                return self._values, (step * self._height + block * 2 + row) * TILE_WORDS
+                pair = span[0] + step
+                return self._values, (pair * self._height + block * 2 + row) * TILE_WORDS
 
             def b(step: Expr, column: int) -> tuple[Buffer, Expr]:
-                return self._weights, self._weight_at(step * LINES, column)
+                return self._weights, self._weight_at((span[0] + step) * LINES, column)
 
             def into(row: int, column: int) -> tuple[Buffer, Expr]:
                 return sums, (row * self.width + column) * TILE_WORDS
 
-            self._products(width, self._pairs, a, b, into)
+            self._products(width, span[1] - span[0], a, b, into)
             for column in range(width):
                 for part in range(self._simd.per_tile):
                     first = part * lanes

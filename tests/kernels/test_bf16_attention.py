@@ -11,7 +11,7 @@ from harness import KERNELS, PORTABLE, from_tiles, run, simd, thread_counts, til
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from low_precision import ANY, TILE_TARGETS, from_lines, rounded, runnable, to_lines
-from test_attention import LOWEST, reference, split
+from test_attention import LOWEST, SHOWN, reference, split
 
 from sparse_tvm.schedules.cpu.attention_blocks import DOT_KEYS, MOST_DOT_TILES, offered_blocks
 from sparse_tvm.schedules.cpu.attention_operands import Mask
@@ -81,7 +81,7 @@ LARGER = {
 def check(case):
     rng = np.random.default_rng(case["seed"])
     lead, queries, keys, heads = (case[name] for name in ("lead", "queries", "keys", "heads"))
-    mask, out = case["mask"], case["out"]
+    mask = case["mask"]
 
     def random(rows, size):
         x = rng.standard_normal((lead, rows, heads * size)).astype("float32")
@@ -89,7 +89,6 @@ def check(case):
 
     q, k = random(queries, case["head_size"]), random(keys, case["head_size"])
     v = random(keys, case["value_size"])
-    arguments = [to_lines(x, BF16) for x in (q, k, v)]
     added = None
     if mask is not None:
         real = (mask.lead, mask.heads, mask.queries, mask.keys)
@@ -97,6 +96,15 @@ def check(case):
         shape = [n if is_real else 1 for n, is_real in zip(extents, real, strict=True)]
         dropped = rng.random(shape) < case["dropped"]
         added = np.where(dropped, case["low"], rng.standard_normal(shape)).astype("float32")
+    compare(case, q, k, v, added, unread=False)
+
+
+def compare(case, q, k, v, added, unread):
+    """Attention against NumPy, with values of NaN for the keys that are not to be read."""
+    lead, queries, keys, heads = (case[name] for name in ("lead", "queries", "keys", "heads"))
+    mask, out = case["mask"], case["out"]
+    arguments = [to_lines(x, BF16) for x in (q, k, np.where(unread, np.float32(np.nan), v))]
+    if mask is not None:
         merged = added.reshape(-1, *added.shape[2:])
         arguments.append(to_tiles(merged) if mask.queries else added)
     if case["symbolic"]:
@@ -148,6 +156,34 @@ def test_bf16_attention(case):
 @pytest.mark.parametrize("out", [None, BF16, INT8])
 def test_many_tiles(native, out):
     check({**LARGER, "native": native, "out": out})
+
+
+@pytest.mark.parametrize("per_query", [True, False], ids=["for queries", "for all"])
+@pytest.mark.parametrize("queries", [160, 150])
+@pytest.mark.parametrize("native", NATIVE)
+def test_hidden_keys(native, queries, per_query):
+    """Attention to what masks show; tiles of values hidden from all queries are not even read."""
+    keys, rng, size = 139, np.random.default_rng(0), LARGER["value_size"]
+    key, query = np.arange(keys)[None], np.arange(queries)[:, None]
+    shown = {**SHOWN, "padded at the end": lambda query, key: (key < 67) & (query >= 0)}
+    seen = [np.broadcast_to(f(query, key), (queries, keys)) for f in shown.values()]
+    mask = Mask(lead=True, heads=False, queries=per_query, keys=True)
+    for low, symbolic in (LOWEST, True), (-math.inf, False):
+        case = {**LARGER, "lead": len(seen), "heads": 2, "head_size": 32, "mask": mask}
+        case |= {"queries": queries, "keys": keys, "symbolic": symbolic, "native": native}
+        q, k, v = (
+            rounded(rng.standard_normal((len(seen), rows, 2 * size)).astype("float32"), BF16)
+            for rows in (queries, keys, keys)
+        )
+        real = np.stack(seen)[:, None] if per_query else np.stack(seen)[:, None, 30:31]
+        added = np.where(real, rng.standard_normal(real.shape), low).astype("float32")
+        # Beside a query without any key, and beside padding, all keys are read.
+        spared = real.any(axis=3).all(axis=(1, 2)) & (queries % 16 == 0 or not per_query)
+        groups = np.pad(real.any(axis=(1, 2)), ((0, 0), (0, -keys % 32)))
+        read = np.repeat(groups.reshape(len(seen), -1, 32).any(axis=2), 32, axis=1)[:, :keys]
+        unread = spared[:, None] & ~read
+        assert unread.any() == spared.any()
+        compare(case, q, k, v, added, unread[:, :, None])
 
 
 @pytest.mark.parametrize(
