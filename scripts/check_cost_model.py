@@ -6,18 +6,19 @@
 A layer has a random shape, sparsity, structure and number of tokens, and stands for one of twelve
 in a model: so many copies of its weight take turns. A clock that moves is no error of the model:
 each layout takes turns with the chosen one, and that with a kernel that is the same for all layers
-and counts the cycles. What comes near the best, and what was chosen, is timed again by itself,
-thrice, and the median counts: how much of a weight the last cache holds depends on the pages that
-it happens to lie in. Printed is how far predictions are off, and how much slower than the best
-measured layout the one is that ``compile`` chooses: by the target's parameters, and by parameters
-fitted to one half of the layers for the other half. Layers that the file has already are not
-measured again.
+and counts the cycles. What comes near the best, and what was chosen, is timed again by itself, some
+times, and the median counts: how much of a weight the last cache holds depends on the pages that it
+happens to lie in. The best of many owes that to chance, too, so it is timed once more in turns with
+the chosen one, and the best then, until one stays the best. Printed is how far predictions are off,
+and how much slower than the best measured layout the one is that ``compile`` chooses: by the
+target's parameters, and by parameters fitted to one half of the layers for the other half. Layers
+that the file has already are not measured again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,9 +67,8 @@ HOPELESS = 2.0
 SECONDS = 0.06
 """How long one timing takes."""
 
-NEAR, ROUNDS, LONGER = 1.2, 3, 2
-"""How many times the best one's time is near it, and what is near is timed so often again, each
-time for so many times as long."""
+NEAR, ROUNDS = 1.2, 5
+"""How many times the best one's time is near it, and how often what is near is timed again."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,7 @@ class Case:
         others = [one for one, seconds in predicted.items() if seconds <= limit and one != chosen]
         return [chosen, *others]
 
-    def job(
-        self, layout: Layout, target: Target, beside: Layout | None, seconds: float = SECONDS
-    ) -> Job:
+    def job(self, layout: Layout, target: Target, beside: Layout | None) -> Job:
         """A layout of it, as a worker is told, and the one that takes turns with it."""
         return {
             "backend": "cpu",
@@ -121,7 +119,7 @@ class Case:
             "tokens": [self.tokens],
             "threads": [1],
             "copies": LAYERS,
-            "seconds": seconds,
+            "seconds": SECONDS,
             "beside": to_json(replace(self.op, layout=beside)) if beside is not None else None,
         }
 
@@ -160,11 +158,10 @@ def measure(
     measurer: Measurer,
     beside: Record | None,
     pace: float = 1.0,
-    seconds: float = SECONDS,
 ) -> Record:
     """Time one layout, the first one by itself at a clock that is so many times too slow."""
     held = beside.layout if beside is not None else None
-    answer = measurer(case.job(layout, target, held, seconds), case.w)
+    answer = measurer(case.job(layout, target, held), case.w)
     (result,) = answer.get("results") or [{"seconds": None, "noise": 0.0}]
     taken = result["seconds"] / pace if result["seconds"] is not None else None
     if beside is not None and beside.seconds is not None and "relative" in result:
@@ -208,38 +205,74 @@ class Clock:
 
 def measure_all(case: Case, clock: Clock, measurer: Measurer, again: bool) -> None:
     """Time what is not known of a case's layouts, the chosen one first, then the best again."""
-    problem, condition = (
-        Problem.of(case.op, case.weight, clock.target.name),
-        Condition(case.tokens, 1),
-    )
-    known = {r.layout: r for r in clock.known if (r.problem, r.condition) == (problem, condition)}
-    anchor = None
+    found = Found(case, clock)
+    chosen, *others = case.wanted(clock.target)
+    new = [layout for layout in (chosen, *others) if layout not in found.known]
+    if chosen in new:
+        found.keep(measure(case, chosen, clock.target, measurer, None, clock.pace(measurer)))
+    for layout in (one for one in new if one != chosen):
+        found.keep(measure(case, layout, clock.target, measurer, found.known[chosen]))
+    if new or again:
+        time_near_ones_again(found, chosen, measurer)
+        confirm_best(found, chosen, measurer)
 
-    def keep(record: Record) -> None:
-        known[record.layout] = record
-        clock.known.add(record)
-        append_record(clock.path, record)
 
-    for layout in case.wanted(clock.target):
-        if layout not in known:
-            pace = clock.pace(measurer) if anchor is None else 1.0
-            keep(measure(case, layout, clock.target, measurer, anchor, pace))
-            again = True
-        anchor = anchor or known[layout]
-    if not again:
-        return
-    assert anchor is not None
-    taken = {one: record.seconds for one, record in known.items() if record.seconds is not None}
-    near = NEAR * min(taken.values())
-    rivals = [one for one, seconds in taken.items() if seconds <= near or one == anchor.layout]
-    timed: dict[Layout, list[Record]] = {layout: [] for layout in rivals}
+class Found:
+    """A case's records by layout, all of them kept in the file."""
+
+    def __init__(self, case: Case, clock: Clock) -> None:
+        self.case, self.clock = case, clock
+        problem = Problem.of(case.op, case.weight, clock.target.name)
+        condition = Condition(case.tokens, 1)
+        self.known = {
+            record.layout: record
+            for record in clock.known
+            if (record.problem, record.condition) == (problem, condition)
+        }
+
+    def keep(self, record: Record) -> None:
+        self.known[record.layout] = record
+        self.clock.known.add(record)
+        append_record(self.clock.path, record)
+
+    def seconds(self, layout: Layout) -> float:
+        return seconds_of(self.known[layout])
+
+
+def time_near_ones_again(found: Found, chosen: Layout, measurer: Measurer) -> None:
+    """What is near the best, and the chosen one: the median counts."""
+    near = NEAR * min(map(found.seconds, found.known))
+    rivals = [one for one in found.known if found.seconds(one) <= near or one == chosen]
+    timed = in_turns(found.case, rivals, found.clock, measurer)
+    for layout in rivals:
+        found.keep(sorted(timed[layout], key=seconds_of)[ROUNDS // 2])
+
+
+def confirm_best(found: Found, chosen: Layout, measurer: Measurer) -> None:
+    """Time the best in turns with the chosen one, until what is best then has been."""
+    confirmed = {chosen}
+    while (best := min(found.known, key=found.seconds)) not in confirmed:
+        timed = in_turns(found.case, [chosen, best], found.clock, measurer)
+        pairs = zip(timed[best], timed[chosen], strict=True)
+        ratio = median(seconds_of(one) / seconds_of(other) for one, other in pairs)
+        found.keep(replace(timed[best][0], seconds=ratio * found.seconds(chosen)))
+        confirmed.add(best)
+
+
+def in_turns(
+    case: Case, layouts: Sequence[Layout], clock: Clock, measurer: Measurer
+) -> Mapping[Layout, Sequence[Record]]:
+    """Some timings of each layout, one after the other, each in memory of its own."""
+    timed: dict[Layout, list[Record]] = {layout: [] for layout in layouts}
     for _ in range(ROUNDS):
         pace = clock.pace(measurer)
-        for layout in rivals:
-            record = measure(case, layout, clock.target, measurer, None, pace, LONGER * SECONDS)
-            timed[layout].append(record)
-    for records in timed.values():
-        keep(sorted(records, key=lambda record: record.seconds or math.inf)[ROUNDS // 2])
+        for layout in layouts:
+            timed[layout].append(measure(case, layout, clock.target, measurer, None, pace))
+    return timed
+
+
+def seconds_of(record: Record) -> float:
+    return math.inf if record.seconds is None else record.seconds
 
 
 @dataclass(frozen=True)
