@@ -70,7 +70,8 @@ def test_bytes_are_those_of_an_artifact(planner: Planner, tmp_path: Path) -> Non
         made = sparse_tvm.compile(
             subject.pruned(found.settings), tmp_path / "model.so", target=TARGET, verify=False
         )
-        assert made.manifest["totals"]["weight_bytes"] == pytest.approx(found.nbytes, rel=0.03)
+        # Planned for 128 tokens, compiled for any: some layers are stored once more for few tokens.
+        assert made.manifest["totals"]["weight_bytes"] == pytest.approx(found.nbytes, rel=0.05)
 
 
 def test_what_needs_no_pruning_is_left_alone(planner: Planner) -> None:
