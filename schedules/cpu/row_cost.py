@@ -100,9 +100,15 @@ def asks_from(
     if filled > _FAR:
         return 1
     if layout.block == (1, 1) and nbytes > target.caches.l2:
-        alone = most_sliced_rows(layout.get("sell", 0)) + 1 if layout.get("sell", 0) else 1
+        lanes = layout.get("sell", 0)
+        alone = most_sliced_rows(lanes) + 1 if lanes else 1
         return min(alone, _SEVERAL) if filled > _FILLING else alone
     return _SEVERAL if filled > _FILLING else 0
+
+
+def asks(layout: Layout, rows: int) -> bool:
+    """Whether so many rows of activations are to ask for a weight, by its layout."""
+    return 0 < layout.get("ask", 0) <= rows
 
 
 def few_rows_seconds(
@@ -121,7 +127,7 @@ def few_rows_seconds(
     compute = _compute_cycles(shape, layout, blocks, target, count)
     stored = _stored_bytes(shape[1], layout, blocks)
     x_bytes = 4 * count * shape[1] / layout.get("parts", 1) if layout.sparse else 0.0
-    if layout.sparse and layout.block == (1, 1) and not 0 < layout.get("ask", 0) <= count:
+    if layout.sparse and layout.block == (1, 1) and not asks(layout, count):
         x_bytes = inf  # what is read next is known too late, however near it is
     cycles = _read_once(compute, stored, target, copies, x_bytes)
     return target.seconds(cycles + _moves(shape, count, target))
@@ -276,7 +282,7 @@ def _column_cycles(layout: Layout, target: Target, count: int) -> tuple[float, f
         vectors = count // lanes
         multiplied = vectors * rows * costs.fma * _share(lanes, target)
         loaded = vectors * _load(lanes, target) + rows * _load(1, target)
-    if rows > 1 and 0 < layout.get("ask", 0) <= count:
+    if rows > 1 and asks(layout, count):
         loaded += _load(1, target) * (1 if rows < LANES else 2)  # whose lines it shares with others
     return loaded, multiplied
 

@@ -27,6 +27,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     span,
     symbol,
 )
+from sparse_tvm.schedules.cpu.row_cost import asks
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.schedules.cpu.stored_values import StoredValues
 from sparse_tvm.schedules.cpu.vector_math import ACTIVATIONS, lanes_of
@@ -139,7 +140,7 @@ class StoredWeight:
         Where the CPU foresees it that may be slower: they do from as many on as the layout's
         parameter ``ask`` says, if it does.
         """
-        return not simd.foresees or 0 < self.layout.get("ask", 0) <= rows
+        return not simd.foresees or asks(self.layout, rows)
 
     def first_input(self, block_row: Expr) -> Expr:
         """The first input of a dense block row's group."""

@@ -54,6 +54,25 @@ def job(
     }
 
 
+def schedule_job(function: str, expected: str, schedule: str | None, **changes: Any) -> Any:
+    """What a worker is told of a schedule of an operator."""
+    return {
+        "backend": "cpu",
+        "target": NATIVE,
+        "function": function,
+        "arguments": None,
+        "expected": expected,
+        "schedule": schedule,
+        "samples": 0,
+        "tokens": [1],
+        "copies": 1,
+        "threads": [1],
+        "seconds": 0.01,
+        "beside": None,
+        **changes,
+    }
+
+
 def record(
     w: np.ndarray,
     layout: Layout,

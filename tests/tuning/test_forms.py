@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper, parser
-from pretended import NATIVE
+from pretended import NATIVE, schedule_job
 
 import sparse_tvm
 from sparse_tvm.backends import get_backend
@@ -145,21 +145,7 @@ def test_a_mask_of_the_measurement_is_causal():
 
 def job(form, **changes):
     shapes = [[list(one.shape), one.dtype, 3] for one in (*CALL.operands[:4], CALL.output)]
-    return {
-        "backend": "cpu",
-        "target": NATIVE,
-        "function": CALL.text,
-        "arguments": shapes,
-        "expected": GENERIC,
-        "schedule": form,
-        "samples": 0,
-        "tokens": [1],
-        "copies": 1,
-        "threads": [1],
-        "seconds": 0.01,
-        "beside": None,
-        **changes,
-    }
+    return schedule_job(CALL.text, GENERIC, form, arguments=shapes, **changes)
 
 
 def test_a_worker_lists_times_and_refuses_forms():

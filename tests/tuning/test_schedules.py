@@ -10,7 +10,7 @@ import onnx
 import pytest
 import tvm
 from onnx import parser
-from pretended import NATIVE
+from pretended import NATIVE, schedule_job
 from tvm import te, topi
 
 import sparse_tvm
@@ -189,20 +189,8 @@ def test_a_crash_costs_its_candidate_only(tmp_path, pooled):
 
 
 def test_wrong_results_are_a_failure():
-    job = {
-        "backend": "cpu",
-        "target": NATIVE,
-        "function": tvm.ir.save_json(softmax()),
-        "arguments": None,
-        "expected": NAIVE,
-        "schedule": json.dumps([[["GetSBlock", [], ["nowhere", "main"], ["b0"]]], []]),
-        "samples": 0,
-        "tokens": [1],
-        "copies": 1,
-        "threads": [1],
-        "seconds": 0.01,
-        "beside": None,
-    }
+    trace = json.dumps([[["GetSBlock", [], ["nowhere", "main"], ["b0"]]], []])
+    job = schedule_job(tvm.ir.save_json(softmax()), NAIVE, trace)
     with Measurer() as measurer:
         assert "nowhere" in measurer.schedule(job)["failure"]
         (fine,) = measurer.schedule({**job, "schedule": NAIVE})["results"]
