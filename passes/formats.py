@@ -29,6 +29,16 @@ class LayerRule:
     precision: str | None
     text: str
 
+    @classmethod
+    def of_layer(cls, name: str, precision: str) -> LayerRule:
+        """The precision of one layer, every time that its weight is used."""
+        pattern = re.compile(f"^{re.escape(name)}{_AGAIN}$")
+        return cls(pattern, None, None, precision, f"{name}=@{precision}")
+
+
+_AGAIN = r"(?: \(\d+\))?"
+"""What a name ends in where the layer's weight is used once more."""
+
 
 @dataclass(frozen=True)
 class FormatOptions:

@@ -19,7 +19,7 @@ from sparse_tvm.files import replacing
 from sparse_tvm.frontends.detect import open_source
 from sparse_tvm.frontends.importer.model import ImportedModel
 from sparse_tvm.frontends.source import Source, SourceOptions
-from sparse_tvm.passes.formats import FormatOptions
+from sparse_tvm.passes.formats import FormatOptions, LayerRule
 from sparse_tvm.passes.image_turns import image_turns
 from sparse_tvm.passes.infrastructure import Context, Phase
 from sparse_tvm.passes.program import Program
@@ -174,16 +174,41 @@ class Compilation:
 
 
 def in_model_precision(context: Context, imported: ImportedModel, precision: str | None) -> Context:
-    """The context for a model that may bring its own precision: 16 bits, or integers."""
+    """The context for a model that may bring its own precision: 16 bits, or integers.
+
+    A model that mixes 16 bits with float32 keeps both: weights that its 16 bits do not hold stay
+    float32, unless the user has a rule for them, or the backend rounds models of float32 anyway.
+    Not so in quantised models, whose weights hold integers times steps.
+    """
     options = context.options
+    keeps = context.backend.precision == "fp32" and not imported.quantised
     if precision is None:
         for dtype, name in (("bfloat16", "bf16"), ("float16", "fp16")):
             if dtype in imported.widened and has_kernels(context, name):
-                options = replace(options, precision=name)
+                wider = _wider(imported, dtype) if keeps else []
+                wide = [LayerRule.of_layer(layer, "fp32") for layer in wider]
+                options = replace(options, precision=name, rules=(*wide, *options.rules))
                 break
     if precision in (None, "int8") and imported.quantised:
         options = replace(options, integers=True)
     return replace(context, options=options)
+
+
+def _wider(imported: ImportedModel, dtype: str) -> list[str]:
+    """Name the layers and tables with weights of float32 that a type of 16 bits does not hold."""
+    return [
+        imported.layers.get(name, name)
+        for name, array in imported.weights.items()
+        if array.ndim > 1 and array.dtype == np.float32 and not _holds(dtype, array)
+    ]
+
+
+def _holds(dtype: str, array: np.ndarray) -> bool:
+    """Whether all of an array's numbers are of a type of 16 bits."""
+    if dtype == "bfloat16":  # the upper half of a float32
+        return not np.any(array.view(np.uint32) << 16)
+    with np.errstate(over="ignore"):
+        return np.array_equal(array.astype(dtype), array)
 
 
 def check_rules(options: FormatOptions, program: Program) -> None:

@@ -76,6 +76,36 @@ def test_weights_stay_narrow_where_the_target_computes_in_float32(tmp_path, name
             np.testing.assert_allclose(narrow[key], value, rtol=0, atol=2e-5 * np.abs(value).max())
 
 
+@pytest.mark.parametrize(("name", "code"), [("float16", 10), ("bfloat16", 16)])
+def test_only_what_is_of_16_bits_in_a_mixed_model_stays_so(tmp_path, name, code):
+    graph = f"""(int64[19] rows) => (float[19,64] y) {{
+        x = Gather(wide_table, rows) h = MatMul(x, wide)
+        a = Gather(narrow_table, rows) b = Cast<to = {code}>(h) c = Add(a, b) d = MatMul(c, narrow)
+        y = Cast<to = 1>(d) }}"""
+    model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> g {graph}')
+    rng = np.random.default_rng(0)
+    shapes = {"narrow_table": (300, 64), "wide_table": (300, 64), "narrow": (64, 64)}
+    for key, shape in {**shapes, "wide": (64, 64)}.items():
+        dtype = np.float32 if key.startswith("wide") else HALVES[name]
+        array = rng.standard_normal(shape).astype(dtype)
+        model.graph.initializer.append(numpy_helper.from_array(array, key))
+    path, artifact = saved(model, tmp_path / "mixed.onnx"), tmp_path / "mixed.so"
+    options = {"target": "x86-64-v3", "verify": False}
+
+    def stored(**more):
+        manifest = sparse_tvm.compile(path, artifact, **options, **more).manifest
+        precisions = {layer["name"]: layer["precision"] for layer in manifest["layers"]}
+        return precisions, manifest["totals"]["weight_bytes"]
+
+    tables, layers = 300 * 64, 64 * 64
+    assert stored() == ({"wide": "float32", "narrow": name}, (4 + 2) * (tables + layers))
+    asked = {"fp16": "float16", "bf16": "bfloat16"}
+    for precision, dtype in asked.items():
+        both = {"wide": dtype, "narrow": dtype}
+        assert stored(precision=precision) == (both, 4 * (tables + layers))
+        assert stored(layer_rules=[f"wide$=@{precision}"])[0] == {"wide": dtype, "narrow": name}
+
+
 def test_quantised_models_of_float16_keep_their_integers(tmp_path):
     graph = """(float16[4,64] x) => (float16[4,32] y) {
         q = QuantizeLinear(x, step, zero) a = DequantizeLinear(q, step, zero)

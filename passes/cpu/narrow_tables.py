@@ -3,8 +3,8 @@
 Matches ``take`` of rows from a weight that nothing but such calls reads, and stores that weight as
 float16; the rows become float32 when they are read. That is half of what is often a model's largest
 weight, and the numbers of a float16 model as they are. Leaves alone models in float32, tables that
-do something else too, small ones, those with numbers beyond float16's range, and targets whose code
-would call a function for each number.
+do something else too, small ones, those with numbers beyond float16's range, those that a rule
+wants in float32, and targets whose code would call a function for each number.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
+from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.graph import Rewrite, op_name
 from sparse_tvm.passes.infrastructure import Context, graph_pass
 from sparse_tvm.passes.program import Program
@@ -29,12 +30,13 @@ def narrow_tables(program: Program, context: Context) -> Program:
     """Apply the pass."""
     if context.options.precision == "fp32" or not has_kernels(context, "fp16"):
         return program
-    return _NarrowTables(program).run()
+    return _NarrowTables(program, context.options).run()
 
 
 class _NarrowTables(Rewrite):
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, options: FormatOptions) -> None:
         super().__init__(program)
+        self._options = options
         self._takes = Counter(
             self.graph.value(binding.value.args[0])
             for binding in self.graph.bindings
@@ -49,6 +51,9 @@ class _NarrowTables(Rewrite):
         if array is None or array.dtype != np.float32 or array.size < _LEAST_VALUES:
             return None
         if not isinstance(name, relax.Var) or self.graph.uses(name) != self._takes[name]:
+            return None
+        layer = self.program.layers.get(name.name, name.name)
+        if self._options.ruled_precision(layer) == "fp32":
             return None
         if np.abs(array).max() > np.finfo(np.float16).max:
             return None

@@ -8,7 +8,6 @@ all layers rounded as they would be. The model runs once per layer for that, and
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -66,7 +65,7 @@ class PrecisionSearch:
             return replace(options, precision=self._ladder[-1])
         lowest = self._ladder[self._raised // max(1, len(self._layers))]
         raised = {name: p for name, p in self.precisions().items() if p != lowest}
-        rules = tuple(_rule(name, precision) for name, precision in raised.items())
+        rules = tuple(LayerRule.of_layer(name, p) for name, p in raised.items())
         return replace(options, precision=lowest, rules=(*rules, *options.rules))
 
     def note(self) -> str:
@@ -99,15 +98,6 @@ class PrecisionSearch:
             else:
                 low = middle + 1
         return low
-
-
-def _rule(layer: str, precision: str) -> LayerRule:
-    pattern = re.compile(f"^{re.escape(layer)}{_AGAIN}$")
-    return LayerRule(pattern, None, None, precision, f"{layer}=@{precision}")
-
-
-_AGAIN = r"(?: \(\d+\))?"
-"""What a name ends in where the layer's weight is used once more."""
 
 
 def most_sensitive(losses: Mapping[str, float], count: int = 3) -> str:

@@ -33,8 +33,8 @@ def subject_of(function):
     return build(function, {"x": (2, 3)}, WEIGHTS)
 
 
-def stays(subject, **options):
-    after = apply(narrow_tables, subject, context(**{"precision": "fp16", **options}))
+def stays(subject, *rules, **options):
+    after = apply(narrow_tables, subject, context(*rules, **{"precision": "fp16", **options}))
     return "table" in after.weights
 
 
@@ -59,6 +59,11 @@ def test_numbers_beyond_the_range_stay_float32():
     subject = subject_of(embedded)
     subject.weights["table"][5, 5] = -1e5
     assert stays(subject)
+
+
+def test_a_rule_keeps_a_table_in_float32():
+    assert stays(subject_of(embedded), "table=@fp32")
+    assert not stays(subject_of(embedded), "small=@fp32")
 
 
 def test_tables_stay_where_nothing_is_gained():
