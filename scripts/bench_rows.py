@@ -35,6 +35,7 @@ NETWORKS = {
 SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
 STRUCTURES = ("unstructured", "4x1")
 BATCHES = (1, 2, 4, 8, 16, 32, 128)
+BLOCK_S = 0.02
 DENSE, REFERENCE = "dense form", "ONNX Runtime"
 TOLERANCE = 1e-3
 
@@ -104,14 +105,14 @@ def measure(
         name: partial(engine.run, inputs) for name, engine in engines.items()
     }
     runs[REFERENCE] = partial(reference.run, None, inputs)
-    times = interleave(runs, duration=duration)
+    times = interleave(runs, duration=duration, block=BLOCK_S)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
 def main(
     artifacts: Annotated[Path, typer.Argument(help="Where artifacts are kept for later runs.")],
     threads: int = 1,
-    duration: Annotated[float, typer.Option(help="Seconds per engine and batch size.")] = 0.06,
+    duration: Annotated[float, typer.Option(help="Seconds per engine and batch size.")] = 0.2,
     compile_only: bool = False,
 ) -> None:
     artifacts.mkdir(parents=True, exist_ok=True)

@@ -22,9 +22,15 @@ IDLE_TIMEOUT_S = 0.5
 
 
 def interleave(
-    engines: Mapping[str, Callable[[], Any]], *, duration: float
+    engines: Mapping[str, Callable[[], Any]], *, duration: float, block: float = BLOCK_S
 ) -> dict[str, list[float]]:
     """Time every engine for `duration` seconds of counted runs, at least one run each.
+
+    Parameters
+    ----------
+    block
+        Seconds of counted runs before it is the next engine's turn. Many short turns spread over
+        all engines what slows the machine for seconds.
 
     Returns
     -------
@@ -37,8 +43,8 @@ def interleave(
         for name, run in engines.items():
             _wait_until_idle()
             run()
-            times[name] += time_runs(run, min(BLOCK_S, remaining))
-        remaining -= BLOCK_S
+            times[name] += time_runs(run, min(block, remaining))
+        remaining -= block
         if remaining <= 0:
             return times
 
