@@ -18,7 +18,7 @@ _HOPELESS = 1.5
 """How much slower than the best a candidate may be predicted, corrected, and still be tried."""
 
 _FINALISTS, _CLOSE = 3, 1.1
-"""How many of the best are measured once more, and how near the best they are."""
+"""How many of the best are confirmed, and how near the best they are."""
 
 
 @dataclass
@@ -43,6 +43,8 @@ class Kernel:
         Whether no candidate is left alone for its prediction.
     fresh : bool
         Whether one of its candidates was measured just now.
+    confirmed : set[Layout]
+        Those that were measured once more, for longer.
     """
 
     layer: TunedLayer
@@ -53,6 +55,7 @@ class Kernel:
     failed: set[Layout] = field(default_factory=set)
     exhaustive: bool = False
     fresh: bool = False
+    confirmed: set[Layout] = field(default_factory=set)
 
     @property
     def tried(self) -> int:
@@ -75,13 +78,18 @@ class Kernel:
         assert self.best is not None
         return exp(self._measured_loss(layout) - self._measured_loss(self.best))
 
-    def finalists(self) -> list[Layout]:
-        """The fastest candidates, but for the one that the others are measured beside."""
+    def finalist(self) -> Layout | None:
+        """The fastest candidate that was not confirmed yet; None once the fastest few are.
+
+        Which are fastest may change with each that is. The one that the others are measured beside
+        needs none.
+        """
         if self.best is None or self.untuned not in self.measured:
-            return []
+            return None
         limit = self._measured_loss(self.best) + log(_CLOSE)
         others = sorted(self.measured.keys() - {self.untuned}, key=self._measured_loss)
-        return [one for one in others if self._measured_loss(one) < limit][:_FINALISTS]
+        close = [one for one in others if self._measured_loss(one) < limit][:_FINALISTS]
+        return next((one for one in close if one not in self.confirmed), None)
 
     def next(self) -> Layout | None:
         """The candidate to measure now; None if no other one is worth it."""

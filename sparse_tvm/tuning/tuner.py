@@ -8,8 +8,8 @@ are so predicted to be far from the best are left alone.
 
 Each candidate takes turns with the one that is chosen without measuring, and its seconds are as
 many times those as it took as long beside it: so all are of one state of the clock. The fastest of
-many measurements is too good to be true, so the few best are measured once more, for longer, at the
-end.
+many measurements is too good to be true, so the best is measured once more, for longer, at the end,
+and then whichever is best after that, until the few best all are.
 """
 
 from __future__ import annotations
@@ -298,11 +298,12 @@ class _Tuner:
             kernel.fresh = True
             if self.progress is not None:
                 self.progress(Trial(kernel, layout, records, self._left(trials)))
-        finals = [(k, layout) for k in self.kernels if k.fresh for layout in k.finalists()]
-        for kernel, layout in finals:
-            if time.monotonic() - started > limit:
-                return
-            self._measure(measurer, kernel, layout, _FINAL_SECONDS)
+        for kernel in self.kernels:
+            while kernel.fresh and (layout := kernel.finalist()) is not None:
+                if time.monotonic() - started > limit:
+                    return
+                kernel.confirmed.add(layout)
+                self._measure(measurer, kernel, layout, _FINAL_SECONDS)
 
     def _measure(
         self, measurer: SteadyMeasurer, kernel: Kernel, layout: Layout, seconds: float

@@ -184,6 +184,30 @@ def test_the_best_are_measured_once_more_and_longer(tmp_path, model):
     assert tuned.kernels[0].untuned not in layouts(pretender.jobs[6:])
 
 
+class Flattering(Pretender):
+    """A short look makes all but the first candidate seem twice as fast as they are."""
+
+    def __call__(self, job, matrix):
+        answer = super().__call__(job, matrix)
+        if job["beside"] is not None and job["seconds"] == self.jobs[0]["seconds"]:
+            for result in answer["results"]:
+                result["seconds"] /= 2
+        return answer
+
+
+def test_what_is_best_after_the_best_were_confirmed_is_confirmed_too(tmp_path, model):
+    pretender = Flattering(lambda layout: 1e-6 if layout.block == (4, 1) else 1.05e-6)
+    tuned = tune(
+        model, tmp_path / "r.jsonl", trials=64, threads=[1], layers="w0", measurer=pretender
+    )
+    (kernel,) = tuned.kernels
+    assert kernel.best.block == (4, 1)
+    longest = max(one["seconds"] for one in pretender.jobs)
+    confirmed = layouts([one for one in pretender.jobs if one["seconds"] == longest])
+    assert len(confirmed) == len(set(confirmed)) > 3
+    assert set(confirmed) == kernel.measured.keys() - {kernel.untuned}
+
+
 def test_an_exhaustive_search_leaves_no_candidate_alone(tmp_path, model):
     records = tmp_path / "records.jsonl"
     tuned = tune(model, records, trials=64, threads=[1], measurer=Pretender(by_format))
