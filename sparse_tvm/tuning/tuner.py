@@ -299,11 +299,11 @@ class _Tuner:
             if self.progress is not None:
                 self.progress(Trial(kernel, layout, records, self._left(trials)))
         for kernel in self.kernels:
-            while kernel.fresh and (layout := kernel.finalist()) is not None:
+            while kernel.fresh and (finalist := kernel.finalist()) is not None:
                 if time.monotonic() - started > limit:
                     return
-                kernel.confirmed.add(layout)
-                self._measure(measurer, kernel, layout, _FINAL_SECONDS)
+                kernel.confirmed.add(finalist)
+                self._measure(measurer, kernel, finalist, _FINAL_SECONDS)
 
     def _measure(
         self, measurer: SteadyMeasurer, kernel: Kernel, layout: Layout, seconds: float
