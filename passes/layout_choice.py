@@ -24,9 +24,12 @@ from sparse_tvm.tuning.records import Condition
 if TYPE_CHECKING:
     from sparse_tvm.backends.base import Backend, BackendTarget
 
-_MARGIN = {"predicted": 1.1, "measured": 1.03}
-"""How much faster a sparse form must be: never slower than dense, on more threads too, which share
-what their weights stream through. A measurement errs less."""
+PREDICTED_MARGIN = 1.1
+"""How much faster than what is simpler a form must be predicted to be: so it is on more threads
+too, which share what their weights stream through."""
+
+_MARGIN = {"predicted": PREDICTED_MARGIN, "measured": 1.03}
+"""How much faster than dense a sparse form must be. A measurement errs less."""
 
 _CERTAIN = 1.02
 """How much faster than what is chosen anyway a layout must have been measured, to be chosen: the

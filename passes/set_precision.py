@@ -82,6 +82,13 @@ def computes_in(context: Context, precision: str) -> bool:
     return _layer(context, precision)[0].types.input != "float32"
 
 
+def in_range(weight: np.ndarray, dtype: str) -> bool:
+    """Whether a type of 16 bits has numbers as large as those of a float32 weight."""
+    if dtype != "float16":  # others have float32's range
+        return True
+    return bool(np.abs(weight).max(initial=0) <= np.finfo(dtype).max)
+
+
 @graph_pass()
 def set_precision(program: Program, context: Context) -> Program:
     """Apply the pass."""
@@ -128,11 +135,10 @@ class _SetPrecision(Rewrite):
 
     def _out_of_range(self, weight: Any, dtype: str) -> str | None:
         """What keeps a weight from being stored in a type."""
-        if dtype != "float16":  # others have float32's range
+        array = self.array(weight)
+        if array is None or in_range(array, dtype):
             return None
-        array, most = self.array(weight), np.finfo(dtype).max
-        largest = np.abs(array).max() if array is not None and array.size else 0.0
-        return f"its largest weight, {largest:g}, is no {dtype}" if largest > most else None
+        return f"its largest weight, {np.abs(array).max():g}, is no {dtype}"
 
     def _attention(self, found: dialect.OperatorCall[Attention], var: relax.Var) -> Any:
         q, _, v, *_ = found.args

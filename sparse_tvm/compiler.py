@@ -119,8 +119,8 @@ def compile(
         weights are rounded per output, activations per token. ``fp16`` on GPUs, where it is the
         default and all activations have it. By default ``fp32`` elsewhere, or ``bf16`` for
         a model of bfloat16 where the target has it. ``auto`` measures what each dense layer does
-        to the outputs in int8, and leaves those that hurt most in bf16 or float32 until
-        `min_cosine` holds.
+        to the outputs in int8, and raises those that hurt most to bf16, fp16 or float32 until
+        `min_cosine` holds; no layer is in a precision that is not predicted to make it faster.
     input_shapes : InputShapes | None
         Shapes of inputs by name, each dimension a fixed size, a name, or a ``range`` of sizes;
         dimensions that are symbolic in the model stay so otherwise.

@@ -53,8 +53,8 @@ def compile(
             metavar="NAME",
             help="In which dense layers and attention compute: fp32, fp16 and bf16 "
             "(only stored in it where the target computes in float32), int8, or auto (the lowest "
-            "for each layer that keeps --min-cosine); by default fp32, a 16-bit model's own, and "
-            "fp16 on GPUs.",
+            "that makes a layer faster and keeps --min-cosine); by default fp32, a 16-bit model's "
+            "own, and fp16 on GPUs.",
         ),
     ] = None,
     input_shape: InputShapes = None,

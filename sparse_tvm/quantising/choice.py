@@ -28,6 +28,7 @@ from sparse_tvm.quantising.scales import (
 )
 from sparse_tvm.quantising.search import PrecisionSearch
 from sparse_tvm.quantising.sites import Site, image_tensors, sites_of
+from sparse_tvm.quantising.worth import worthwhile
 from sparse_tvm.sparsity.calibration import Data, read_calibration
 from sparse_tvm.sparsity.pruning import own_copy, tokenizer_of
 
@@ -39,6 +40,9 @@ LEAST_COSINE_AUTO = 0.99
 
 _MEASURED = 8
 """Feeds, at most, on which the sensitivity of layers is measured."""
+
+_OF_CONVOLUTIONS = ["int8", "fp32"]
+"""Of what ``auto`` chooses among."""
 
 _OLDEST_OPSET = 10
 """With ``QuantizeLinear``."""
@@ -62,10 +66,11 @@ def ladder_of(context: Context) -> list[str]:
             hint="leave --precision away, or ask for one",
         )
     able = [name for name in ("int8", "bf16") if computes_in(context, name)]
+    able += ["fp16"] if has_kernels(context, "fp16") else []
     if not able:
         others = [name for name in PRECISIONS if has_kernels(context, name)]
         raise OptionError(
-            f"target {context.target.name} has no arithmetic in int8 or bf16 to choose among",
+            f"target {context.target.name} has nothing below float32 to choose among",
             hint=f"--precision {' or '.join(others)}, or another --target",
         )
     return [*able, "fp32"]
@@ -127,7 +132,8 @@ class Quantising:
                 f"{source.name} is quantised already, and computes by its own scales",
                 hint="leave --calibrate and --precision auto out",
             )
-        self._source, self._context, self._options = source, context, context.options
+        self._source, self._imported = source, imported
+        self._context, self._options = context, context.options
         self._model = own_copy(source.as_onnx())
         self._search: PrecisionSearch | None = None
         self._batches: Feeds = ()
@@ -185,8 +191,10 @@ class Quantising:
                 f"{self._source.name} has no layers whose precision could be chosen",
                 hint="leave --precision auto out",
             )
+        rungs = worthwhile(self._imported, self._context, ladder)
+        rungs |= {s.ref.layer: _OF_CONVOLUTIONS for s in self._open if s.convolution is not None}
         rehearsal = self._rehearsal(self._open, feeds)
-        self._search = PrecisionSearch(rehearsal, ladder, least)
+        self._search = PrecisionSearch(rehearsal, ladder, least, rungs)
 
     def raise_more(self) -> bool:
         """Leave a few more layers in higher precision; whether there were any."""

@@ -124,6 +124,7 @@ class Judge:
         imported = compilation.imported
         precisions = compilation.context.options.precisions
         rounded = not {"fp32", "fp16"}.issuperset(precisions)
+        rounded |= self.chosen and "fp16" in precisions
         tolerance, least = self.tolerance, self.min_cosine
         if tolerance is None:
             halves = imported.widened or "fp16" in precisions

@@ -1,9 +1,9 @@
 """A model in ONNX Runtime whose layers round as kernels do: any layer, to any precision.
 
 One session holds every choice, so that trying another costs one run: a weight and an input come
-out of an ``If``, whose branches are what they are in float32, rounded to bf16, and rounded to int8.
-Sums are float32 in all of them, which is what tells them from kernels. Convolutions round to int8
-alone, as kernels do: what is bf16 elsewhere is float32 there.
+out of an ``If``, whose branches are what they are in float32, rounded to bf16, and rounded to int8;
+in fp16 the weight alone is rounded. Sums are float32 in all of them, which is what tells them from
+kernels. Convolutions round to int8 alone, as kernels do: in 16 bits they are float32.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sparse_tvm.frontends.onnx.detach import as_array, stored_tensors
 from sparse_tvm.frontends.onnx.weights import canonical
 from sparse_tvm.frontends.onnx.write import write_onnx
+from sparse_tvm.passes.set_precision import in_range
 from sparse_tvm.quantising.scales import Scale
 from sparse_tvm.quantising.sites import Site
 from sparse_tvm.reference import Reference
@@ -31,7 +32,7 @@ from sparse_tvm.sparsity.quantise import (
 )
 from sparse_tvm.verification import Similarity
 
-LEVELS = ("fp32", "bf16", "int8")
+LEVELS = ("fp32", "fp16", "bf16", "int8")
 """What a layer may compute in; an entry of the session's input is an index into these."""
 
 _INPUT = "sparse_tvm.levels"
@@ -131,7 +132,7 @@ class _Writer:
                 x, w = node.input[site.x], node.input[site.w]
                 nodes: list[onnx.NodeProto] = []
                 node.input[site.x] = self._choice(nodes, site, x, self._rounded_input(site, x))
-                node.input[site.w] = self._choice(nodes, site, w, self._rounded_weight(site, w))
+                node.input[site.w] = self._choice(nodes, site, w, self._rounded_weight(site))
                 self._graph.node.extend(nodes)
             self._graph.node.append(node)
         levels = helper.make_tensor_value_info(_INPUT, TensorProto.INT32, [len(self._layers)])
@@ -144,15 +145,18 @@ class _Writer:
         given: str,
         rounded: dict[str, list[onnx.NodeProto]],
     ) -> str:
-        """Append an If over the levels, and return its output; branches end in a tensor each."""
+        """Append an If over the levels, and return its output; branches end in a tensor each.
+
+        What is not among those `rounded` is as `given`.
+        """
         place = self._constant(np.array(self._layers.index(site.ref.layer), np.int64))
         level = self._fresh()
         nodes.append(helper.make_node("Gather", [_INPUT, place], [level], axis=0))
-        branches = {"fp32": [self._same(given)], **rounded}
-        inner = self._if(level, "int8", branches["int8"], branches["bf16"])
-        whole = self._if(level, "fp32", branches["fp32"], inner)
-        nodes.extend(whole)
-        return str(whole[-1].output[0])
+        chosen = [self._same(given)]
+        for name, branch in rounded.items():
+            chosen = self._if(level, name, branch, chosen)
+        nodes.extend(chosen)
+        return str(chosen[-1].output[0])
 
     def _if(
         self,
@@ -187,33 +191,38 @@ class _Writer:
             steps = self._add(int8, "Min", steps, float(LARGEST))
             self._add(int8, "Mul", self._add(int8, "Max", steps, -float(LARGEST)), step)
         if site.convolution is not None:
-            return {"int8": int8, "bf16": [self._same(x)]}
+            return {"int8": int8}
         bf16: list[onnx.NodeProto] = []
         large = self._add(bf16, "Mul", x, _HALF)
         self._add(bf16, "Sub", large, self._add(bf16, "Sub", large, x))
         return {"int8": int8, "bf16": bf16}
 
-    def _rounded_weight(self, site: Site, given: str) -> dict[str, list[onnx.NodeProto]]:
+    def _rounded_weight(self, site: Site) -> dict[str, list[onnx.NodeProto]]:
         tensor = self._arrays[site.ref.initializer]
         w = canonical(site.ref, as_array(tensor))
         values, steps = quantise_rows(w)
         if site.convolution is not None:
             images = (values * steps[:, None]).reshape(tuple(tensor.dims))
             int8 = [self._same(self._constant(images, (site.ref.initializer, "int8")))]
-            return {"int8": int8, "bf16": [self._same(given)]}
-        halves = bf16_values(round_to_bf16(w))
-        if site.by_inputs:
-            values, steps, halves = values.T, steps[None, :], halves.T
-        else:
-            steps = steps[:, None]
+            return {"int8": int8}
         key = (site.ref.initializer, str(site.by_inputs))
-        integers = self._constant(np.ascontiguousarray(values), (*key, "int8"))
+
+        def constant(w: np.ndarray, name: str) -> str:
+            """Store a matrix ``[N, K]``, or what spreads over one, as the node wants it."""
+            return self._constant(np.ascontiguousarray(w.T if site.by_inputs else w), (*key, name))
+
+        integers = constant(values, "int8")
         int8 = []
         real = self._fresh()
         int8.append(helper.make_node("Cast", [integers], [real], to=TensorProto.FLOAT))
-        self._add(int8, "Mul", real, self._constant(steps, (*key, "steps")))
-        bf16 = self._constant(np.ascontiguousarray(halves), (*key, "bf16"))
-        return {"int8": int8, "bf16": [self._same(bf16)]}
+        self._add(int8, "Mul", real, constant(steps[:, None], "steps"))
+        halves = {"bf16": bf16_values(round_to_bf16(w))}
+        if in_range(w, "float16"):
+            halves["fp16"] = w.astype(np.float16).astype(np.float32)
+        return {
+            "int8": int8,
+            **{name: [self._same(constant(half, name))] for name, half in halves.items()},
+        }
 
     def _same(self, name: str) -> onnx.NodeProto:
         return helper.make_node("Identity", [name], [self._fresh()])

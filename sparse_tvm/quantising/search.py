@@ -2,14 +2,17 @@
 
 Each layer is rounded alone, on data, and what that takes from the outputs' cosine is how much the
 layer hurts. Those that hurt most are raised first: one after the other from the lowest precision
-to the next, and when all are there, to the one above. How many it takes is found by bisection, with
-all layers rounded as they would be. The model runs once per layer for that, and a few times more.
+to the next that makes the layer faster than those above do, and when all are there, to the one
+above. How many it takes is found by bisection, with all layers rounded as they would be. The model
+runs once per layer for that, and a few times more.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from sparse_tvm.passes.formats import FormatOptions, LayerRule
 from sparse_tvm.quantising.rehearsal import Rehearsal
@@ -29,18 +32,27 @@ class PrecisionSearch:
         Precisions, the lowest first; the last is ``fp32``.
     least : float
         The cosine that outputs must keep.
+    rungs : Mapping[str, Sequence[str]]
+        By layer, the part of the ladder that it may be on, the last rung included; a layer that is
+        missing may be on all of it.
 
     Attributes
     ----------
     losses : dict[str, float]
-        By layer, what it alone takes from a cosine of 1 in the lowest precision.
+        By layer, what it alone takes from a cosine of 1 on its lowest rung, but for the last.
     cosine : float
         What is expected of the choice.
     """
 
-    def __init__(self, rehearsal: Rehearsal, ladder: Sequence[str], least: float) -> None:
-        self._rehearsal, self._ladder, self._least = rehearsal, ladder, least
-        self.losses = rehearsal.losses(dict.fromkeys(rehearsal.layers, ladder[0]))
+    def __init__(
+        self,
+        rehearsal: Rehearsal,
+        ladder: Sequence[str],
+        least: float,
+        rungs: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    ) -> None:
+        self._rehearsal, self._ladder, self._least, self._rungs = rehearsal, ladder, least, rungs
+        self.losses = rehearsal.losses({name: self._rung(name, 0) for name in rehearsal.layers})
         self._layers = list(self.losses)
         self._last = len(self._layers) * (len(ladder) - 1)
         self._raised = self._settle()
@@ -61,32 +73,35 @@ class PrecisionSearch:
 
     def applied(self, options: FormatOptions) -> FormatOptions:
         """The options of a compile; rules that the user gave stay above what was chosen."""
-        if self._raised == self._last:
-            return replace(options, precision=self._ladder[-1])
-        lowest = self._ladder[self._raised // max(1, len(self._layers))]
-        raised = {name: p for name, p in self.precisions().items() if p != lowest}
-        rules = tuple(LayerRule.of_layer(name, p) for name, p in raised.items())
+        found = self.precisions()
+        lowest = min(found.values(), key=self._ladder.index)
+        rules = tuple(LayerRule.of_layer(name, p) for name, p in found.items() if p != lowest)
         return replace(options, precision=lowest, rules=(*rules, *options.rules))
 
     def note(self) -> str:
         """What reports say of the choice."""
-        found = self.precisions()
-        parts = [
-            f"{sum(p == precision for p in found.values())} layers in {precision}"
-            for precision in self._ladder
-            if precision in found.values()
-        ]
+        counts = Counter(self.precisions().values())
+        parts = [f"{counts[name]} layers in {name}" for name in self._ladder if counts[name]]
+        unmoved = len(self._rehearsal.layers) - len(self._layers)
+        slower = f" ({unmoved} of them would be no faster in less)" if unmoved else ""
         return (
-            f"precision auto: {', '.join(parts)}, for a cosine of {self._least:g}; "
+            f"precision auto: {', '.join(parts)}{slower}, for a cosine of {self._least:g}; "
             f"{self.cosine:.5f} expected after {self._rehearsal.runs} runs of the model"
         )
 
+    def _rung(self, layer: str, step: int) -> str:
+        """Where a layer is that was raised so often: the next rung up that it may be on."""
+        allowed = self._rungs.get(layer, self._ladder)
+        return next(name for name in self._ladder[step:] if name in allowed)
+
     def _precisions(self, raised: int) -> dict[str, str]:
         count = len(self._layers)
-        return {
-            name: self._ladder[raised // count + (place < raised % count)]
+        steps = {
+            name: raised // count + (place < raised % count)
             for place, name in enumerate(self._layers)
         }
+        last = len(self._ladder) - 1
+        return {name: self._rung(name, steps.get(name, last)) for name in self._rehearsal.layers}
 
     def _settle(self) -> int:
         """The fewest raised with which the cosine holds, if more never hurt."""

@@ -20,6 +20,7 @@ from sparse_tvm.families import (
 )
 from sparse_tvm.operators import Activation, Bias, Dense, Layout, Residual
 from sparse_tvm.schedules.cpu import word_weights
+from sparse_tvm.schedules.cpu.cost import arrival_cycles
 from sparse_tvm.schedules.cpu.dots import Dot
 from sparse_tvm.schedules.cpu.families.extents import tiles_for
 from sparse_tvm.schedules.cpu.precision import (
@@ -42,7 +43,7 @@ UNSTRUCTURED = "csr"
 
 STREAMED = 3.0
 """Bytes of weights per cycle from the last cache, measured with BERT-base's layers in a row: such
-kernels leave little time to hide them in."""
+kernels leave little time to hide them in, unless the CPU foresees what they read."""
 
 _L2_SHARE = 0.75
 """Share of the second cache that keeps a weight from one group of tokens to the next."""
@@ -223,7 +224,10 @@ class DotFamily(LowPrecisionFamily):
         passes, stored = tiles / group, blocks * (rows * dot.depth * 4 + 2)
         near = stored < _L2_SHARE * target.caches.l2
         again = (passes - 1) / (costs.second if near else costs.streamed) if layout.sparse else 0.0
-        streamed = stored * (1 / min(STREAMED, costs.streamed) + again)
+        arrival = stored / min(STREAMED, costs.streamed)
+        if target.foresees:
+            arrival = arrival_cycles(stored, 1, weight.copies, target)
+        streamed = arrival + stored * again
         return target.seconds((blocks * block + finish) * passes + streamed)
 
     def pack(
