@@ -36,7 +36,7 @@ from sparse_tvm.models.convnets import build_mobilenet_v2
 from sparse_tvm.planning.document import write_plan
 from sparse_tvm.planning.planner import Planner, open_subject
 from sparse_tvm.planning.prediction import from_trials
-from sparse_tvm.planning.settings import STRUCTURES, Setting
+from sparse_tvm.planning.settings import Setting
 from sparse_tvm.planning.trials import (
     Trial,
     build_trials,
@@ -104,7 +104,7 @@ class Check:
         self.subject = open_subject(
             self.source, target="native", tokens=128, threads=threads, input_shapes={}
         )
-        self.settings = trial_settings(self.subject, STRUCTURES)
+        self.settings = trial_settings(self.subject, self.subject.structures)
 
     def build_trials(self) -> None:
         build_trials(self.subject, self.settings, self.directory, _compiled, print)
@@ -119,7 +119,9 @@ class Check:
         return found
 
     def planner(self) -> Planner:
-        return Planner(from_trials(self.subject, self.timed(), STRUCTURES, self.threads))
+        structures = self.subject.structures
+        found = from_trials(self.subject, self.timed(), structures, self.threads)
+        return Planner(found, structures)
 
     def build_plans(self) -> None:
         """Artifacts, each with its latency and error as planned."""
@@ -140,7 +142,7 @@ class Check:
             planned[title] = plan.seconds, plan.error, lost, path.stem
             alike = [
                 found
-                for structure in STRUCTURES
+                for structure in planner.structures
                 for found in [planner.uniform_for(structure, plan.seconds)]
                 if found is not None
             ]

@@ -152,6 +152,13 @@ class WeightedFamily(KernelFamily[Weighted]):
     ) -> Sequence[Layout]:
         """Layouts that the weight may have: all worth comparing, or those nearest to a wish."""
 
+    def structures(self, op: Weighted, target: AnyTarget) -> Sequence[str]:
+        """What pruning is to take away as a unit, for kernels of ``op`` to skip it.
+
+        As ``prune --structure`` has it; none where zeros make no kernel faster.
+        """
+        return ()
+
     def stacked(
         self, layers: Sequence[Sequence[np.ndarray]], layout: Layout
     ) -> list[np.ndarray] | None:

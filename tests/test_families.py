@@ -38,6 +38,7 @@ from sparse_tvm.schedules.cpu.families.product import ProductFamily
 from sparse_tvm.schedules.cpu.families.rows import LayerNormFamily
 from sparse_tvm.schedules.cpu.families.winograd import WinogradFamily
 from sparse_tvm.sparsity.masks import prune_array
+from sparse_tvm.sparsity.pattern import Pattern
 from sparse_tvm.sparsity.statistics import AssumedWeight, MeasuredWeight
 from sparse_tvm.targets import TARGETS, get_target
 
@@ -397,3 +398,18 @@ def test_sliced_rows_stay_where_weights_come_from_memory(copies):
     found = family.candidates(op, known, target)
     best = min(found, key=lambda layout: family.cost(op, layout, known, 1, target))
     assert best.get("sell", 0)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("backend", [CPU, get_backend("cuda")], ids=["cpu", "cuda"])
+def test_structures_that_a_family_names_are_among_its_layouts(backend, precision):
+    for target in backend.targets:
+        op, refusal = backend.in_precision(Dense(layer="", matrix=(256, 256)), precision, target)
+        families = [] if refusal else backend.accepting(op, target)
+        for family in families:
+            for structure in family.structures(op, target):
+                block = Pattern.parse(structure).block
+                found = family.candidates(op, AssumedWeight(op.matrix, 0.9, block), target)
+                stored = {"unstructured" if one.format == "csr" else one.block for one in found}
+                skipped = structure if structure == "unstructured" else block
+                assert skipped in stored, f"{family.name} skips no {structure} on {target.name}"

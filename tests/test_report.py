@@ -227,9 +227,16 @@ def test_what_all_names_begin_with_is_found() -> None:
 )
 def test_a_model_that_gains_nothing_is_warned_of(sparsities: list[float], says: str) -> None:
     layers = [sample_layer(f"l{n}", s, format="dense") for n, s in enumerate(sparsities)]
-    warning = nothing_sparse({"layers": layers})
+    warning = nothing_sparse({"layers": layers, "target": {"name": "x86-64-v3"}})
     assert warning is not None
     assert says in warning
+    if layers:
+        assert "--structure auto --target x86-64-v3`" in warning
+        for layer in layers:
+            layer["precision"] = "int8"
+        warning = nothing_sparse({"layers": layers, "target": {"name": "avx512-vnni"}})
+        assert warning is not None
+        assert "--structure auto --target avx512-vnni --precision int8`" in warning
     assert nothing_sparse(sample_manifest()) is None
 
 

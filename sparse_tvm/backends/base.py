@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 _Operator = TypeVar("_Operator", bound=Operator)
 
 
+def _values(structure: str) -> int:
+    """How many values go together in a structure of blocks; one in any other."""
+    rows, by, columns = structure.partition("x")
+    return int(rows) * int(columns) if by else 1
+
+
 class BackendTarget(Protocol):
     """What every target has, whatever its backend."""
 
@@ -48,8 +54,6 @@ class Backend(ABC):
         What its programs run on (see :mod:`sparse_tvm.devices`).
     precision : str
         In which layers compute unless the user says otherwise.
-    structures : tuple[str, ...]
-        What pruning chooses among unless the user says otherwise, as ``prune --structure`` has it.
     families : list[KernelFamily]
         Of all operators; :meth:`add` appends.
     """
@@ -57,7 +61,6 @@ class Backend(ABC):
     name: ClassVar[str]
     device: ClassVar[str] = "cpu"
     precision: ClassVar[str] = "fp32"
-    structures: ClassVar[tuple[str, ...]] = ("unstructured", "4x1", "16x1")
 
     def __init__(self, families: Sequence[KernelFamily[Any]] = ()) -> None:
         self.families = list(families)
@@ -142,6 +145,15 @@ class Backend(ABC):
             if refusal is None:
                 return form, None
         return op, refusal
+
+    def structures(self, op: WeightedOperator, target: BackendTarget) -> list[str]:
+        """What pruning chooses among for a layer, as ``prune --structure`` has it, finest first.
+
+        All that its kernels skip; nothing where zeros make none of them faster.
+        """
+        families = [f for f in self.accepting(op, target) if isinstance(f, WeightedFamily)]
+        found = dict.fromkeys(name for f in families for name in f.structures(op, target))
+        return sorted(found, key=_values)
 
     def family(self, name: str) -> KernelFamily[Any]:
         """The family called ``name``.

@@ -27,7 +27,6 @@ class CudaBackend(Backend):
     name: ClassVar[str] = "cuda"
     device: ClassVar[str] = "cuda"
     precision: ClassVar[str] = "fp16"
-    structures: ClassVar[tuple[str, ...]] = ("unstructured", "16x16", "32x32", "64x64")
 
     def __init__(self) -> None:
         super().__init__(

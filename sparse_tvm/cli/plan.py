@@ -51,6 +51,13 @@ def plan(
         ),
     ] = None,
     target: Target = "native",
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="In which it will compute, as for compile; by default fp32, and fp16 on GPUs.",
+        ),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Threads that run it; by default all cores."),
@@ -62,8 +69,8 @@ def plan(
         list[str] | None,
         typer.Option(
             metavar="STRUCTURE",
-            help="One that it may choose, as for prune; by default unstructured, 4x1 and 16x1. "
-            "Repeatable.",
+            help="One that it may choose, as for prune; by default those that `sparse-tvm "
+            "targets` lists. Repeatable.",
         ),
     ] = None,
     layers: Layers = None,
@@ -126,6 +133,7 @@ def plan(
     check_target(target)
     common: dict[str, Any] = {
         "target": target,
+        "precision": precision,
         "tokens": tokens,
         "threads": threads,
         "input_shapes": parse_input_shapes(input_shape or ()),

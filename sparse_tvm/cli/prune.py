@@ -32,9 +32,9 @@ def prune(
         str,
         typer.Option(
             metavar="STRUCTURE",
-            help="unstructured, blocks of outputs x inputs such as 4x1, or N:M such as 2:4; auto: "
-            "by layer the one with the least predicted time for the share of the weight's norm "
-            "that it keeps.",
+            help="unstructured, blocks of outputs x inputs such as 4x1, or N:M such as 2:4; "
+            "`sparse-tvm targets` lists what kernels skip. auto: by layer the one with the least "
+            "predicted time for the share of the weight's norm that it keeps.",
         ),
     ] = "unstructured",
     scope: Annotated[
@@ -86,6 +86,14 @@ def prune(
         typer.Option(
             metavar="NAME",
             help="For structure auto: where it will run, as for compile; by default here.",
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="For structure auto: in which it will compute, as for compile; by default fp32, "
+            "and fp16 on GPUs.",
         ),
     ] = None,
     threads: Annotated[
@@ -174,6 +182,7 @@ def prune(
             seed=seed,
             threads=threads,
             target=target,
+            precision=precision,
             tokens=tokens,
             records=records or (),
             measure=measure,
@@ -280,7 +289,7 @@ def _expected(choice: StructureChoice) -> list[tuple[str, str]]:
     from sparse_tvm.planning.report import milliseconds
     from sparse_tvm.report.content import human_threads
 
-    times = [choice.basis, choice.target]
+    times = [choice.basis, f"{choice.target} in {choice.precision}"]
     times += [] if choice.threads is None else [human_threads(choice.threads)]
     return [
         (

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from sparse_tvm.backends.base import Backend, BackendTarget
 
 
 def targets(
@@ -47,11 +50,24 @@ def _found() -> dict[str, Any]:
                 "description": getattr(target, "description", ""),
                 "aliases": list(getattr(target, "aliases", ())),
                 "runs_here": backend.runs_here(target),
+                "structures": _structures(backend, target),
             }
             for backend in backends().values()
             for target in backend.targets
         ],
     }
+
+
+def _structures(backend: Backend, target: BackendTarget) -> dict[str, list[str]]:
+    """What kernels of dense layers skip, by the precisions that the target has."""
+    from sparse_tvm.operators import PRECISIONS, Dense
+
+    found = {}
+    for precision in PRECISIONS:
+        layer, refusal = backend.in_precision(Dense(layer="", matrix=(64, 64)), precision, target)
+        if refusal is None and (skipped := backend.structures(layer, target)):
+            found[precision] = skipped
+    return found
 
 
 def _print(console: Any, found: dict[str, Any]) -> None:
@@ -74,6 +90,17 @@ def _print(console: Any, found: dict[str, Any]) -> None:
                 ("This machine", f"{machine['cpu']} ({machine['architecture']})"),
                 ("Cores", str(machine["cores"])),
                 ("Features", " ".join(machine["features"])),
+                *_pruned(found),
             ]
         )
     )
+
+
+def _pruned(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What to prune for this machine, by precision; alike ones together."""
+    structures: dict[str, list[str]] = {}
+    for target in found["targets"]:
+        if target["name"] == found["machine"]["native"]:
+            for precision, skipped in target["structures"].items():
+                structures.setdefault(", ".join(skipped), []).append(precision)
+    return [(f"Pruned for {', '.join(names)}", skipped) for skipped, names in structures.items()]

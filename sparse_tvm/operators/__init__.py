@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from sparse_tvm.operators.base import (
     FLOAT32,
+    PRECISION_NAMES,
     PRECISIONS,
     STORED,
     Activation,
@@ -64,6 +65,7 @@ from sparse_tvm.operators.tokens import (
 __all__ = [
     "FLOAT32",
     "PRECISIONS",
+    "PRECISION_NAMES",
     "QUANTISED",
     "STILL",
     "STORED",

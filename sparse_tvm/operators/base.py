@@ -47,6 +47,9 @@ PRECISIONS = {
 }
 """Types of a layer by what users call them."""
 
+PRECISION_NAMES = {types.weight: name for name, types in PRECISIONS.items()}
+"""What users call them, by the element type of the weight, which reports have."""
+
 STORED = {"fp16": Types(weight="float16"), "bf16": Types(weight="bfloat16")}
 """The same of a layer that only stores its weight so, where a target computes in float32."""
 

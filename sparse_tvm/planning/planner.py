@@ -18,12 +18,13 @@ from sparse_tvm.frontends.detect import open_source
 from sparse_tvm.frontends.source import SourceOptions
 from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.infrastructure import Context
+from sparse_tvm.passes.set_precision import check_precisions
 from sparse_tvm.planning.calibration import input_products
 from sparse_tvm.planning.document import LayerPlan, Plan
 from sparse_tvm.planning.knapsack import Knapsack, Option
 from sparse_tvm.planning.prediction import Prediction, predict
 from sparse_tvm.planning.sensitivity import errors_of, measured_errors
-from sparse_tvm.planning.settings import DENSE, SPARSITIES, STRUCTURES, TOKENS, Setting, settings_of
+from sparse_tvm.planning.settings import DENSE, SPARSITIES, TOKENS, Setting, settings_of
 from sparse_tvm.planning.subject import Subject
 from sparse_tvm.sparsity.calibration import Data
 from sparse_tvm.sparsity.pruning import tokenizer_of
@@ -49,6 +50,7 @@ def plan(
     speedup: float | None = None,
     size: float | None = None,
     target: str = NATIVE,
+    precision: str | None = None,
     tokens: int = TOKENS,
     threads: int | None = None,
     input_shapes: Mapping[str, Sequence[Any]] | None = None,
@@ -70,8 +72,8 @@ def plan(
     latency, speedup, size : float | None
         The goal, one of them: seconds of a run, how many times faster than the model as it is, or
         bytes of all weights.
-    target : str
-        As :func:`sparse_tvm.compile` takes it.
+    target, precision : str, str | None
+        As :func:`sparse_tvm.compile` takes them; no ``auto``.
     tokens : int
         Size of symbolic dimensions that do not lead an input, where `input_shapes` says nothing.
     threads : int | None
@@ -80,7 +82,7 @@ def plan(
         Shapes of inputs by name.
     structures : Sequence[str] | None
         Among which it may choose, as :func:`sparse_tvm.prune` takes them; by default those that
-        kernels of the target are made for.
+        kernels of the target skip in this precision.
     layers, exclude : str | None
         Regular expressions: plan only for layers whose name matches, for all but those.
     records : Sequence[path]
@@ -114,6 +116,7 @@ def plan(
     subject = open_subject(
         model,
         target=target,
+        precision=precision,
         tokens=tokens,
         threads=threads,
         input_shapes=input_shapes or {},
@@ -122,7 +125,7 @@ def plan(
         records=records,
         allow_pickle=allow_pickle,
     )
-    structures = structures or subject.context.backend.structures
+    structures = structures or subject.structures
     errors: dict[str, Errors] = {}
     if calibrate is not None:
         offered = [DENSE, *(s for structure in structures for s in settings_of(structure))]
@@ -148,6 +151,7 @@ def open_subject(
     model: Any,
     *,
     target: str,
+    precision: str | None = None,
     tokens: int,
     threads: int | None,
     input_shapes: Mapping[str, Sequence[Any]],
@@ -162,8 +166,9 @@ def open_subject(
             raise OptionError(f"{what} must be at least 1, not {number}")
     backend, chosen = resolve_target(target)
     measured = read_records(records, cpu_model() if target == NATIVE else None)
-    usual = FormatOptions(precision=backend.precision)
-    context = Context(backend, chosen, usual, Evidence(measured, threads))
+    wished = FormatOptions.parse(precision=precision or backend.precision)
+    context = Context(backend, chosen, wished, Evidence(measured, threads))
+    check_precisions(context)
     options = SourceOptions(allow_pickle=allow_pickle, input_shapes=input_shapes)
     source = open_source(model, options)
     return Subject(source, context, target, input_shapes, tokens, layers, exclude)
@@ -184,7 +189,7 @@ class Planner:
     """
 
     prediction: Prediction
-    structures: Sequence[str] = STRUCTURES
+    structures: Sequence[str]
     measured: Mapping[str, Errors] = field(default_factory=dict)
 
     @cached_property

@@ -153,6 +153,7 @@ def _measured(
         input_shapes=subject.shapes,
         threads=threads,
         records=records,
+        precision=subject.context.options.precision,
         verify=False,
     )
     settings = trial_settings(subject, structures)

@@ -6,13 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparse_tvm.backends.base import Backend
 from sparse_tvm.errors import OptionError
 from sparse_tvm.sparsity.pattern import Pattern
 from sparse_tvm.sparsity.statistics import AssumedWeight
-
-STRUCTURES = Backend.structures
-"""What is compared unless the user, or a backend, says otherwise."""
 
 TOKENS = 128
 """Of an input that leaves their number open."""

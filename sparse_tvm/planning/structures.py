@@ -78,6 +78,8 @@ class StructureChoice:
     ----------
     target : str
         For which they were chosen.
+    precision : str
+        In which the model is to compute.
     basis : str
         Whether times are ``measured`` or ``predicted``.
     threads : int | None
@@ -89,6 +91,7 @@ class StructureChoice:
     """
 
     target: str
+    precision: str
     basis: str
     threads: int | None
     seconds: float
@@ -110,6 +113,7 @@ def choose_structures(
     sparsity: float | None,
     *,
     target: str = NATIVE,
+    precision: str | None = None,
     tokens: int | None = None,
     threads: int | None = None,
     input_shapes: Mapping[str, Sequence[Any]] | None = None,
@@ -143,6 +147,7 @@ def choose_structures(
     subject = open_subject(
         model,
         target=target,
+        precision=precision,
         tokens=TOKENS if tokens is None else tokens,
         threads=threads,
         input_shapes=input_shapes or {},
@@ -152,11 +157,10 @@ def choose_structures(
         allow_pickle=allow_pickle,
     )
     halves = Setting.parse(_HALVES)
-    offered = [Setting(structure, share) for structure in subject.context.backend.structures]
-    offered += [halves] if abs(share - halves.sparsity) < 1e-6 else []
+    more = [halves] if abs(share - halves.sparsity) < 1e-6 else []
     prediction = predict(
         subject,
-        [setting.structure for setting in offered],
+        [*subject.structures, *(setting.structure for setting in more)],
         threads=threads,
         measure=measure,
         records=records,
@@ -168,7 +172,12 @@ def choose_structures(
         LayerChoice(
             layer.name,
             layer.ref.shape,
-            _compared(prediction, layer, given.get(layer.name), offered)
+            _compared(
+                prediction,
+                layer,
+                given.get(layer.name),
+                [*(Setting(each, share) for each in subject.structures_of(layer)), *more],
+            )
             if layer in prediction.layers
             else (),
         )
@@ -177,6 +186,7 @@ def choose_structures(
     settings = {one.name: best.setting for one in choices for best in one.candidates[:1]}
     return StructureChoice(
         subject.context.target.name,
+        subject.context.options.precision,
         "predicted" if prediction.cpu is None else "measured",
         prediction.threads if subject.context.backend.device == "cpu" else None,
         prediction.seconds(settings),

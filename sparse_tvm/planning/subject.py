@@ -138,6 +138,16 @@ class Subject:
         """What messages call it."""
         return self.source.name
 
+    def structures_of(self, layer: PlannedLayer) -> list[str]:
+        """What kernels of a layer skip, in the precision that it is to compute in."""
+        backend, target = self.context.backend, self.context.target
+        return backend.structures(layer.kinds[0].op, target)
+
+    @property
+    def structures(self) -> list[str]:
+        """What kernels of any layer skip: to choose among, unless the user says otherwise."""
+        return list(dict.fromkeys(s for each in self.layers for s in self.structures_of(each)))
+
     @cached_property
     def fingerprint(self) -> str:
         """See :func:`~sparse_tvm.planning.document.layers_fingerprint`."""

@@ -130,6 +130,7 @@ def what_if(
     setting: Setting,
     *,
     target: str = NATIVE,
+    precision: str | None = None,
     tokens: int = TOKENS,
     threads: int | None = None,
     input_shapes: Mapping[str, Sequence[Any]] | None = None,
@@ -149,6 +150,7 @@ def what_if(
     subject = open_subject(
         model if table is None else _table_model(table),
         target=target,
+        precision=precision,
         tokens=tokens,
         threads=threads,
         input_shapes=input_shapes or {},

@@ -12,7 +12,7 @@ import numpy as np
 from sparse_tvm.compilation import Compilation
 from sparse_tvm.errors import ModelError, OptionError, VerificationError
 from sparse_tvm.frontends.importer.model import ImportedModel
-from sparse_tvm.operators import PRECISIONS
+from sparse_tvm.operators import PRECISION_NAMES
 from sparse_tvm.quantising.choice import LEAST_COSINE_AUTO, Feeds, Quantising
 from sparse_tvm.quantising.search import most_sensitive
 from sparse_tvm.verification import (
@@ -26,9 +26,6 @@ from sparse_tvm.verification import (
     compare_with_reference,
     feeds_of,
 )
-
-_NAMES = {types.weight: name for name, types in PRECISIONS.items()}
-"""Precisions as users call them, by the element type that reports have."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ class Judge:
 
     def _losses(self, compilation: Compilation, quantising: Quantising | None) -> dict[str, float]:
         """What each layer in low precision takes from the cosine, by itself."""
-        found = {r.name: _NAMES[r.precision] for r in compilation.program.reports.values()}
+        found = {r.name: PRECISION_NAMES[r.precision] for r in compilation.program.reports.values()}
         lowered = {name: p for name, p in found.items() if p in ("int8", "bf16")}
         if not lowered:
             return {}

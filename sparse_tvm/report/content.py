@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sparse_tvm.operators import PRECISION_NAMES
+
 LAYER_HEADER = (
     "layer",
     "shape",
@@ -166,14 +168,17 @@ def nothing_sparse(manifest: Mapping[str, Any]) -> str | None:
         return None
     if not layers:
         return "nothing became sparse: the model has no layer whose weights could be"
+    auto = f"--structure auto --target {manifest['target']['name']}"
+    lowest = {PRECISION_NAMES[layer["precision"]] for layer in layers} - {"fp32"}
+    auto += f" --precision {min(lowest)}" if len(lowest) == 1 else ""
     if not any(layer["sparsity"] for layer in layers):
         return (
             "nothing became sparse: the weights hold no zeros; prune the model while training it, "
-            "or try `sparse-tvm prune MODEL -o PRUNED --sparsity 0.9 --structure 4x1`"
+            f"or try `sparse-tvm prune MODEL -o PRUNED --sparsity 0.9 {auto}`"
         )
     return (
         "nothing became sparse; the reasons are in the table. More zeros pay, and so do zeros in "
-        "blocks, as of `sparse-tvm prune --structure 16x1`; --layer REGEX=FORMAT insists"
+        f"blocks, as of `sparse-tvm prune {auto}`; --layer REGEX=FORMAT insists"
     )
 
 

@@ -117,6 +117,7 @@ def prune(
     seed: int = 0,
     threads: int | None = None,
     target: str | None = None,
+    precision: str | None = None,
     tokens: int | None = None,
     records: Sequence[str | os.PathLike[str]] = (),
     measure: bool = False,
@@ -172,10 +173,11 @@ def prune(
     threads : int | None
         Of ONNX Runtime, for calibration, and of the model that structure ``"auto"`` is to make
         fast; all usable cores by default.
-    target, tokens, records, measure
-        For structure ``"auto"`` only: where the model is to run (by default here), tokens of an
-        input that leaves it open (128), what ``sparse-tvm tune`` measured, and whether to time
-        the model here, pruned in several ways, rather than predict.
+    target, precision, tokens, records, measure
+        For structure ``"auto"`` only: where the model is to run (by default here), in what it is to
+        compute, as :func:`sparse_tvm.compile` has it (by default float32), tokens of an input that
+        leaves it open (128), what ``sparse-tvm tune`` measured, and whether to time the model here,
+        pruned in several ways, rather than predict.
     permute : bool
         First put inputs of N:M layers in an order in which more of their weight stays, and what
         makes them, too, so that the model still computes the same: see
@@ -201,7 +203,15 @@ def prune(
     """
     by_layer = goals is not None or plan is not None
     auto = structure == AUTO and not by_layer
-    _check_auto(auto, sparsity, target=target, tokens=tokens, records=records, measure=measure)
+    _check_auto(
+        auto,
+        sparsity,
+        target=target,
+        precision=precision,
+        tokens=tokens,
+        records=records,
+        measure=measure,
+    )
     goal = None if by_layer or auto else Goal.parse(structure, sparsity)
     if by_layer and sparsity is not None:
         raise OptionError("goals by layer leave no sparsity to choose", hint="leave it out")
@@ -235,6 +245,7 @@ def prune(
             source,
             sparsity,
             target=target or NATIVE,
+            precision=precision,
             tokens=tokens,
             threads=threads,
             input_shapes=options.input_shapes if options is not None else {},

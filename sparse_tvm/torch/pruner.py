@@ -84,8 +84,9 @@ class Pruner:
     example_inputs : tuple | Mapping[str, Tensor] | None
         For structure ``"auto"``: arguments to trace the model with, of the sizes it is to be fast
         for.
-    target : str | None
-        For structure ``"auto"``: where the model is to run; by default here.
+    target, precision : str | None
+        For structure ``"auto"``: where the model is to run, by default here, and in what it is to
+        compute, as :func:`sparse_tvm.compile` has it, by default float32.
     threads : int | None
         For structure ``"auto"``: how many will run it; by default all cores of this machine, and
         one of another.
@@ -112,6 +113,7 @@ class Pruner:
         exclude: str | None = None,
         example_inputs: Any = None,
         target: str | None = None,
+        precision: str | None = None,
         threads: int | None = None,
     ) -> None:
         if schedule not in SCHEDULES:
@@ -122,17 +124,18 @@ class Pruner:
             raise OptionError(f"steps {steps}, every {every} and start {start} make no schedule")
         found = find_layers(model, layers, exclude)
         auto = structure == AUTO and goals is None
-        if auto != (example_inputs is not None) or (target is not None and not auto):
+        for_auto = (target, precision) != (None, None)
+        if auto != (example_inputs is not None) or (for_auto and not auto):
             raise OptionError(
                 f"structure {AUTO} needs example_inputs"
                 if auto
-                else f"example_inputs and target are for structure {AUTO}",
+                else f"example_inputs, target and precision are for structure {AUTO}",
                 hint="give arguments of the model, as to torch.export"
                 if auto
                 else "leave them out",
             )
         if auto:
-            goals = _auto_goals(model, found, sparsity, example_inputs, target, threads)
+            goals = _auto_goals(model, found, sparsity, example_inputs, target, precision, threads)
         elif goals is None:
             goal = Goal.parse(structure, sparsity)
             goals = dict.fromkeys(found, goal)
@@ -230,6 +233,7 @@ def _auto_goals(
     sparsity: float | None,
     example_inputs: Any,
     target: str | None,
+    precision: str | None,
     threads: int | None,
 ) -> dict[str, Goal]:
     """Return what is chosen for those of the layers that pruning makes faster."""
@@ -240,6 +244,7 @@ def _auto_goals(
         ModuleSource(model, SourceOptions(example_inputs=example_inputs)),
         sparsity,
         target=target or NATIVE,
+        precision=precision,
         threads=threads,
     )
     goals = {name: goal for name, goal in chosen.goals.items() if name in layers}

@@ -18,9 +18,11 @@ from sparse_tvm.planning.planner import Planner, open_subject, plan
 from sparse_tvm.planning.prediction import predict
 from sparse_tvm.planning.report import doubt, uniform_error
 from sparse_tvm.planning.sensitivity import measured_errors
-from sparse_tvm.planning.settings import DENSE, STRUCTURES, Setting
+from sparse_tvm.planning.settings import DENSE, Setting
 from sparse_tvm.reference import Reference
 from sparse_tvm.sparsity.layer_inputs import find_inputs
+
+STRUCTURES = ("unstructured", "4x1", "16x1")
 
 MODEL = small_bert()
 
@@ -28,7 +30,7 @@ MODEL = small_bert()
 @pytest.fixture(scope="module")
 def planner() -> Planner:
     subject = open_subject(MODEL, target=TARGET, tokens=128, threads=1, input_shapes={})
-    return Planner(predict(subject, STRUCTURES, measure=False))
+    return Planner(predict(subject, STRUCTURES, measure=False), STRUCTURES)
 
 
 def recomputed(planner: Planner, found: Plan) -> tuple[float, float]:

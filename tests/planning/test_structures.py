@@ -15,6 +15,7 @@ from sparse_tvm.errors import SparseTvmError
 from sparse_tvm.frontends.onnx.detach import as_array
 from sparse_tvm.frontends.onnx.weights import canonical, find_weights, replace_data, stored
 from sparse_tvm.models.bert import build_bert
+from sparse_tvm.planning.planner import open_subject
 from sparse_tvm.planning.structures import StructureChoice, choose_structures
 from sparse_tvm.sparsity.analysis import analyse
 from sparse_tvm.sparsity.blocks import parse_block
@@ -55,6 +56,37 @@ def in_blocks_of_16(model: onnx.ModelProto) -> onnx.ModelProto:
         w[np.repeat(large, 16, axis=0)[: ref.shape[0]]] *= 1e4
         replace_data(tensor, stored(ref, w, tuple(tensor.dims)))
     return changed
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "compared"),
+    [
+        (TARGET, None, {"unstructured", "4x1", "16x1"}),
+        (TARGET, "fp16", {"unstructured", "4x1", "16x1"}),
+        (TARGET, "int8", {"unstructured", "1x4", "4x4"}),
+        ("avx512-bf16", "bf16", {"unstructured", "1x2", "4x2"}),
+        ("sapphirerapids", "int8", {"unstructured", "1x4", "4x4", "16x4", "32x4", "16x64"}),
+        ("sapphirerapids", "bf16", {"unstructured", "16x2", "32x2", "16x32"}),
+        ("neoverse-v1", "int8", {"unstructured", "1x4", "4x4", "4x8"}),
+        ("neoverse-v1", "bf16", {"unstructured", "1x2", "4x2", "4x4"}),
+        ("cuda-sm90", None, {"unstructured", "16x16", "32x32", "64x64"}),
+    ],
+)
+def test_what_kernels_skip_depends_on_target_and_precision(
+    target: str, precision: str | None, compared: set[str]
+) -> None:
+    subject = open_subject(
+        MODEL, target=target, precision=precision, tokens=128, threads=1, input_shapes={}
+    )
+    assert set(subject.structures) == compared
+
+
+def test_int8_is_pruned_in_words() -> None:
+    found = choice(0.9, precision="int8")
+    assert found.precision == "int8"
+    chosen = {one.candidates[0].setting.structure for one in found.layers if one.candidates}
+    assert chosen
+    assert chosen <= {"1x4", "4x4"}
 
 
 def test_the_best_of_time_and_norm_comes_first() -> None:
@@ -177,8 +209,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*command.split(), "--sparsity", "0.9"]) == 0
     said = capsys.readouterr().out
     assert "rather than" in said
-    assert f"predicted, {TARGET}, 1 thread" in said
+    assert f"predicted, {TARGET} in fp32, 1 thread" in said
     assert main(command.split()) != 0
     assert "needs a sparsity" in capsys.readouterr().err
     assert main([*command.split(), "--sparsity", "0.9", "--target", "z80"]) != 0
     assert "unknown target" in capsys.readouterr().err
+
+
+def test_the_command_prunes_for_a_precision(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, output = tmp_path / "model.onnx", tmp_path / "pruned.onnx"
+    onnx.save(MODEL, model)
+    command = f"prune {model} -o {output} --structure auto --target {TARGET} --threads 1"
+    assert main([*command.split(), "--sparsity", "0.9", "--precision", "int8"]) == 0
+    assert f"predicted, {TARGET} in int8" in capsys.readouterr().out
+    assert main([*command.split(), "--sparsity", "0.9", "--precision", "int3"]) == 2
+    assert "unknown precision 'int3'" in capsys.readouterr().err
+    fixed = command.replace("auto", "4x1").split()
+    assert main([*fixed, "--sparsity", "0.9", "--precision", "int8"]) == 2

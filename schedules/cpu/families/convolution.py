@@ -21,7 +21,7 @@ from sparse_tvm.schedules.cpu.conv_cost import (
     grouped_rows,
 )
 from sparse_tvm.schedules.cpu.families.extents import symbols_of
-from sparse_tvm.schedules.cpu.families.matmul import wished_blocks
+from sparse_tvm.schedules.cpu.families.matmul import STRUCTURES, wished_blocks
 from sparse_tvm.schedules.cpu.image_operators import (
     ImageConvolution,
     blocks_of,
@@ -51,6 +51,9 @@ class ImageFamily(WeightedFamily[Convolution]):
         if self.depthwise and op.frames != STILL:
             return f"{self.name} has no kernel for videos"
         return None
+
+    def structures(self, op: Convolution, target: Target) -> Sequence[str]:
+        return () if self.depthwise else STRUCTURES
 
     def work(
         self,

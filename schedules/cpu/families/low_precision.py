@@ -176,6 +176,12 @@ class DotFamily(LowPrecisionFamily):
                 return f"{target.name} multiplies no weights {op.steps} steps from 0"
         return super().refuses(op, target)
 
+    def structures(self, op: Dense, target: Target) -> Sequence[str]:
+        unit = _unit(op)
+        found = ["unstructured", f"1x{unit}", f"4x{unit}"]
+        pairs = self.dot(target, _precision(op), op.steps, depth=2)
+        return [*found, f"4x{2 * unit}"] if pairs else found
+
     def layouts(self, op: Dense, target: Target) -> Sequence[Layout]:
         n, unit = op.matrix[0], _unit(op)
         wide = target.registers > LANES

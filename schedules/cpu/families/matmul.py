@@ -43,6 +43,10 @@ _TUNED_ROWS = (4, 8, 12)
 _WORTH_STORING_TWICE = 1.2
 """How much faster sliced rows must be for one token to be stored beside another form."""
 
+STRUCTURES = ("unstructured", "4x1", "16x1")
+"""What kernels in float32 skip, as ``prune --structure`` has it; blocks of 2 and 8 gain as much as
+their neighbours."""
+
 _BLOCKS = ((2, 1), (4, 1), (8, 1), (16, 1))
 _MAX_BLOCK_ROWS, _MAX_BLOCK_COLUMNS = 16, 8
 
@@ -110,6 +114,9 @@ class MatmulFamily(WeightedFamily[Dense]):
                 found.append(layout.having(**({"parts": parts} if parts > 1 else {}), **packed))
         found += _sliced(found, weight, target)
         return [_asking(layout, weight, target) for layout in found]
+
+    def structures(self, op: Dense, target: Target) -> Sequence[str]:
+        return STRUCTURES
 
     def variants(
         self, op: Dense, weight: WeightStatistics, target: Target, wish: Wish | None = None

@@ -13,7 +13,7 @@ from sparse_tvm.families import Extents, Kernel, WeightedFamily, Wish, Work, byt
 from sparse_tvm.operators import FLOAT32, Layout, Recurrent
 from sparse_tvm.schedules.cpu.block_arrays import split_arrays
 from sparse_tvm.schedules.cpu.families.extents import known_or_symbols
-from sparse_tvm.schedules.cpu.families.matmul import stored_blocks, wished_blocks
+from sparse_tvm.schedules.cpu.families.matmul import STRUCTURES, stored_blocks, wished_blocks
 from sparse_tvm.schedules.cpu.row_cost import sequence_seconds, sliced_sequence_seconds
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
 from sparse_tvm.sparsity.statistics import WeightStatistics
@@ -47,6 +47,9 @@ class RecurrentFamily(WeightedFamily[Recurrent]):
         if fits and wish is None:
             found.append(Layout(self.name, "sell").having(sell=simd.lanes))
         return found
+
+    def structures(self, op: Recurrent, target: Target) -> Sequence[str]:
+        return STRUCTURES
 
     def unpacked(self, op: Recurrent) -> Layout:
         return Layout(self.name, "dense", (1, 1))

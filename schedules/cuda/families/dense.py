@@ -51,6 +51,9 @@ class TensorDenseFamily(WeightedFamily[Dense]):
             found.append(Layout(self.name, "2:4", (1, 4)))
         return found
 
+    def structures(self, op: Dense, target: CudaTarget) -> Sequence[str]:
+        return [f"{rows}x{columns}" for rows, columns in BLOCKS]
+
     def cost(
         self, op: Dense, layout: Layout, weight: WeightStatistics, tokens: int, target: CudaTarget
     ) -> float:

@@ -40,6 +40,9 @@ class SparseDenseFamily(WeightedFamily[Dense]):
         offered = weight.sparsity >= _LEAST if wish is None else wish.format == "csr"
         return [Layout(self.name, "csr")] if offered else []
 
+    def structures(self, op: Dense, target: CudaTarget) -> Sequence[str]:
+        return ["unstructured"]
+
     def cost(
         self, op: Dense, layout: Layout, weight: WeightStatistics, tokens: int, target: CudaTarget
     ) -> float:

@@ -56,6 +56,13 @@ class TileFamily(LowPrecisionFamily):
     def lacks(self, target: Target) -> str | None:
         return None if target.has(*AMX_FEATURES) else f"{target.name} has no matrix unit (AMX)"
 
+    def structures(self, op: Dense, target: Target) -> Sequence[str]:
+        precision = precision_of(op)
+        assert precision is not None
+        one, whole = precision.unit, LINES * precision.unit
+        blocks = ((TILE_ROWS, one), (2 * TILE_ROWS, one), (TILE_ROWS, whole))
+        return ["unstructured", *(f"{rows}x{columns}" for rows, columns in blocks)]
+
     def layouts(self, op: Dense, target: Target) -> Sequence[Layout]:
         precision = precision_of(op)
         assert precision is not None
