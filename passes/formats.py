@@ -31,13 +31,14 @@ class LayerRule:
 
     @classmethod
     def of_layer(cls, name: str, precision: str) -> LayerRule:
-        """The precision of one layer, every time that its weight is used."""
-        pattern = re.compile(f"^{re.escape(name)}{_AGAIN}$")
+        """The precision of one layer, all of it, every time that its weight is used."""
+        pattern = re.compile(f"^{re.escape(name)}{_PART}$")
         return cls(pattern, None, None, precision, f"{name}=@{precision}")
 
 
-_AGAIN = r"(?: \(\d+\))?"
-"""What a name ends in where the layer's weight is used once more."""
+_PART = r"(?:\.forward|\.backward)?(?: \(\d+\))?"
+"""What a layer's name ends in for one direction of a recurrent one, and where its weight is used
+once more."""
 
 
 @dataclass(frozen=True)

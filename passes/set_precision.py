@@ -1,12 +1,12 @@
 """Set precision: which layers compute in fewer bits than float32, as the user wishes.
 
-Matches every dense layer in float32 whose weight is still the model's own, and gives it the element
-types of the precision that the options name for it; its operands stay float32, and the backend
-rounds them (per token) on the way in, as weights are (per output) when they are stored. Where the
-target has no arithmetic in it, but kernels that widen such a weight, only the weight is of that
-type, if its values are within its range. Attention takes bf16 wherever arithmetic in less than
-float32 is wished for and the backend has it. What no kernel family of the target takes stays
-float32, with a note.
+Matches every dense or recurrent layer in float32 whose weight is still the model's own, and gives
+it the element types of the precision that the options name for it; its operands stay float32, and
+the backend rounds them (per token) on the way in, as weights are (per output) when they are stored.
+Where the target has no arithmetic in it, as none has for recurrent layers, but kernels that widen
+such a weight, only the weight is of that type, if its values are within its range. Attention takes
+bf16 wherever arithmetic in less than float32 is wished for and the backend has it. What no kernel
+family of the target takes stays float32, with a note.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ import numpy as np
 from tvm import relax
 
 from sparse_tvm.errors import OptionError
-from sparse_tvm.operators import FLOAT32, PRECISIONS, Attention, Dense
+from sparse_tvm.operators import FLOAT32, PRECISIONS, Attention, Dense, Recurrent, WeightedOperator
 from sparse_tvm.passes import dialect
+from sparse_tvm.passes.dense_to_sparse import typical_tokens
 from sparse_tvm.passes.graph import Rewrite, shape_of
 from sparse_tvm.passes.infrastructure import Context, graph_pass
+from sparse_tvm.passes.layout_choice import choose
 from sparse_tvm.passes.program import Program
+from sparse_tvm.sparsity.statistics import MeasuredWeight
 
 
 def check_precisions(context: Context) -> None:
@@ -110,22 +113,26 @@ class _SetPrecision(Rewrite):
         return program
 
     def rewrite(self, var: relax.Var, value: Any) -> Any:
-        dense = dialect.match(value, Dense)
-        # A layer with other types multiplies the model's own integers.
-        if dense is not None and dense.op.layout is None and dense.op.types == FLOAT32:
-            return self._dense(dense, var)
+        layer = dialect.match(value, WeightedOperator)
+        if layer is not None and isinstance(layer.op, Dense | Recurrent):
+            # A layer with other types multiplies the model's own integers.
+            if layer.op.layout is None and layer.op.types == FLOAT32:
+                return self._layer(layer, var)
+            return None
         attention = dialect.match(value, Attention)
         if attention is not None and computes_in(self._context, self._context.options.precision):
             return self._attention(attention, var)
         return None
 
-    def _dense(self, found: dialect.OperatorCall[Dense], var: relax.Var) -> Any:
+    def _layer(self, found: dialect.OperatorCall[WeightedOperator], var: relax.Var) -> Any:
         wished = self._context.options.precision_for(found.op.layer)
         if wished == "fp32":
             return None
         op, refusal = self._context.backend.in_precision(found.op, wished, self._context.target)
         if refusal is None and op.types.input == "float32":
             refusal = self._out_of_range(found.args[1], op.types.weight)
+        if refusal is None and isinstance(op, Recurrent):
+            refusal = self._slower(found, op, var)
         if refusal is not None:
             self.program.notes.append(f"{op.layer} stays float32: {refusal}")
             return None
@@ -139,6 +146,27 @@ class _SetPrecision(Rewrite):
         if array is None or in_range(array, dtype):
             return None
         return f"its largest weight, {np.abs(array).max():g}, is no {dtype}"
+
+    def _slower(
+        self, found: dialect.OperatorCall[Any], narrow: Recurrent, var: relax.Var
+    ) -> str | None:
+        """What keeps a weight that each step reads from being narrow: steps that take longer."""
+        array = self.array(found.args[1])
+        assert array is not None, f"{narrow.layer}: its weight is no constant"
+        weight = MeasuredWeight(array.reshape(narrow.matrix))
+        tokens = typical_tokens(narrow, shape_of(var))
+
+        def seconds(op: Recurrent) -> float:
+            options, backend, target = (
+                self._context.options,
+                self._context.backend,
+                self._context.target,
+            )
+            return choose(op, weight, options, backend, target, tokens).seconds
+
+        if seconds(narrow) <= seconds(found.op):
+            return None
+        return f"its steps would take longer with weights in {narrow.types.weight}"
 
     def _attention(self, found: dialect.OperatorCall[Attention], var: relax.Var) -> Any:
         q, _, v, *_ = found.args

@@ -141,6 +141,53 @@ def test_both_directions_are_layers_and_rules_reach_them(tmp_path):
     assert (formats["r.forward"], formats["r.backward"]) == ("csr", "dense")
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("fp16", "float16"), ("bf16", "bfloat16")])
+@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+def test_steps_read_weights_of_16_bits(tmp_path, kind, precision, dtype, sparsity):
+    model = network(
+        kind, features=64, hidden=96, sparsity=sparsity, optional=("b",), direction="bidirectional"
+    )
+    manifests = {
+        name: sparse_tvm.compile(model, tmp_path / f"{name}.so", precision=name).manifest
+        for name in ("fp32", precision)
+    }
+    layers = {layer["name"]: layer["precision"] for layer in manifests[precision]["layers"]}
+    assert set(layers.values()) == {dtype}
+    wide, narrow = (manifest["totals"]["weight_bytes"] for manifest in manifests.values())
+    assert narrow < 0.75 * wide
+    wide, narrow = (sparse_tvm.load(tmp_path / f"{name}.so") for name in manifests)
+    for steps, batch in ((1, 1), (5, 3), (2, 19)):
+        x = np.random.default_rng(1).standard_normal((steps, batch, 64)).astype("float32")
+        found, expected = (loaded.run({"x": x})["y"] for loaded in (narrow, wide))
+        np.testing.assert_allclose(found, expected, atol=2e-2 if precision == "bf16" else 3e-3)
+
+
+def test_weights_stay_float32_where_steps_of_many_sequences_would_take_longer(tmp_path):
+    model = network("LSTM", steps=8, batch=8, features=64, hidden=256, sparsity=0.9)
+    model.graph.initializer[1].CopyFrom(
+        numpy_helper.from_array(
+            np.repeat(numpy_helper.to_array(model.graph.initializer[1])[:, ::4], 4, axis=1), "r"
+        )
+    )
+    manifest = sparse_tvm.compile(
+        model, tmp_path / "m.so", precision="fp16", target="x86-64-v3"
+    ).manifest
+    precisions = {layer["name"]: layer["precision"] for layer in manifest["layers"]}
+    assert precisions == {"w": "float16", "r": "float32"}
+    assert any("r stays float32: its steps would take longer" in n for n in manifest["notes"])
+
+
+def test_a_mixed_model_keeps_both_directions_in_float32(tmp_path):
+    model = network("GRU", features=64, hidden=64, direction="bidirectional")
+    narrow = np.ones(4, np.float16)
+    model.graph.initializer.append(numpy_helper.from_array(narrow, "narrow"))
+    model.graph.node.append(helper.make_node("Identity", ["narrow"], ["other"]))
+    model.graph.output.append(helper.make_tensor_value_info("other", 10, [4]))
+    manifest = sparse_tvm.compile(model, tmp_path / "m.so").manifest
+    assert {layer["precision"] for layer in manifest["layers"]} == {"float32"}
+
+
 def test_pruning_finds_both_weights():
     model = network("LSTM", direction="bidirectional")
     refs = {ref.layer: ref.shape for ref in find_weights(model)}

@@ -18,6 +18,7 @@ from sparse_tvm.cpu import allow_amx
 from sparse_tvm.schedules.cpu.intrinsics import FAST_MATH
 from sparse_tvm.schedules.cpu.lane_tiles import Tiles, symbol
 from sparse_tvm.schedules.cpu.simd import LANES, Simd
+from sparse_tvm.sparsity.quantise import bf16_values, round_to_bf16
 from sparse_tvm.targets import TARGETS, Target, runs_here
 from sparse_tvm.vm import _set_pool
 
@@ -34,6 +35,13 @@ KERNELS = settings(
 PER_FORM = settings(KERNELS, max_examples=8)
 PORTABLE = replace(RUNNABLE[-1], name="128-bit")
 """The code that Arm CPUs get, in this machine's simplest instructions."""
+
+ROUNDED = {
+    "float32": lambda w: w,
+    "float16": lambda w: w.astype("float16").astype("float32"),
+    "bfloat16": lambda w: bf16_values(round_to_bf16(w)),
+}
+"""What weights become that are stored in a type."""
 
 targets = st.sampled_from(RUNNABLE)
 thread_counts = st.sampled_from([1, 2])

@@ -11,6 +11,7 @@ from harness import (
     FORMS,
     PER_FORM,
     PORTABLE,
+    ROUNDED,
     RUNNABLE,
     compiled,
     every_form,
@@ -27,7 +28,6 @@ from hypothesis import strategies as st
 from sparse_tvm.operators import Activation, Bias, Gate, Layout, Residual
 from sparse_tvm.schedules.cpu.block_arrays import block_diagonal, split_arrays
 from sparse_tvm.schedules.cpu.matmul import matmul
-from sparse_tvm.sparsity.quantise import bf16_values, round_to_bf16
 
 ACTIVATIONS = {
     "relu": lambda y: np.maximum(y, 0),
@@ -38,11 +38,6 @@ ACTIVATIONS = {
     "silu": lambda y: y / (1 + np.exp(-y)),
     "hard_sigmoid": lambda y: np.clip(y / 6 + 0.5, 0, 1),
     "hard_swish": lambda y: y * np.clip(y / 6 + 0.5, 0, 1),
-}
-ROUNDED = {
-    "float32": lambda w: w,
-    "float16": lambda w: w.astype("float16").astype("float32"),
-    "bfloat16": lambda w: bf16_values(round_to_bf16(w)),
 }
 STEPS = [Bias(), Residual(), Gate(), *map(Activation, ACTIVATIONS)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from harness import PER_FORM, every_form, run, simd, thread_counts
+from harness import PER_FORM, ROUNDED, every_form, run, simd, thread_counts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -108,13 +108,14 @@ def stored(w, op, target):
     op=networks(),
     steps=st.integers(1, 5),
     batch=st.one_of(st.integers(1, 5), st.integers(15, 35)),
+    values_of=st.sampled_from(list(ROUNDED)),
     symbolic=st.booleans(),
     threads=thread_counts,
     seed=st.integers(0, 9),
 )
-@settings(PER_FORM, max_examples=4)
+@settings(PER_FORM, max_examples=6)
 @every_form
-def test_recurrent(target, op, steps, batch, symbolic, threads, seed):
+def test_recurrent(target, op, steps, batch, values_of, symbolic, threads, seed):
     rng = np.random.default_rng(seed)
     if op.stored.format == "sell":
         op = replace(op, layout=op.stored.having(sell=simd(target).lanes))
@@ -124,11 +125,13 @@ def test_recurrent(target, op, steps, batch, symbolic, threads, seed):
         return rng.standard_normal(shape).astype("float32")
 
     w = normal(n, hidden) * (rng.random((n, hidden)) < 0.3)
-    arrays = (
-        {"data": w[:, :, None]}
-        if op.stored.block == (1, 1) and not op.stored.sparse
-        else stored(w, op, target)
-    )
+    if op.stored.block == (1, 1) and not op.stored.sparse:
+        arrays = {"data": w[:, :, None]}
+    else:
+        if values_of != "float32":
+            op = replace(op, layout=op.stored.having(**{values_of: 1}))
+        w = ROUNDED[values_of](w)
+        arrays = stored(w, op, target)
     values = {
         "bias": normal(hidden),
         "peepholes": normal(3 * hidden),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from sparse_tvm.families import Extents, Kernel, WeightedFamily, Wish, Work, bytes_of, elements
-from sparse_tvm.operators import FLOAT32, Activation, Bias, Dense, Gate, Layout, Residual
+from sparse_tvm.operators import Activation, Bias, Dense, Gate, Layout, Residual
 from sparse_tvm.schedules.cpu.block_arrays import block_diagonal, split_arrays
 from sparse_tvm.schedules.cpu.cost import (
     dense_parts,
@@ -19,6 +19,7 @@ from sparse_tvm.schedules.cpu.cost import (
     part_counts,
 )
 from sparse_tvm.schedules.cpu.families.extents import tiles_for
+from sparse_tvm.schedules.cpu.families.stored_types import refuses_types, storing
 from sparse_tvm.schedules.cpu.row_cost import (
     asks_from,
     few_rows_seconds,
@@ -85,12 +86,8 @@ class MatmulFamily(WeightedFamily[Dense]):
     operator: ClassVar[type[Dense]] = Dense
 
     def refuses(self, op: Dense, target: Target) -> str | None:
-        if replace(op.types, weight="float32") != FLOAT32:
-            return f"{self.name} computes float32 only"
-        if op.types.weight not in ("float32", "float16", "bfloat16"):
-            return f"{self.name} has no weights of {op.types.weight}"
-        if op.types.weight == "float16" and not _widens(target):
-            return f"float16 weights want F16C, which {target.name} has not"
+        if (refusal := refuses_types(self.name, op, target)) is not None:
+            return refusal
         for step in op.epilogue:
             if not isinstance(step, Bias | Residual | Gate | Activation):
                 return f"{self.name} has no epilogue {step}"
@@ -198,16 +195,9 @@ class MatmulFamily(WeightedFamily[Dense]):
         return layer_work(op.matrix, op.stored, operands, output, nonzeros)
 
 
-def _widens(target: Target) -> bool:
-    """Whether a CPU makes float32 of a vector of float16 with one instruction."""
-    return target.architecture == "aarch64" or target.has("f16c")
-
-
 def _layout(op: Dense, format: str, block: tuple[int, int]) -> Layout:
     """A layout with values of the type that the operator wants."""
-    layout = Layout(MatmulFamily.name, format, block)
-    stored = op.types.weight
-    return layout if stored == "float32" else layout.having(**{stored: 1})
+    return storing(Layout(MatmulFamily.name, format, block), op)
 
 
 def _of_groups(
