@@ -47,6 +47,10 @@ _PACKED_FROM, _PACKED_DENSE_SHARE = 1.5, 2.0
 """How many times the first cache a dense weight's rows must read of an image to read a copy of it
 instead, and of it a part's copy may be."""
 
+_FILLED_FROM, _FILLED_VECTORS = 128, 4
+"""Columns from which on a row of single weights is filled up to fours, and how many vectors of
+pixels then pass it, instead of more."""
+
 _COPY_CYCLES = 1.2
 """To copy a vector."""
 
@@ -68,6 +72,9 @@ def blocking(op: Convolution, format: str, rows: int, target: Target) -> dict[st
     if blocks is not None:
         return _of_blocks(op, blocks, format, rows, vectors, target)
     parameters = {"vectors": vectors}
+    if vectors > _FILLED_VECTORS and _fills_rows(op, format, rows, simd):
+        vectors = _FILLED_VECTORS
+        parameters = {"vectors": vectors, "filled": 1}
     weight_bytes = 4 * op.matrix[0] * op.matrix[1]
     window = window_of(op)
     taps = window.taps * op.frames.kernel
@@ -116,6 +123,19 @@ def _of_blocks(
 def _streaming(weight_bytes: int) -> dict[str, int]:
     """Whether a sparse weight is asked for ahead of its use."""
     return {"prefetch": 1} if weight_bytes * _TYPICAL_DENSITY > _STREAMED_WEIGHT_BYTES else {}
+
+
+def _fills_rows(op: Convolution, format: str, rows: int, simd: Simd) -> bool:
+    """Whether rows of single weights are filled up to fours, which one load brings.
+
+    Then half as many vectors of pixels pass them, so that a part has twice as many columns: where
+    rows are long enough, and many outputs read what was packed for them. With few registers rows
+    that are filled are slower.
+    """
+    layout = Layout("", format, (rows, 1))
+    if simd.few_registers or simd.weights_together(layout) == 1 or op.groups > 1:
+        return False
+    return op.matrix[1] >= _FILLED_FROM and bool(_packing(op, format, rows))
 
 
 def _packs_windows(op: Convolution, format: str, rows: int, simd: Simd) -> bool:
@@ -213,7 +233,8 @@ def conv_seconds(
     fmas = rows * vectors * costs.fma
     if rows * limit > simd.accumulators:
         fmas *= _SPILLED
-    weights = -(-rows // costs.scalars_per_load) * costs.load * costs.narrow
+    together = simd.weights_together(layout) if layout.get("filled", 0) else 1
+    weights = -(-rows // costs.scalars_per_load) * costs.load * costs.narrow / together
     if layout.sparse:
         windows = window_of(op).taps * op.frames.kernel > 1 and blocks is None
         packed = windows and bool(layout.get("packed", 0))

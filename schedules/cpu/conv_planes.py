@@ -84,9 +84,10 @@ def conv_planes(
 
     The layout's parameters: ``vectors`` of pixels that a block row of the weight is multiplied
     with at a time, ``parts`` of its columns, ``rows_outermost`` (1: all pixels of an image pass a
-    block row before the next one comes), ``prefetch`` (1: weights are asked for ahead of use), and
+    block row before the next one comes), ``prefetch`` (1: weights are asked for ahead of use),
     ``packed`` (1: what a part of the columns multiplies with vectors of pixels is copied before
-    block rows pass it, each column's vectors to lines of their own).
+    block rows pass it, each column's vectors to lines of their own), and ``filled`` (1: rows of
+    single weights are filled up to fours with zeros, and one load brings four of them).
     """
     out = (images.batch, images.out_channels, images.target)
     kernel = ConvKernel(images, layout, simd)
@@ -118,7 +119,8 @@ class ConvKernel:
         in_turns = self.element == "float32" and not self._rows_outermost
         self._asks_for_weights = bool(layout.get("prefetch", 0))
         # With AVX-512 sparse weights lose 1 to 3 % by it. On Arm nobody measured what it is worth.
-        gains = few_registers or not (layout.sparse or simd.by_element)
+        self._filled = bool(layout.get("filled", 0))
+        gains = few_registers or self._filled or not (layout.sparse or simd.by_element)
         self._asks_for_outputs = in_turns and gains
         grows = few_registers or images.out_channels > self._k
         short = in_turns and not layout.sparse and self._k <= _SHORT_SUM and grows
@@ -129,8 +131,9 @@ class ConvKernel:
         skips = self._rows_apart and not layout.sparse
         self._packs = bool(layout.get("packed", 0)) and one_pass and not skips
         long = self._k >= self._parts * _COLUMNS_TOGETHER
-        # With AVX-512 ResNet-50 took 3 % longer for them.
-        self._together = simd.weights_together(layout) if long and few_registers else 1
+        # With AVX-512 ResNet-50 took 3 % longer for them, unless rows are filled.
+        comes_together = self._filled or (long and few_registers)
+        self._together = simd.weights_together(layout) if comes_together else 1
 
     def _rows_of(self, layout: Layout) -> int:
         """Rows of the weight that are computed together."""
@@ -498,10 +501,11 @@ class ConvKernel:
             values, columns = splats(data, at, self._simd), small_integers(self._indices, at)
             for step in range(together):
                 add(sums[step % chains], columns[step], values[step])
-        with T.serial(0, count % together) as i:
-            at = scalar(first + count // together * together + i)
-            value = splat(data[at], self._simd)
-            add(acc, scalar(self._indices[at], "int64"), value)
+        if not self._filled:
+            with T.serial(0, count % together) as i:
+                at = scalar(first + count // together * together + i)
+                value = splat(data[at], self._simd)
+                add(acc, scalar(self._indices[at], "int64"), value)
         if chains > 1:
             acc.fill(lambda row, v: reduce(operator.add, [s.get(row, v) for s in sums]))
 

@@ -43,6 +43,7 @@ problems = st.fixed_dictionaries(
         "rows_outermost": st.booleans(),
         "prefetch": st.booleans(),
         "packed": st.booleans(),
+        "filled": st.booleans(),
         "padded": st.booleans(),
         "epilogue": epilogues,
         "target": st.sampled_from(FORMS),
@@ -63,6 +64,7 @@ def check(
     rows_outermost,
     prefetch,
     packed,
+    filled,
     padded,
     epilogue,
     target,
@@ -81,7 +83,9 @@ def check(
         rows_outermost=int(rows_outermost),
         prefetch=int(prefetch),
         packed=int(packed),
+        filled=int(filled),
     )
+    together = simd(target).weights_together(layout) if filled else 1
     reads = window.reads
     gap = max(reads.gap, -window.wider, 1 - window.wider if padded else 0)
     aim = SAME.reads if padded else Border()
@@ -109,7 +113,7 @@ def check(
     y, extras = apply_epilogue(y, epilogue, rng)
     arguments = [
         to_planes(phases_of(x, window), source_here),
-        *split_arrays(w, layout).values(),
+        *split_arrays(w, layout, together).values(),
         *extent.sizes,
         *([mask(there)] if padded else []),
         *(extra if extra.ndim == 1 else to_planes(extra, like_here) for extra in extras),
@@ -135,6 +139,7 @@ PROBLEM = {
     "rows_outermost": False,
     "prefetch": False,
     "packed": False,
+    "filled": False,
     "padded": True,
     "epilogue": [Bias(), Residual(), Activation("relu")],
     "target": TARGETS["x86-64-v2"],
@@ -157,6 +162,8 @@ FEW = settings(KERNELS, max_examples=12)  # each compiles for seconds
 @example({**PROBLEM, "window": POINTWISE, "packed": True, "format": "dense", "rows": 4})
 @example({**PROBLEM, "packed": True, "parts": 4, "target": TARGETS["x86-64-v3"]})
 @example({**PROBLEM, "packed": True, "parts": 2, "format": "bsr", "rows": 4})
+@example({**PROBLEM, "window": POINTWISE, "packed": True, "filled": True, "parts": 2})
+@example({**PROBLEM, "filled": True, "sparsity": 1.0, "target": TARGETS["x86-64-v3"]})
 @example({**PROBLEM, "window": Window(stride=(2, 2), pads=(0, 1, 0, 0)), "format": "dense"})
 @FEW
 def test_convolution(problem):
@@ -182,6 +189,16 @@ def test_weights_loaded_together(window, vectors, packed):
     image = {**IMAGE, "channels": 150, "height": 8, "width": 9}
     problem = {**PROBLEM, "image": image, "window": window, "n": 12, "sparsity": 0.9, "parts": 2}
     check(**{**problem, "vectors": vectors, "packed": packed, "target": TARGETS["x86-64-v3"]})
+
+
+@pytest.mark.parametrize("target", FORMS)
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("vectors", [1, 4, 8])
+def test_filled_rows(target, parts, vectors):
+    image = {**IMAGE, "channels": 150, "height": 8, "width": 9}
+    problem = {**PROBLEM, "image": image, "window": POINTWISE, "n": 12, "sparsity": 0.9}
+    blocking = {"parts": parts, "vectors": vectors, "packed": True, "filled": True}
+    check(**{**problem, **blocking, "target": target})
 
 
 @pytest.mark.parametrize("format", ["dense", "csr", "bsr"])

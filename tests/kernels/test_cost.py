@@ -203,6 +203,39 @@ def test_a_signal_of_unknown_length_does_not_pass_each_row_of_the_weight_whole()
     assert parameters["packed"] == 1
 
 
+def pointwise(channels, out_channels, size):
+    """A convolution of one pixel."""
+    return Convolution(
+        layer="layer",
+        matrix=(out_channels, channels),
+        channels=channels,
+        out_channels=out_channels,
+        size=(size, size),
+        kernel=(1, 1),
+        stride=(1, 1),
+        dilation=(1, 1),
+        pads=(0, 0, 0, 0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("op", "target", "filled"),
+    [
+        (pointwise(256, 1024, 14), "x86-64-v4", True),
+        (pointwise(96, 576, 14), "x86-64-v4", False),  # short rows
+        (pointwise(384, 64, 14), "x86-64-v4", False),  # few outputs
+        (pointwise(512, 2048, 7), "x86-64-v4", False),  # few pixels
+        (pointwise(256, 1024, 14), "x86-64-v3", False),
+        (pointwise(256, 1024, 14), "neoverse-v1", False),
+    ],
+)
+def test_long_rows_of_single_weights_are_filled_for_half_as_many_pixels(op, target, filled):
+    parameters = blocking(op, "csr", 1, TARGETS[target])
+    assert ("filled" in parameters) == filled
+    if filled:
+        assert parameters["vectors"] == 4
+
+
 @EVERY_TARGET
 @pytest.mark.parametrize("tokens", [1, 128])
 def test_a_weight_that_others_push_out_of_the_caches_takes_longer(target, tokens):

@@ -130,6 +130,8 @@ class ConvolutionFamily(ImageFamily):
             others = {max(1, parts // 2), parts + 1, 2 * parts}
             found += [layout.having(parts=other) for other in others if other <= op.channels]
             found.append(layout.having(prefetch=1 - layout.get("prefetch", 0)))
+            if Simd.of(target).weights_together(layout) > 1:
+                found.append(layout.having(filled=1 - layout.get("filled", 0)))
         if blocks_of(op) is not None:
             found = [one for one in found if _suits_blocks(one, op)]
         return [layout for layout in dict.fromkeys(found) if layout not in known]
@@ -153,7 +155,8 @@ class ConvolutionFamily(ImageFamily):
     ) -> dict[str, np.ndarray]:
         blocks = blocks_of(op)
         w = block_diagonal(w, op.groups) if blocks is None else tap_major(w, blocks.window.taps)
-        return split_arrays(w, _kernel_layout(op, layout))
+        together = Simd.of(target).weights_together(layout) if layout.get("filled", 0) else 1
+        return split_arrays(w, _kernel_layout(op, layout), together)
 
     def build(
         self, op: Convolution, operands: Sequence[Extents], output: Extents, target: Target
