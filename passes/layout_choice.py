@@ -241,7 +241,9 @@ class _Layer:
         text = _compared(**times.get("measured", times["predicted"]))
         predicted = "predicted"
         if "measured" in times:
-            predicted = f"measured; predicted: {_compared(**times['predicted'])}"
+            assert self.measured is not None
+            measured = "measured by the package's records" if self.measured.shipped else "measured"
+            predicted = f"{measured}; predicted: {_compared(**times['predicted'])}"
         text = f"{text} than dense ({predicted})"
         if slower := comparison.slower(layout):
             text += f"; slower at {', '.join(map(str, slower))} tokens"

@@ -108,7 +108,9 @@ def gain(model: Path, work: Path, threads: int, duration: float) -> float:
     engines = {}
     for name, records in artifacts.items():
         path = work / f"{model.stem}-{name}.so"
-        sparse_tvm.compile(model, path, threads=threads, records=records, verify=False)
+        sparse_tvm.compile(
+            model, path, threads=threads, records=records, verify=False, shipped_records=False
+        )
         engines[name] = sparse_tvm.load(path, threads=threads)
     inputs = random_inputs(engines["tuned"].inputs)
     runs = {name: partial(engine.run, inputs) for name, engine in engines.items()}

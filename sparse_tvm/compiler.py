@@ -39,7 +39,8 @@ from sparse_tvm.report import check_report_path, write_report
 from sparse_tvm.sparsity.calibration import Data
 from sparse_tvm.targets import NATIVE
 from sparse_tvm.tuning.evidence import Evidence
-from sparse_tvm.tuning.records import read_records
+from sparse_tvm.tuning.records import Records, read_records
+from sparse_tvm.tuning.shipped import shipped_records_of
 
 PathLike = str | os.PathLike[str]
 
@@ -77,6 +78,7 @@ def compile(
     input_shapes: InputShapes | None = None,
     threads: int | None = None,
     records: Sequence[PathLike] = (),
+    shipped_records: bool = True,
     dump_ir: PathLike | None = None,
     save_ir: PathLike | None = None,
     report: PathLike | Sequence[PathLike] | None = None,
@@ -129,6 +131,8 @@ def compile(
     records : Sequence[path]
         What ``sparse-tvm tune`` measured: it decides before predictions do. For ``native`` only
         records of this machine's CPU count, for a target by name those of any of its CPUs.
+    shipped_records : bool
+        Whether those that come with the package decide where ``records`` know nothing.
     dump_ir : path | None
         Directory for the module after each phase, as TVMScript.
     save_ir : path | None
@@ -172,8 +176,9 @@ def compile(
     """
     now = time.perf_counter()
     calibration = None if calibrate is None else Calibration(calibrate, calibration_method)
+    measured = _evidence(records, shipped_records, target, threads)
     context, ladder = _context_and_ladder(
-        target, format, block, threshold, layer_rules, precision, records, threads, calibration
+        target, format, block, threshold, layer_rules, precision, measured, calibration
     )
     if min_cosine is not None and not 0 <= min_cosine <= 1:
         raise OptionError(f"the least cosine must be from 0 to 1, not {min_cosine}")
@@ -250,6 +255,7 @@ def preview(
     input_shapes: InputShapes | None = None,
     threads: int | None = None,
     records: Sequence[PathLike] = (),
+    shipped_records: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Say what would become of each layer, and how fast that would be; build and write nothing.
@@ -270,8 +276,9 @@ def preview(
     SparseTvmError
         As :func:`compile` does, as far as it would get.
     """
+    measured = _evidence(records, shipped_records, target, threads)
     context, ladder = _context_and_ladder(
-        target, format, block, threshold, layer_rules, precision, records, threads, None
+        target, format, block, threshold, layer_rules, precision, measured, None
     )
     opened = SourceOptions(example_inputs, dynamic_shapes, allow_pickle, input_shapes or {})
     phases = Phases(progress, None, time.perf_counter())
@@ -292,8 +299,7 @@ def context_of(
     threshold: float | None,
     layer_rules: Sequence[str],
     precision: str | None,
-    records: Sequence[PathLike],
-    threads: int | None,
+    measured: Evidence,
 ) -> Context:
     """What passes decide by, from what :func:`compile` was told."""
     backend, chosen_target = resolve_target(target)
@@ -304,12 +310,19 @@ def context_of(
         rules=layer_rules,
         precision=precision or backend.precision,
     )
-    if threads is not None and threads < 1:
-        raise OptionError(f"threads must be at least 1, not {threads}")
-    measured = read_records(records, cpu_model() if target == NATIVE else None)
-    context = Context(backend, chosen_target, options, Evidence(measured, threads))
+    context = Context(backend, chosen_target, options, measured)
     check_precisions(context)
     return context
+
+
+def _evidence(
+    records: Sequence[PathLike], shipped: bool, target: str, threads: int | None
+) -> Evidence:
+    """What is known of layers, from what :func:`compile` was told."""
+    if threads is not None and threads < 1:
+        raise OptionError(f"threads must be at least 1, not {threads}")
+    own = read_records(records, cpu_model() if target == NATIVE else None)
+    return Evidence(own, threads, shipped_records_of(target) if shipped else Records())
 
 
 def _context_and_ladder(
@@ -319,13 +332,12 @@ def _context_and_ladder(
     threshold: float | None,
     layer_rules: Sequence[str],
     precision: str | None,
-    records: Sequence[PathLike],
-    threads: int | None,
+    measured: Evidence,
     calibration: Calibration | None,
 ) -> tuple[Context, list[str]]:
     """The context, in the lowest precision where it is ``auto``, and what that chooses among."""
     fixed = None if precision == AUTO else precision
-    context = context_of(target, format, block, threshold, layer_rules, fixed, records, threads)
+    context = context_of(target, format, block, threshold, layer_rules, fixed, measured)
     ladder: list[str] = []
     if precision == AUTO:
         ladder = ladder_of(context)

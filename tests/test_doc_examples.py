@@ -45,6 +45,7 @@ NOT_RUN = {
     r"bash scripts/quickstart\.sh": "sets up .venv and takes minutes; check_pythons.py runs it",
     r"python scripts/cuda_(device|runtime|speed|attention)\.py": "needs a GPU",
     r'.*device="cuda:0"': "needs a GPU",
+    r"python scripts/ship_records\.py": "tunes for half an hour",
     r"python scripts/mca\.py": "needs llvm-mca",
     r"python scripts/zoo\.py": "takes hours, and needs torchvision and timm",
     r"python scripts/onnx_suite\.py": "takes minutes; tests/test_onnx_suite.py runs a part",

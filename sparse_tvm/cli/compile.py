@@ -68,6 +68,10 @@ def compile(
             metavar="FILE", help="What `sparse-tvm tune` measured: it decides. Repeatable."
         ),
     ] = None,
+    shipped_records: Annotated[
+        bool,
+        typer.Option(help="Whether the package's own measurements decide where FILE has none."),
+    ] = True,
     dump_ir: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write the module here after each phase."),
@@ -188,6 +192,7 @@ def compile(
             "input_shapes": input_shapes,
             "threads": threads,
             "records": records or (),
+            "shipped_records": shipped_records,
             "allow_pickle": allow_pickle,
             "progress": progress,
         }

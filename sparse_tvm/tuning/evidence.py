@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sparse_tvm.operators import WeightedOperator
 from sparse_tvm.sparsity.statistics import WeightStatistics
@@ -22,10 +22,13 @@ class Measured:
         nothing near it was measured.
     seconds : dict[Layout, dict[Condition, float]]
         Of every layout that was measured under all of these.
+    shipped : bool
+        Whether by records that come with the package.
     """
 
     conditions: dict[int, list[Condition]]
     seconds: Seconds
+    shipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,33 @@ class Evidence:
         What was measured; nothing by default.
     threads : int | None
         On how many threads the layers will run; None for any number that was measured.
+    shipped : Records
+        Those that come with the package: for layers of which the others know nothing.
     """
 
     records: Records = field(default_factory=Records)
     threads: int | None = None
+    shipped: Records = field(default_factory=Records)
 
     def of(
         self, op: WeightedOperator, weight: WeightStatistics, target: str, tokens: Sequence[int]
     ) -> Measured | None:
         """What was measured of such a layer, of dense layouts and of others, or None."""
-        seconds = self.records.seconds(op, weight, target)
+        for records in (self.records, self.shipped):
+            measured = self._of(records, op, weight, target, tokens)
+            if measured is not None:
+                return replace(measured, shipped=records is self.shipped)
+        return None
+
+    def _of(
+        self,
+        records: Records,
+        op: WeightedOperator,
+        weight: WeightStatistics,
+        target: str,
+        tokens: Sequence[int],
+    ) -> Measured | None:
+        seconds = records.seconds(op, weight, target)
         dense = [found for layout, found in seconds.items() if not layout.sparse]
         known = {condition for found in dense for condition in found}
         threads = {condition.threads for condition in known}

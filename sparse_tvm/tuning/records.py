@@ -31,6 +31,10 @@ from sparse_tvm.tuning.schedule_records import ScheduleRecord, Schedules
 _ALIKE = 0.1
 """How much two weights' shares of non-zeros, or of stored blocks, may differ and be one kernel."""
 
+_COLDER = 4
+"""By which factor more weights may have taken turns than the model has of a layer's size: they came
+from farther away than the layer's will."""
+
 _NEAR_TOKENS = math.sqrt(2)
 """By which factor measured and wanted numbers of tokens may differ."""
 
@@ -264,7 +268,7 @@ class Records:
             problem, layout = record.problem, record.layout
             if (problem.density == 1) != (wanted.density == 1) or problem.block != wanted.block:
                 continue
-            if _apart(problem, weight) > _ALIKE:
+            if _apart(problem, weight) > _ALIKE or record.copies > _COLDER * max(weight.copies, 1):
                 continue
             if layout.sparse:
                 stored = weight.stored_blocks(layout.block)

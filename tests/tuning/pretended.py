@@ -81,6 +81,7 @@ def record(
     threads: int = 1,
     date: str = "2026-01-01T00:00:00+00:00",
     target: str = NATIVE,
+    copies: int = 2,
     **provenance: str,
 ) -> Record:
     """What measuring a layer of this weight would leave."""
@@ -91,7 +92,7 @@ def record(
         Condition(tokens, threads),
         layout,
         stored,
-        12,
+        copies,
         seconds,
         0.01,
         None if seconds is not None else "killed by SIGABRT",
@@ -143,4 +144,9 @@ class Pretender(Measurer):
             for t in job["tokens"]
             for n in job["threads"]
         ]
-        return {"title": "pretended", "copies": 12, "results": results, "state": self._state()}
+        return {
+            "title": "pretended",
+            "copies": job["copies"],
+            "results": results,
+            "state": self._state(),
+        }

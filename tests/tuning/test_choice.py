@@ -53,6 +53,13 @@ def test_what_is_chosen_anyway_stays_unless_another_is_certainly_faster():
     assert chosen(w, [dense, record(w, usual, 1.1e-6), record(w, other, 1e-6)]).layout == other
 
 
+def test_weights_that_came_from_farther_away_say_nothing():
+    w = sparse_weight()
+    for copies, basis in ((48, "measured"), (49, "predicted")):  # the model has 12
+        records = [record(w, layout, 1e-6, copies=copies) for layout in (DENSE, CSR)]
+        assert chosen(w, records).basis == basis
+
+
 def test_the_user_wins_over_what_was_measured():
     w = sparse_weight()
     records = [record(w, DENSE, 1e-6), record(w, CSR, 2e-6), record(w, BSR2, 3e-6)]

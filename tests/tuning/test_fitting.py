@@ -30,7 +30,7 @@ def records_of(costs, shapes=((256, 256), (768, 3072), (2048, 512))):
             for layout in FAMILY.candidates(op, weight, TARGET):
                 for tokens in TYPICAL_TOKENS:
                     seconds = FAMILY.cost(op, layout, weight, tokens, machine)
-                    found.add(record(w, layout, seconds, tokens, target=TARGET.name))
+                    found.add(record(w, layout, seconds, tokens, target=TARGET.name, copies=12))
     return found
 
 
