@@ -1,6 +1,7 @@
 """Measure a compiled model: latency, throughput, memory, load time, time per kernel.
 
-With ``against``, the model's own framework is measured in the same run, and outputs are compared.
+With ``against``, the model's own framework, or another compiled model, is measured in the same run,
+and outputs are compared.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
+from sparse_tvm.artifact import is_artifact
 from sparse_tvm.cpu import cpu_model
 from sparse_tvm.errors import ModelError, OptionError
 from sparse_tvm.interleave import interleave, time_runs
@@ -102,8 +104,8 @@ def bench(
     path : path
         The compiled model.
     against : path | model | None
-        The model to run in its own framework (ONNX Runtime for ONNX) on as many threads,
-        interleaved with ours.
+        The model to run in its own framework (ONNX Runtime for ONNX), or another compiled one, on
+        as many threads, interleaved with ours.
     allow_pickle : bool
         As for :func:`sparse_tvm.compile`.
     threads, device, huge_pages : int | None, str | None, bool
@@ -143,7 +145,9 @@ def bench(
     differences = None
     if against is not None:
         progress("load and warm up the reference")
-        reference, differences = _reference_engine(against, allow_pickle, model, feed, warmup)
+        shapes = {name: values.shape for name, values in feed.items()}
+        opened = _opened(against, allow_pickle, shapes, model.threads, huge_pages)
+        reference, differences = _reference_engine(*opened, model, feed, warmup)
         engines.append(reference)
     progress("measure")
     times = interleave({engine.name: engine.run for engine in engines}, duration=duration)
@@ -201,17 +205,34 @@ class _Engine(Generic[_Loaded]):
         )
 
 
-def _reference_engine(
-    against: Any, allow_pickle: bool, model: Model, feed: Mapping[str, np.ndarray], warmup: float
-) -> tuple[_Engine[Any], dict[str, float]]:
-    """Return the source in its framework, and how its outputs differ from ours."""
+def _opened(
+    against: Any,
+    allow_pickle: bool,
+    shapes: InputShapes,
+    threads: int,
+    huge_pages: bool,
+) -> tuple[str, Callable[[], ReferenceModel]]:
+    """The name of a model in its framework, or of another compiled one, and what loads it."""
+    if isinstance(against, str | os.PathLike) and is_artifact(against):
+        from sparse_tvm.compiled_reference import CompiledReference
+
+        return os.fspath(against), lambda: CompiledReference(against, threads, huge_pages)
     from sparse_tvm.frontends.detect import open_source
     from sparse_tvm.frontends.source import SourceOptions
 
-    shapes = {name: values.shape for name, values in feed.items()}
-    options = SourceOptions(allow_pickle=allow_pickle, input_shapes=shapes)
-    source = open_source(against, options)
-    engine: _Engine[ReferenceModel] = _Engine("reference", lambda: source.reference(model.threads))
+    source = open_source(against, SourceOptions(allow_pickle=allow_pickle, input_shapes=shapes))
+    return source.name, lambda: source.reference(threads)
+
+
+def _reference_engine(
+    name: str,
+    load: Callable[[], ReferenceModel],
+    model: Model,
+    feed: Mapping[str, np.ndarray],
+    warmup: float,
+) -> tuple[_Engine[Any], dict[str, float]]:
+    """Return the model to compare with, loaded, and how its outputs differ from ours."""
+    engine = _Engine("reference", load)
     engine.name = engine.loaded.engine
     reference = engine.loaded
     outputs = [spec.name for spec in model.outputs]
@@ -221,7 +242,7 @@ def _reference_engine(
     ):
         if set(theirs) != set(mine):
             raise ModelError(
-                f"{source.name} is another model than {model.path}: its {what} are "
+                f"{name} is another model than {model.path}: its {what} are "
                 f"{', '.join(theirs)}, not {', '.join(mine)}",
                 hint="give --against the model that was compiled",
             )

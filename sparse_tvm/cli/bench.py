@@ -26,7 +26,8 @@ def bench(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Time this model in its own framework (ONNX Runtime for ONNX), interleaved.",
+            help="Time this model in its own framework (ONNX Runtime for ONNX), or another "
+            "compiled one, interleaved.",
         ),
     ] = None,
     allow_pickle: AllowPickle = False,
