@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper, parser
 
-from sparse_tvm import bench, compile, interleave, prune
+from sparse_tvm import bench, compile, prune
 from sparse_tvm.benchmark import Timing
 from sparse_tvm.cli import main
 from sparse_tvm.cli.sweep import split_sweeps
@@ -246,15 +246,6 @@ def test_limits_are_measured_in_another_process() -> None:
     assert limits.near > limits.far > 1e9
     assert limits.flops > 1e9
     assert measured_limits("no such target", 1) is None
-
-
-def test_engines_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interleave, "BLOCK_S", 1e-9)
-    order = []
-    engines = {name: lambda name=name: order.append(name) for name in "ab"}
-    times = interleave.interleave(engines, duration=3e-9)
-    assert "".join(order) == "aabb" * 3  # of each pair, the first run is not counted
-    assert [len(seconds) for seconds in times.values()] == [3, 3]
 
 
 def test_differences_of_special_values() -> None:
