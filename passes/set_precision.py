@@ -157,12 +157,8 @@ class _SetPrecision(Rewrite):
         tokens = typical_tokens(narrow, shape_of(var))
 
         def seconds(op: Recurrent) -> float:
-            options, backend, target = (
-                self._context.options,
-                self._context.backend,
-                self._context.target,
-            )
-            return choose(op, weight, options, backend, target, tokens).seconds
+            known = self._context
+            return choose(op, weight, known.options, known.backend, known.target, tokens).seconds
 
         if seconds(narrow) <= seconds(found.op):
             return None

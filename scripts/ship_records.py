@@ -1,6 +1,6 @@
 """Tune the layers whose records come with the package, on a CPU of the family they are for.
 
-    python scripts/ship_records.py work     # half an hour; goes on where it was interrupted
+    python scripts/ship_records.py work     # half an hour; measures nothing in work/ again
 
 Every kernel of the models below is tuned on one thread, with nothing else running. Of each the
 fastest layouts, and those that they have to beat, come into ``schedules/records/``, in a file that
@@ -77,6 +77,7 @@ def main(
 ) -> None:
     work.mkdir(parents=True, exist_ok=True)
     file = shipped_file()
+    file.unlink(missing_ok=True)  # what is worth it no more goes
     for name in MODELS:
         for sparsity, structure in PRUNING:
             model = pruned(name, sparsity, structure, work)

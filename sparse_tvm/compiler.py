@@ -16,7 +16,6 @@ import numpy as np
 from sparse_tvm.artifact import read_manifest, rewrite_manifest, write_artifact
 from sparse_tvm.backends import resolve_target
 from sparse_tvm.compilation import Compilation, Phases, check_rules
-from sparse_tvm.cpu import cpu_model
 from sparse_tvm.errors import OptionError, VerificationError
 from sparse_tvm.files import check_writable, replacing
 from sparse_tvm.frontends.input_shapes import InputShapes
@@ -37,10 +36,8 @@ from sparse_tvm.quantising.choice import (
 from sparse_tvm.quantising.judge import Judge
 from sparse_tvm.report import check_report_path, write_report
 from sparse_tvm.sparsity.calibration import Data
-from sparse_tvm.targets import NATIVE
 from sparse_tvm.tuning.evidence import Evidence
-from sparse_tvm.tuning.records import Records, read_records
-from sparse_tvm.tuning.shipped import shipped_records_of
+from sparse_tvm.tuning.shipped import evidence_for
 
 PathLike = str | os.PathLike[str]
 
@@ -321,8 +318,7 @@ def _evidence(
     """What is known of layers, from what :func:`compile` was told."""
     if threads is not None and threads < 1:
         raise OptionError(f"threads must be at least 1, not {threads}")
-    own = read_records(records, cpu_model() if target == NATIVE else None)
-    return Evidence(own, threads, shipped_records_of(target) if shipped else Records())
+    return evidence_for(target, records, threads, shipped=shipped)
 
 
 def _context_and_ladder(

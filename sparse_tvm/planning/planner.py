@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from sparse_tvm.backends import resolve_target
-from sparse_tvm.cpu import cpu_model
 from sparse_tvm.errors import OptionError
 from sparse_tvm.frontends.detect import open_source
 from sparse_tvm.frontends.source import SourceOptions
@@ -29,8 +28,7 @@ from sparse_tvm.planning.subject import Subject
 from sparse_tvm.sparsity.calibration import Data
 from sparse_tvm.sparsity.pruning import tokenizer_of
 from sparse_tvm.targets import NATIVE
-from sparse_tvm.tuning.evidence import Evidence
-from sparse_tvm.tuning.records import read_records
+from sparse_tvm.tuning.shipped import evidence_for
 
 GOALS = ("latency", "speedup", "size")
 
@@ -165,9 +163,9 @@ def open_subject(
         if number is not None and number < 1:
             raise OptionError(f"{what} must be at least 1, not {number}")
     backend, chosen = resolve_target(target)
-    measured = read_records(records, cpu_model() if target == NATIVE else None)
+    measured = evidence_for(target, records, threads, shipped=False)
     wished = FormatOptions.parse(precision=precision or backend.precision)
-    context = Context(backend, chosen, wished, Evidence(measured, threads))
+    context = Context(backend, chosen, wished, measured)
     check_precisions(context)
     options = SourceOptions(allow_pickle=allow_pickle, input_shapes=input_shapes)
     source = open_source(model, options)

@@ -6,9 +6,13 @@ nothing are chosen by them.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from sparse_tvm.cpu import cpu_model
 from sparse_tvm.targets import NATIVE
+from sparse_tvm.tuning.evidence import Evidence
 from sparse_tvm.tuning.records import Records, read_records
 
 _DIRECTORY = Path(__file__).parent.parent / "schedules" / "records"
@@ -30,3 +34,21 @@ def shipped_records_of(target: str) -> Records:
     found = read_records([file for file in files if file.exists()])
     found.remarks.clear()
     return found
+
+
+def evidence_for(
+    target: str,
+    records: Sequence[str | os.PathLike[str]],
+    threads: int | None,
+    *,
+    shipped: bool,
+) -> Evidence:
+    """What a user's records know of a target, for ``native`` those of this CPU, and the package's.
+
+    Raises
+    ------
+    OptionError
+        When a file cannot be read.
+    """
+    own = read_records(records, cpu_model() if target == NATIVE else None)
+    return Evidence(own, threads, shipped_records_of(target) if shipped else Records())
