@@ -385,7 +385,6 @@ def test_cpu_without_the_features(verb: str, artifact: Path, refused: Refused) -
     ("options", "code", "words"),
     [
         ("--against missing.onnx", 1, ("missing.onnx",)),
-        ("--against good.so", 1, ("good.so", "shared library")),
         ("--threads 0", 2, ("threads", "0")),
         ("--duration=-1", 2, ("duration", "-1")),
         ("--json missing/out.json", 1, ("missing/out.json",)),
@@ -397,6 +396,13 @@ def test_bench_refuses(
     if "--duration" not in options:
         options += " --warmup 0 --duration 0.01"
     refused(f"bench {artifact.name} {options}", code, words)
+
+
+def test_bench_against_a_foreign_library(
+    artifact: Path, compiled: bytes, folder: Path, refused: Refused
+) -> None:
+    (folder / "foreign.so").write_bytes(compiled[:4096])
+    refused(f"bench {artifact.name} --against foreign.so", 1, ("foreign.so", "sparse-tvm"))
 
 
 @pytest.mark.parametrize(
