@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from amx_emulator import emulate, emulated_target
 from harness import PORTABLE, RUNNABLE, simd, to_tiles
 from hypothesis import strategies as st
 
@@ -49,6 +50,9 @@ CODE = {**x86.CODE, **arm.CODE}
 MULTIPLY_ADD = {**x86.MULTIPLY_ADD, **arm.MULTIPLY_ADD}
 TILE_TARGETS = [(PlainTiles, ANY)]
 TILE_TARGETS += [(Amx, target) for target in [runnable(Amx.features)] if target]
+if emulated := emulated_target():
+    emulate()
+    TILE_TARGETS.append((Amx, emulated))
 
 
 def simd_of(dot: Dot, target: Target) -> Simd:

@@ -1,0 +1,91 @@
+"""Whole models on AMX: on the CPU's own, or emulated where AVX-512 with bfloat16 is without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from amx_emulator import counts, emulate, emulated_target
+from onnx import numpy_helper, parser
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+import sparse_tvm
+from sparse_tvm import cpu, runtime
+from sparse_tvm.models.bert import BertConfig, build_bert
+from sparse_tvm.targets import TARGETS, runs_here
+
+BERT = BertConfig(layers=1, hidden=256, heads=4, intermediate=512, vocabulary=100)
+
+
+@pytest.fixture
+def target(monkeypatch, tmp_path):
+    """The name of a target with AMX that runs here."""
+    if runs_here(TARGETS["sapphirerapids"]):
+        return "sapphirerapids"
+    emulated = emulated_target()
+    if emulated is None:
+        pytest.skip("this CPU lacks AVX-512 with bfloat16")
+    emulate()
+    told = tmp_path / "cpuinfo"
+    flags = " ".join(one.replace("-", "_") for one in emulated.features if one.startswith("amx"))
+    told.write_text(Path("/proc/cpuinfo").read_text().replace(" sse2 ", f" sse2 {flags} "))
+    monkeypatch.setattr(cpu, "_CPUINFO", told)
+    monkeypatch.setattr(runtime, "allow_amx", lambda: True)
+    monkeypatch.setitem(TARGETS, emulated.name, emulated)
+    return emulated.name
+
+
+def compiled(model, tmp_path, target, *families, **options):
+    """What compiling, running and comparing a model says of it, and that tiles were multiplied."""
+    before = counts()["products"] if target == "emulated-amx" else -1
+    manifest = sparse_tvm.compile(model, tmp_path / "model.so", target=target, **options).manifest
+    assert set(families) <= {kernel.get("family") for kernel in manifest["kernels"].values()}
+    assert before < 0 or counts()["products"] > before
+    return {name: one["cosine"] for name, one in manifest["verification"]["similarity"].items()}
+
+
+@pytest.mark.parametrize(("precision", "cosine"), [("int8", 0.995), ("bf16", 0.9999)])
+@pytest.mark.parametrize(
+    ("sparsity", "structure"), [(0, ""), (0.9, "unstructured"), (0.7, "16x4"), (0.9, "32x2")]
+)
+def test_a_transformer_agrees(tmp_path, target, precision, cosine, sparsity, structure):
+    model = tmp_path / "bert.onnx"
+    onnx.save(build_bert(BERT, sequence=120), model)
+    if sparsity:
+        sparse_tvm.prune(model, model, sparsity=sparsity, structure=structure)
+    families = ("tiles", "tile_attention")
+    found = compiled(model, tmp_path, target, *families, precision=precision)
+    assert found["last_hidden_state"] > cosine
+
+
+def test_a_convolutional_network_agrees(tmp_path, target):
+    graph = """<ir_version: 8, opset_import: ["" : 17]>
+    network (float[1,64,14,14] x) => (float[1,64,14,14] y) {
+        a = Conv<pads = [1,1,1,1]>(x, w0)
+        b = Relu(a)
+        c = Conv(b, w1)
+        d = Add(c, x)
+        y = Relu(d)
+    }"""
+    model, quantised = parser.parse_model(graph), tmp_path / "quantised.onnx"
+    rng = np.random.default_rng(0)
+    for name, shape in {"w0": (64, 64, 3, 3), "w1": (64, 64, 1, 1)}.items():
+        w = rng.standard_normal(shape, np.float32) / np.sqrt(np.prod(shape[1:]))
+        model.graph.initializer.append(numpy_helper.from_array(w.astype(np.float32), name))
+    onnx.save(model, tmp_path / "plain.onnx")
+
+    class Images(CalibrationDataReader):
+        left = 4
+
+        def get_next(self):
+            self.left -= 1
+            image = {"x": rng.standard_normal((1, 64, 14, 14), np.float32)}
+            return image if self.left >= 0 else None
+
+    quantize_static(
+        tmp_path / "plain.onnx", quantised, Images(), per_channel=True, weight_type=QuantType.QInt8
+    )
+    found = compiled(quantised, tmp_path, target, "tile_convolution")
+    assert found["y"] > 0.99
