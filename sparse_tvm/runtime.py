@@ -18,18 +18,15 @@ from sparse_tvm.artifact import (
     open_artifact,
 )
 from sparse_tvm.collection import without_collection
-from sparse_tvm.cpu import allow_amx, architecture, cpu_model, host_features, usable_cores
-from sparse_tvm.devices import Device, Resident, open_device, parse_device
+from sparse_tvm.cpu import usable_cores
+from sparse_tvm.devices import Device, Resident, open_device
 from sparse_tvm.errors import ArtifactError, InputError, OptionError
 from sparse_tvm.repeat import Repeat, Signature, Straight, matching, signature_of
 from sparse_tvm.spec import LARGEST_SIZE, TensorSpec, multiples_of, size_of, symbols_of
 from sparse_tvm.staging import StagedInput
+from sparse_tvm.suitability import allow_tiles, check_machine, index_of
 from sparse_tvm.turns import Turns
 from sparse_tvm.vm import Library, MemoryBound, VirtualMachine, installed_version, runtime
-
-_OTHER_TARGET = (
-    "compile it with --target native on this machine; `sparse-tvm targets` lists what runs here"
-)
 
 
 def load(
@@ -79,12 +76,12 @@ def load(
     """
     with without_collection(), open_artifact(path) as file:
         manifest = manifest_of(file)
-        _check_machine(path, manifest["target"])
-        _allow_tiles(path, manifest)
+        check_machine(path, manifest["target"])
+        allow_tiles(path, manifest)
         count = threads if threads is not None else manifest.get("threads") or usable_cores()
         if count < 1:
             raise OptionError(f"threads must be at least 1, not {count}")
-        index = _index_of(path, device, manifest["device"])
+        index = index_of(path, device, manifest["device"])
         content = copy_content(file) if huge_pages else map_content(file)
         check_content(content, manifest, path, everything=verify)
         opened = open_device(manifest["device"], runtime(), index)
@@ -525,32 +522,6 @@ def _addresses(tensors: Sequence[Any]) -> set[int]:
     return {tensor.data_ptr() for tensor in tensors}
 
 
-def _check_machine(path: str | os.PathLike[str], target: Mapping[str, Any]) -> None:
-    compiled_for = target["triple"].split("-")[0]
-    if compiled_for != architecture():
-        raise ArtifactError(
-            f"{path} was compiled for {compiled_for}; this machine is {architecture()}",
-            hint=_OTHER_TARGET,
-        )
-    missing = sorted(set(target["features"]) - host_features())
-    if missing:
-        raise ArtifactError(
-            f"{path} was compiled for {target['name']} and needs CPU features that {cpu_model()} "
-            f"lacks: {', '.join(missing)}",
-            hint=_OTHER_TARGET,
-        )
-
-
-def _allow_tiles(path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
-    """Ask Linux for AMX's tiles if a kernel uses them."""
-    families = {kernel.get("family") for kernel in manifest["kernels"].values()}
-    if families & {"tiles", "tile_attention"} and not allow_amx():
-        raise ArtifactError(
-            f"{path} multiplies with AMX, which Linux does not let this process use",
-            hint="compile with --precision fp32, or with --precision int8 --target avx512-vnni",
-        )
-
-
 def _weights(mapped: np.ndarray, entries: Sequence[Mapping[str, Any]], device: Device) -> list[Any]:
     """Return the weights, the program's last arguments: tensors over the mapped file."""
     tensors = []
@@ -559,16 +530,3 @@ def _weights(mapped: np.ndarray, entries: Sequence[Mapping[str, Any]], device: D
         weight = raw.view(np.dtype(entry["dtype"])).reshape(entry["shape"])
         tensors.append(device.constant(weight))
     return tensors
-
-
-def _index_of(path: str | os.PathLike[str], device: str | None, compiled_for: str) -> int:
-    """Which device of its kind an artifact shall run on."""
-    if device is None:
-        return 0
-    kind, index = parse_device(device)
-    if kind != compiled_for:
-        raise OptionError(
-            f"{path} was compiled for {compiled_for}, not for {kind}",
-            hint="compile it with a --target of that kind; `sparse-tvm targets` lists them",
-        )
-    return index
