@@ -176,7 +176,7 @@ def _read_once(compute: float, stored: int, target: Target, copies: float, x_byt
 
 def sequences_together(lanes: int) -> tuple[int, ...]:
     """How many sequences' states are multiplied together: fewer count as so many."""
-    return 1, 4, max(8, lanes)
+    return tuple(sorted({*ROW_COUNTS, max(ROW_COUNTS[-1], lanes)}))
 
 
 def sequence_seconds(
