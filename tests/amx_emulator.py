@@ -9,7 +9,6 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -19,24 +18,25 @@ from sparse_tvm.targets import TARGETS, Target
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _COUNTED = ("configures", "loads", "stores", "zeros", "products")
-_AMX = tuple(feature for feature in AMX_FEATURES if feature.startswith("amx"))
+_TARGET = TARGETS["sapphirerapids"]
+_NOT_USED = {"avx512fp16", "avxvnni"}
+"""What the target has besides AMX, and kernels in int8 and bf16 make nothing of."""
 
 
+@cache
 def emulated_target() -> Target | None:
-    """A target with this machine's AVX-512 and AMX; none where that is missing, or AMX is there."""
-    level = TARGETS["avx512-bf16"]
-    beside = set(level.features) | {one for one in AMX_FEATURES if one not in _AMX}
+    """The target with AMX, where this CPU has all of it that kernels use but for AMX itself."""
+    amx = {feature for feature in AMX_FEATURES if feature.startswith("amx")}
     here = host_features()
-    if "amx-tile" in here or not beside <= here:
+    if amx & here or not set(_TARGET.features) - amx - _NOT_USED <= here:
         return None
-    extra = sorted(set(AMX_FEATURES) - set(level.features))
-    return replace(
-        level,
-        name="emulated-amx",
-        aliases=(),
-        features=(*level.features, *extra),
-        attributes=(*level.attributes, *(f"+{feature}" for feature in extra)),
-    )
+    return _TARGET
+
+
+def cpuinfo() -> str:
+    """What /proc/cpuinfo says, with the features that are emulated or not used."""
+    flags = "amx_tile amx_int8 amx_bf16 avx512_fp16 avx_vnni"
+    return Path("/proc/cpuinfo").read_text().replace(" sse2 ", f" sse2 {flags} ")
 
 
 @cache

@@ -15,7 +15,6 @@ from sparse_tvm.errors import ModelError
 from sparse_tvm.frontends.onnx.read import read_onnx
 from sparse_tvm.frontends.onnx.widen import half_types, widen, widened_types
 from sparse_tvm.models.bert import BertConfig, build_bert
-from sparse_tvm.targets import TARGETS, runs_here
 
 SMALL = BertConfig(layers=1, hidden=64, heads=2, intermediate=128, vocabulary=100, max_positions=64)
 
@@ -134,9 +133,8 @@ def test_weights_beyond_the_range_of_float16_stay_float32(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["sapphirerapids", "avx512-bf16", "x86-64-v3"])
-def test_bfloat16_computes_in_bf16_where_the_target_has_it(bert, tmp_path, target):
-    if not runs_here(TARGETS[target]):
-        pytest.skip(f"this CPU is not of the family {target}")
+def test_bfloat16_computes_in_bf16_where_the_target_has_it(bert, tmp_path, target, on_target):
+    on_target(target)
     path = saved(narrowed(bert, "bfloat16"), tmp_path / "half.onnx")
     manifest = sparse_tvm.compile(path, tmp_path / "half.so", target=target).manifest
     assert {layer["precision"] for layer in manifest["layers"]} == {"bfloat16"}

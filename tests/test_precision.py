@@ -10,19 +10,12 @@ import sparse_tvm
 from sparse_tvm.errors import OptionError, SparseTvmError, VerificationError
 from sparse_tvm.models.bert import BertConfig, build_bert
 from sparse_tvm.passes.formats import FormatOptions
-from sparse_tvm.targets import TARGETS, runs_here
 from sparse_tvm.verification import Similarity
 
 SMALL = BertConfig(layers=1, hidden=64, heads=2, intermediate=128, vocabulary=100, max_positions=64)
 BF16_TARGETS = {"sapphirerapids": "amx", "avx512-bf16": "avx512bf16"}
 """What attention multiplies bf16 by, on the targets that compute in it."""
 INT8_TARGETS = ["sapphirerapids", "avx512-vnni", "avx-vnni", "x86-64-v3", "x86-64-v2"]
-
-
-def here(name):
-    if not runs_here(TARGETS[name]):
-        pytest.skip(f"this CPU is not of the family {name}")
-    return name
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +35,22 @@ def kernels(manifest):
 
 @pytest.mark.parametrize("target", INT8_TARGETS)
 @pytest.mark.parametrize(("sparsity", "structure"), [(0, ""), (0.8, "unstructured"), (0.8, "4x4")])
-def test_int8_agrees_on_every_target(model, tmp_path, target, sparsity, structure):
+def test_int8_agrees_on_every_target(model, tmp_path, target, sparsity, structure, on_target):
     if sparsity:
         pruned = tmp_path / "pruned.onnx"
         sparse_tvm.prune(model, pruned, sparsity=sparsity, structure=structure)
         model = pruned
-    manifest = compiled(model, tmp_path, precision="int8", target=here(target), min_cosine=0.99)
+    manifest = compiled(
+        model, tmp_path, precision="int8", target=on_target(target), min_cosine=0.99
+    )
     similar = manifest["verification"]["similarity"]["last_hidden_state"]
     assert similar["cosine"] >= 0.99
     assert {layer["precision"] for layer in manifest["layers"]} == {"int8"}
 
 
 @pytest.mark.parametrize("target", BF16_TARGETS)
-def test_bf16_is_closer_than_int8_and_rounds_in_producers(model, tmp_path, target):
-    bf16 = compiled(model, tmp_path, precision="bf16", target=here(target))
+def test_bf16_is_closer_than_int8_and_rounds_in_producers(model, tmp_path, target, on_target):
+    bf16 = compiled(model, tmp_path, precision="bf16", target=on_target(target))
     int8 = compiled(model, tmp_path, precision="int8", target=target)
     cosines = [
         manifest["verification"]["similarity"]["last_hidden_state"]["cosine"]

@@ -21,7 +21,6 @@ from sparse_tvm.frontends.onnx.quantised_numbers import dequantise, quantise
 from sparse_tvm.frontends.onnx.read import read_onnx
 from sparse_tvm.models.bert import BertConfig, build_bert
 from sparse_tvm.reference import Reference
-from sparse_tvm.targets import TARGETS, runs_here
 
 RNG = np.random.default_rng(0)
 
@@ -453,9 +452,8 @@ def test_networks_quantised_by_onnx_runtime(network, way, tmp_path):
 @pytest.mark.parametrize("target", ["sapphirerapids", "avx512-vnni", "x86-64-v3"])
 @pytest.mark.parametrize("name", ["QDQ per channel", "QLinearMatMul", "dynamic", "QGemm"])
 @pytest.mark.parametrize("sparsity", [0, 0.9])
-def test_dense_layers_multiply_their_own_integers(name, target, sparsity, tmp_path):
-    if not runs_here(TARGETS[target]):
-        pytest.skip(f"this CPU is not of the family {target}")
+def test_dense_layers_multiply_their_own_integers(name, target, sparsity, tmp_path, on_target):
+    on_target(target)
     signature, body, tensors = MODELS[name]
     tensors = {**COMMON, **tensors}
     kept = RNG.random(tensors["w"].shape) >= sparsity

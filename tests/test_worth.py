@@ -15,7 +15,6 @@ from sparse_tvm.passes.infrastructure import Context
 from sparse_tvm.quantising.choice import ladder_of
 from sparse_tvm.quantising.worth import worthwhile
 from sparse_tvm.sparsity.masks import prune_array
-from sparse_tvm.targets import TARGETS, runs_here
 
 SIZE = 1024
 LAYERS = 12
@@ -89,9 +88,8 @@ def test_a_precision_is_worth_its_rounding_where_it_is_faster(target, of_stack, 
 
 
 @pytest.mark.parametrize("target", ["avx512-bf16", "x86-64-v3"])
-def test_auto_stores_in_float16_what_few_tokens_read(tmp_path, target):
-    if not runs_here(TARGETS[target]):
-        pytest.skip(f"this CPU is not of the family {target}")
+def test_auto_stores_in_float16_what_few_tokens_read(tmp_path, target, on_target):
+    on_target(target)
     path = tmp_path / "stack.onnx"
     onnx.save(stack(1), path)
     artifact = tmp_path / "stack.so"
