@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import lcm
+
 import numpy as np
 
 from sparse_tvm.operators import Layout
@@ -86,8 +88,20 @@ def stored_arrays(w: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
     }
 
 
+def stacked_rows(rows: int, layout: Layout, abreast: int = 1) -> int:
+    """Rows of each matrix of a stack as it is stored: zeros fill up its last block, or slice."""
+    multiple = layout.get("sell", 0) if layout.format == "sell" else layout.block[0] * abreast
+    return -(-rows // multiple) * multiple
+
+
+def stacked_multiple(layout: Layout) -> int:
+    """Of how many block rows, of whole vectors of units, a stack's jobs have a multiple."""
+    rows = layout.block[0]
+    return lcm(rows, LANES) // rows
+
+
 def split_arrays(
-    w: np.ndarray, layout: Layout, together: int = 1, abreast: int = 1
+    w: np.ndarray, layout: Layout, together: int = 1, abreast: int = 1, stack: int | None = None
 ) -> dict[str, np.ndarray]:
     """The arguments of ``schedules.cpu.matmul`` for the weight ``[N, K]``.
 
@@ -96,23 +110,31 @@ def split_arrays(
     Of a sparse weight each block row of a part has a multiple of ``together`` blocks: the last one
     again, with zeros, where there are fewer. A job has a multiple of ``abreast`` block rows, and
     every so many in that order have equally many blocks, where that takes few more zeros.
+    Of a ``stack`` of so many matrices, one below the other, each of `stacked_rows`, a job has the
+    same rows of every one, whole vectors of them.
     Besides, or with the format ``sell`` alone, those of `sliced_arrays`, if the layout wants them.
     """
+    if stack is not None:
+        each = w.reshape(stack, -1, w.shape[1])
+        missing = stacked_rows(each.shape[1], layout, abreast) - each.shape[1]
+        w = np.pad(each, ((0, 0), (0, missing), (0, 0))).reshape(-1, w.shape[1])
     if layout.format == "sell":
-        return sliced_arrays(w, layout)
+        return sliced_arrays(w, layout, stack)
     arrays = stored_arrays(w, layout)
     parts = layout.get("parts", 1)
     if not layout.sparse:
         return {"data": stored_values(arrays["data"], layout)}
-    indptr, partition, k = arrays["indptr"], arrays["partition"], w.shape[1]
+    indptr, k = arrays["indptr"], w.shape[1]
     block_rows = len(indptr) - 1
-    partition[:-1] -= partition[:-1] % abreast
+    partition = _stack_partition(indptr, stack)
+    partition[:-1] -= partition[:-1] % (abreast if stack is None else stacked_multiple(layout))
     row_of = np.repeat(np.arange(block_rows), np.diff(indptr))
     part_of = arrays["indices"][: len(row_of)].astype(np.int64) * parts // k
     counts = np.zeros((parts, block_rows), np.int64)
     np.add.at(counts, (part_of, row_of), 1)
     stored = counts + -counts % together
-    job_of = np.searchsorted(partition, np.arange(block_rows), side="right")
+    matrix, row_of_matrix = np.divmod(np.arange(block_rows), block_rows // (stack or 1))
+    job_of = np.searchsorted(partition, row_of_matrix, side="right") + JOBS_PER_GROUP * matrix
     rows = np.stack([np.lexsort((of_part, job_of)) for of_part in stored])
     place = np.empty_like(rows)
     np.put_along_axis(place, rows, np.arange(block_rows)[None], axis=1)
@@ -136,11 +158,11 @@ def split_arrays(
         "indptr": np.concatenate([[0], np.cumsum(filled)]).astype(np.int32),
         "rows": rows.astype(np.int32).ravel(),
         "partition": partition,
-        **(sliced_arrays(w, layout) if layout.get("sell", 0) else {}),
+        **(sliced_arrays(w, layout, stack) if layout.get("sell", 0) else {}),
     }
 
 
-def sliced_arrays(w: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
+def sliced_arrays(w: np.ndarray, layout: Layout, stack: int | None = None) -> dict[str, np.ndarray]:
     """A weight ``[N, K]`` in slices, as :class:`stored_weight.SlicedWeight` has its arrays."""
     lanes = layout.get("sell", 0)
     rows = SlicedRows.from_dense(w, lanes, STEPS_TOGETHER)
@@ -154,8 +176,14 @@ def sliced_arrays(w: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
         "sliced_places": np.ascontiguousarray(words).view("<i4")[..., 0],
         "sliced_windows": windows.reshape(-1, STEPS_TOGETHER).astype(index_dtype(w.shape[1])),
         "slices": rows.indptr // STEPS_TOGETHER,
-        "sliced_partition": balanced_partition(rows.indptr),
+        "sliced_partition": _stack_partition(rows.indptr, stack),
     }
+
+
+def _stack_partition(indptr: np.ndarray, stack: int | None) -> np.ndarray:
+    """`balanced_partition`, of a stack's rows of equal numbers together."""
+    counts = np.diff(indptr).reshape(stack or 1, -1).sum(axis=0)
+    return balanced_partition(np.concatenate([[0], np.cumsum(counts)]))
 
 
 def _made_equal(counts: np.ndarray, abreast: int) -> np.ndarray:

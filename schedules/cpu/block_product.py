@@ -27,6 +27,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
     span,
     unrolled,
 )
+from sparse_tvm.schedules.cpu.quads import interleaved, parted
 from sparse_tvm.schedules.cpu.row_cost import four_together, outputs_in_lanes
 from sparse_tvm.schedules.cpu.row_sums import CHAINS, RowProduct, Sums
 from sparse_tvm.schedules.cpu.vector_math import lanes_of
@@ -70,10 +71,23 @@ class BlockProduct(RowProduct):
             return super().at(output, row, lanes)
         return span(output * self.m + row, lanes)
 
+    def by_row(self, output: Expr) -> None:
+        if self.outputs or self.m == 1:
+            return
+        lanes = self.simd.lanes
+        places = [span(output * self.m + i * lanes, lanes) for i in range(self.m)]
+        for place, values in zip(places, parted([self.ys[p] for p in places], self.m), strict=True):
+            T.buffer_store(self.ys, values, [place])
+
     def sums(self, output: Expr, row: Expr, lanes: int) -> Expr:
         if self.outputs:
             return super().sums(output, row, lanes)
-        return self.ys[span(output * self.m + row, lanes, self.m)]
+        return self.ys[span(output * self.m + row * lanes, lanes)]
+
+    def put(self, column: Expr, rows: Sequence[Expr]) -> None:
+        lanes = self.simd.lanes
+        for i, values in enumerate(interleaved(rows)):
+            T.buffer_store(self.xs, values, [span(column * self.m + i * lanes, lanes)])
 
     def run(self, start: Expr, stop: Expr) -> None:
         """Compute a range of each part's block rows."""

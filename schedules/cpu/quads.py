@@ -1,4 +1,4 @@
-"""Squares of four by four elements, turned over in registers by shuffles within quads."""
+"""Matrices of a few vectors turned over in registers, of four lines by shuffles within quads."""
 
 from __future__ import annotations
 
@@ -34,6 +34,25 @@ def turned(lines: Sequence[Expr]) -> list[Expr]:
     return turned_over
 
 
+def parted(vectors: Sequence[Expr], count: int) -> list[Expr]:
+    """Of vectors that hold elements of ``count`` rows by turns, a power of two, each row's."""
+    vectors, lanes = list(vectors), lanes_of(vectors[0])
+    for _ in range(count.bit_length() - 1):
+        pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
+        vectors = [_shuffled(p, range(odd, 2 * lanes, 2)) for odd in (0, 1) for p in pairs]
+    return vectors
+
+
+def interleaved(rows: Sequence[Expr]) -> list[Expr]:
+    """Vectors of the elements of rows, a power of two, by turns."""
+    vectors, lanes = list(rows), lanes_of(rows[0])
+    by_turns = [i // 2 + i % 2 * lanes for i in range(2 * lanes)]
+    for _ in range(len(rows).bit_length() - 1):
+        pairs = zip(vectors[: len(rows) // 2], vectors[len(rows) // 2 :], strict=True)
+        vectors = [_shuffled(p, h) for p in pairs for h in (by_turns[:lanes], by_turns[lanes:])]
+    return vectors
+
+
 def _picked(pair: Sequence[Expr], places: Sequence[int]) -> Expr:
     """In each quad the elements at these places, which from 4 on are the second vector's."""
     lanes = lanes_of(pair[0])
@@ -42,6 +61,12 @@ def _picked(pair: Sequence[Expr], places: Sequence[int]) -> Expr:
         for quad in range(0, lanes, QUAD)
         for place in places
     ]
+    return _shuffled(pair, chosen)
+
+
+def _shuffled(pair: Sequence[Expr], chosen: Sequence[int]) -> Expr:
+    """A vector of the elements at these places of two."""
+    lanes = len(chosen)
     kept = local(lanes)
-    T.buffer_store(kept, tirx.Shuffle(pair, chosen), [span(0, lanes)])
+    T.buffer_store(kept, tirx.Shuffle(pair, list(chosen)), [span(0, lanes)])
     return kept[span(0, lanes)]

@@ -2,9 +2,9 @@
 
 The input's part of the gates, which is there for all steps, is one large product made before. The
 sequences of a batch do not depend on each other: as many as there are lanes go through all steps
-together, so that their states stay in the first cache. Each step multiplies the weight on all
-threads (:mod:`row_product`); the gates, a hundredth of the work, are computed by one, sequence by
-sequence, units in the lanes.
+together, so that their states stay in the first cache. Each thread has some of the units: in each
+step it multiplies the rows of all gates for them (:mod:`row_product`), and then computes those
+gates, units in the lanes: little beside a dense weight, but not beside a sparse one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.operators import Recurrent
+from sparse_tvm.schedules.cpu.block_arrays import stacked_rows
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
     Expr,
@@ -41,6 +42,8 @@ def recurrent(op: Recurrent, steps: Expr, batch: Expr, simd: Simd) -> tirx.PrimF
     last the states ``[steps + op.states, batch, hidden]``.
     """
     n, hidden = op.matrix
+    stack = n // hidden
+    stored_units = stacked_rows(hidden, op.stored, simd.rows_abreast(op.stored))
     shapes = {
         "bias": (hidden,),
         "peepholes": (3 * hidden,),
@@ -50,7 +53,7 @@ def recurrent(op: Recurrent, steps: Expr, batch: Expr, simd: Simd) -> tirx.PrimF
     }
     with prim_func() as result:
         gates = argument("gates", (steps, batch, n))
-        weight = StoredWeight.declare(op.stored, n, hidden)
+        weight = StoredWeight.declare(op.stored, stack * stored_units, hidden, stack=stack)
         given = {
             name: argument(name, shapes[name], "int32" if name == "lengths" else "float32")
             for name in op.given
@@ -99,46 +102,95 @@ class _Network:
 
 
 class _Sequences:
-    """A few sequences, their states ``h`` ``[hidden, m]`` and ``c`` ``[m, hidden]``."""
+    """A few sequences and their states.
+
+    Of a vector of units, ``h`` has all sequences' vectors one after the other, where a step changes
+    them: the product reads a copy. ``c`` is ``[m, hidden]``.
+    """
 
     def __init__(self, network: _Network, first: Expr, m: int) -> None:
         self.network, self.op, self.first, self.m = network, network.op, first, m
-        self.hidden = network.op.hidden
+        self.hidden, self.lanes = network.op.hidden, network.simd.lanes
+        self.gates = network.op.matrix[0] // self.hidden
         self.product = row_product(network.weight, m, network.simd)
-        self.h = self.product.xs
+        self.h = T.alloc_buffer((m * self.hidden,), "float32")
         twice = self.op.cell == "gru" and not self.op.reset_after
-        self.of_reset = row_product(network.weight, m, network.simd) if twice else None
+        self.of_reset = T.alloc_buffer((m * self.hidden,), "float32") if twice else None
         self.c = T.alloc_buffer((m * self.hidden,), "float32") if self.op.states == 2 else None
 
     def run(self) -> None:
         """Begin, take all steps, and store the last states."""
         self._each(self._begin)
         with T.serial(0, self.network.steps) as step:
-            self.product.run_parallel(self.network.threads)
+            self._put(self.h)
+            first = 0
             if self.of_reset is not None:
-                self._each_at(step, self._reset)
-                self.of_reset.run_parallel(self.network.threads)
-            self._each_at(step, self._advance)
+                first = self.gates - 1
+                self._on_all_threads(range(first), step, self._reset)
+                self._put(self.of_reset)
+            self._on_all_threads(range(first, self.gates), step, self._advance)
         self._each(self._end)
+
+    def _put(self, state: Buffer) -> None:
+        """Hand a state of all units to the product."""
+
+        def put(unit: Expr, lanes: int) -> None:
+            values = [state[self._at(i, unit, lanes)] for i in range(self.m)]
+            if lanes > 1:
+                self.product.put(unit, values)
+                return
+            for i, value in enumerate(values):
+                T.buffer_store(self.product.xs, value, [self.product.place(unit, i, 1)])
+
+        self._over_units(0, self.hidden, put)
+
+    def _on_all_threads(
+        self, gates: range, step: Expr, body: Callable[[_Place, Expr, int], None]
+    ) -> None:
+        """Some gates' product, and then ``body(place, unit, lanes)``: each thread for its units."""
+        product, threads = self.product, self.network.threads
+        block_rows = product.width // product.block // self.gates
+        with T.parallel(0, threads) as thread:
+            start, stop = product.share(thread, threads)
+            for gate in gates:
+                offset = gate * block_rows
+                product.run(scalar(start + offset), scalar(stop + offset))
+            # The last block may be more than there are, and the share of a thread nothing.
+            first, last = (
+                scalar(tirx.min(block * product.block, self.hidden)) for block in (start, stop)
+            )
+
+            def some_units(unit: Expr, lanes: int) -> None:
+                for gate in gates if lanes > 1 else ():
+                    product.by_row(self.output(gate, unit))
+                with T.serial(0, self.m) as i:
+                    self._at_step(i, step, unit, lanes, body)
+
+            self._over_units(first, last, some_units)
+
+    def _at_step(
+        self,
+        i: Expr,
+        step: Expr,
+        unit: Expr,
+        lanes: int,
+        body: Callable[[_Place, Expr, int], None],
+    ) -> None:
+        """``body`` for a sequence that lasts that long."""
+        row = self._row(i)
+        length = self._length(row)
+        time = scalar(length - 1 - step) if self.op.backward else step
+        with T.If(step < length):  # always, where all are as long
+            with T.Then():
+                body(_Place(self, i, row, time), unit, lanes)
+            with T.Else():
+                self._pad(step, row, unit, lanes)
 
     def _each(self, body: Callable[[Expr, Expr, Expr, int], None]) -> None:
         """``body(i, row, unit, lanes)`` for all units; sequence ``i`` is the batch's ``row``."""
         with T.serial(0, self.m) as i:
             row = self._row(i)
-            self._over_units(lambda unit, lanes: body(i, row, unit, lanes))
-
-    def _each_at(self, step: Expr, body: Callable[[_Place, Expr, int], None]) -> None:
-        """``body(place, unit, lanes)`` for all units of the sequences that last that long."""
-        with T.serial(0, self.m) as i:
-            row = self._row(i)
-            length = self._length(row)
-            time = scalar(length - 1 - step) if self.op.backward else step
-            place = _Place(self, i, row, time)
-            with T.If(step < length):  # always, where all are as long
-                with T.Then():
-                    self._over_units(lambda unit, lanes: body(place, unit, lanes))
-                with T.Else():
-                    self._over_units(lambda unit, lanes: self._pad(step, row, unit, lanes))
+            self._over_units(0, self.hidden, lambda unit, lanes: body(i, row, unit, lanes))
 
     def _length(self, row: Expr) -> Expr:
         """Steps of a sequence, whatever is said of it: no more than there are."""
@@ -148,17 +200,22 @@ class _Sequences:
     def _row(self, i: Expr) -> Expr:
         return scalar(tirx.min(self.first + i, self.network.batch - 1))
 
-    def _over_units(self, body: Callable[[Expr, int], None]) -> None:
-        lanes = self.network.simd.lanes
-        with T.serial(0, self.hidden // lanes) as vector:
-            body(vector * lanes, lanes)
-        if self.hidden % lanes:
-            with T.serial(0, self.hidden % lanes) as unit:
-                body(self.hidden // lanes * lanes + unit, 1)
+    def _over_units(self, first: Expr, last: Expr, body: Callable[[Expr, int], None]) -> None:
+        """``body(unit, lanes)`` for a range of units, vectors of them as far as there are."""
+        count, lanes = last - first, self.lanes
+        with T.serial(0, count // lanes) as vector:
+            body(first + vector * lanes, lanes)
+        if not isinstance(count, int) or count % lanes:
+            with T.serial(0, count % lanes) as unit:
+                body(first + count // lanes * lanes + unit, 1)
 
-    def _h(self, i: Expr, unit: Expr, lanes: int) -> Expr:
-        """Where the hidden state of some units is."""
-        return self.product.place(unit, i, lanes)
+    def _at(self, i: Expr, unit: Expr, lanes: int) -> Expr:
+        """Where a sequence's part of a state is."""
+        return span(unit * self.m + i * lanes, lanes)
+
+    def output(self, gate: int, unit: Expr) -> Expr:
+        """The product's output for a unit of a gate."""
+        return gate * (self.product.width // self.gates) + unit
 
     def _begin(self, i: Expr, row: Expr, unit: Expr, lanes: int) -> None:
         def initial(name: str) -> Expr:
@@ -167,14 +224,14 @@ class _Sequences:
                 return constant(0.0, self.network.gates[0, row, span(unit, lanes)])
             return state[row, span(unit, lanes)]
 
-        T.buffer_store(self.h, initial("hidden"), [self._h(i, unit, lanes)])
+        T.buffer_store(self.h, initial("hidden"), [self._at(i, unit, lanes)])
         if self.c is not None:
             T.buffer_store(self.c, initial("cell"), [span(i * self.hidden + unit, lanes)])
 
     def _end(self, i: Expr, row: Expr, unit: Expr, lanes: int) -> None:
         """Store the last states: 0 for a sequence without any step, as ONNX Runtime has it."""
         states, steps, at = self.network.states, self.network.steps, span(unit, lanes)
-        last = [self.h[self._h(i, unit, lanes)]]
+        last = [self.h[self._at(i, unit, lanes)]]
         if self.c is not None:
             last += [self.c[span(i * self.hidden + unit, lanes)]]
         for which, value in enumerate(last):
@@ -191,15 +248,15 @@ class _Sequences:
     def _reset(self, place: _Place, unit: Expr, lanes: int) -> None:
         """The part of a GRU's hidden state that the candidate sees."""
         assert self.of_reset is not None
-        at = self._h(place.i, unit, lanes)
+        at = self._at(place.i, unit, lanes)
         reset = self._gate(place.before(1, unit, lanes))
-        T.buffer_store(self.of_reset.xs, reset * self.h[at], [at])
+        T.buffer_store(self.of_reset, reset * self.h[at], [at])
 
     def _advance(self, place: _Place, unit: Expr, lanes: int) -> None:
         """One step of some units."""
         advance = {"lstm": self._lstm, "gru": self._gru, "rnn": self._rnn}[self.op.cell]
         value = _held(advance(place, unit, lanes))
-        T.buffer_store(self.h, value, [self._h(place.i, unit, lanes)])
+        T.buffer_store(self.h, value, [self._at(place.i, unit, lanes)])
         T.buffer_store(self.network.states, value, [place.time, place.row, span(unit, lanes)])
 
     def _lstm(self, place: _Place, unit: Expr, lanes: int) -> Expr:
@@ -222,12 +279,10 @@ class _Sequences:
         return peepholes[span(gate * self.hidden + unit, lanes_of(cell))] * cell
 
     def _gru(self, place: _Place, unit: Expr, lanes: int) -> Expr:
-        before = self.h[self._h(place.i, unit, lanes)]
+        before = self.h[self._at(place.i, unit, lanes)]
         keep = self._gate(place.before(0, unit, lanes))
-        if self.of_reset is not None:
-            product = self.of_reset.sums(2 * self.hidden + unit, place.i, lanes)
-        else:
-            product = place.product(2, unit, lanes)
+        product = place.product(2, unit, lanes)
+        if self.op.reset_after:
             bias = self.network.given.get("bias")
             if bias is not None:
                 product = product + bias[span(unit, lanes)]
@@ -264,7 +319,7 @@ class _Place:
 
     def product(self, gate: int, unit: Expr, lanes: int) -> Expr:
         """What the hidden state adds to them."""
-        output = gate * self.sequences.hidden + unit
+        output = self.sequences.output(gate, unit)
         return self.sequences.product.sums(output, self.i, lanes)
 
     def before(self, gate: int, unit: Expr, lanes: int) -> Expr:

@@ -7,6 +7,7 @@ between parts of columns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -118,14 +119,17 @@ class RowProduct(ABC):
         """Where sums are: of some outputs of a row, or of all rows for an output."""
         return span(row * self.width + output, lanes)
 
+    @abstractmethod
+    def by_row(self, output: Expr) -> None:
+        """Bring a vector of outputs' sums, of all rows, in the order that `sums` wants."""
+
     def sums(self, output: Expr, row: Expr, lanes: int) -> Expr:
-        """The sums of some outputs of one row."""
+        """The sums of one or, once they are in order, of a vector of outputs of one row."""
         return self.ys[span(row * self.width + output, lanes)]
 
-    def run_parallel(self, threads: Expr) -> None:
-        """Compute all outputs, on so many threads."""
-        with T.parallel(0, threads) as thread:
-            self.run(*self.share(thread, threads))
+    @abstractmethod
+    def put(self, column: Expr, rows: Sequence[Expr]) -> None:
+        """Store each row's values of a vector of neighbouring input columns."""
 
     def share(self, thread: Expr, threads: Expr) -> tuple[Expr, Expr]:
         """The blocks of a thread: the first, and the one behind the last."""

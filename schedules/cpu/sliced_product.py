@@ -7,6 +7,7 @@ lanes busy without a load for each. See :class:`sparse_tvm.sparsity.sliced.Slice
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from sparse_tvm.schedules.cpu.lane_tiles import (
 from sparse_tvm.schedules.cpu.row_sums import CHAINS, RowProduct, Sums
 from sparse_tvm.schedules.cpu.simd import Simd
 from sparse_tvm.schedules.cpu.stored_weight import SlicedWeight
+from sparse_tvm.schedules.cpu.vector_math import lanes_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,13 @@ class SlicedProduct(RowProduct):
 
     def place_of_all(self, column: Expr) -> Expr:
         return span(column, self.m, self.weight.k_in)
+
+    def by_row(self, output: Expr) -> None:
+        """They are."""
+
+    def put(self, column: Expr, rows: Sequence[Expr]) -> None:
+        for row, values in enumerate(rows):
+            T.buffer_store(self.xs, values, [self.place(column, row, lanes_of(values))])
 
     def first_of(self, job: Expr) -> Expr:
         return scalar(self._sliced.partition[job])

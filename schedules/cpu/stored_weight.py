@@ -6,8 +6,9 @@ The weight's arrays as arguments of a kernel (:mod:`block_arrays` makes them), a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparse_tvm.operators import Activation, Bias, Gate, Layout, Residual, Step
@@ -15,6 +16,7 @@ from sparse_tvm.schedules.cpu.block_arrays import (
     JOBS_PER_GROUP,
     STEPS_TOGETHER,
     index_dtype,
+    stacked_multiple,
 )
 from sparse_tvm.schedules.cpu.lane_tiles import (
     Buffer,
@@ -78,6 +80,8 @@ class StoredWeight:
     ``[parts * ceil(n_out / r)]`` (which block row that is) and ``partition`` int32
     ``[JOBS_PER_GROUP + 1]`` (first of a part's block rows for each job).
 
+    Of a ``stack`` of so many matrices, one below the other, a job has the same rows of each.
+
     ``sliced`` is a form for few rows of activations, of as many lanes as the layout's parameter
     ``sell`` says: the only one of the format ``sell``, and of others one besides.
     """
@@ -92,10 +96,17 @@ class StoredWeight:
     order: Buffer = None
     partition: Buffer = None
     sliced: SlicedWeight | None = None
+    stack: int | None = None
 
     @classmethod
-    def declare(cls, layout: Layout, n_out: int, k_in: int, groups: int = 1) -> StoredWeight:
+    def declare(
+        cls, layout: Layout, n_out: int, k_in: int, groups: int = 1, stack: int | None = None
+    ) -> StoredWeight:
         """Declare the weight's arrays as the next arguments."""
+        return replace(cls._declare(layout, n_out, k_in, groups), stack=stack)
+
+    @classmethod
+    def _declare(cls, layout: Layout, n_out: int, k_in: int, groups: int) -> StoredWeight:
         rows, columns = layout.block
         block_rows = -(-n_out // rows)
         if not layout.sparse:
@@ -150,10 +161,14 @@ class StoredWeight:
         return scalar(block_row // per_group * self.depth)
 
     def first_of(self, job: Expr) -> Expr:
-        """First block row (in a part's order) of a job."""
+        """First block row (in a part's order, of a stack's first matrix) of a job."""
         if self.layout.sparse:
             return scalar(self.partition[job])
-        return scalar(job * self.block_rows // JOBS_PER_GROUP)
+        if self.stack is None:
+            return scalar(job * self.block_rows // JOBS_PER_GROUP)
+        block_rows, multiple = self.block_rows // self.stack, stacked_multiple(self.layout)
+        first = job * -(-block_rows // multiple) // JOBS_PER_GROUP * multiple
+        return scalar(tirx.min(first, block_rows))
 
     def ask_for_row(self, first: Expr, count: Expr) -> None:
         """Ask for the indices, a little further on, that the next blocks will use.

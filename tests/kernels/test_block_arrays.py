@@ -12,7 +12,9 @@ from sparse_tvm.operators import Layout
 from sparse_tvm.schedules.cpu.block_arrays import (
     JOBS_PER_GROUP,
     balanced_partition,
+    sliced_arrays,
     split_arrays,
+    stacked_rows,
     stored_arrays,
 )
 
@@ -106,6 +108,44 @@ def test_split_arrays_are_the_weight_in_order(
             assert np.all(np.diff(counts[part, start:stop]) >= 0)
     assert arrays["indices"].dtype == np.uint16
     assert all(array.flags.c_contiguous and array.size for array in arrays.values())
+
+
+@given(
+    stack=st.sampled_from([1, 3, 4]),
+    shape=st.tuples(st.integers(1, 70), st.integers(16, 40)),
+    format=st.sampled_from(["csr", "sell", "2x1", "3x2", "16x1"]),
+    sparsity=st.sampled_from([0.0, 0.8, 1.0]),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=100)
+def test_a_job_has_the_same_rows_of_each_matrix_of_a_stack(stack, shape, format, sparsity, seed):
+    rng = np.random.default_rng(seed)
+    (n, k), abreast = shape, 4 if format == "csr" else 1
+    w = rng.standard_normal((stack, n, k)) * (rng.random((stack, n, k)) >= sparsity)
+    w = w.astype("float32")
+    block = tuple(map(int, format.split("x"))) if "x" in format else (1, 1)
+    layout = Layout("recurrent", format if block == (1, 1) else "bsr", block)
+    if format == "sell":
+        layout = layout.having(sell=16)
+    arrays = split_arrays(w.reshape(-1, k), layout, abreast, abreast, stack)
+    rows = stacked_rows(n, layout, abreast)
+    assert n <= rows < n + 16
+    if format == "sell":
+        filled = np.pad(w, ((0, 0), (0, rows - n), (0, 0))).reshape(-1, k)
+        expected = sliced_arrays(filled, layout, stack)
+        assert all(np.array_equal(arrays[name], expected[name]) for name in expected)
+        assert arrays["sliced_partition"][-1] == rows // 16
+        return
+    block_rows, partition = rows // block[0], arrays["partition"]
+    assert partition[-1] == block_rows
+    assert not (partition[:-1] * block[0] % 16).any()
+    order = arrays["rows"].reshape(stack, block_rows)
+    counts = np.diff(arrays["indptr"]).reshape(stack, block_rows)
+    for matrix in range(stack):
+        first = matrix * block_rows
+        for start, stop in pairwise(partition):
+            assert sorted(order[matrix, start:stop]) == list(range(first + start, first + stop))
+            assert np.all(np.diff(counts[matrix, start:stop]) >= 0)
 
 
 def test_one_long_row_does_not_make_its_neighbours_long():

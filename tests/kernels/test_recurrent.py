@@ -101,7 +101,8 @@ def networks(draw):
 def stored(w, op, target):
     """The weight's arrays, as the family packs them."""
     together, abreast = simd(target).weights_together, simd(target).rows_abreast
-    return split_arrays(w, op.stored, together(op.stored), abreast(op.stored))
+    stack = GATES[op.cell]
+    return split_arrays(w, op.stored, together(op.stored), abreast(op.stored), stack)
 
 
 @given(
@@ -147,6 +148,22 @@ def test_recurrent(target, op, steps, batch, values_of, symbolic, threads, seed)
     found = run(kernel, target, threads, arguments, (steps + op.states, batch, hidden))
     wanted = expected(op, gates, w.astype("float64"), optional)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * max(1, abs(wanted).max()))
+
+
+def test_a_thread_without_units_computes_none():
+    hidden = 9  # all in one block of sixteen
+    op = Recurrent(
+        layer="net",
+        matrix=(3 * hidden, hidden),
+        layout=Layout("recurrent", "bsr", (16, 1)),
+        cell="gru",
+        functions=("sigmoid", "tanh"),
+    )
+    rng, target = np.random.default_rng(0), every_form.args[1][0]
+    w, gates = (rng.standard_normal(shape, "float32") for shape in (op.matrix, (5, 3, 3 * hidden)))
+    arguments = [gates, *stored(w, op, target).values()]
+    found = run(recurrent(op, 5, 3, simd(target)), target, 2, arguments, (6, 3, hidden))
+    np.testing.assert_allclose(found, expected(op, gates, w, {}), rtol=1e-4, atol=1e-4)
 
 
 def test_a_length_beyond_the_steps_reads_nothing_behind_them():

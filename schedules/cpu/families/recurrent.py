@@ -77,7 +77,8 @@ class RecurrentFamily(WeightedFamily[Recurrent]):
         self, op: Recurrent, w: np.ndarray, layout: Layout, target: Target
     ) -> dict[str, np.ndarray]:
         simd = Simd.of(target)
-        return split_arrays(w, layout, simd.weights_together(layout), simd.rows_abreast(layout))
+        together, abreast = simd.weights_together(layout), simd.rows_abreast(layout)
+        return split_arrays(w, layout, together, abreast, stack=w.shape[0] // w.shape[1])
 
     def build(
         self, op: Recurrent, operands: Sequence[Extents], output: Extents, target: Target
