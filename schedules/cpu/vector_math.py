@@ -12,6 +12,7 @@ checked in ``tests/test_vector_math.py``: exp 2e-7 relative, erf and tanh 4e-7 a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
@@ -203,15 +204,17 @@ def tanh(x: Expr) -> Expr:
 
 
 def sigmoid(x: Expr) -> Expr:
-    """1 / (1 + exp(-x))."""
-    return constant(1.0, x) / (constant(1.0, x) + exp(constant(0.0, x) - x))
+    """1 / (1 + exp(-x)), to a few roundings; beyond |x| = 87 as there."""
+    return _over_one_and_power(x, lambda v: constant(1.0, v))
 
 
 def silu(x: Expr) -> Expr:
-    """x / (1 + exp(-x)), of which -x log2 e is rounded to an integer by adding a large number.
+    """x / (1 + exp(-x)), to a few roundings; -87 or less is near 0."""
+    return _over_one_and_power(x, lambda v: v)
 
-    It is exact to a few roundings, and -87 or less is near 0.
-    """
+
+def _over_one_and_power(x: Expr, numerator: Callable[[Expr], Expr]) -> Expr:
+    """``numerator(x)`` over 1 + exp(-x), of which -x log2 e is rounded by adding a large number."""
 
     def with_lowest(v: Expr) -> Expr:
         def with_exponent(c: Expr) -> Expr:
@@ -220,7 +223,7 @@ def silu(x: Expr) -> Expr:
             def with_shifted(shifted: Expr) -> Expr:
                 rest = c * scale - (shifted - constant(ROUNDING, c))
                 power = _scaled(_let(rest, lambda r: _horner(r, _EXP2)), shifted)
-                return v / (constant(1.0, v) + power)
+                return numerator(v) / (constant(1.0, v) + power)
 
             return _let(c * scale + constant(ROUNDING, c), with_shifted)
 
