@@ -13,7 +13,7 @@ from sparse_tvm.frontends.importer.model import import_onnx
 from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.infrastructure import Context
 from sparse_tvm.quantising.choice import ladder_of
-from sparse_tvm.quantising.worth import worthwhile
+from sparse_tvm.quantising.worth import Worth, worthwhile
 from sparse_tvm.sparsity.masks import prune_array
 
 SIZE = 1024
@@ -44,12 +44,17 @@ def stack(tokens: int | str, structure: str | None = None) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
+def worth(target: str, *of_stack: int | str | None) -> Worth:
+    """What a stack's layers may be in, and how fast."""
+    context = Context(*resolve_target(target), FormatOptions())
+    return worthwhile(import_onnx(stack(*of_stack)), context, ladder_of(context))
+
+
 def rungs(target: str, *of_stack: int | str | None) -> list[str]:
     """What all layers of a stack may be in."""
-    context = Context(*resolve_target(target), FormatOptions())
-    found = worthwhile(import_onnx(stack(*of_stack)), context, ladder_of(context))
-    assert len(found) == LAYERS
-    [same] = {tuple(each) for each in found.values()}
+    found = worth(target, *of_stack)
+    assert len(found.rungs) == LAYERS
+    [same] = {tuple(each) for each in found.rungs.values()}
     return list(same)
 
 
@@ -85,6 +90,17 @@ def test_a_ladder_holds_what_the_target_has(target, ladder):
 )
 def test_a_precision_is_worth_its_rounding_where_it_is_faster(target, of_stack, expected):
     assert rungs(target, *of_stack) == expected
+
+
+@pytest.mark.parametrize(
+    ("of_stack", "expected"),
+    [(("tokens", "4x1"), [1, 4, 16]), (("tokens",), []), ((1, "4x1"), [])],
+)
+def test_sizes_are_told_of_which_float32_would_be_faster(of_stack, expected):
+    found = worth("avx512-bf16", *of_stack)
+    assert found.slower(dict.fromkeys(found.rungs, "int8")) == expected
+    assert found.slower(dict.fromkeys(found.rungs, "fp32")) == []
+    assert found.slower({}) == []
 
 
 @pytest.mark.parametrize("target", ["avx512-bf16", "x86-64-v3"])

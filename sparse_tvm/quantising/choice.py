@@ -28,7 +28,7 @@ from sparse_tvm.quantising.scales import (
 )
 from sparse_tvm.quantising.search import PrecisionSearch
 from sparse_tvm.quantising.sites import Site, image_tensors, sites_of
-from sparse_tvm.quantising.worth import worthwhile
+from sparse_tvm.quantising.worth import Worth, worthwhile
 from sparse_tvm.sparsity.calibration import Data, read_calibration
 from sparse_tvm.sparsity.pruning import own_copy, tokenizer_of
 
@@ -136,6 +136,7 @@ class Quantising:
         self._context, self._options = context, context.options
         self._model = own_copy(source.as_onnx())
         self._search: PrecisionSearch | None = None
+        self._worth = Worth()
         self._batches: Feeds = ()
         self._scales: dict[str, Scale] = {}
         self._notes: list[str] = []
@@ -191,7 +192,8 @@ class Quantising:
                 f"{self._source.name} has no layers whose precision could be chosen",
                 hint="leave --precision auto out",
             )
-        rungs = worthwhile(self._imported, self._context, ladder)
+        self._worth = worthwhile(self._imported, self._context, ladder)
+        rungs = dict(self._worth.rungs)
         rungs |= {s.ref.layer: _OF_CONVOLUTIONS for s in self._open if s.convolution is not None}
         rehearsal = self._rehearsal(self._open, feeds)
         self._search = PrecisionSearch(rehearsal, ladder, least, rungs)
@@ -213,7 +215,13 @@ class Quantising:
     @property
     def notes(self) -> list[str]:
         """What reports say of the choice."""
-        return [*self._notes, *([self._search.note()] if self._search else [])]
+        if self._search is None:
+            return self._notes
+        notes = [*self._notes, self._search.note()]
+        if slower := self._worth.slower(self._search.precisions()):
+            sizes = ", ".join(map(str, slower))
+            notes.append(f"of {sizes} tokens float32 is predicted to be faster than that")
+        return notes
 
     def losses(self, precisions: Mapping[str, str], feeds: Feeds) -> dict[str, float]:
         """By layer, what it alone takes from the cosine of 1, the largest first.
