@@ -179,7 +179,7 @@ def plan(
 
             write_plan_report(found, report)
     if not quiet:
-        _print_plan(stdout_console(), found, model, output)
+        _print_plan(stdout_console(), found, model, output, precision)
 
 
 def _what_if(
@@ -199,7 +199,7 @@ def _what_if(
     _print_what_if(stdout_console(), found)
 
 
-def _print_plan(console: Any, plan: Plan, model: str, output: Path) -> None:
+def _print_plan(console: Any, plan: Plan, model: str, output: Path, precision: str | None) -> None:
     import shlex
 
     from rich.text import Text
@@ -224,6 +224,9 @@ def _print_plan(console: Any, plan: Plan, model: str, output: Path) -> None:
     console.print(Text.assemble("wrote ", (str(output), "bold")), soft_wrap=True)
     command = f"sparse-tvm prune {shlex.quote(model)} -o pruned.onnx --plan {output}"
     console.print(Text(f"next: {command}"), soft_wrap=True)
+    if precision is not None:
+        command = f"sparse-tvm compile pruned.onnx -o model.so --precision {precision}"
+        console.print(Text(f"then: {command}"), soft_wrap=True)
 
 
 def _print_what_if(console: Any, found: WhatIf) -> None:

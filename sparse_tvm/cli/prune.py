@@ -155,6 +155,7 @@ def prune(
     from sparse_tvm.cli.console import stderr_console, stdout_console
     from sparse_tvm.cli.progress import PhaseProgress, progress_on_a_terminal
     from sparse_tvm.frontends.source import SourceOptions
+    from sparse_tvm.planning.document import read_plan
     from sparse_tvm.report.tables import fact_table
     from sparse_tvm.sparsity.pruning import prune
 
@@ -195,7 +196,8 @@ def prune(
     if report.reordered:
         console.print(_order_table(report))
     console.print(_layer_table(report))
-    console.print(fact_table(_facts(report)))
+    planned = [] if plan is None else [("Planned for", read_plan(plan).where)]
+    console.print(fact_table([*_facts(report), *planned]))
 
 
 def _structure_table(choice: StructureChoice) -> Table:

@@ -59,7 +59,11 @@ class _Totals(TypedDict):
     error: float
 
 
-class _Conditions(TypedDict):
+class _Precision(TypedDict, total=False):
+    precision: str
+
+
+class _Conditions(_Precision):
     target: str
     cpu: str | None
     threads: Natural
@@ -168,6 +172,8 @@ class Plan:
         ``latency`` in seconds, ``speedup``, or ``size`` in bytes.
     target : str
         For which CPU.
+    precision : str | None
+        In which it is to compute; None in files that do not say.
     cpu : str | None
         The CPU that was measured on; None where times are predicted.
     worst_trial : float | None
@@ -196,6 +202,7 @@ class Plan:
     goal: str
     value: float
     target: str
+    precision: str | None
     cpu: str | None
     worst_trial: float | None
     threads: int
@@ -214,6 +221,11 @@ class Plan:
     def basis(self) -> str:
         """Whether times are measured or predicted."""
         return "predicted" if self.cpu is None else "measured"
+
+    @property
+    def where(self) -> str:
+        """The target and the precision."""
+        return self.target if self.precision is None else f"{self.target} in {self.precision}"
 
     @property
     def settings(self) -> dict[str, Setting]:
@@ -258,6 +270,7 @@ class Plan:
             "goal": {"what": self.goal, "value": self.value},
             "conditions": {
                 "target": self.target,
+                **({} if self.precision is None else {"precision": self.precision}),
                 "cpu": self.cpu,
                 "threads": self.threads,
                 "inputs": {name: list(shape) for name, shape in self.inputs.items()},
@@ -306,6 +319,7 @@ class Plan:
             value["goal"]["what"],
             value["goal"]["value"],
             conditions["target"],
+            conditions.get("precision"),
             conditions["cpu"],
             conditions["worst_trial"],
             conditions["threads"],

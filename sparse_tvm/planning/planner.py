@@ -320,6 +320,7 @@ class Planner:
             goal,
             value,
             subject.context.target.name,
+            subject.context.options.precision,
             prediction.cpu,
             prediction.worst_error,
             prediction.threads,

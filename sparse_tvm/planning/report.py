@@ -104,7 +104,7 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
     """What the plan comes to."""
     faster = plan.dense_seconds / plan.seconds
     inputs = ", ".join(f"{name} {'x'.join(map(str, s))}" for name, s in plan.inputs.items())
-    where = f"{plan.basis}, {plan.target}" + (f", {plan.cpu}" if plan.cpu else "")
+    where = f"{plan.basis}, {plan.where}" + (f", {plan.cpu}" if plan.cpu else "")
     found = [
         ("Goal", goal_text(plan)),
         (

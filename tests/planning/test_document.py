@@ -13,6 +13,7 @@ import pytest
 from onnx import numpy_helper
 from plannable import TARGET, small_bert
 
+import sparse_tvm
 from sparse_tvm.cli import main
 from sparse_tvm.errors import OptionError
 from sparse_tvm.frontends.onnx.weights import canonical, find_weights
@@ -106,6 +107,36 @@ def test_a_plan_of_another_model_is_refused(planned: Plan, config: BertConfig, s
 def test_training_does_not_make_it_another_model(planned: Plan) -> None:
     other = build_bert(BertConfig(2, 256, 4, 1024, 500), seed=7)
     planned.check_model(find_weights(other), "trained.onnx")
+
+
+def test_a_plan_without_a_precision_says_nothing_of_it(planned: Plan, tmp_path: Path) -> None:
+    document = planned.as_json()
+    assert document["conditions"].pop("precision") == "fp32"
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    found = read_plan(tmp_path / "plan.json")
+    assert (found.precision, found.where) == (None, TARGET)
+
+
+def test_a_plan_in_int8_is_compiled_as_planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, path, output = (tmp_path / name for name in ("model.onnx", "plan.json", "pruned.onnx"))
+    onnx.save(MODEL, model)
+    options = ["--speedup", "1.7", "--target", TARGET, "--precision", "int8", "--no-measure"]
+    assert main(["plan", str(model), "-o", str(path), *options]) == 0
+    assert "then: sparse-tvm compile pruned.onnx" in capsys.readouterr().out
+    assert main(["prune", str(model), "-o", str(output), "--plan", str(path)]) == 0
+    assert f"{TARGET} in int8" in capsys.readouterr().out
+    found = read_plan(path)
+    assert found.precision == "int8"
+    compiled = sparse_tvm.preview(output, target=TARGET, precision=found.precision)
+    layers = {layer["name"]: layer for layer in compiled["layers"]}
+    for planned in found.layers:
+        layer = layers[planned.name]
+        assert layer["precision"] == "int8"
+        if planned.setting.sparsity:
+            assert layer["sparsity"] == pytest.approx(planned.setting.sparsity, abs=2e-3)
+            assert "x".join(map(str, layer["block"])) == planned.setting.structure
 
 
 def test_prune_follows_a_plan(planned: Plan, tmp_path: Path) -> None:
