@@ -39,6 +39,7 @@ _CORTEX_A72 = Target(
         scalars_per_load=4,
         l2_line=5.0,
         streamed=8.0,
+        words=3.0,
         memory=2.5,
         disturbed=0.0,
         second=20.0,

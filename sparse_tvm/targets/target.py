@@ -74,6 +74,9 @@ class Costs:
     streamed : float
         Bytes of weights that take a computing core another cycle: most of the way from the last
         cache they come beside its work.
+    words : float
+        The same of weights in int8 and bf16, whose products leave little time to come in. Where the
+        CPU foresees them, `streamed` and `memory` tell of these, too.
     memory : float
         Bytes per cycle of one core from memory, while it finds nearly all else in its first cache.
     disturbed : float
@@ -101,6 +104,7 @@ class Costs:
     scalars_per_load: int
     l2_line: float
     streamed: float
+    words: float
     memory: float
     disturbed: float
     second: float

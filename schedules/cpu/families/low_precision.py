@@ -41,10 +41,6 @@ UNSTRUCTURED = "csr"
 """The wish for a sparse weight without blocks."""
 
 
-STREAMED = 3.0
-"""Bytes of weights per cycle from the last cache, measured with BERT-base's layers in a row: such
-kernels leave little time to hide them in, unless the CPU foresees what they read."""
-
 _L2_SHARE = 0.75
 """Share of the second cache that keeps a weight from one group of tokens to the next."""
 
@@ -230,7 +226,7 @@ class DotFamily(LowPrecisionFamily):
         passes, stored = tiles / group, blocks * (rows * dot.depth * 4 + 2)
         near = stored < _L2_SHARE * target.caches.l2
         again = (passes - 1) / (costs.second if near else costs.streamed) if layout.sparse else 0.0
-        arrival = stored / min(STREAMED, costs.streamed)
+        arrival = stored / costs.words
         if target.foresees:
             arrival = arrival_cycles(stored, 1, weight.copies, target)
         streamed = arrival + stored * again

@@ -11,7 +11,6 @@ import numpy as np
 from sparse_tvm.families import Extents, Kernel
 from sparse_tvm.operators import Dense, Layout
 from sparse_tvm.schedules.cpu.families.low_precision import (
-    STREAMED,
     UNSTRUCTURED,
     LowPrecisionFamily,
     precision_of,
@@ -99,7 +98,7 @@ class TileFamily(LowPrecisionFamily):
         if form == "expand":
             lines = whole * height * TILE_ROWS
             stored_bytes = weight.nonzeros * 4 / precision.unit + lines * 2 * precision.unit
-        fetched = streamed = stored_bytes / min(STREAMED, target.costs.streamed)
+        fetched = streamed = stored_bytes / target.costs.words
         if form in ("dense", "expand"):  # what is next comes beside the products before it
             fetched = max(streamed - products / 2, self._UNFORESEEN * streamed if lines else 0.0)
         expanded = lines * self._LINE * (1 + 0.5 / tiles)  # more is hidden behind more products
