@@ -1,7 +1,8 @@
 """Into and out of lane tiles: ``[lead, rows, features]`` <-> ``[lead, tiles, features, LANES]``.
 
 Both move squares of one tile's rows by one cache line of features, so that neither side is walked
-with long strides. Whole squares are turned over in registers, four by four.
+with long strides. Whole squares are turned over in registers, four by four, and every cache line is
+written at once: rows that are a multiple of 4 KiB apart share few places in the first cache.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from sparse_tvm.schedules.cpu.simd import LANES, tiles_of
 _SQUARE = 16
 """Features moved at a time: one 64-byte cache line."""
 
+_FOURTHS = [range(i, _SQUARE, QUAD) for i in range(QUAD)]
+"""Which lines of a square are read side by side, to be turned over."""
+
 
 def _over_squares(
     lead: Expr,
@@ -33,14 +37,14 @@ def _over_squares(
     rows: Expr,
     features: Expr,
     move: Callable[[Expr, Expr, Expr, Expr], None],
-    move_four: Callable[[Expr, Expr, Expr], None],
+    move_four: Callable[[Expr, Expr, Expr, Expr], None],
     clear: Callable[[Expr, Expr, Expr], None] | None = None,
 ) -> None:
     """Move every element, in parallel over squares.
 
-    ``move_four(lead, tile, feature)`` moves four features of all lanes, where a square is whole;
-    else ``move(lead, tile, lane, feature)`` does one, and ``clear(lead, tile, feature)`` comes
-    first where a tile has more lanes than there are rows.
+    Where a square is whole, ``move_four(lead, tile, feature, i)`` writes four lines of it, from the
+    ``i``-th on; its first feature is given. Else ``move(lead, tile, lane, feature)`` does one, and
+    ``clear(lead, tile, feature)`` comes first where a tile has more lanes than there are rows.
     """
     squares = (features + (_SQUARE - 1)) // _SQUARE
     with T.parallel(0, lead * tiles * squares) as job:
@@ -51,7 +55,7 @@ def _over_squares(
         lanes = scalar(tirx.min(rows - tile * LANES, LANES))
         with T.If(tirx.all(lanes == LANES, width == _SQUARE)):
             with T.Then(), T.serial(0, _SQUARE // QUAD) as i:
-                move_four(at, tile, scalar(first + i * QUAD))
+                move_four(at, tile, first, scalar(i * QUAD))
             with T.Else():
                 if clear is not None:
                     with T.If(lanes < LANES), T.Then(), T.serial(0, width) as f:
@@ -74,14 +78,13 @@ def pack(lead: Expr, rows: Expr, features: Expr) -> tirx.PrimFunc:
             row = tile * LANES + lane
             T.buffer_store(y, x[at, row, feature], [at, tile, feature, lane])
 
-        def move_four(at: Expr, tile: Expr, feature: Expr) -> None:
-            rows_of = [range(i, LANES, QUAD) for i in range(QUAD)]
+        def move_four(at: Expr, tile: Expr, first: Expr, four: Expr) -> None:
             lines = [
-                joined([x[at, tile * LANES + row, span(feature, QUAD)] for row in some])
-                for some in rows_of
+                joined([x[at, tile * LANES + row, span(first + four, QUAD)] for row in some])
+                for some in _FOURTHS
             ]
             for i, line in enumerate(turned(lines)):
-                T.buffer_store(y, line, [at, tile, feature + i, span(0, LANES)])
+                T.buffer_store(y, line, [at, tile, first + four + i, span(0, LANES)])
 
         _over_squares(lead, tiles, rows, features, move, move_four, clear)
     return result["func"]
@@ -98,13 +101,13 @@ def unpack(lead: Expr, rows: Expr, features: Expr) -> tirx.PrimFunc:
             row = tile * LANES + lane
             T.buffer_store(y, x[at, tile, feature, lane], [at, row, feature])
 
-        def move_four(at: Expr, tile: Expr, feature: Expr) -> None:
-            lines = [x[at, tile, feature + i, span(0, LANES)] for i in range(QUAD)]
+        def move_four(at: Expr, tile: Expr, first: Expr, four: Expr) -> None:
+            lines = [
+                joined([x[at, tile, first + feature, span(four, QUAD)] for feature in some])
+                for some in _FOURTHS
+            ]
             for i, line in enumerate(turned(lines)):
-                for quad in range(0, LANES, QUAD):
-                    four = tirx.Shuffle([line], list(range(quad, quad + QUAD)))
-                    place = [at, tile * LANES + quad + i, span(feature, QUAD)]
-                    T.buffer_store(y, four, place)
+                T.buffer_store(y, line, [at, tile * LANES + four + i, span(first, _SQUARE)])
 
         _over_squares(lead, tiles, rows, features, move, move_four)
     return result["func"]
