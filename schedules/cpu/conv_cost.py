@@ -22,6 +22,9 @@ _TYPICAL_SIZE = 28
 _TYPICAL_LENGTH = 1024
 """The same of a signal."""
 
+_NEIGHBOURS_GAP = 1
+"""Columns between rows that a convolution's neighbours read as their padding: of a 3x3 window."""
+
 _TYPICAL_DENSITY = 0.1
 """Share of a sparse weight that is stored."""
 
@@ -270,8 +273,17 @@ def depthwise_seconds(
 def plane_vectors(op: Convolution, simd: Simd) -> int:
     """Vectors of the output, gaps included."""
     height, width = out_size(op)
-    gap = window_of(op).reads.gap
-    return int(-(-((height - 1) * (width + gap) + width) // simd.lanes))
+    return int(-(-((height - 1) * (width + row_gap(op)) + width) // simd.lanes))
+
+
+def row_gap(op: Convolution) -> int:
+    """Columns between rows, as far as is known before all images are.
+
+    A convolution of one pixel wants none. But its images have the rows of those that other layers
+    read or make, and among these there is a padded window as good as always.
+    """
+    window = window_of(op)
+    return max(window.reads.gap, _NEIGHBOURS_GAP if window.taps == 1 else 0)
 
 
 def out_size(op: Convolution) -> tuple[int, int]:

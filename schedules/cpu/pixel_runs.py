@@ -6,9 +6,10 @@ Needs no TVM.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from sparse_tvm.operators import Convolution, Layout
-from sparse_tvm.schedules.cpu.conv_cost import out_size
+from sparse_tvm.schedules.cpu.conv_cost import out_size, row_gap
 from sparse_tvm.schedules.cpu.cost import arrival_cycles
 from sparse_tvm.schedules.cpu.image_operators import window_of
 from sparse_tvm.schedules.cpu.planes import rounded
@@ -22,6 +23,9 @@ MOST_PIXELS = {1: 14, 2: 14, 3: 9}
 _LOOP = 1.04
 _TRANSPOSED = 80.0
 """Cycles to transpose the sums of a vector of channels, and to store them."""
+
+_PAGE_BYTES = 4096
+"""Of memory: planes as large are on pages of their own."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class PixelRuns:
 def runs_of(op: Convolution, vectors: int) -> PixelRuns:
     """The runs of a convolution's output, as far as is known before all its images are."""
     height, width = out_size(op)
-    return PixelRuns(height, width, width + window_of(op).reads.gap, MOST_PIXELS[vectors])
+    return PixelRuns(height, width, width + row_gap(op), MOST_PIXELS[vectors])
 
 
 def run_seconds(
@@ -107,4 +111,17 @@ def run_seconds(
     whole = runs.count - (runs.rest > 0)
     compute = blocks * (whole * run(runs.together) + (run(runs.rest) if runs.rest else 0.0))
     streamed = arrival_cycles(blocks * k * 4 * rows, 1, copies, target)
-    return target.seconds(compute + streamed) * pixels / (runs.height * runs.width)
+    cycles = compute + streamed + (blocks - 1) * _image_cycles(op, target)
+    return target.seconds(cycles) * pixels / (runs.height * runs.width)
+
+
+def _image_cycles(op: Convolution, target: Target) -> float:
+    """Cycles that a block of rows waits for the image, which no block before it has left near.
+
+    That is one that the second cache does not hold, of which a run reads a line or two on a page
+    for each channel: no stream that the CPU would foresee. Windows use what they read more often.
+    """
+    plane_bytes = 4.0 * prod(extent or 1 for extent in op.size)
+    nbytes = plane_bytes * op.channels
+    near = nbytes <= target.caches.l2 or plane_bytes <= _PAGE_BYTES
+    return 0.0 if near or window_of(op).taps > 1 else nbytes / target.costs.last

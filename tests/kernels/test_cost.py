@@ -12,7 +12,7 @@ from sparse_tvm.backends import get_backend
 from sparse_tvm.operators import PRECISIONS, Convolution, Dense, Layout, Types
 from sparse_tvm.passes.formats import FormatOptions
 from sparse_tvm.passes.layout_choice import choose
-from sparse_tvm.schedules.cpu.conv_cost import blocking, grouped_rows
+from sparse_tvm.schedules.cpu.conv_cost import blocking, grouped_rows, plane_vectors
 from sparse_tvm.schedules.cpu.cost import dense_rows, matmul_cycles, matmul_seconds, part_counts
 from sparse_tvm.schedules.cpu.families.matmul import MatmulFamily
 from sparse_tvm.schedules.cpu.row_cost import asks_from
@@ -234,6 +234,27 @@ def test_long_rows_of_single_weights_are_filled_for_half_as_many_pixels(op, targ
     assert ("filled" in parameters) == filled
     if filled:
         assert parameters["vectors"] == 4
+
+
+@pytest.mark.parametrize(
+    ("op", "family", "rows"),
+    [
+        (pointwise(96, 576, 14), "channel_lanes_convolution", 32),
+        (pointwise(32, 192, 28), "convolution", 6),  # transposing costs more than gaps
+        (pointwise(256, 64, 56), "convolution", 6),  # each 16 rows would read 3 MB anew
+    ],
+)
+def test_channels_are_in_lanes_where_gaps_cost_more_than_transposing(op, family, rows):
+    w = weight(op.matrix, 0, "")
+    target, backend = TARGETS["avx512-bf16"], get_backend("cpu")
+    layout = choose(op, MeasuredWeight(w), FormatOptions(), backend, target, [prod(op.size)]).layout
+    assert (layout.family, layout.block) == (family, (rows, 1))
+
+
+def test_images_of_a_convolution_of_one_pixel_have_the_gaps_of_its_neighbours():
+    simd = Simd.of(TARGETS["x86-64-v4"])
+    assert plane_vectors(pointwise(96, 576, 14), simd) == 14
+    assert plane_vectors(signal(1, 1), simd) == 1024 // simd.lanes
 
 
 @EVERY_TARGET
