@@ -65,6 +65,9 @@ _COLUMNS_TOGETHER = 64
 _CHAINS = 8
 """Independent sums that a loop over single weights has, if it has the registers."""
 
+_NEAR_OUTPUT = 512 << 10
+"""Bytes of an image that the second cache still has when it is computed again, beside others."""
+
 _FAR_ROWS = 4
 """Rows of taps are apart that are so far as this share of an image's rows."""
 
@@ -118,9 +121,14 @@ class ConvKernel:
         few_registers = simd.few_registers
         in_turns = self.element == "float32" and not self._rows_outermost
         self._asks_for_weights = bool(layout.get("prefetch", 0))
-        # With AVX-512 sparse weights lose 1 to 3 % by it. On Arm nobody measured what it is worth.
+        # With AVX-512 sparse weights lose 1 to 3 % by it, but for long rows of single ones whose
+        # outputs are far. On Arm nobody measured what it is worth.
         self._filled = bool(layout.get("filled", 0))
-        gains = few_registers or self._filled or not (layout.sparse or simd.by_element)
+        size = images.target.size
+        far = isinstance(size, int) and 4 * images.out_channels * size > _NEAR_OUTPUT
+        long_and_far = far and self._rows == 1 and self._k >= _COLUMNS_TOGETHER
+        dense_or_far = (not layout.sparse or long_and_far) and not simd.by_element
+        gains = few_registers or self._filled or dense_or_far
         self._asks_for_outputs = in_turns and gains
         grows = few_registers or images.out_channels > self._k
         short = in_turns and not layout.sparse and self._k <= _SHORT_SUM and grows

@@ -206,3 +206,15 @@ def test_filled_rows(target, parts, vectors):
 def test_square_images(format, size):
     image = {**IMAGE, "height": size, "width": size}
     check(**{**PROBLEM, "image": image, "format": format, "rows": 4, "vectors": 8})
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "asks"), [(64, 56, True), (64, 14, False), (16, 56, False)]
+)
+def test_sparse_rows_ask_for_far_outputs_unless_they_are_short(channels, size, asks):
+    planes = Planes(size, size, Border(1))
+    images = Images(1, channels, 128, planes, planes, Window())
+    layout = Layout("test", "csr").having(vectors=8)
+    assert (
+        "llvm.prefetch" in conv_planes(images, layout, [], [], simd(TARGETS["x86-64-v4"])).script()
+    ) == asks
