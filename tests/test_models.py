@@ -297,6 +297,11 @@ DATA_MOVES = {
         "(float[33] x) => (float[33] y) { y = Slice(x, s, e, a, t) }",
         {"s": ints(-1), "e": ints(-100), "a": ints(0), "t": ints(-1)},
     ),
+    "padded rows repeated": (  # short loops, which LLVM unrolls, in one whose index wraps around
+        "(float[2, 8, 8] x) => (float[6, 16, 30] y) {"
+        ' w = Pad<mode = "edge">(x, p) y = Tile(w, r) }',
+        {"p": ints(0, 0, 1, 0, 0, 1), "r": ints(3, 2, 3)},
+    ),
 }
 
 

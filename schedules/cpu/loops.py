@@ -29,7 +29,7 @@ from tvm_ffi import structural_map, structural_walk
 from sparse_tvm.schedules.cpu.conditions import comparisons, hoist_conditions, replace, uses
 from sparse_tvm.schedules.cpu.lane_tiles import Expr
 from sparse_tvm.schedules.cpu.simd import Simd
-from sparse_tvm.schedules.cpu.wraps import split_wraps
+from sparse_tvm.schedules.cpu.wraps import keep_apart, split_wraps
 
 _Stmt = Any
 _ANALYZER = Analyzer()
@@ -67,13 +67,15 @@ def vectorise_innermost(function: tirx.PrimFunc, simd: Simd) -> tirx.PrimFunc:
     def finish(plain: tirx.For) -> _Stmt:
         return _vectorised(plain, simd)
 
-    def innermost(loop: tirx.For) -> _Stmt:
-        if loop.kind != tirx.ForKind.SERIAL or not isinstance(loop.body, _LEAVES):
+    def finished(loop: tirx.For) -> _Stmt:
+        if loop.kind not in (tirx.ForKind.SERIAL, tirx.ForKind.PARALLEL):
             return loop
+        if loop.kind == tirx.ForKind.PARALLEL or not isinstance(loop.body, _LEAVES):
+            return keep_apart(loop)
         return split_wraps(loop, lambda part: hoist_conditions(part, finish))
 
     nests = structural_map(body.body, (tirx.For, nest), order="pre")
-    loops = structural_map(nests, ((tirx.For, innermost), (tirx.AllocBuffer, _on_stack)))
+    loops = structural_map(nests, ((tirx.For, finished), (tirx.AllocBuffer, _on_stack)))
     return body.with_body(loops)
 
 

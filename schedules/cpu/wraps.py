@@ -58,7 +58,7 @@ def split_wraps(loop: tirx.For, finish: Callable[[tirx.For], _Stmt], cuts: int =
 
     zero = tirx.const(0, dtype)
     periods = _ANALYZER.simplify(tirx.floordiv(end + (size - 1), size))
-    if whole and size < _LEAST and not _allocates(loop.body):
+    if whole and size < _LEAST and not _allocated(loop.body):
         listed = [body(tirx.const(element, dtype)) for element in range(size)]
         return split_wraps(
             tirx.For(outer, zero, periods, loop.kind, tirx.SeqStmt(listed)), lambda rest: rest
@@ -66,6 +66,21 @@ def split_wraps(loop: tirx.For, finish: Callable[[tirx.For], _Stmt], cuts: int =
     part = tirx.For(inner, zero, extent, loop.kind, body(_ANALYZER.simplify(low + inner)))
     rest = split_wraps(_bounded(part), finish, cuts + (not whole))
     return tirx.For(outer, zero, periods, loop.kind, rest)
+
+
+def keep_apart(loop: tirx.For) -> tirx.For:
+    """A loop around others, kept from becoming vectors where a remainder of its variable is read.
+
+    LLVM unrolls the inner loops, where they are short, and takes this one to be the innermost.
+    """
+    found: list[Any] = []
+
+    def look(node: Any) -> None:
+        if isinstance(node.b, tirx.IntImm) and uses(node.a, loop.loop_var):
+            found.append(node)
+
+    structural_walk(loop.body, (tirx.FloorMod, look))
+    return _element_by_element(loop) if found else loop
 
 
 def _bounded(loop: tirx.For) -> tirx.For:
@@ -82,18 +97,22 @@ def _bounded(loop: tirx.For) -> tirx.For:
     return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body)
 
 
-def _allocates(body: _Stmt) -> bool:
-    """Whether a statement has memory of its own, which copies of it would share."""
+def _allocated(body: _Stmt) -> list[Any]:
+    """Memory of a statement's own, which copies of it would share."""
     found: list[Any] = []
-    structural_walk(body, (tirx.AllocBuffer, found.append))
-    return bool(found)
+    structural_walk(body, (tirx.AllocBuffer, lambda node: found.append(node.buffer)))
+    return found
 
 
 def _element_by_element(loop: tirx.For) -> tirx.For:
     """The loop, out of which LLVM makes no vectors: it does not where something is prefetched."""
     stores: list[tirx.BufferStore] = []
     structural_walk(loop.body, (tirx.BufferStore, stores.append))
-    target = tirx.address_of(stores[0].buffer[tuple(0 for _ in stores[0].indices)])
+    own = _allocated(loop.body)
+    outside = [store for store in stores if not any(store.buffer.same_as(one) for one in own)]
+    if not outside:
+        return loop
+    target = tirx.address_of(outside[0].buffer[tuple(0 for _ in outside[0].indices)])
     write, all_levels, data = 1, 3, 1  # of LLVM's intrinsic
     numbers = [tirx.const(number, "int32") for number in (write, all_levels, data)]
     ask = tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", target, *numbers))
