@@ -50,6 +50,9 @@ _PACKED_LINE = 0.67
 _COPY_LOADS = 2
 """A vector that is copied takes as long as so many loads."""
 
+_SINGLE_SUM = 2.0
+"""Cycles per vector, at least, for a sum between parts of a row of single weights (Zen 4)."""
+
 _PASSES = 3
 """From how many passes over a dense block on its columns are split."""
 
@@ -83,7 +86,9 @@ def matmul_cycles(
     else:
         block = target.beside(weights + vectors * costs.load, fmas) * _DENSE_LOOP
     segments = parts * -(-shape[0] // rows)
-    sums = rows * vectors * (costs.sum if parts > 1 else 1)
+    short = layout.sparse and rows == 1 and not simd.by_element
+    between = max(costs.sum, _SINGLE_SUM) if short else costs.sum
+    sums = rows * vectors * (between if parts > 1 else 1)
     compute = blocks * block + segments * (costs.row + sums)
     if value_dtype(layout) != np.float32 and not simd.by_element:
         compute += blocks * rows * columns * _WIDENED / simd.weights_together(layout)

@@ -169,7 +169,7 @@ _ZEN_4 = replace(
         second=31.2,
         last=25.5,
         row=7.2,
-        sum=2.0,
+        sum=1.05,
         index=0.044,
         apart=5.0,
     ),
