@@ -4,7 +4,7 @@ A reshape behind other operators reads elements by the remainder of its own inde
 say. Cut every 8 elements, the remainder is the variable of the inner loop, along which everything
 is consecutive. It also keeps remainders from LLVM, whose vectoriser takes ``c + i % 8`` to be
 consecutive for all ``i``: where it proves that ``c + i`` does not overflow 32 bits, it believes the
-same of the three bits that ``i % 8`` has.
+same of the three bits that ``i % 8`` has. Loops around others are not cut, but kept from it.
 """
 
 from __future__ import annotations
